@@ -1,0 +1,73 @@
+// fused_rnn._C: what is not an operator. Importing it registers the operators of ops.cpp.
+#include <omp.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../cpu/dispatch.h"
+
+namespace py = pybind11;
+using fused_rnn::cpu::Kernels;
+
+namespace {
+
+const Kernels& find(const std::string& isa) {
+  for (const Kernels* k : fused_rnn::cpu::supported()) {
+    if (isa == k->name) return *k;
+  }
+  throw std::invalid_argument("instruction set '" + isa + "' is not supported on this machine");
+}
+
+char function_letter(const std::string& function) {
+  if (function == "sigmoid") return 's';
+  if (function == "tanh") return 't';
+  throw std::invalid_argument("function must be 'sigmoid' or 'tanh', got '" + function + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("cpu_isa", [] { return std::string(fused_rnn::cpu::kernels().name); }, "The instruction set in use.");
+  m.def(
+      "supported_cpu_isas",
+      [] {
+        std::vector<std::string> names;
+        for (const Kernels* k : fused_rnn::cpu::supported()) names.push_back(k->name);
+        return names;
+      },
+      "The instruction sets that run on this machine, best first.");
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["torch"] = FUSED_RNN_BUILT_WITH_TORCH;
+        info["compiler"] = __VERSION__;
+        info["openmp"] = _OPENMP;
+        return info;
+      },
+      "What the extension was built with.");
+  m.def(
+      "map_function",
+      [](const std::string& function, const std::string& isa, const py::buffer& values) {
+        const Kernels& k = find(isa);
+        const char letter = function_letter(function);
+        const py::buffer_info x = values.request();
+        if (x.ndim != 1 || (x.size > 1 && x.strides[0] != x.itemsize)) {
+          throw std::invalid_argument("values must be one-dimensional and contiguous");
+        }
+        py::bytearray out(nullptr, x.size * x.itemsize);
+        void* y = PyByteArray_AS_STRING(out.ptr());
+        if (x.format == py::format_descriptor<float>::format()) {
+          k.map_float(letter, static_cast<const float*>(x.ptr), static_cast<float*>(y), x.size);
+        } else if (x.format == py::format_descriptor<double>::format()) {
+          k.map_double(letter, static_cast<const double*>(x.ptr), static_cast<double*>(y), x.size);
+        } else {
+          throw std::invalid_argument("values must be float32 or float64");
+        }
+        return out;
+      },
+      "The kernels' sigmoid or tanh of every value of a buffer, as bytes of the same type.");
+}

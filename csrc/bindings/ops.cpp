@@ -1,0 +1,402 @@
+// The operators: one layer, in one or two directions, forward and backward. They check everything that a kernel
+// relies on, so that no call from Python can reach bad memory, allocate, and leave the products over all steps to BLAS.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "../cells/cells.h"
+#include "../cpu/dispatch.h"
+#include "tensors.h"
+
+namespace fused_rnn {
+namespace bindings {
+
+namespace {
+
+// What the operators need to know of a cell; from the policies, which say it once.
+struct CellInfo {
+  CellKind kind;
+  int64_t gates, saved, grads, input_shift, hidden_grads;
+  bool has_c;
+};
+
+CellInfo cell_info(const std::string& name) {
+#define FUSED_RNN_INFO(kind, policy, label)                                                         \
+  if (name == label) {                                                                              \
+    using Cell = policy;                                                                            \
+    return {CellKind::kind,     Cell::kGates,       Cell::kSaved, Cell::kGrads, Cell::kInputShift, \
+            Cell::kHiddenGrads, Cell::kHasC};                                                       \
+  }
+  FUSED_RNN_CELLS(FUSED_RNN_INFO)
+#undef FUSED_RNN_INFO
+  std::string names;
+#define FUSED_RNN_NAME(kind, policy, label) names += (names.empty() ? "" : ", ") + std::string(label);
+  FUSED_RNN_CELLS(FUSED_RNN_NAME)
+#undef FUSED_RNN_NAME
+  check(false, "unknown cell '", name, "'; the cells are: ", names);
+  throw std::logic_error("unreachable");
+}
+
+struct Weights {
+  Tensor w_ih, w_hh;
+  OptionalTensor b_ih, b_hh, w_hr;
+};
+
+// The layer's shape from its tensors, every size checked against every other.
+class Layer {
+ public:
+  CellInfo cell;
+  LayerShape shape{};
+  int64_t I = 0;
+  bool step = false;  // x is [B, I], states [B, ...]: one time step, no time dimension in the results
+  ScalarType dtype = ScalarType::Float;
+  Tensor batch_sizes;
+  std::vector<int64_t> row_offsets;
+
+  // x: [T, B, I]; [N, I] with batch_sizes; [B, I] for a single step. w_hh: [G*H, P].
+  Layer(const std::string& name, torch::headeronly::IntHeaderOnlyArrayRef x, ScalarType type, const Tensor& w_hh,
+        const OptionalTensor& w_hr, bool two_directions, const OptionalTensor& sizes)
+      : cell(cell_info(name)), dtype(type) {
+    check(dtype == ScalarType::Float || dtype == ScalarType::Double, "x must be float32 or float64");
+    check(w_hh.dim() == 2, "w_hh must have 2 dimensions, got ", w_hh.dim());
+    check(w_hh.size(0) % cell.gates == 0, "w_hh must have a multiple of ", cell.gates, " rows, got ", w_hh.size(0));
+    shape.cell = cell.kind;
+    shape.dtype = dtype == ScalarType::Float ? Dtype::kFloat32 : Dtype::kFloat64;
+    shape.H = w_hh.size(0) / cell.gates;
+    shape.P = w_hh.size(1);
+    shape.directions = two_directions ? 2 : 1;
+    shape.projected = w_hr.has_value();
+    check(!shape.projected || cell.kind == CellKind::kLstm, "only the LSTM has a projection");
+    check(shape.projected || shape.P == shape.H, "w_hh must have shape ",
+          shape_text(std::vector<int64_t>{shape.H * cell.gates, shape.H}), ", got ", shape_text(w_hh.sizes()));
+    step = x.size() == 2 && !sizes;
+    check(x.size() == (step || sizes ? 2 : 3), "x must be [T, B, I], [N, I] with batch_sizes, or [B, I], got ",
+          shape_text(x));
+    check(!step || !two_directions, "a single step has one direction");
+    I = x[x.size() - 1];
+    if (sizes) {
+      pack(*sizes, x[0]);
+    } else {
+      shape.T = step ? 1 : x[0];
+      shape.B = step ? x[0] : x[1];
+      shape.N = shape.T * shape.B;
+    }
+    check(shape.T > 0, "Expected sequence length to be larger than 0 in RNN");
+  }
+
+  int64_t reserve_width() const {
+    return cell.saved * shape.H + shape.P + (cell.has_c ? shape.H : 0) + (shape.projected ? shape.H : 0);
+  }
+
+  Reserve reserve(void* base, int64_t direction, bool train) const {
+    const int64_t width = train ? reserve_width() : cell.gates * shape.H;
+    char* at = static_cast<char*>(base) + direction * shape.N * width * element();
+    const int64_t after_gates = cell.saved * shape.H, after_h = after_gates + shape.P;
+    Reserve r{at, nullptr, nullptr, nullptr, width};
+    if (train) {
+      r.h_prev = at + after_gates * element();
+      if (cell.has_c) r.c_prev = at + after_h * element();
+      if (shape.projected) r.hidden = at + (after_h + shape.H) * element();
+    }
+    return r;
+  }
+
+  int64_t element() const { return dtype == ScalarType::Float ? 4 : 8; }
+  void* offset(const Tensor& tensor, int64_t elements) const {
+    return static_cast<char*>(tensor.data_ptr()) + elements * element();
+  }
+
+  // Each direction's workspace, whole cache lines apart.
+  int64_t workspace_stride() const { return (cpu::kernels().workspace_size(shape) + 15) / 16 * 16; }
+
+  Weights checked_weights(const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+                          const OptionalTensor& b_hh, const OptionalTensor& w_hr) const {
+    const int64_t rows = cell.gates * shape.H;
+    check(w_hr.has_value() == shape.projected, "both directions need w_hr, or neither");
+    return {checked(w_ih, "w_ih", {rows, I}, dtype), checked(w_hh, "w_hh", {rows, shape.P}, dtype),
+            checked(b_ih, "b_ih", {rows}, dtype), checked(b_hh, "b_hh", {rows}, dtype),
+            checked(w_hr, "w_hr", {shape.P, shape.H}, dtype)};
+  }
+
+  // [D, B, width], or [B, width] of a single step.
+  Tensor checked_state(const Tensor& state, const char* name, int64_t width) const {
+    return step ? checked(state, name, {shape.B, width}, dtype)
+                : checked(state, name, {shape.directions, shape.B, width}, dtype);
+  }
+  OptionalTensor checked_state(const OptionalTensor& state, const char* name, int64_t width) const {
+    if (!state) return std::nullopt;
+    return checked_state(*state, name, width);
+  }
+  Tensor new_state(int64_t width) const {
+    return step ? empty({shape.B, width}, dtype) : empty({shape.directions, shape.B, width}, dtype);
+  }
+  // x, y and their gradients.
+  Tensor new_sequence(int64_t width) const {
+    if (step) return empty({shape.B, width}, dtype);
+    return shape.batch_sizes ? empty({shape.N, width}, dtype) : empty({shape.T, shape.B, width}, dtype);
+  }
+  Tensor checked_sequence(const Tensor& sequence, const char* name, int64_t width) const {
+    if (step) return checked(sequence, name, {shape.B, width}, dtype);
+    return shape.batch_sizes ? checked(sequence, name, {shape.N, width}, dtype)
+                             : checked(sequence, name, {shape.T, shape.B, width}, dtype);
+  }
+
+ private:
+  void pack(const Tensor& sizes, int64_t rows) {
+    check(sizes.is_cpu() && sizes.scalar_type() == ScalarType::Long && sizes.dim() == 1,
+          "batch_sizes must be a 1-D int64 tensor on the CPU");
+    batch_sizes = sizes.is_contiguous() ? sizes : torch::stable::contiguous(sizes);
+    shape.T = batch_sizes.size(0);
+    check(shape.T > 0, "batch_sizes must not be empty");
+    const int64_t* at = static_cast<const int64_t*>(batch_sizes.data_ptr());
+    shape.batch_sizes = at;
+    shape.B = at[0];
+    row_offsets.resize(shape.T);
+    for (int64_t t = 0; t < shape.T; ++t) {
+      check(at[t] > 0 && at[t] <= (t ? at[t - 1] : rows), "batch_sizes must be positive and not increase");
+      row_offsets[t] = shape.N;
+      shape.N += at[t];
+    }
+    check(shape.N == rows, "batch_sizes must sum to the rows of x: ", shape.N, " is not ", rows);
+    shape.row_offsets = row_offsets.data();
+  }
+};
+
+int64_t threads() { return torch::stable::get_num_threads(); }
+
+// y, h_n, c_n, reserve. c_n is empty without c, h_n for a single step (it would be y), reserve without `train`.
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+    OptionalTensor w_hr, OptionalTensor w_ih_reverse, OptionalTensor w_hh_reverse, OptionalTensor b_ih_reverse,
+    OptionalTensor b_hh_reverse, OptionalTensor w_hr_reverse, OptionalTensor batch_sizes, std::string cell,
+    bool train) {
+  check(w_ih_reverse.has_value() == w_hh_reverse.has_value(), "the reverse direction needs w_ih and w_hh");
+  const Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_ih_reverse.has_value(), batch_sizes);
+  const LayerShape& s = layer.shape;
+  const int64_t D = s.directions;
+  x = layer.checked_sequence(x, "x", layer.I);
+  h0 = layer.checked_state(h0, "h0", s.P);
+  check(layer.cell.has_c || !c0, "only the LSTM has c0");
+  c0 = layer.checked_state(c0, "c0", s.H);
+  Weights weights[2] = {layer.checked_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
+  if (D == 2) {
+    weights[1] = layer.checked_weights(*w_ih_reverse, *w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse);
+  }
+
+  Tensor y = layer.new_sequence(D * s.P);
+  Tensor h_n = layer.step ? empty({0}, layer.dtype) : layer.new_state(s.P);
+  Tensor c_n = layer.cell.has_c ? layer.new_state(s.H) : empty({0}, layer.dtype);
+  const int64_t width = train ? layer.reserve_width() : layer.cell.gates * s.H;
+  Tensor reserve = empty({D, s.N, width}, layer.dtype);
+  const int64_t workspace_stride = layer.workspace_stride();
+  Tensor workspace = empty({D * workspace_stride}, layer.dtype);
+  if (layer.cell.has_c) {
+    if (c0) {
+      torch::stable::copy_(c_n, *c0);
+    } else {
+      torch::stable::zero_(c_n);
+    }
+  }
+
+  if (s.N > 0 && s.P > 0) {
+    ForwardParams params{s, {}};
+    for (int64_t d = 0; d < D; ++d) {
+      ForwardDirection& p = params.direction[d];
+      const Weights& w = weights[d];
+      p.w_hh = data(w.w_hh);
+      p.b_ih = data(w.b_ih);
+      p.b_hh = data(w.b_hh);
+      p.w_hr = data(w.w_hr);
+      p.h0 = h0 ? layer.offset(*h0, d * s.B * s.P) : nullptr;
+      p.reserve = layer.reserve(reserve.data_ptr(), d, train);
+      p.y = layer.offset(y, d * s.P);
+      p.y_stride = D * s.P;
+      p.h_n = layer.step ? nullptr : layer.offset(h_n, d * s.B * s.P);
+      p.c = layer.cell.has_c ? layer.offset(c_n, d * s.B * s.H) : nullptr;
+      p.workspace = layer.offset(workspace, d * workspace_stride);
+      const int64_t rows = layer.cell.gates * s.H;
+      product({p.reserve.gates, s.N, rows, p.reserve.stride}, {x.data_ptr(), s.N, layer.I, layer.I},
+              Matrix{w.w_ih.data_ptr(), rows, layer.I, layer.I}.t(), layer.dtype);
+    }
+    cpu::forward(params, threads());
+  }
+  return {y, h_n, c_n, train ? reserve : empty({0}, layer.dtype)};
+}
+
+// The part of a direction's backward that is one product over all rows: the weights' gradients and dx.
+class WeightGradients {
+ public:
+  WeightGradients(const Layer& layer, const BackwardDirection& p) : layer_(layer), s_(layer.shape), p_(p) {}
+
+  // [G*H, I], gates in torch's order.
+  Tensor input_weights(const Tensor& x) const {
+    Tensor out = empty({rows(), layer_.I}, layer_.dtype);
+    each_input_run([&](int64_t block, int64_t gate, int64_t count) {
+      product({layer_.offset(out, gate * s_.H * layer_.I), count * s_.H, layer_.I, layer_.I}, grads(block, count).t(),
+              {x.data_ptr(), s_.N, layer_.I, layer_.I}, layer_.dtype);
+    });
+    return out;
+  }
+
+  // dx of both directions add up.
+  void input(const Tensor& dx, const Tensor& w_ih, bool accumulate) const {
+    each_input_run([&](int64_t block, int64_t gate, int64_t count) {
+      const Matrix weights{layer_.offset(w_ih, gate * s_.H * layer_.I), count * s_.H, layer_.I, layer_.I};
+      product({dx.data_ptr(), s_.N, layer_.I, layer_.I}, grads(block, count), weights, layer_.dtype,
+              accumulate || block > 0);
+    });
+  }
+
+  Tensor input_bias() const {
+    Tensor out = empty({rows()}, layer_.dtype);
+    each_input_run([&](int64_t block, int64_t gate, int64_t count) {
+      sum(grads(block, count), layer_.offset(out, gate * s_.H));
+    });
+    return out;
+  }
+
+  Tensor hidden_weights() const {
+    Tensor out = empty({rows(), s_.P}, layer_.dtype);
+    product({out.data_ptr(), rows(), s_.P, s_.P}, hidden_grads().t(),
+            {p_.reserve.h_prev, s_.N, s_.P, p_.reserve.stride}, layer_.dtype);
+    return out;
+  }
+
+  Tensor hidden_bias() const {
+    Tensor out = empty({rows()}, layer_.dtype);
+    sum(hidden_grads(), out.data_ptr());
+    return out;
+  }
+
+  Tensor projection() const {
+    Tensor out = empty({s_.P, s_.H}, layer_.dtype);
+    product({out.data_ptr(), s_.P, s_.H, s_.H}, Matrix{p_.dh_total, s_.N, s_.P, s_.P}.t(),
+            {p_.reserve.hidden, s_.N, s_.H, p_.reserve.stride}, layer_.dtype);
+    return out;
+  }
+
+ private:
+  int64_t rows() const { return layer_.cell.gates * s_.H; }
+
+  Matrix grads(int64_t block, int64_t count) const {
+    char* at = static_cast<char*>(p_.dgates) + block * s_.H * layer_.element();
+    return {at, s_.N, count * s_.H, layer_.cell.grads * s_.H};
+  }
+  Matrix hidden_grads() const { return grads(layer_.cell.hidden_grads, layer_.cell.gates); }
+
+  // Calls f(block, gate, count) for runs of gradient blocks that are a run of gates in torch's order, too.
+  template <class F>
+  void each_input_run(const F& f) const {
+    const int64_t G = layer_.cell.gates, shift = layer_.cell.input_shift;
+    if (shift) f(0, G - shift, shift);
+    f(shift, 0, G - shift);
+  }
+
+  void sum(const Matrix& m, void* out) const {
+    cpu::kernels().column_sums(s_.dtype, m.data, m.rows, m.columns, m.stride, out);
+  }
+
+  const Layer& layer_;
+  const LayerShape& s_;
+  const BackwardDirection& p_;
+};
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                             Tensor, Tensor>;
+
+// dx, dh0, dc0, then dw_ih, dw_hh, db_ih, db_hh, dw_hr of each direction; what was not asked for is empty.
+Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor w_ih, Tensor w_hh,
+                   OptionalTensor w_hr, OptionalTensor w_ih_reverse, OptionalTensor w_hh_reverse,
+                   OptionalTensor w_hr_reverse, Tensor reserve, OptionalTensor batch_sizes, std::string cell,
+                   bool need_dx, bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr) {
+  check(w_ih_reverse.has_value() == w_hh_reverse.has_value(), "the reverse direction needs w_ih and w_hh");
+  const Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_ih_reverse.has_value(), batch_sizes);
+  const LayerShape& s = layer.shape;
+  const int64_t D = s.directions;
+  if (need_dw_ih) x = layer.checked_sequence(x, "x", layer.I);
+  if (dy) dy = layer.checked_sequence(*dy, "dy", D * s.P);
+  check(!layer.step || !dh_n, "a single step has no dh_n");
+  dh_n = layer.checked_state(dh_n, "dh_n", s.P);
+  check(layer.cell.has_c || !dc_n, "only the LSTM has dc_n");
+  dc_n = layer.checked_state(dc_n, "dc_n", s.H);
+  reserve = checked(reserve, "reserve", {D, s.N, layer.reserve_width()}, layer.dtype);
+  Weights weights[2] = {layer.checked_weights(w_ih, w_hh, std::nullopt, std::nullopt, w_hr)};
+  if (D == 2) {
+    weights[1] = layer.checked_weights(*w_ih_reverse, *w_hh_reverse, std::nullopt, std::nullopt, w_hr_reverse);
+  }
+
+  const Tensor none = empty({0}, layer.dtype);
+  Tensor dx = need_dx ? layer.new_sequence(layer.I) : none;
+  Tensor dh0 = need_dstate ? layer.new_state(s.P) : none;
+  Tensor dc = layer.cell.has_c ? layer.new_state(s.H) : none;
+  if (layer.cell.has_c) {
+    if (dc_n) {
+      torch::stable::copy_(dc, *dc_n);
+    } else {
+      torch::stable::zero_(dc);
+    }
+  }
+  Tensor dgates = empty({D, s.N, layer.cell.grads * s.H}, layer.dtype);
+  Tensor dh_total = empty({s.projected ? D * s.N * s.P : 0}, layer.dtype);
+  const int64_t workspace_stride = layer.workspace_stride();
+  Tensor workspace = empty({D * workspace_stride}, layer.dtype);
+
+  BackwardParams params{s, {}};
+  for (int64_t d = 0; d < D; ++d) {
+    BackwardDirection& p = params.direction[d];
+    p.w_hh = data(weights[d].w_hh);
+    p.w_hr = data(weights[d].w_hr);
+    p.dy = dy ? layer.offset(*dy, d * s.P) : nullptr;
+    p.dy_stride = D * s.P;
+    p.dh_n = dh_n ? layer.offset(*dh_n, d * s.B * s.P) : nullptr;
+    p.reserve = layer.reserve(reserve.data_ptr(), d, true);
+    p.dgates = layer.offset(dgates, d * s.N * layer.cell.grads * s.H);
+    p.dh_total = s.projected ? layer.offset(dh_total, d * s.N * s.P) : nullptr;
+    p.dh0 = need_dstate ? layer.offset(dh0, d * s.B * s.P) : nullptr;
+    p.dc = layer.cell.has_c ? layer.offset(dc, d * s.B * s.H) : nullptr;
+    p.workspace = layer.offset(workspace, d * workspace_stride);
+  }
+  if (s.N > 0 && s.P > 0) cpu::backward(params, threads());
+
+  Tensor dw_ih[2] = {none, none}, dw_hh[2] = {none, none}, db_ih[2] = {none, none}, db_hh[2] = {none, none},
+         dw_hr[2] = {none, none};
+  for (int64_t d = 0; d < D; ++d) {
+    const WeightGradients gradients(layer, params.direction[d]);
+    if (need_dx) gradients.input(dx, weights[d].w_ih, d > 0);
+    if (need_dw_ih) dw_ih[d] = gradients.input_weights(x);
+    if (need_dw_hh) dw_hh[d] = gradients.hidden_weights();
+    if (need_db) {
+      db_ih[d] = gradients.input_bias();
+      db_hh[d] = gradients.hidden_bias();
+    }
+    if (need_dw_hr && s.projected) dw_hr[d] = gradients.projection();
+  }
+  const Tensor& dc0 = need_dstate ? dc : none;
+  return {dx,       dh0,      dc0,      dw_ih[0], dw_hh[0], db_ih[0], db_hh[0],
+          dw_hr[0], dw_ih[1], dw_hh[1], db_ih[1], db_hh[1], dw_hr[1]};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fused_rnn, m) {
+  m.def(
+      "forward(Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
+      "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse, Tensor? w_hr_reverse, "
+      "Tensor? batch_sizes, str cell, bool train) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor reserve)");
+  m.def(
+      "backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? w_hr, "
+      "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? w_hr_reverse, Tensor reserve, Tensor? batch_sizes, "
+      "str cell, bool need_dx, bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr) -> "
+      "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
+      "Tensor dw_ih_reverse, Tensor dw_hh_reverse, Tensor db_ih_reverse, Tensor db_hh_reverse, "
+      "Tensor dw_hr_reverse)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("backward", TORCH_BOX(&backward));
+}
+
+}  // namespace bindings
+}  // namespace fused_rnn

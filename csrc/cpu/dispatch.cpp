@@ -1,0 +1,135 @@
+// Choice of instruction set and of threads, and the parallel region that the workers run in.
+#include "dispatch.h"
+
+#include <omp.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace fused_rnn {
+namespace cpu {
+
+void Barrier::wait() {
+  const int64_t generation = __atomic_load_n(&generation_, __ATOMIC_ACQUIRE);
+  if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == count_) {
+    __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&generation_, generation + 1, __ATOMIC_RELEASE);
+    return;
+  }
+  constexpr int kSpins = 2000;  // some microseconds: longer than a step's imbalance, far shorter than a time slice
+  for (int spins = 0; __atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == generation; ++spins) {
+    if (spins < kSpins) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+std::vector<const Kernels*> supported() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();  // these ask the operating system's XCR0 too
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  if (avx512) found.push_back(&kAvx512);
+  if (avx2) found.push_back(&kAvx2);
+#endif
+  found.push_back(&kPortable);
+  return found;
+}
+
+namespace {
+
+const Kernels& choose() {
+  const std::vector<const Kernels*> found = supported();
+  const char* wanted = std::getenv("FUSED_RNN_CPU_ISA");
+  if (!wanted || !*wanted) return *found.front();
+  std::string names;
+  for (const Kernels* k : found) {
+    if (std::string(wanted) == k->name) return *k;
+    names += (names.empty() ? "" : ", ") + std::string(k->name);
+  }
+  throw std::runtime_error("FUSED_RNN_CPU_ISA=" + std::string(wanted) +
+                           " is not supported on this machine; choose one of: " + names);
+}
+
+// OpenMP's threads do not survive a fork, and waiting for them would hang: a child process works alone.
+bool forked() {
+  static const pid_t loaded_in = getpid();
+  return getpid() != loaded_in;
+}
+const bool pid_recorded = forked();
+
+// Runs work(direction, worker) for every direction and worker of the plan.
+template <class Work>
+void run(const LayerShape& shape, int64_t threads, const Work& work) {
+  if (omp_in_parallel() || forked()) threads = 1;
+  const Plan wanted = plan(shape, threads);
+  if (wanted.teams * wanted.workers == 1) {
+    for (int64_t d = 0; d < shape.directions; ++d) work(d, Worker{0, 1, false, nullptr});
+    return;
+  }
+  Barrier whole(wanted.workers), first_half(wanted.workers), second_half(wanted.workers);
+#pragma omp parallel num_threads(static_cast<int>(wanted.teams * wanted.workers))
+  {
+    // The region may have fewer threads than asked for; waiting for the others would hang.
+    const int64_t index = omp_get_thread_num();
+    if (omp_get_num_threads() < wanted.teams * wanted.workers) {
+      if (index == 0) {
+        for (int64_t d = 0; d < shape.directions; ++d) work(d, Worker{0, 1, false, nullptr});
+      }
+    } else if (wanted.teams == 2) {
+      Barrier* barrier = wanted.workers == 1 ? nullptr : index < wanted.workers ? &first_half : &second_half;
+      work(index / wanted.workers, Worker{index % wanted.workers, wanted.workers, wanted.splits_units, barrier});
+    } else {
+      for (int64_t d = 0; d < shape.directions; ++d) {
+        work(d, Worker{index, wanted.workers, wanted.splits_units, &whole});
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+Plan plan(const LayerShape& shape, int64_t threads) {
+  // Multiply-adds of a step and of the whole, in one direction. An activation counts as some tens of them.
+  const int64_t gates = shape.cell == CellKind::kLstm ? 4 : shape.cell == CellKind::kGru ? 3 : 1;
+  const double step = double(gates) * shape.H * double(shape.B) * (shape.P + 32);
+  const double total = step * shape.T;
+  constexpr double kRegion = 4e5;  // below it a parallel region costs more than it saves
+  constexpr double kStep = 3e4;    // the same for a barrier after every step
+  constexpr int64_t kRows = 8;     // a worker's fewest rows, so that packed weights are read for more than one row
+  if (threads <= 1 || total * shape.directions < kRegion) return {1, 1, false};
+  const int64_t teams = shape.directions == 2 ? 2 : 1;
+  const int64_t most = threads / teams;
+  if (most <= 1) return {teams, 1, false};
+  if (shape.B >= most * kRows) return {teams, most, false};
+  const int64_t blocks = (shape.H + 15) / 16;
+  const int64_t useful = std::min({most, blocks, int64_t(step / kStep)});
+  return {teams, std::max<int64_t>(useful, 1), useful > 1};
+}
+
+void forward(const ForwardParams& params, int64_t threads) {
+  const Kernels& k = kernels();
+  run(params.shape, threads, [&](int64_t d, const Worker& worker) { k.forward(params, d, worker); });
+}
+
+void backward(const BackwardParams& params, int64_t threads) {
+  const Kernels& k = kernels();
+  run(params.shape, threads, [&](int64_t d, const Worker& worker) { k.backward(params, d, worker); });
+}
+
+}  // namespace cpu
+}  // namespace fused_rnn

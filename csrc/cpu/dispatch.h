@@ -1,0 +1,31 @@
+// Running a layer on the CPU: the instruction set chosen once, the threads chosen per call.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fused_rnn {
+namespace cpu {
+
+// The implementation in use: the best that the processor and the operating system support, or the one that
+// FUSED_RNN_CPU_ISA names. Throws std::runtime_error if that name is unknown or not supported here.
+const Kernels& kernels();
+
+// The implementations that run on this machine, best first.
+std::vector<const Kernels*> supported();
+
+// How a team works on a layer; see Worker.
+struct Plan {
+  int64_t teams;    // directions that run at the same time
+  int64_t workers;  // threads of each team
+  bool splits_units;
+};
+Plan plan(const LayerShape& shape, int64_t threads);
+
+void forward(const ForwardParams& params, int64_t threads);
+void backward(const BackwardParams& params, int64_t threads);
+
+}  // namespace cpu
+}  // namespace fused_rnn

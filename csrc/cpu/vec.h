@@ -1,0 +1,137 @@
+// The SIMD vector of one instruction set: GCC/Clang vector extensions, FUSED_RNN_VEC_BYTES wide.
+//
+// Arithmetic, comparison and selection are the compiler's own operators; here stand only loads and stores (whole and
+// partial, for the last units of a row) and the transpose that packing needs. Everything lies in the namespace of the
+// instruction set, so that the linker can never mix code compiled for different machines.
+#pragma once
+
+#include <cstdint>
+
+#include "../cells/math.h"
+
+#if FUSED_RNN_VEC_BYTES >= 32
+#include <immintrin.h>
+#endif
+
+namespace fused_rnn {
+namespace FUSED_RNN_ISA {
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(FUSED_RNN_VEC_BYTES)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(FUSED_RNN_VEC_BYTES)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+template <class T>
+constexpr int64_t kLanes = FUSED_RNN_VEC_BYTES / sizeof(T);
+
+template <class T>
+FUSED_RNN_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class T>
+FUSED_RNN_INLINE void store(T* p, const Vec<T>& v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+#if FUSED_RNN_VEC_BYTES == 64
+FUSED_RNN_INLINE Vec<float> load_first(const float* p, int64_t n) {
+  return (Vec<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+}
+FUSED_RNN_INLINE Vec<double> load_first(const double* p, int64_t n) {
+  return (Vec<double>)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+}
+FUSED_RNN_INLINE void store_first(float* p, const Vec<float>& v, int64_t n) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+}
+FUSED_RNN_INLINE void store_first(double* p, const Vec<double>& v, int64_t n) {
+  _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
+}
+#elif FUSED_RNN_VEC_BYTES == 32
+FUSED_RNN_INLINE __m256i first_lanes32(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FUSED_RNN_INLINE __m256i first_lanes64(int64_t n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+FUSED_RNN_INLINE Vec<float> load_first(const float* p, int64_t n) {
+  return (Vec<float>)_mm256_maskload_ps(p, first_lanes32(n));
+}
+FUSED_RNN_INLINE Vec<double> load_first(const double* p, int64_t n) {
+  return (Vec<double>)_mm256_maskload_pd(p, first_lanes64(n));
+}
+FUSED_RNN_INLINE void store_first(float* p, const Vec<float>& v, int64_t n) {
+  _mm256_maskstore_ps(p, first_lanes32(n), (__m256)v);
+}
+FUSED_RNN_INLINE void store_first(double* p, const Vec<double>& v, int64_t n) {
+  _mm256_maskstore_pd(p, first_lanes64(n), (__m256d)v);
+}
+#else
+template <class T>
+FUSED_RNN_INLINE Vec<T> load_first(const T* p, int64_t n) {
+  Vec<T> v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+template <class T>
+FUSED_RNN_INLINE void store_first(T* p, const Vec<T>& v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+#endif
+
+// The first n lanes, n in [0, kLanes]; the others are zero and their memory is not touched.
+template <class T>
+FUSED_RNN_INLINE Vec<T> load(const T* p, int64_t n) {
+  return n == kLanes<T> ? load(p) : load_first(p, n);
+}
+template <class T>
+FUSED_RNN_INLINE void store(T* p, const Vec<T>& v, int64_t n) {
+  if (n == kLanes<T>) {
+    store(p, v);
+  } else {
+    store_first(p, v, n);
+  }
+}
+
+// a[offset], b[offset], a[offset + 1], b[offset + 1], ...
+template <int offset, class T>
+FUSED_RNN_INLINE Vec<T> interleave(const Vec<T>& a, const Vec<T>& b) {
+#if defined(__clang__)
+  Vec<T> v;
+  for (int64_t i = 0; i < kLanes<T>; ++i) v[i] = (i % 2 ? b : a)[offset + i / 2];
+  return v;
+#else
+  typename math::Lane<Vec<T>>::Int order;
+  for (int64_t i = 0; i < kLanes<T>; ++i) order[i] = offset + i / 2 + (i % 2) * kLanes<T>;
+  return __builtin_shuffle(a, b, order);
+#endif
+}
+
+// In place; interleaving the two halves of the rows log2(lanes) times is a transpose.
+template <class T>
+FUSED_RNN_INLINE void transpose(Vec<T> (&m)[kLanes<T>]) {
+  constexpr int n = kLanes<T>;
+  for (int step = 1; step < n; step *= 2) {
+    Vec<T> next[n];
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i] = interleave<0, T>(m[i], m[i + n / 2]);
+      next[2 * i + 1] = interleave<n / 2, T>(m[i], m[i + n / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) m[i] = next[i];
+  }
+}
+
+}  // namespace FUSED_RNN_ISA
+}  // namespace fused_rnn

@@ -1,0 +1,78 @@
+// The contract between whoever launches a kernel and the kernels: plain structs, no torch, no ownership.
+//
+// Dimension letters: T time steps, B batch rows, I input, H hidden units, P size of h (H, or the projection's size),
+// G gates of the cell, D directions (1 or 2), N rows of data (T * B, or the sum of batch_sizes).
+// Pointers are to elements of `dtype`, row-major; strides are in elements; every row's last dimension is contiguous.
+// "may be null" is said where it holds; no two pointers alias unless said.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_rnn {
+
+enum class CellKind : int32_t { kRnnTanh, kRnnRelu, kLstm, kGru };
+enum class Dtype : int32_t { kFloat32, kFloat64 };
+
+// The shape of one layer and the place of its rows.
+// Row (t, b) of every [N, ...] buffer is row(t) + b; a packed sequence has fewer rows at later steps.
+struct LayerShape {
+  CellKind cell;
+  Dtype dtype;
+  int64_t T, B, H, P, N;
+  int64_t directions;
+  bool projected;              // LSTM with a projection: P < H, W_hr present
+  const int64_t* batch_sizes;  // [T] non-increasing, batch_sizes[0] == B; null: every step has B rows
+  const int64_t* row_offsets;  // [T] rows before step t; null with batch_sizes
+
+  int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
+  int64_t row(int64_t t) const { return row_offsets ? row_offsets[t] : t * B; }
+};
+
+// What forward keeps for backward, one row per (t, b), `stride` apart. In inference only `gates` exists.
+struct Reserve {
+  void* gates;     // [N, kSaved * H] in: x W_ih^T in the first kGates * H columns; out: what the cell saves
+  void* h_prev;    // [N, P] h as the step consumed it; null in inference
+  void* c_prev;    // [N, H] c as the step consumed it; LSTM in training, else null
+  void* hidden;    // [N, H] o * tanh(c) before the projection; null unless projected and in training
+  int64_t stride;  // of a row, in all four
+};
+
+struct ForwardDirection {
+  const void* w_hh;       // [G*H, P]
+  const void* b_ih;       // [G*H], may be null: zeros
+  const void* b_hh;       // [G*H], may be null: zeros
+  const void* w_hr;       // [P, H], null unless projected
+  const void* h0;         // [B, P], may be null: zeros
+  Reserve reserve;
+  void* y;                // [N, P] out: h of every step
+  int64_t y_stride;       // of a row of y: D * P, so that two directions interleave
+  void* h_n;              // [B, P] out: h after each row's last step; may be null: not wanted
+  void* c;                // [B, H] in: c0; out: c_n. LSTM, else null
+  void* workspace;        // workspace_size(shape) elements, 64-byte aligned
+};
+
+struct ForwardParams {
+  LayerShape shape;
+  ForwardDirection direction[2];  // [1] runs from each row's last step to its first
+};
+
+struct BackwardDirection {
+  const void* w_hh;       // [G*H, P]
+  const void* w_hr;       // [P, H], null unless projected
+  const void* dy;         // [N, P], may be null: zeros
+  int64_t dy_stride;      // of a row of dy: D * P
+  const void* dh_n;       // [B, P], may be null: zeros
+  Reserve reserve;        // as forward left it; read only
+  void* dgates;           // [N, kGrads * H] out: gradients before the activations
+  void* dh_total;         // [N, P] out: gradient of h after the projection; null unless projected
+  void* dh0;              // [B, P] out, may be null: not wanted
+  void* dc;               // [B, H] in: gradient of c_n; out: gradient of c0. LSTM, else null
+  void* workspace;        // workspace_size(shape) elements, 64-byte aligned
+};
+
+struct BackwardParams {
+  LayerShape shape;
+  BackwardDirection direction[2];
+};
+
+}  // namespace fused_rnn

@@ -1,0 +1,66 @@
+"""``python -m fused_rnn run script.py [args]`` and ``python -m fused_rnn info``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import runpy
+import sys
+
+import torch
+
+import fused_rnn
+from fused_rnn import _C
+
+
+def run(script: str, args: list[str]) -> None:
+    """Runs a script as ``python script.py args`` would, with the fused kernels under torch.nn."""
+    sys.argv = [script, *args]
+    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    with fused_rnn.patched():
+        runpy.run_path(script, run_name="__main__")
+
+
+def info() -> dict[str, str]:
+    """What to paste into a bug report."""
+    build = _C.build_info()
+    return {
+        "fused_rnn": f"{fused_rnn.__version__} in {os.path.dirname(fused_rnn.__file__)}",
+        "built with": f"torch {build['torch']}, compiler {build['compiler']}, OpenMP {build['openmp']}",
+        "torch": torch.__version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "cpu": f"{_cpu_name()}, {os.cpu_count()} logical processors",
+        "instruction set": f"{_C.cpu_isa()} (this machine has: {', '.join(_C.supported_cpu_isas())})",
+        "threads": str(torch.get_num_threads()),
+        "cuda kernels": "not in this version: tensors on a GPU are computed by torch.nn",
+        "torch's cuda": torch.version.cuda or "none",
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fused_rnn", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run", help="run a script with the fused kernels under torch.nn")
+    runner.add_argument("script")
+    runner.add_argument("args", nargs=argparse.REMAINDER, help="the script's own arguments")
+    commands.add_parser("info", help="versions and what was chosen on this machine")
+    options = parser.parse_args()
+    if options.command == "run":
+        run(options.script, options.args)
+    else:
+        for name, value in info().items():
+            print(f"{name + ':':<17} {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Between torch.nn's modules and ours: the same parameters, another class."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+_TORCH_CLASSES = (
+    torch.nn.RNN,
+    torch.nn.LSTM,
+    torch.nn.GRU,
+    torch.nn.RNNCell,
+    torch.nn.LSTMCell,
+    torch.nn.GRUCell,
+)
+
+
+class TorchConvertible(Module):
+    """A module of ours: knows torch.nn's class of the same name, and hands that to tools that ask for exact classes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _mark(self)
+
+    def to_torch(self) -> Module:
+        """A module of torch.nn's own class that shares this one's parameters, hooks and mode."""
+        return _recast(self, _torch_class(type(self)))
+
+    def __prepare_scriptable__(self) -> Module:
+        return self.to_torch()
+
+
+def from_torch(module: Module) -> Module:
+    """A module of ours that shares the parameters, hooks and mode of a torch.nn RNN, LSTM, GRU or cell.
+
+    Raises:
+        TypeError: module's class is none of torch.nn's six. A subclass may do anything in its forward;
+            derive it from ours instead.
+    """
+    if isinstance(module, TorchConvertible):
+        return module
+    return _recast(module, _fused_class(type(module)))
+
+
+def replace(model: Module) -> list[str]:
+    """Converts every torch.nn RNN, LSTM, GRU and cell inside model, in place.
+
+    The modules keep their identity, parameters and hooks: optimisers and references stay valid.
+
+    Returns:
+        The qualified names of the converted modules ("" for model itself).
+    """
+    converted = []
+    for name, module in model.named_modules():
+        if type(module) in _TORCH_CLASSES:
+            module.__class__ = _fused_class(type(module))
+            _mark(module)
+            converted.append(name)
+    return converted
+
+
+def _fused_class(cls: type) -> type[Module]:
+    import fused_rnn
+
+    if cls not in _TORCH_CLASSES:
+        names = ", ".join(c.__name__ for c in _TORCH_CLASSES)
+        raise TypeError(f"expected a module whose class is one of torch.nn's {names}, got {cls.__qualname__}")
+    return getattr(fused_rnn, cls.__name__)
+
+
+def _torch_class(cls: type) -> type[Module]:
+    return next(base for base in cls.__mro__ if base in _TORCH_CLASSES)
+
+
+def _mark(module: Module) -> None:
+    # torch.fx takes a module as one node if its __module__ starts with torch.nn; pickle looks at the class instead.
+    module.__dict__["__module__"] = "torch.nn.modules.rnn"
+
+
+def _recast(module: Module, cls: type[Module]) -> Module:
+    """A shallow copy of module as a cls: the same parameters, in dictionaries of its own."""
+    new = copy.copy(module)
+    for name, value in new.__dict__.items():
+        if isinstance(value, (dict, list)):
+            new.__dict__[name] = copy.copy(value)
+    new.__class__ = cls
+    if issubclass(cls, TorchConvertible):
+        _mark(new)
+    else:
+        new.__dict__.pop("__module__", None)
+    return new

@@ -1,0 +1,80 @@
+"""From one layer to the whole: layers, directions, dropout between layers.
+
+This is the readable algorithm of torch.nn's RNN, LSTM and GRU; `fused_rnn.ops.layer` makes it fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fused_rnn import ops
+
+
+def stack(
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_sizes: Tensor | None = None,
+    layer: Callable = ops.layer,
+) -> tuple[Tensor, ...]:
+    """All layers of a torch.nn.RNN, LSTM or GRU.
+
+    Args:
+        cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
+        x: ``[T, B, I]``, or ``[N, I]`` with ``batch_sizes`` (a packed sequence's data).
+        states: h0 ``[L*D, B, P]``, and for the LSTM c0 ``[L*D, B, H]``.
+        weights: torch.nn's ``_flat_weights``: per layer and direction ``w_ih, w_hh[, b_ih, b_hh][, w_hr]``.
+        has_biases, num_layers, dropout, bidirectional: as in torch.nn; dropout only acts with ``train``.
+        batch_sizes: int64 ``[T]`` or None.
+        layer: what computes one layer; `fused_rnn.reference.layer` makes this the specification.
+
+    Returns:
+        y ``[T, B, D*P]`` (or ``[N, D*P]``), h_n ``[L*D, B, P]`` and for the LSTM c_n ``[L*D, B, H]``.
+    """
+    D = 2 if bidirectional else 1
+    h0, c0 = states[0], states[1] if len(states) > 1 else None
+    per_direction = len(weights) // (num_layers * D)
+    h_n, c_n = [], []
+    for index in range(num_layers):
+        if index > 0 and train and dropout > 0:
+            x = torch.dropout(x, dropout, True)
+        first = index * D * per_direction
+        of_layer = [
+            w
+            for start in range(first, first + D * per_direction, per_direction)
+            for w in _five(weights[start : start + per_direction], has_biases)
+        ]
+        x, h, c = layer(
+            cell, x, _of_layer(h0, index, num_layers), _of_layer(c0, index, num_layers), of_layer, batch_sizes
+        )
+        h_n.append(h)
+        c_n.append(c)
+    result = (x, _join(h_n))
+    return result if c0 is None else (*result, _join(c_n))
+
+
+def _five(weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor | None, ...]:
+    """``w_ih, w_hh, b_ih, b_hh, w_hr``, None where absent."""
+    biases = weights[2:4] if has_biases else (None, None)
+    projection = weights[4 if has_biases else 2 :] or (None,)
+    return (*weights[:2], *biases, *projection)
+
+
+def _of_layer(state: Tensor | None, index: int, num_layers: int) -> Tensor | None:
+    if state is None or num_layers == 1:
+        return state
+    D = state.size(0) // num_layers
+    return state.narrow(0, index * D, D)
+
+
+def _join(states: list[Tensor]) -> Tensor:
+    return states[0] if len(states) == 1 else torch.cat(states)

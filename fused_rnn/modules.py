@@ -1,0 +1,139 @@
+"""RNN, LSTM and GRU: torch.nn's classes with a forward on the fused kernels.
+
+Everything but `forward` is inherited: constructor, parameters, initialisation, state_dict, repr, pickling. What the
+kernels do not take (another dtype or device, a compiler or a mode watching, irregular arguments) goes to torch.nn's
+own forward, which computes it or raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fused_rnn import functional, ops
+from fused_rnn.convert import TorchConvertible
+
+
+class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
+    """What RNN, LSTM and GRU share: the way from their arguments to `fused_rnn.functional.stack`."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """As torch.nn's class of the same name.
+
+        Args:
+            input: ``(T, B, input_size)``, ``(B, T, input_size)`` with ``batch_first``, ``(T, input_size)``
+                unbatched, or a PackedSequence.
+            hx: initial state(s), each ``(L*D, B, size)`` or unbatched ``(L*D, size)``; None: zeros. The LSTM takes
+                a pair (h_0, c_0) of sizes ``proj_size or hidden_size`` and ``hidden_size``.
+
+        Returns:
+            output, shaped like input but ``D * (proj_size or hidden_size)`` wide, and the final state(s), shaped
+            like hx.
+
+        Raises:
+            ValueError, RuntimeError: as torch.nn, with its texts, if sizes or dtypes do not fit.
+        """
+        self._update_flat_weights()
+        packed = isinstance(input, PackedSequence)
+        data = input.data if packed else input
+        states = self._given_states(hx)
+        if states is None or not self._regular(data, states, packed):
+            return super().forward(input, hx)
+
+        batch_sizes = sorted_indices = unsorted_indices = None
+        batched = data.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        if packed:
+            _, batch_sizes, sorted_indices, unsorted_indices = input
+            batch = int(batch_sizes[0])
+        else:
+            if not batched:
+                data = data.unsqueeze(batch_dim)
+                states = tuple(s.unsqueeze(1) for s in states)
+            batch = data.size(batch_dim)
+        if states:
+            hidden = self.permute_hidden(self._pack_states(states), sorted_indices)
+        else:
+            hidden = self._pack_states(self._zero_states(data, batch))
+        self.check_forward_args(data, hidden, batch_sizes)
+
+        time_major = data.transpose(0, 1) if self.batch_first and not packed else data
+        output, *hidden = functional.stack(
+            self.mode.lower(),
+            time_major,
+            self._given_states(hidden),
+            self._flat_weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            batch_sizes,
+        )
+
+        if packed:
+            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        elif not batched:
+            output = output.squeeze(1)
+            hidden = [s.squeeze(1) for s in hidden]
+        elif self.batch_first:
+            output = output.transpose(0, 1)
+        return output, self.permute_hidden(self._pack_states(hidden), unsorted_indices)
+
+    # RNN and GRU have one state, a tensor; the LSTM has a pair.
+
+    def _given_states(self, hx: Any) -> tuple[Any, ...] | None:
+        """The states in hx; () if there are none, None if hx is not what forward expects."""
+        return () if hx is None else (hx,)
+
+    def _pack_states(self, states: Any) -> Any:
+        return states[0]
+
+    def _state_sizes(self) -> tuple[int, ...]:
+        return (self.hidden_size,)
+
+    def _zero_states(self, data: Tensor, batch: int) -> list[Tensor]:
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        return [
+            torch.zeros(rows, batch, size, dtype=data.dtype, device=data.device)
+            for size in self._state_sizes()
+        ]
+
+    def _regular(self, data: Any, states: tuple[Any, ...], packed: bool) -> bool:
+        """Whether the kernels may take these arguments, as far as torch's own checks do not tell."""
+        tensors = (data, *states, *self._flat_weights)
+        if any(t is None for t in tensors) or not ops.fusible(*tensors):
+            return False
+        dim = data.dim()
+        time_dim = 1 if self.batch_first and dim == 3 else 0
+        return (
+            isinstance(self.bidirectional, bool)
+            and (packed or (dim in (2, 3) and data.size(time_dim) > 0))
+            and (packed or all(s.dim() == dim for s in states))
+        )
+
+
+class RNN(FusedRNNBase, torch.nn.RNN):
+    __doc__ = torch.nn.RNN.__doc__
+
+
+class LSTM(FusedRNNBase, torch.nn.LSTM):
+    __doc__ = torch.nn.LSTM.__doc__
+
+    def _given_states(self, hx: Any) -> tuple[Any, ...] | None:
+        if hx is None:
+            return ()
+        return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
+
+    def _pack_states(self, states: Any) -> Any:
+        return tuple(states)
+
+    def _state_sizes(self) -> tuple[int, ...]:
+        return (self.proj_size or self.hidden_size, self.hidden_size)
+
+
+class GRU(FusedRNNBase, torch.nn.GRU):
+    __doc__ = torch.nn.GRU.__doc__

@@ -1,0 +1,269 @@
+"""One layer, differentiable: the operators ``torch.ops.fused_rnn``, their autograd, and when they may be used.
+
+The operators are plain (no autograd kernel): ``autograd.Function`` outside them costs a third of the time that
+``torch.library.register_autograd`` does per call, and is skipped when nothing needs a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fused_rnn import reference
+
+_forward = torch.ops.fused_rnn.forward.default
+_backward = torch.ops.fused_rnn.backward.default
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_DTYPES = (torch.float32, torch.float64)
+_NO_WEIGHTS = (None,) * 5
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer over a whole sequence on the fused kernels; the meaning is `fused_rnn.reference.layer`'s.
+
+    Raises:
+        RuntimeError: a tensor does not fit the others in shape, dtype or device.
+    """
+    inputs = (x, h0, c0, *weights)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        y, h_n, c_n = _Layer.apply(cell, batch_sizes, *inputs)
+    else:
+        y, h_n, c_n, _ = _call_forward(cell, batch_sizes, inputs, train=False)
+    is_step = x.dim() == 2 and batch_sizes is None
+    return y, y if is_step else h_n, c_n if cell == "lstm" else None
+
+
+def fusible(*tensors: Any) -> bool:
+    """Whether the kernels may compute with these; if not, torch does.
+
+    They take plain tensors of one supported dtype on the CPU, and only while nothing watches or
+    rewrites torch's operations: a compiler, a tracer, autocast, a mode, a functorch transform.
+    """
+    if torch.compiler.is_compiling() or _watched():
+        return False
+    dtype = getattr(tensors[0], "dtype", None)
+    if dtype not in _DTYPES:
+        return False
+    return all(
+        t is None
+        or (
+            type(t) in _PLAIN_TYPES
+            and t.dtype is dtype
+            and t.is_cpu
+            and t.layout is torch.strided
+            and not t.is_nested
+        )
+        for t in tensors
+    )
+
+
+def _watched() -> bool:
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or (torch._C._len_torch_function_stack() > 0 and _function_mode_matters())
+    )
+
+
+def _function_mode_matters() -> bool:
+    # torch.set_default_device and `with torch.device(...)` are modes, too, but only steer factories.
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def _call_forward(
+    cell: str, batch_sizes: Tensor | None, inputs: Sequence[Tensor | None], train: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, h0, c0, *weights = inputs
+    if len(weights) == 5:
+        weights += _NO_WEIGHTS
+    return _forward(x, h0, c0, *weights, batch_sizes, cell, train)
+
+
+class _Layer(torch.autograd.Function):
+    """Inputs are x, h0, c0 and then five weights per direction, in the operator's order."""
+
+    @staticmethod
+    def forward(ctx, cell, batch_sizes, *inputs):  # type: ignore[no-untyped-def]
+        y, h_n, c_n, reserve = _call_forward(cell, batch_sizes, inputs, train=True)
+        ctx.set_materialize_grads(False)
+        ctx.cell, ctx.batch_sizes = cell, batch_sizes
+        # What a first derivative reads is saved for it, and so guarded against writing in place. What only a
+        # second derivative reads is kept aside, with its version, so that writing to it stays allowed until then.
+        read = _read_by_backward(ctx.needs_input_grad[2:])
+        ctx.save_for_backward(reserve, *(t if r else None for t, r in zip(inputs, read, strict=True)))
+        ctx.aside = tuple(
+            None if r or t is None else (t, t._version) for t, r in zip(inputs, read, strict=True)
+        )
+        if cell != "lstm":
+            ctx.mark_non_differentiable(c_n)
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n):  # type: ignore[no-untyped-def]
+        needs = ctx.needs_input_grad[2:]
+        reserve, *inputs = ctx.saved_tensors
+        if torch.is_grad_enabled() or not _all_plain(dy, dh_n, dc_n):
+            inputs = _with_aside(inputs, ctx.aside)
+            grads = _differentiable_backward(ctx.cell, ctx.batch_sizes, inputs, needs, (dy, dh_n, dc_n))
+            return None, None, *grads
+        x, _, _, *weights = (
+            aside[0] if t is None and aside is not None else t
+            for t, aside in zip(inputs, ctx.aside, strict=True)
+        )
+        w_ih, w_hh, _, _, w_hr = weights[:5]
+        w_ih_reverse, w_hh_reverse, _, _, w_hr_reverse = weights[5:] or _NO_WEIGHTS
+        by_kind = [any(needs[k::5]) for k in range(3, 8)]  # w_ih, w_hh, b_ih, b_hh, w_hr in any direction
+        grads = _backward(
+            dy,
+            dh_n,
+            dc_n,
+            x,
+            w_ih,
+            w_hh,
+            w_hr,
+            w_ih_reverse,
+            w_hh_reverse,
+            w_hr_reverse,
+            reserve,
+            ctx.batch_sizes,
+            ctx.cell,
+            needs[0],
+            needs[1] or needs[2],
+            by_kind[0],
+            by_kind[1],
+            by_kind[2] or by_kind[3],
+            by_kind[4],
+        )
+        return None, None, *(g if need else None for g, need in zip(grads, needs, strict=False))
+
+
+def _read_by_backward(needs: Sequence[bool]) -> list[bool]:
+    # x and w_ih meet in one product: each is read for the other's gradient. Biases are never read.
+    needs_x, needs_w_ih = needs[0], any(needs[3::5])
+    one_direction = (needs_x, True, False, False, True)
+    return [needs_w_ih, True, True, *one_direction * ((len(needs) - 3) // 5)]
+
+
+def _with_aside(inputs: Sequence[Tensor | None], aside: Sequence[Any]) -> list[Tensor | None]:
+    whole = []
+    for saved, pair in zip(inputs, aside, strict=True):
+        if pair is not None and pair[0]._version != pair[1]:
+            raise RuntimeError(
+                "one of the variables needed for the second derivative has been modified by an inplace operation: "
+                f"it is at version {pair[0]._version}; expected version {pair[1]} instead"
+            )
+        whole.append(saved if pair is None else pair[0])
+    return whole
+
+
+def _all_plain(*grads: Tensor | None) -> bool:
+    # A gradient under vmap (is_grads_batched=True) is batched: torch's own operations know how to take it.
+    return not any(
+        g is not None and (type(g) is not Tensor or torch._C._functorch.is_batchedtensor(g)) for g in grads
+    )
+
+
+def _differentiable_backward(
+    cell: str,
+    batch_sizes: Tensor | None,
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The layer's gradients as a differentiable function of its inputs and of the outputs' gradients."""
+    with torch.enable_grad():
+        # Views cut every input off from the others: h0 may itself have been computed from x.
+        x, h0, c0, *weights = views = [None if t is None else t.view_as(t) for t in inputs]
+        outputs = reference.layer(cell, x, h0, c0, weights, batch_sizes)
+        used = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
+        wanted = [v for v, need in zip(views, needs, strict=True) if need]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in used],
+                wanted,
+                [g for _, g in used],
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+        )
+    return [next(found) if need else None for need in needs]
+
+
+@torch.library.register_fake("fused_rnn::forward")
+def _fake_forward(  # type: ignore[no-untyped-def]
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse,
+    w_hr_reverse, batch_sizes, cell, train,
+):  # fmt: skip
+    H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
+    D = 1 if w_ih_reverse is None else 2
+    is_step = x.dim() == 2 and batch_sizes is None
+    batch, rows = _batch_and_rows(x, h0, batch_sizes)
+    state = (batch,) if is_step else (D, batch)
+    y = x.new_empty((*x.shape[:-1], D * P))
+    h_n = x.new_empty((0,) if is_step else (*state, P))
+    c_n = x.new_empty((*state, H) if cell == "lstm" else (0,))
+    reserve = x.new_empty((D, rows, _reserve_width(cell, H, P, w_hr)) if train else (0,))
+    return y, h_n, c_n, reserve
+
+
+@torch.library.register_fake("fused_rnn::backward")
+def _fake_backward(  # type: ignore[no-untyped-def]
+    dy, dh_n, dc_n, x, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse, reserve, batch_sizes, cell,
+    need_dx, need_dstate, need_dw_ih, need_dw_hh, need_db, need_dw_hr,
+):  # fmt: skip
+    H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
+    D = 1 if w_ih_reverse is None else 2
+    is_step = x.dim() == 2 and batch_sizes is None
+    batch, _ = _batch_and_rows(x, dh_n if dh_n is not None else dc_n, batch_sizes)
+    state = (batch,) if is_step else (D, batch)
+
+    def wanted(shape: Sequence[int], need: bool) -> Tensor:
+        return x.new_empty(shape if need else (0,))
+
+    grads = [
+        wanted(x.shape, need_dx),
+        wanted((*state, P), need_dstate),
+        wanted((*state, H), need_dstate and cell == "lstm"),
+    ]
+    for direction in range(2):
+        has = direction < D
+        grads += [
+            wanted(w_ih.shape, has and need_dw_ih),
+            wanted(w_hh.shape, has and need_dw_hh),
+            wanted(w_hh.shape[:1], has and need_db),
+            wanted(w_hh.shape[:1], has and need_db),
+            wanted((P, H), has and need_dw_hr and w_hr is not None),
+        ]
+    return tuple(grads)
+
+
+def _batch_and_rows(x: Tensor, state: Tensor | None, batch_sizes: Tensor | None) -> tuple[Any, Any]:
+    if batch_sizes is not None:
+        batch = torch.library.get_ctx().new_dynamic_size() if state is None else state.size(-2)
+        return batch, x.size(0)
+    if x.dim() == 2:
+        return x.size(0), x.size(0)
+    return x.size(1), x.size(0) * x.size(1)
+
+
+def _reserve_width(cell: str, H: int, P: int, w_hr: Tensor | None) -> int:
+    saved = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4}[cell]
+    return saved * H + P + (H if cell == "lstm" else 0) + (H if w_hr is not None else 0)
