@@ -43,12 +43,13 @@ struct ForwardDirection {
   const void* b_hh;       // [G*H], may be null: zeros
   const void* w_hr;       // [P, H], null unless projected
   const void* h0;         // [B, P], may be null: zeros
+  const void* recurrent;  // [B, G*H] h0 W_hh^T, with T == 1 only: one step is not worth packing W_hh. May be null
   Reserve reserve;
-  void* y;                // [N, P] out: h of every step
-  int64_t y_stride;       // of a row of y: D * P, so that two directions interleave
-  void* h_n;              // [B, P] out: h after each row's last step; may be null: not wanted
-  void* c;                // [B, H] in: c0; out: c_n. LSTM, else null
-  void* workspace;        // workspace_size(shape) elements, 64-byte aligned
+  void* y;           // [N, P] out: h of every step
+  int64_t y_stride;  // of a row of y: D * P, so that two directions interleave
+  void* h_n;         // [B, P] out: h after each row's last step; may be null: not wanted
+  void* c;           // [B, H] in: c0; out: c_n. LSTM, else null
+  void* workspace;   // workspace_size(shape) elements, 64-byte aligned
 };
 
 struct ForwardParams {
@@ -57,17 +58,17 @@ struct ForwardParams {
 };
 
 struct BackwardDirection {
-  const void* w_hh;       // [G*H, P]
-  const void* w_hr;       // [P, H], null unless projected
-  const void* dy;         // [N, P], may be null: zeros
-  int64_t dy_stride;      // of a row of dy: D * P
-  const void* dh_n;       // [B, P], may be null: zeros
-  Reserve reserve;        // as forward left it; read only
-  void* dgates;           // [N, kGrads * H] out: gradients before the activations
-  void* dh_total;         // [N, P] out: gradient of h after the projection; null unless projected
-  void* dh0;              // [B, P] out, may be null: not wanted
-  void* dc;               // [B, H] in: gradient of c_n; out: gradient of c0. LSTM, else null
-  void* workspace;        // workspace_size(shape) elements, 64-byte aligned
+  const void* w_hh;   // [G*H, P]
+  const void* w_hr;   // [P, H], null unless projected
+  const void* dy;     // [N, P], may be null: zeros
+  int64_t dy_stride;  // of a row of dy: D * P
+  const void* dh_n;   // [B, P], may be null: zeros
+  Reserve reserve;    // as forward left it; read only
+  void* dgates;       // [N, kGrads * H] out: gradients before the activations
+  void* dh_total;     // [N, P] out: gradient of h after the projection; null unless projected
+  void* dh0;          // [B, P] out, may be null: not wanted. With T == 1 without the part that comes through W_hh
+  void* dc;           // [B, H] in: gradient of c_n; out: gradient of c0. LSTM, else null
+  void* workspace;    // workspace_size(shape) elements, 64-byte aligned
 };
 
 struct BackwardParams {

@@ -36,7 +36,7 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         Raises:
             ValueError, RuntimeError: as torch.nn, with its texts, if sizes or dtypes do not fit.
         """
-        self._update_flat_weights()
+        self._refresh_flat_weights()
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
         states = self._given_states(hx)
@@ -83,6 +83,14 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
             output = output.transpose(0, 1)
         return output, self.permute_hidden(self._pack_states(hidden), unsorted_indices)
 
+    def _refresh_flat_weights(self) -> None:
+        # torch.nn's _update_flat_weights, without the cost of its attribute look-ups in the usual case.
+        parameters = self._parameters
+        for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=False):
+            if parameters.get(name) is not weight or weight is None:
+                self._update_flat_weights()
+                return
+
     # RNN and GRU have one state, a tensor; the LSTM has a pair.
 
     def _given_states(self, hx: Any) -> tuple[Any, ...] | None:
@@ -97,10 +105,7 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
 
     def _zero_states(self, data: Tensor, batch: int) -> list[Tensor]:
         rows = self.num_layers * (2 if self.bidirectional else 1)
-        return [
-            torch.zeros(rows, batch, size, dtype=data.dtype, device=data.device)
-            for size in self._state_sizes()
-        ]
+        return [torch.zeros(rows, batch, size, dtype=data.dtype, device=data.device) for size in self._state_sizes()]
 
     def _regular(self, data: Any, states: tuple[Any, ...], packed: bool) -> bool:
         """Whether the kernels may take these arguments, as far as torch's own checks do not tell."""

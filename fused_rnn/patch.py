@@ -51,9 +51,7 @@ def _sequence(cell: str) -> Callable:
         x = input.transpose(0, 1) if batch_first else input
         if x.size(0) == 0:
             return None
-        y, *states = functional.stack(
-            cell, x, states, weights, has_biases, num_layers, dropout, train, bidirectional
-        )
+        y, *states = functional.stack(cell, x, states, weights, has_biases, num_layers, dropout, train, bidirectional)
         return (y.transpose(0, 1) if batch_first else y, *states)
 
     def packed(data, batch_sizes, hx, weights, has_biases, num_layers, dropout, train, bidirectional):  # type: ignore[no-untyped-def]

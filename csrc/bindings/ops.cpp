@@ -18,15 +18,15 @@ namespace {
 struct CellInfo {
   CellKind kind;
   int64_t gates, saved, grads, input_shift, hidden_grads;
-  bool has_c;
+  bool has_c, uses_h;
 };
 
 CellInfo cell_info(const std::string& name) {
-#define FUSED_RNN_INFO(kind, policy, label)                                                         \
-  if (name == label) {                                                                              \
-    using Cell = policy;                                                                            \
-    return {CellKind::kind,     Cell::kGates,       Cell::kSaved, Cell::kGrads, Cell::kInputShift, \
-            Cell::kHiddenGrads, Cell::kHasC};                                                       \
+#define FUSED_RNN_INFO(kind, policy, label)                                     \
+  if (name == label) {                                                          \
+    using Cell = policy;                                                        \
+    return {CellKind::kind,    Cell::kGates,       Cell::kSaved, Cell::kGrads,  \
+            Cell::kInputShift, Cell::kHiddenGrads, Cell::kHasC,  Cell::kUsesH}; \
   }
   FUSED_RNN_CELLS(FUSED_RNN_INFO)
 #undef FUSED_RNN_INFO
@@ -34,8 +34,7 @@ CellInfo cell_info(const std::string& name) {
 #define FUSED_RNN_NAME(kind, policy, label) names += (names.empty() ? "" : ", ") + std::string(label);
   FUSED_RNN_CELLS(FUSED_RNN_NAME)
 #undef FUSED_RNN_NAME
-  check(false, "unknown cell '", name, "'; the cells are: ", names);
-  throw std::logic_error("unreachable");
+  fail("unknown cell '", name, "'; the cells are: ", names);
 }
 
 struct Weights {
@@ -51,29 +50,31 @@ class Layer {
   int64_t I = 0;
   bool step = false;  // x is [B, I], states [B, ...]: one time step, no time dimension in the results
   ScalarType dtype = ScalarType::Float;
-  Tensor batch_sizes;
+  OptionalTensor batch_sizes;
   std::vector<int64_t> row_offsets;
 
   // x: [T, B, I]; [N, I] with batch_sizes; [B, I] for a single step. w_hh: [G*H, P].
   Layer(const std::string& name, torch::headeronly::IntHeaderOnlyArrayRef x, ScalarType type, const Tensor& w_hh,
         const OptionalTensor& w_hr, bool two_directions, const OptionalTensor& sizes)
       : cell(cell_info(name)), dtype(type) {
-    check(dtype == ScalarType::Float || dtype == ScalarType::Double, "x must be float32 or float64");
-    check(w_hh.dim() == 2, "w_hh must have 2 dimensions, got ", w_hh.dim());
-    check(w_hh.size(0) % cell.gates == 0, "w_hh must have a multiple of ", cell.gates, " rows, got ", w_hh.size(0));
+    FUSED_RNN_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "x must be float32 or float64");
+    FUSED_RNN_CHECK(w_hh.dim() == 2, "w_hh must have 2 dimensions, got ", w_hh.dim());
+    FUSED_RNN_CHECK(w_hh.size(0) % cell.gates == 0, "w_hh must have a multiple of ", cell.gates, " rows, got ",
+                    w_hh.size(0));
     shape.cell = cell.kind;
     shape.dtype = dtype == ScalarType::Float ? Dtype::kFloat32 : Dtype::kFloat64;
     shape.H = w_hh.size(0) / cell.gates;
     shape.P = w_hh.size(1);
     shape.directions = two_directions ? 2 : 1;
     shape.projected = w_hr.has_value();
-    check(!shape.projected || cell.kind == CellKind::kLstm, "only the LSTM has a projection");
-    check(shape.projected || shape.P == shape.H, "w_hh must have shape ",
-          shape_text(std::vector<int64_t>{shape.H * cell.gates, shape.H}), ", got ", shape_text(w_hh.sizes()));
+    FUSED_RNN_CHECK(!shape.projected || cell.kind == CellKind::kLstm, "only the LSTM has a projection");
+    FUSED_RNN_CHECK(shape.projected || shape.P == shape.H, "w_hh must have shape ",
+                    shape_text(std::vector<int64_t>{shape.H * cell.gates, shape.H}), ", got ",
+                    shape_text(w_hh.sizes()));
     step = x.size() == 2 && !sizes;
-    check(x.size() == (step || sizes ? 2 : 3), "x must be [T, B, I], [N, I] with batch_sizes, or [B, I], got ",
-          shape_text(x));
-    check(!step || !two_directions, "a single step has one direction");
+    FUSED_RNN_CHECK(x.size() == (step || sizes ? 2 : 3),
+                    "x must be [T, B, I], [N, I] with batch_sizes, or [B, I], got ", shape_text(x));
+    FUSED_RNN_CHECK(!step || !two_directions, "a single step has one direction");
     I = x[x.size() - 1];
     if (sizes) {
       pack(*sizes, x[0]);
@@ -82,7 +83,7 @@ class Layer {
       shape.B = step ? x[0] : x[1];
       shape.N = shape.T * shape.B;
     }
-    check(shape.T > 0, "Expected sequence length to be larger than 0 in RNN");
+    FUSED_RNN_CHECK(shape.T > 0, "Expected sequence length to be larger than 0 in RNN");
   }
 
   int64_t reserve_width() const {
@@ -113,7 +114,7 @@ class Layer {
   Weights checked_weights(const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
                           const OptionalTensor& b_hh, const OptionalTensor& w_hr) const {
     const int64_t rows = cell.gates * shape.H;
-    check(w_hr.has_value() == shape.projected, "both directions need w_hr, or neither");
+    FUSED_RNN_CHECK(w_hr.has_value() == shape.projected, "both directions need w_hr, or neither");
     return {checked(w_ih, "w_ih", {rows, I}, dtype), checked(w_hh, "w_hh", {rows, shape.P}, dtype),
             checked(b_ih, "b_ih", {rows}, dtype), checked(b_hh, "b_hh", {rows}, dtype),
             checked(w_hr, "w_hr", {shape.P, shape.H}, dtype)};
@@ -144,21 +145,21 @@ class Layer {
 
  private:
   void pack(const Tensor& sizes, int64_t rows) {
-    check(sizes.is_cpu() && sizes.scalar_type() == ScalarType::Long && sizes.dim() == 1,
-          "batch_sizes must be a 1-D int64 tensor on the CPU");
+    FUSED_RNN_CHECK(sizes.is_cpu() && sizes.scalar_type() == ScalarType::Long && sizes.dim() == 1,
+                    "batch_sizes must be a 1-D int64 tensor on the CPU");
     batch_sizes = sizes.is_contiguous() ? sizes : torch::stable::contiguous(sizes);
-    shape.T = batch_sizes.size(0);
-    check(shape.T > 0, "batch_sizes must not be empty");
-    const int64_t* at = static_cast<const int64_t*>(batch_sizes.data_ptr());
+    shape.T = batch_sizes->size(0);
+    FUSED_RNN_CHECK(shape.T > 0, "batch_sizes must not be empty");
+    const int64_t* at = static_cast<const int64_t*>(batch_sizes->data_ptr());
     shape.batch_sizes = at;
     shape.B = at[0];
     row_offsets.resize(shape.T);
     for (int64_t t = 0; t < shape.T; ++t) {
-      check(at[t] > 0 && at[t] <= (t ? at[t - 1] : rows), "batch_sizes must be positive and not increase");
+      FUSED_RNN_CHECK(at[t] > 0 && at[t] <= (t ? at[t - 1] : rows), "batch_sizes must be positive and not increase");
       row_offsets[t] = shape.N;
       shape.N += at[t];
     }
-    check(shape.N == rows, "batch_sizes must sum to the rows of x: ", shape.N, " is not ", rows);
+    FUSED_RNN_CHECK(shape.N == rows, "batch_sizes must sum to the rows of x: ", shape.N, " is not ", rows);
     shape.row_offsets = row_offsets.data();
   }
 };
@@ -166,31 +167,37 @@ class Layer {
 int64_t threads() { return torch::stable::get_num_threads(); }
 
 // y, h_n, c_n, reserve. c_n is empty without c, h_n for a single step (it would be y), reserve without `train`.
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
-    OptionalTensor w_hr, OptionalTensor w_ih_reverse, OptionalTensor w_hh_reverse, OptionalTensor b_ih_reverse,
-    OptionalTensor b_hh_reverse, OptionalTensor w_hr_reverse, OptionalTensor batch_sizes, std::string cell,
-    bool train) {
-  check(w_ih_reverse.has_value() == w_hh_reverse.has_value(), "the reverse direction needs w_ih and w_hh");
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
+                                                   Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                                   OptionalTensor w_hr, OptionalTensor w_ih_reverse,
+                                                   OptionalTensor w_hh_reverse, OptionalTensor b_ih_reverse,
+                                                   OptionalTensor b_hh_reverse, OptionalTensor w_hr_reverse,
+                                                   OptionalTensor batch_sizes, std::string cell, bool train) {
+  FUSED_RNN_CHECK(w_ih_reverse.has_value() == w_hh_reverse.has_value(), "the reverse direction needs w_ih and w_hh");
   const Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_ih_reverse.has_value(), batch_sizes);
   const LayerShape& s = layer.shape;
   const int64_t D = s.directions;
   x = layer.checked_sequence(x, "x", layer.I);
   h0 = layer.checked_state(h0, "h0", s.P);
-  check(layer.cell.has_c || !c0, "only the LSTM has c0");
+  FUSED_RNN_CHECK(layer.cell.has_c || !c0, "only the LSTM has c0");
   c0 = layer.checked_state(c0, "c0", s.H);
-  Weights weights[2] = {layer.checked_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
+  std::vector<Weights> weights{layer.checked_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
   if (D == 2) {
-    weights[1] = layer.checked_weights(*w_ih_reverse, *w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse);
+    weights.push_back(layer.checked_weights(*w_ih_reverse, *w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
   }
 
-  Tensor y = layer.new_sequence(D * s.P);
-  Tensor h_n = layer.step ? empty({0}, layer.dtype) : layer.new_state(s.P);
-  Tensor c_n = layer.cell.has_c ? layer.new_state(s.H) : empty({0}, layer.dtype);
-  const int64_t width = train ? layer.reserve_width() : layer.cell.gates * s.H;
-  Tensor reserve = empty({D, s.N, width}, layer.dtype);
+  const bool no_h_n = layer.step, no_c_n = !layer.cell.has_c;
+  const Tensor y = layer.new_sequence(D * s.P);
+  const Tensor h_n = no_h_n ? empty({0}, layer.dtype) : layer.new_state(s.P);
+  Tensor c_n = no_c_n ? empty({0}, layer.dtype) : layer.new_state(s.H);
   const int64_t workspace_stride = layer.workspace_stride();
-  Tensor workspace = empty({D * workspace_stride}, layer.dtype);
+  const Tensor workspace = empty({D * workspace_stride}, layer.dtype);
+  // In inference the gates are scratch of this call.
+  const int64_t width = train ? layer.reserve_width() : layer.cell.gates * s.H;
+  const Tensor reserve = empty({D, s.N, width}, layer.dtype);
+  const int64_t rows = layer.cell.gates * s.H;
+  OptionalTensor recurrent;
+  if (s.T == 1 && h0) recurrent = empty({D, s.B, rows}, layer.dtype);
   if (layer.cell.has_c) {
     if (c0) {
       torch::stable::copy_(c_n, *c0);
@@ -215,9 +222,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
       p.h_n = layer.step ? nullptr : layer.offset(h_n, d * s.B * s.P);
       p.c = layer.cell.has_c ? layer.offset(c_n, d * s.B * s.H) : nullptr;
       p.workspace = layer.offset(workspace, d * workspace_stride);
-      const int64_t rows = layer.cell.gates * s.H;
       product({p.reserve.gates, s.N, rows, p.reserve.stride}, {x.data_ptr(), s.N, layer.I, layer.I},
-              Matrix{w.w_ih.data_ptr(), rows, layer.I, layer.I}.t(), layer.dtype);
+              cpu::Matrix{w.w_ih.data_ptr(), rows, layer.I, layer.I}.transposed(), layer.dtype);
+      if (s.T == 1 && h0) {
+        void* out = layer.offset(*recurrent, d * s.B * rows);
+        product({out, s.B, rows, rows}, {const_cast<void*>(p.h0), s.B, s.P, s.P},
+                cpu::Matrix{w.w_hh.data_ptr(), rows, s.P, s.P}.transposed(), layer.dtype);
+        p.recurrent = out;
+      }
     }
     cpu::forward(params, threads());
   }
@@ -233,8 +245,8 @@ class WeightGradients {
   Tensor input_weights(const Tensor& x) const {
     Tensor out = empty({rows(), layer_.I}, layer_.dtype);
     each_input_run([&](int64_t block, int64_t gate, int64_t count) {
-      product({layer_.offset(out, gate * s_.H * layer_.I), count * s_.H, layer_.I, layer_.I}, grads(block, count).t(),
-              {x.data_ptr(), s_.N, layer_.I, layer_.I}, layer_.dtype);
+      over_rows({layer_.offset(out, gate * s_.H * layer_.I), count * s_.H, layer_.I, layer_.I}, grads(block, count),
+                {x.data_ptr(), s_.N, layer_.I, layer_.I});
     });
     return out;
   }
@@ -242,24 +254,28 @@ class WeightGradients {
   // dx of both directions add up.
   void input(const Tensor& dx, const Tensor& w_ih, bool accumulate) const {
     each_input_run([&](int64_t block, int64_t gate, int64_t count) {
-      const Matrix weights{layer_.offset(w_ih, gate * s_.H * layer_.I), count * s_.H, layer_.I, layer_.I};
+      const cpu::Matrix weights{layer_.offset(w_ih, gate * s_.H * layer_.I), count * s_.H, layer_.I, layer_.I};
       product({dx.data_ptr(), s_.N, layer_.I, layer_.I}, grads(block, count), weights, layer_.dtype,
               accumulate || block > 0);
     });
   }
 
+  // dh0 of a single step, on top of what reaches h0 directly.
+  void initial_state(const Tensor& w_hh) const {
+    product({p_.dh0, s_.B, s_.P, s_.P}, hidden_grads(), {w_hh.data_ptr(), rows(), s_.P, s_.P}, layer_.dtype,
+            layer_.cell.uses_h);
+  }
+
   Tensor input_bias() const {
     Tensor out = empty({rows()}, layer_.dtype);
-    each_input_run([&](int64_t block, int64_t gate, int64_t count) {
-      sum(grads(block, count), layer_.offset(out, gate * s_.H));
-    });
+    each_input_run(
+        [&](int64_t block, int64_t gate, int64_t count) { sum(grads(block, count), layer_.offset(out, gate * s_.H)); });
     return out;
   }
 
   Tensor hidden_weights() const {
     Tensor out = empty({rows(), s_.P}, layer_.dtype);
-    product({out.data_ptr(), rows(), s_.P, s_.P}, hidden_grads().t(),
-            {p_.reserve.h_prev, s_.N, s_.P, p_.reserve.stride}, layer_.dtype);
+    over_rows({out.data_ptr(), rows(), s_.P, s_.P}, hidden_grads(), {p_.reserve.h_prev, s_.N, s_.P, p_.reserve.stride});
     return out;
   }
 
@@ -271,19 +287,35 @@ class WeightGradients {
 
   Tensor projection() const {
     Tensor out = empty({s_.P, s_.H}, layer_.dtype);
-    product({out.data_ptr(), s_.P, s_.H, s_.H}, Matrix{p_.dh_total, s_.N, s_.P, s_.P}.t(),
-            {p_.reserve.hidden, s_.N, s_.H, p_.reserve.stride}, layer_.dtype);
+    over_rows({out.data_ptr(), s_.P, s_.H, s_.H}, {p_.dh_total, s_.N, s_.P, s_.P},
+              {p_.reserve.hidden, s_.N, s_.H, p_.reserve.stride});
     return out;
   }
 
  private:
   int64_t rows() const { return layer_.cell.gates * s_.H; }
 
-  Matrix grads(int64_t block, int64_t count) const {
+  cpu::Matrix grads(int64_t block, int64_t count) const {
     char* at = static_cast<char*>(p_.dgates) + block * s_.H * layer_.element();
     return {at, s_.N, count * s_.H, layer_.cell.grads * s_.H};
   }
-  Matrix hidden_grads() const { return grads(layer_.cell.hidden_grads, layer_.cell.gates); }
+  cpu::Matrix hidden_grads() const { return grads(layer_.cell.hidden_grads, layer_.cell.gates); }
+
+  // out = the sum over rows n of a[n]^T b[n], in at most eight runs of rows: the rounding error then stays as small as
+  // torch.nn's, which adds up step by step, at little cost.
+  void over_rows(const cpu::Matrix& out, const cpu::Matrix& a, const cpu::Matrix& b) const {
+    const int64_t run = std::max<int64_t>(128, (s_.N + 7) / 8);
+    int64_t begin = 0;
+    do {
+      const int64_t count = std::min(run, s_.N - begin);
+      product(out, part(a, begin, count).transposed(), part(b, begin, count), layer_.dtype, begin > 0);
+      begin += count;
+    } while (begin < s_.N);
+  }
+
+  cpu::Matrix part(const cpu::Matrix& m, int64_t begin, int64_t count) const {
+    return {static_cast<char*>(m.data) + begin * m.row_stride * layer_.element(), count, m.columns, m.row_stride};
+  }
 
   // Calls f(block, gate, count) for runs of gradient blocks that are a run of gates in torch's order, too.
   template <class F>
@@ -293,8 +325,8 @@ class WeightGradients {
     f(shift, 0, G - shift);
   }
 
-  void sum(const Matrix& m, void* out) const {
-    cpu::kernels().column_sums(s_.dtype, m.data, m.rows, m.columns, m.stride, out);
+  void sum(const cpu::Matrix& m, void* out) const {
+    cpu::kernels().column_sums(s_.dtype, m.data, m.rows, m.columns, m.row_stride, out);
   }
 
   const Layer& layer_;
@@ -302,34 +334,34 @@ class WeightGradients {
   const BackwardDirection& p_;
 };
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                             Tensor, Tensor>;
+using Gradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // dx, dh0, dc0, then dw_ih, dw_hh, db_ih, db_hh, dw_hr of each direction; what was not asked for is empty.
 Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor w_ih, Tensor w_hh,
                    OptionalTensor w_hr, OptionalTensor w_ih_reverse, OptionalTensor w_hh_reverse,
                    OptionalTensor w_hr_reverse, Tensor reserve, OptionalTensor batch_sizes, std::string cell,
                    bool need_dx, bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr) {
-  check(w_ih_reverse.has_value() == w_hh_reverse.has_value(), "the reverse direction needs w_ih and w_hh");
+  FUSED_RNN_CHECK(w_ih_reverse.has_value() == w_hh_reverse.has_value(), "the reverse direction needs w_ih and w_hh");
   const Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_ih_reverse.has_value(), batch_sizes);
   const LayerShape& s = layer.shape;
   const int64_t D = s.directions;
   if (need_dw_ih) x = layer.checked_sequence(x, "x", layer.I);
   if (dy) dy = layer.checked_sequence(*dy, "dy", D * s.P);
-  check(!layer.step || !dh_n, "a single step has no dh_n");
+  FUSED_RNN_CHECK(!layer.step || !dh_n, "a single step has no dh_n");
   dh_n = layer.checked_state(dh_n, "dh_n", s.P);
-  check(layer.cell.has_c || !dc_n, "only the LSTM has dc_n");
+  FUSED_RNN_CHECK(layer.cell.has_c || !dc_n, "only the LSTM has dc_n");
   dc_n = layer.checked_state(dc_n, "dc_n", s.H);
   reserve = checked(reserve, "reserve", {D, s.N, layer.reserve_width()}, layer.dtype);
-  Weights weights[2] = {layer.checked_weights(w_ih, w_hh, std::nullopt, std::nullopt, w_hr)};
+  std::vector<Weights> weights{layer.checked_weights(w_ih, w_hh, std::nullopt, std::nullopt, w_hr)};
   if (D == 2) {
-    weights[1] = layer.checked_weights(*w_ih_reverse, *w_hh_reverse, std::nullopt, std::nullopt, w_hr_reverse);
+    weights.push_back(layer.checked_weights(*w_ih_reverse, *w_hh_reverse, std::nullopt, std::nullopt, w_hr_reverse));
   }
 
-  const Tensor none = empty({0}, layer.dtype);
-  Tensor dx = need_dx ? layer.new_sequence(layer.I) : none;
-  Tensor dh0 = need_dstate ? layer.new_state(s.P) : none;
-  Tensor dc = layer.cell.has_c ? layer.new_state(s.H) : none;
+  const auto none = [&] { return empty({0}, layer.dtype); };  // results of an operator may not alias
+  Tensor dx = need_dx ? layer.new_sequence(layer.I) : none();
+  Tensor dh0 = need_dstate ? layer.new_state(s.P) : none();
+  Tensor dc = layer.cell.has_c ? layer.new_state(s.H) : none();
   if (layer.cell.has_c) {
     if (dc_n) {
       torch::stable::copy_(dc, *dc_n);
@@ -359,22 +391,21 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   }
   if (s.N > 0 && s.P > 0) cpu::backward(params, threads());
 
-  Tensor dw_ih[2] = {none, none}, dw_hh[2] = {none, none}, db_ih[2] = {none, none}, db_hh[2] = {none, none},
-         dw_hr[2] = {none, none};
-  for (int64_t d = 0; d < D; ++d) {
+  struct OfWeights {
+    Tensor w_ih, w_hh, b_ih, b_hh, w_hr;
+  };
+  const auto of_weights = [&](int64_t d) -> OfWeights {
+    if (d >= D) return {none(), none(), none(), none(), none()};
     const WeightGradients gradients(layer, params.direction[d]);
+    if (need_dstate && s.T == 1) gradients.initial_state(weights[d].w_hh);
     if (need_dx) gradients.input(dx, weights[d].w_ih, d > 0);
-    if (need_dw_ih) dw_ih[d] = gradients.input_weights(x);
-    if (need_dw_hh) dw_hh[d] = gradients.hidden_weights();
-    if (need_db) {
-      db_ih[d] = gradients.input_bias();
-      db_hh[d] = gradients.hidden_bias();
-    }
-    if (need_dw_hr && s.projected) dw_hr[d] = gradients.projection();
-  }
-  const Tensor& dc0 = need_dstate ? dc : none;
-  return {dx,       dh0,      dc0,      dw_ih[0], dw_hh[0], db_ih[0], db_hh[0],
-          dw_hr[0], dw_ih[1], dw_hh[1], db_ih[1], db_hh[1], dw_hr[1]};
+    return {need_dw_ih ? gradients.input_weights(x) : none(), need_dw_hh ? gradients.hidden_weights() : none(),
+            need_db ? gradients.input_bias() : none(), need_db ? gradients.hidden_bias() : none(),
+            need_dw_hr && s.projected ? gradients.projection() : none()};
+  };
+  const OfWeights w = of_weights(0), r = of_weights(1);
+  return {dx,     dh0,   need_dstate ? dc : none(), w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr, r.w_ih, r.w_hh, r.b_ih,
+          r.b_hh, r.w_hr};
 }
 
 }  // namespace

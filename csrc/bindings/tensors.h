@@ -3,6 +3,7 @@
 // Only LibTorch's stable ABI is used, so that one binary runs on every torch from 2.10 on.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,6 +17,8 @@
 #include <string>
 #include <vector>
 
+#include "../cpu/dispatch.h"
+
 namespace fused_rnn {
 namespace bindings {
 
@@ -25,13 +28,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Throws what Python sees as a RuntimeError.
 template <class... Parts>
-void check(bool condition, const Parts&... parts) {
-  if (condition) return;
+[[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
   message << "fused_rnn: ";
   ((message << parts), ...);
   throw std::runtime_error(message.str());
 }
+
+// A macro, so that the message is only made when it is needed: these checks run on every call.
+#define FUSED_RNN_CHECK(condition, ...) \
+  if (!(condition)) ::fused_rnn::bindings::fail(__VA_ARGS__)
 
 template <class Sizes>
 std::string shape_text(const Sizes& sizes) {
@@ -48,13 +54,13 @@ std::string shape_text(const Sizes& sizes) {
 
 // `tensor`, contiguous, after checking that a kernel may read it as [sizes] of x's dtype.
 inline Tensor checked(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  check(tensor.is_cpu(), name, " must be on the CPU");
-  check(tensor.scalar_type() == dtype, name, " must have the dtype of x");
+  FUSED_RNN_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  FUSED_RNN_CHECK(tensor.scalar_type() == dtype, name, " must have the dtype of x");
   const auto got = tensor.sizes();
   bool same = got.size() == sizes.size();
   size_t i = 0;
   for (int64_t size : sizes) same = same && got[i++] == size;
-  check(same, name, " must have shape ", shape_text(sizes), ", got ", shape_text(got));
+  FUSED_RNN_CHECK(same, name, " must have shape ", shape_text(sizes), ", got ", shape_text(got));
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
@@ -67,22 +73,27 @@ inline OptionalTensor checked(const OptionalTensor& tensor, const char* name, st
 inline const void* data(const Tensor& tensor) { return tensor.data_ptr(); }
 inline const void* data(const OptionalTensor& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
 
+// Straight through the C shim: torch::stable::empty boxes its arguments.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+  int64_t strides[3];
+  int64_t stride = 1;
+  for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
+    strides[i] = stride;
+    const int64_t size = sizes.begin()[i];
+    FUSED_RNN_CHECK(size >= 0 && !__builtin_mul_overflow(stride, size > 1 ? size : 1, &stride), "a buffer of shape ",
+                    shape_text(sizes), " is too large");
+  }
+  const int32_t type = dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
+  AtenTensorHandle handle;
+  const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                        type, aoti_torch_device_type_cpu(), 0, &handle);
+  FUSED_RNN_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for a buffer of shape ", shape_text(sizes));
+  return Tensor(handle);
 }
 
-// A row-major matrix in somebody's memory.
-struct Matrix {
-  void* data;
-  int64_t rows, columns;
-  int64_t stride;  // elements from one row to the next
-  bool transposed = false;
-
-  Matrix t() const { return {data, columns, rows, stride, !transposed}; }
-};
-
-// out = a b, or out += a b.
-void product(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate = false);
+// out = a b, or out += a b; out's columns are contiguous.
+void product(const cpu::Matrix& out, const cpu::Matrix& a, const cpu::Matrix& b, ScalarType dtype,
+             bool accumulate = false);
 
 }  // namespace bindings
 }  // namespace fused_rnn

@@ -7,8 +7,8 @@
 #include "rnn.h"
 
 // X(kind, policy, name in the operator schema)
-#define FUSED_RNN_CELLS(X)                  \
-  X(kRnnTanh, RnnCell<Tanh>, "rnn_tanh")    \
-  X(kRnnRelu, RnnCell<Relu>, "rnn_relu")    \
-  X(kLstm, LstmCell, "lstm")                \
+#define FUSED_RNN_CELLS(X)               \
+  X(kRnnTanh, RnnCell<Tanh>, "rnn_tanh") \
+  X(kRnnRelu, RnnCell<Relu>, "rnn_relu") \
+  X(kLstm, LstmCell, "lstm")             \
   X(kGru, GruCell, "gru")

@@ -1,8 +1,8 @@
-// sigmoid and tanh for any lane type V: a SIMD vector, a float or a double; at most 2 ulp from the exact value.
+// sigmoid and tanh for any lane type V: a SIMD vector, a float or a double; at most 2.5 ulp from the exact value.
 //
-// Both come from one exponential of a negative number, e^t = 2^n (1 + p) with n = round(t / ln 2): a polynomial of
+// Both come from one exponential, e^t = 2^n (1 + p) with n = round(t / ln 2): a polynomial of
 // |r| <= ln(2) / 2, no table, no branch, so a vector costs what a scalar costs. Keeping p apart from the 1 is what
-// lets tanh be exact for small arguments. NaN stays NaN; +-inf saturate; results underflow gradually.
+// lets tanh be exact for small arguments. NaN stays NaN, +-inf saturate; a subnormal sigmoid is 0, as torch's.
 #pragma once
 
 #include <cstdint>
@@ -36,8 +36,8 @@ struct Ieee<float> {
   static constexpr int kMantissa = 23;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  static constexpr float kExpLowest = -104.0f;  // below it e^t rounds to 0
-  static constexpr int kTerms = 7;              // Taylor terms of e^r - 1: the next is below 0.2 ulp
+  static constexpr float kExpLimit = 88.0f;  // |t| up to which 2^n neither overflows nor counts
+  static constexpr int kTerms = 8;           // Taylor terms of e^r - 1: the next is far below an ulp
 };
 template <>
 struct Ieee<double> {
@@ -45,7 +45,7 @@ struct Ieee<double> {
   static constexpr int kMantissa = 52;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
-  static constexpr double kExpLowest = -746.0;
+  static constexpr double kExpLimit = 709.0;
   static constexpr int kTerms = 13;
 };
 
@@ -59,7 +59,7 @@ FUSED_RNN_INLINE To bits(const From& from) {
 
 constexpr double factorial(int n) { return n < 2 ? 1.0 : n * factorial(n - 1); }
 
-// e^t = 2^n (1 + p) for t <= 0. `n` comes as the bits of 1.5 * 2^mantissa + n.
+// e^t = 2^n (1 + p). `n` comes as the bits of 1.5 * 2^mantissa + n.
 template <class V>
 struct Exponential {
   typename Lane<V>::Int n;
@@ -94,22 +94,19 @@ FUSED_RNN_INLINE V power_of_two(const I& n) {  // n as in Exponential; the const
 }
 
 template <class V>
-FUSED_RNN_INLINE V negative_magnitude(const V& x) {
-  using F = Ieee<typename Lane<V>::Scalar>;
-  return bits<V>(bits<typename Lane<V>::Int>(x) | F::kSign);
+FUSED_RNN_INLINE V clamp(const V& x, typename Lane<V>::Scalar lowest, typename Lane<V>::Scalar highest) {
+  const V y = x < lowest ? V{} + lowest : x;  // NaN fails both comparisons and stays
+  return y > highest ? V{} + highest : y;
 }
 
 template <class V>
 FUSED_RNN_INLINE V sigmoid(const V& x) {
   using T = typename Lane<V>::Scalar;
-  using I = typename Lane<V>::Int;
-  V t = negative_magnitude(x);
-  t = t < Ieee<T>::kExpLowest ? V{} + Ieee<T>::kExpLowest : t;
-  const Exponential<V> e = exponential(t);
-  // 2^n may be subnormal: scale in two halves, whose exponents are normal.
-  const I n = e.n - bits<I>(V{} + Ieee<T>::kRound), half = n >> 1;
-  const V exp_t = (e.p + T(1)) * power_of_two<V>(half) * power_of_two<V>(n - half);
-  return (x < T(0) ? exp_t : V{} + T(1)) / (exp_t + T(1));
+  constexpr T kLimit = Ieee<T>::kExpLimit;
+  const Exponential<V> e = exponential(clamp(-x, -kLimit, kLimit));
+  const V scale = power_of_two<V>(e.n);
+  const V one_plus_exp = scale * e.p + (scale + T(1));
+  return x < -kLimit ? V{} : T(1) / one_plus_exp;
 }
 
 template <class V>
@@ -117,13 +114,12 @@ FUSED_RNN_INLINE V tanh(const V& x) {
   using T = typename Lane<V>::Scalar;
   using I = typename Lane<V>::Int;
   using F = Ieee<T>;
-  V t = negative_magnitude(x) * T(2);
-  t = t < T(-40) ? V{} + T(-40) : t;  // |tanh| rounds to 1 long before
-  const Exponential<V> e = exponential(t);
+  const V magnitude = bits<V>(bits<I>(x) & ~F::kSign);
+  const Exponential<V> e = exponential(clamp(magnitude * T(2), T(0), T(40)));  // |tanh| rounds to 1 long before 20
   const V scale = power_of_two<V>(e.n);
   const V expm1 = scale * e.p + (scale - T(1));
-  const V magnitude = expm1 / (T(-2) - expm1);
-  return bits<V>((bits<I>(magnitude) & ~F::kSign) | (bits<I>(x) & F::kSign));
+  const V y = expm1 / (expm1 + T(2));
+  return bits<V>(bits<I>(y) | (bits<I>(x) & F::kSign));
 }
 
 // Derivatives, from the function's own value y.

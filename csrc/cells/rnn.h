@@ -30,13 +30,13 @@ struct Relu {
 
 template <class Activation>
 struct RnnCell {
-  static constexpr int kGates = 1;         // row blocks of W_ih and W_hh
-  static constexpr int kSaved = 1;         // values per unit kept for backward: h'
-  static constexpr int kGrads = 1;         // gradients per unit that backward gives
-  static constexpr int kInputShift = 0;    // how many of the last gates come first in the gradients of W_ih x
-  static constexpr int kHiddenGrads = 0;   // first gradient block that belongs to W_hh h
-  static constexpr bool kHasC = false;     // a second state c
-  static constexpr bool kUsesH = false;    // h enters other than through W_hh h
+  static constexpr int kGates = 1;        // row blocks of W_ih and W_hh
+  static constexpr int kSaved = 1;        // values per unit kept for backward: h'
+  static constexpr int kGrads = 1;        // gradients per unit that backward gives
+  static constexpr int kInputShift = 0;   // how many of the last gates come first in the gradients of W_ih x
+  static constexpr int kHiddenGrads = 0;  // first gradient block that belongs to W_hh h
+  static constexpr bool kHasC = false;    // a second state c
+  static constexpr bool kUsesH = false;   // h enters other than through W_hh h
 
   template <class V>
   static FUSED_RNN_INLINE void forward(const V (&x)[1], const V (&r)[1], const V&, V&, V (&saved)[1], V& h) {

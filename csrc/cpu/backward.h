@@ -40,7 +40,7 @@ class Backward {
     const BackwardWorkspace<Cell, T> part(shape);
     panel_ = workspace + part.panel;
     projection_ = workspace + part.projection;
-    direct_ = workspace + part.direct;
+    direct_ = s_.T == 1 && d_.dh0 ? at(d_.dh0) : workspace + part.direct;
     zeros_ = workspace + part.zeros;
   }
 
@@ -51,7 +51,7 @@ class Backward {
       const int64_t t = reverse_ ? i : s_.T - 1 - i;
       step(t);
     }
-    if (d_.dh0) initial_state();
+    if (d_.dh0 && s_.T > 1) initial_state();
   }
 
  private:
@@ -68,8 +68,8 @@ class Backward {
 
   void pack() {
     const int64_t blocks = ceil_div(s_.P, kBlock);
-    // A single step has no step after it: without dh0 no product is left.
-    if (s_.T > 1 || d_.dh0) {
+    // A single step has no step after it, and its dh0 is made from W_hh as it is.
+    if (s_.T > 1) {
       for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
         pack_columns(panel_ + b * gates() * kBlock, at(d_.w_hh), gates(), s_.P, b * kBlock);
       }
@@ -111,9 +111,7 @@ class Backward {
     return Cell::kUsesH ? direct_ + b * s_.H : zeros_;
   }
 
-  const T* dy(int64_t b) const {
-    return d_.dy ? at(d_.dy) + (s_.row(t_) + b) * d_.dy_stride : zeros_;
-  }
+  const T* dy(int64_t b) const { return d_.dy ? at(d_.dy) + (s_.row(t_) + b) * d_.dy_stride : zeros_; }
 
   void step(int64_t t) {
     enter(t);

@@ -1,7 +1,8 @@
 // Forward of one layer in one direction, by a team of threads that splits the rows or the hidden units.
 //
-// A step multiplies the previous h by the packed W_hh and runs the cell on the accumulators; h goes to y, where the
-// next step reads it. With a projection the cell's output goes to `hidden` and a second product makes h.
+// A step multiplies the previous h by the packed W_hh and runs the cell on the sums while they are in the first-level
+// cache; h goes to y, where the next step reads it. A sequence of one step finds the product made already. With a
+// projection the cell's output goes to `hidden` and a second product makes h.
 #pragma once
 
 #include "../cells/cells.h"
@@ -60,8 +61,8 @@ class Forward {
 
  private:
   static constexpr int U = kUnitVectors<Cell::kGates>, C = Cell::kGates * U;
-  static constexpr int64_t kBlock = U * kLanes<T>;              // units of a block of gates
-  static constexpr int UP = kUnitVectors<1>;                    // the same for the projection
+  static constexpr int64_t kBlock = U * kLanes<T>;  // units of a block of gates
+  static constexpr int UP = kUnitVectors<1>;        // the same for the projection
   static constexpr int64_t kProjectionBlock = UP * kLanes<T>;
 
   static T* at(void* p) { return static_cast<T*>(p); }
@@ -74,7 +75,9 @@ class Forward {
   void pack() {
     const int64_t blocks = ceil_div(s_.H, kBlock);
     for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
-      pack_rows<T, Cell::kGates>(panel_ + b * s_.P * C * kLanes<T>, at(d_.w_hh), s_.H, s_.P, b * kBlock);
+      if (s_.T > 1) {
+        pack_rows<T, Cell::kGates>(panel_ + b * s_.P * C * kLanes<T>, at(d_.w_hh), s_.H, s_.P, b * kBlock);
+      }
       pack_bias(bias_ + b * 2 * C * kLanes<T>, at(d_.b_ih), b * kBlock);
       pack_bias(bias_ + (b * 2 + 1) * C * kLanes<T>, at(d_.b_hh), b * kBlock);
     }
@@ -91,10 +94,12 @@ class Forward {
   }
 
   void pack_bias(T* out, const T* bias, int64_t unit) {
-    if (bias) {
-      pack_rows<T, Cell::kGates>(out, bias, s_.H, 1, unit);
-    } else {
-      for (int64_t i = 0; i < C * kLanes<T>; ++i) out[i] = 0;
+    for (int g = 0; g < Cell::kGates; ++g) {
+      for (int u = 0; u < U; ++u) {
+        const int64_t first = unit + u * kLanes<T>;
+        const int64_t n = s_.H - first < kLanes<T> ? s_.H - first : kLanes<T>;
+        store(out + (g * U + u) * kLanes<T>, bias && n > 0 ? load(bias + g * s_.H + first, n) : Vec<T>{});
+      }
     }
   }
 
@@ -116,8 +121,11 @@ class Forward {
     return d_.h0 ? at(d_.h0) + b * s_.P : zeros_;
   }
 
+  const T* made_product(int64_t b, int64_t gate) const { return at(d_.recurrent) + (b * Cell::kGates + gate) * s_.H; }
+
   T* hidden(int64_t b) const {
-    return d_.reserve.hidden ? at(d_.reserve.hidden) + (s_.row(t_) + b) * d_.reserve.stride : scratch_hidden_ + b * s_.H;
+    return d_.reserve.hidden ? at(d_.reserve.hidden) + (s_.row(t_) + b) * d_.reserve.stride
+                             : scratch_hidden_ + b * s_.H;
   }
 
   void step(int64_t t) {
@@ -171,11 +179,14 @@ class Forward {
           for (int r = 0; r < R; ++r) sums[nb][r][c] = b;
         }
       }
-      multiply(sums, rows, f.panel_ + block * s.P * C * kLanes<T>, s.P);
+      if (s.T > 1) multiply(sums, rows, f.panel_ + block * s.P * C * kLanes<T>, s.P);
       each_vector<T, NB, U>(block, s.H, [&](int nb, int u, Units units) {
         for (int r = 0; r < R; ++r) {
           V recurrent[Cell::kGates];
-          for (int g = 0; g < Cell::kGates; ++g) recurrent[g] = sums[nb][r][g * U + u];
+          for (int g = 0; g < Cell::kGates; ++g) {
+            recurrent[g] = sums[nb][r][g * U + u];
+            if (f.d_.recurrent) recurrent[g] += load(f.made_product(row + r, g) + units.unit, units.count);
+          }
           f.cell(recurrent, bias + (nb * 2 * C + u) * kLanes<T>, rows[r], row + r, units);
         }
       });

@@ -3,7 +3,7 @@
 // Weights are packed once per call into panels: for each block of columns [K][C] vectors, so that one step of k reads
 // C consecutive vectors and one scalar of each of R rows for R * C multiply-adds. Forward's columns are all gates of
 // one vector of units, so that the cell's equations run on the accumulators and nothing is stored in between.
-// Each sum runs over k in order whatever R is: a row's result does not depend on the rows beside it.
+// Each sum runs over k in the same order whatever R is: a row's result does not depend on the rows beside it.
 #pragma once
 
 #include "vec.h"
@@ -25,35 +25,34 @@ constexpr int kRowBlocks = C >= 8 ? 1 : 8 / C;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <class V, int NB, int R, int C>
-FUSED_RNN_INLINE void copy(V (&to)[NB][R][C], const V (&from)[NB][R][C]) {
-#pragma GCC unroll 4
-  for (int nb = 0; nb < NB; ++nb) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) to[nb][r][c] = from[nb][r][c];
-    }
-  }
-}
-
 // sums[nb][r][c] += sum over k of rows[r][k] * panel nb's [k][c]; panels lie one after the other.
+// A run of k is summed in registers and then added, so that rounding grows as in a blocked BLAS, not with K.
 template <class T, int NB, int R, int C>
 FUSED_RNN_INLINE void multiply(Vec<T> (&sums)[NB][R][C], const T* const (&rows)[R], const T* panel, int64_t K) {
-  Vec<T> acc[NB][R][C];  // in registers: every index below is a constant once the loops are unrolled
-  copy(acc, sums);
-  for (int64_t k = 0; k < K; ++k) {
+  constexpr int64_t kRun = 128;
+  for (int64_t begin = 0; begin < K; begin += kRun) {
+    const int64_t end = begin + kRun < K ? begin + kRun : K;
+    Vec<T> acc[NB][R][C] = {};  // in registers: every index below is a constant once the loops are unrolled
+    for (int64_t k = begin; k < end; ++k) {
+#pragma GCC unroll 4
+      for (int nb = 0; nb < NB; ++nb) {
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+          const Vec<T> w = load(panel + ((nb * K + k) * C + c) * kLanes<T>);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) acc[nb][r][c] += rows[r][k] * w;
+        }
+      }
+    }
 #pragma GCC unroll 4
     for (int nb = 0; nb < NB; ++nb) {
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
-        const Vec<T> w = load(panel + ((nb * K + k) * C + c) * kLanes<T>);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[nb][r][c] += rows[r][k] * w;
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) sums[nb][r][c] += acc[nb][r][c];
       }
     }
   }
-  copy(sums, acc);
 }
 
 // The units that one vector of a block covers: `count` of its lanes, from `unit` on.

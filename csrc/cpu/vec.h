@@ -111,7 +111,7 @@ FUSED_RNN_INLINE Vec<T> interleave(const Vec<T>& a, const Vec<T>& b) {
   for (int64_t i = 0; i < kLanes<T>; ++i) v[i] = (i % 2 ? b : a)[offset + i / 2];
   return v;
 #else
-  typename math::Lane<Vec<T>>::Int order;
+  typename math::Lane<Vec<T> >::Int order;
   for (int64_t i = 0; i < kLanes<T>; ++i) order[i] = offset + i / 2 + (i % 2) * kLanes<T>;
   return __builtin_shuffle(a, b, order);
 #endif

@@ -1,0 +1,269 @@
+"""What the contract tests share: the table of modules, their inputs, and the comparisons.
+
+Every test builds torch.nn's class and fused_rnn's class of the same name with the same parameters
+and demands the same results, gradients and errors. MODULES names the variants under test.
+"""
+
+import inspect
+import os
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext, suppress
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+
+import fused_rnn
+
+SEQUENCES = ("RNN", "LSTM", "GRU")
+CELLS = ("RNNCell", "LSTMCell", "GRUCell")
+NAMES = SEQUENCES + CELLS
+
+TIME, BATCH, INPUT, HIDDEN = 6, 4, 3, 5
+LENGTHS = (3, 6, 1, 4)  # of the packed batch: unsorted, and one sequence of a single step
+
+DEEP = {"num_layers": 2, "bidirectional": True}
+SEQUENCE_MODULES = {
+    "rnn_tanh": ("RNN", {}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+    "rnn_deep": ("RNN", {**DEEP, "bias": False}),
+    "lstm": ("LSTM", {}),
+    "lstm_batch_first": ("LSTM", {"num_layers": 2, "batch_first": True}),
+    "lstm_deep": ("LSTM", {**DEEP, "bias": False}),
+    "lstm_proj": ("LSTM", {**DEEP, "proj_size": 2}),
+    "gru": ("GRU", {}),
+    "gru_deep": ("GRU", {**DEEP, "batch_first": True}),
+}
+CELL_MODULES = {
+    "rnn_tanh_cell": ("RNNCell", {}),
+    "rnn_relu_cell": ("RNNCell", {"nonlinearity": "relu"}),
+    "lstm_cell": ("LSTMCell", {}),
+    "gru_cell": ("GRUCell", {}),
+    "gru_cell_no_bias": ("GRUCell", {"bias": False}),
+}
+MODULES = {**SEQUENCE_MODULES, **CELL_MODULES}
+BASIC_SEQUENCES = ("rnn_tanh", "lstm", "gru")
+ONE_OF_EACH = ("rnn_tanh", "lstm", "gru", "rnn_tanh_cell", "lstm_cell", "gru_cell")
+
+# Contract X09, relative and absolute. The 16-bit types, a few ulp, serve mixed precision only.
+TOLERANCES = {
+    torch.float64: (1e-8, 1e-9),
+    torch.float32: (1e-4, 2e-5),
+    torch.complex64: (1e-4, 2e-5),
+    torch.float16: (4e-3, 4e-3),
+    torch.bfloat16: (3e-2, 3e-2),
+}
+
+each_module = pytest.mark.parametrize("key", MODULES)
+each_call = pytest.mark.parametrize(
+    ("key", "packed"), [(key, False) for key in MODULES] + [(key, True) for key in SEQUENCE_MODULES]
+)
+each_sequence = pytest.mark.parametrize("key", SEQUENCE_MODULES)
+each_cell = pytest.mark.parametrize("key", CELL_MODULES)
+each_basic_sequence = pytest.mark.parametrize("key", BASIC_SEQUENCES)
+one_of_each = pytest.mark.parametrize("key", ONE_OF_EACH)
+each_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For every test of a file that imports this: on a busy machine, threads that wait for each
+    other make tests of such small tensors ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pair(key, dtype=torch.float32, sizes=(INPUT, HIDDEN), **changes):
+    """torch.nn's module of MODULES[key] and fused_rnn's, with the same parameters."""
+    name, options = MODULES[key]
+    options = {**options, "dtype": dtype, **changes}
+    torch.manual_seed(0)
+    expected = getattr(nn, name)(*sizes, **options)
+    actual = getattr(fused_rnn, name)(*sizes, **options)
+    actual.load_state_dict(expected.state_dict())
+    return expected, actual
+
+
+def arguments(module, time=TIME, batch=BATCH, packed=False, grad=False, seed=1):
+    """(input, hx) that fit the module, in its dtype and on its device, all leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    like = next(module.parameters())
+
+    def draw(*shape):
+        drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return drawn.to(like.device, like.dtype).requires_grad_(grad)
+
+    if isinstance(module, nn.RNNCellBase):
+        input = draw(batch, module.input_size)
+        shapes = [(batch, module.hidden_size)] * 2
+    else:
+        lead = (batch, time) if module.batch_first and not packed else (time, batch)
+        input = draw(*lead, module.input_size)
+        states = module.num_layers * (2 if module.bidirectional else 1)
+        shapes = [
+            (states, batch, module.proj_size or module.hidden_size),
+            (states, batch, module.hidden_size),
+        ]
+    if packed:
+        lengths = [1 + (length - 1) % time for length in (*LENGTHS, *range(batch))][:batch]
+        packed = pack_padded_sequence(input, torch.tensor(lengths), enforce_sorted=False)
+        input = PackedSequence(packed.data.detach().requires_grad_(grad), *packed[1:])
+    if isinstance(module, (nn.LSTM, nn.LSTMCell)):
+        return input, tuple(draw(*shape) for shape in shapes)
+    return input, draw(*shapes[0])
+
+
+def zero_state(module, *shape):
+    """One state of this shape, a pair of them for the LSTM classes."""
+    state = torch.zeros(*shape)
+    return (state, state.clone()) if isinstance(module, (nn.LSTM, nn.LSTMCell)) else state
+
+
+def tensors(value):
+    """The data tensors of a result or an argument, in order: (output, (h, c)) gives three."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, PackedSequence):
+        return [value.data]
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in tensors(item)]
+    return []
+
+
+def leaves(module, *args):
+    """Everything a result of module(*args) can be differentiated by."""
+    return [t for t in (*tensors(args), *module.parameters()) if t.requires_grad]
+
+
+def ramp(tensor):
+    """From -1 to 2 in even steps, like the given tensor."""
+    return torch.linspace(-1, 2, tensor.numel()).to(tensor.dtype).reshape(tensor.shape)
+
+
+def loss(results):
+    """A scalar that weighs each entry of each result differently."""
+    return sum((t * ramp(t)).sum() for t in tensors(results))
+
+
+def derivative(value, module, args, **options):
+    """Of a value computed by module(*args) by the leaves of that call; zeros where unused."""
+    options |= {"allow_unused": True, "materialize_grads": True}
+    return torch.autograd.grad(value, leaves(module, *args), **options)
+
+
+def gradients(module, *args):
+    return derivative(loss(module(*args)), module, args)
+
+
+def higher_gradients(module, args, order):
+    """Gradients of the first to the given order, each of a weighted sum of the previous ones."""
+    value, found = loss(module(*args)), []
+    for _ in range(order):
+        grads = derivative(value, module, args, create_graph=True)
+        found += grads
+        value = loss([g.square() for g in grads])
+    return found
+
+
+def checkpointed(module, args, reentrant):
+    """module(*args) under checkpoint, which wants all tensors at the top level."""
+
+    def call(input, *hx):
+        return tuple(tensors(module(input, hx if len(hx) == 2 else hx[0])))
+
+    return checkpoint(call, *tensors(args), use_reentrant=reentrant)
+
+
+def close(actual, expected, grad=False):
+    """Same structure, dtypes and shapes, values within X09 (gradients: four times that)."""
+    actual, expected = tensors(actual), tensors(expected)
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        rtol, atol = (4 * limit if grad else limit for limit in TOLERANCES[e.dtype])
+        torch.testing.assert_close(a, e, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def no_worse(actual, expected, reference):
+    """The 16-bit rule of X09: at most twice torch's own error against float64, plus one ulp."""
+    for a, e, r in zip(tensors(actual), tensors(expected), tensors(reference), strict=True):
+        assert a.dtype == e.dtype and a.shape == e.shape
+        ulp = torch.finfo(e.dtype).eps * r.abs().max()
+        assert (a.double() - r).abs().max() <= 2 * (e.double() - r).abs().max() + ulp
+
+
+def error_of(call, *args, **options):
+    """(type, text) of the exception that the call raises."""
+    with pytest.raises(Exception) as caught:
+        call(*args, **options)
+    return caught.type, str(caught.value)
+
+
+def same_error(expected, actual, kind, text, *args, **options):
+    """Both callables raise the same exception, of the given kind, with the quoted text in it."""
+    wanted = error_of(expected, *args, **options)
+    assert issubclass(wanted[0], kind) and text in wanted[1], wanted
+    assert error_of(actual, *args, **options) == wanted
+
+
+def allowed_error(call, *args):
+    """A context that lets pass the type of exception that this call raises, if it does."""
+    try:
+        call(*args)
+    except Exception as error:
+        return suppress(type(error))
+    return nullcontext()
+
+
+def same_outcome(expected, actual, *args):
+    """Equal results; where torch.nn raises, the same type of exception or a result."""
+    with allowed_error(expected, *args):
+        close(actual(*args), expected(*args))
+
+
+@contextmanager
+def unchanged(*owners):
+    """The block must not write to these tensors, nor to these modules' parameters."""
+    watched = []
+    for owner in owners:
+        watched += owner.parameters() if isinstance(owner, nn.Module) else tensors(owner)
+    before = [(t._version, t.detach().clone()) for t in watched]
+    yield
+    for tensor, (version, value) in zip(watched, before, strict=True):
+        assert tensor._version == version
+        torch.testing.assert_close(tensor.detach(), value, rtol=0, atol=0, equal_nan=True)
+
+
+def same_call_error(key, args, kind, text="", **changes):
+    """Both modules of pair() raise the same error for these arguments and write to nothing."""
+    expected, actual = pair(key, **changes)
+    with unchanged(actual, args):
+        same_error(expected, actual, kind, text, *args)
+
+
+@contextmanager
+def fused_calls():
+    """A list, filled on leaving the block, of the fused_rnn operators that ran in it."""
+    calls = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        yield calls
+    names = (event.name for event in profiler.events())
+    calls += [name for name in names if name.startswith("fused_rnn::")]
+
+
+def survives(function, *args):
+    """Run a module-level function in a Python process of its own, which must end normally."""
+    source, name = inspect.getsourcefile(function), function.__name__
+    run = subprocess.run(
+        [sys.executable, "-c", f"import runpy; runpy.run_path({source!r})[{name!r}](*{args!r})"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        cwd=os.path.dirname(source),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, f"exit status {run.returncode}\n{run.stderr}"

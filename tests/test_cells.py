@@ -1,0 +1,62 @@
+"""RNNCell, LSTMCell and GRUCell: values and gradients against torch.nn, and against the sequence modules."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_rnn
+from cases import CELL_SIZES
+from tolerances import assert_as_accurate
+
+CELLS = [("RNNCell", {}), ("RNNCell", {"nonlinearity": "relu"}), ("LSTMCell", {}), ("GRUCell", {})]
+
+
+def _results(module: torch.nn.Module, data: list[Tensor]) -> dict[str, Tensor]:
+    data = [t.clone().requires_grad_() for t in data]
+    x, *states = data
+    outputs = module(x, tuple(states) if len(states) == 2 else states[0])
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(2)
+    loss = sum((o * torch.randn(o.shape, generator=generator).to(o.dtype)).sum() for o in outputs)
+    names = ["x", "h", "c"][: len(data)] + [name for name, _ in module.named_parameters()]
+    grads = torch.autograd.grad(loss, [*data, *module.parameters()])
+    results = dict(zip(["h'", "c'"], outputs, strict=False))
+    return results | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("sizes", CELL_SIZES, ids=str)
+@pytest.mark.parametrize(("name", "options"), CELLS, ids=lambda v: str(v))
+def test_cell_matches_torch(name: str, options: dict, sizes: tuple[int, int, int], bias: bool) -> None:
+    B, size, H = sizes
+    torch.manual_seed(0)
+    theirs = getattr(torch.nn, name)(size, H, bias=bias, **options)
+    ours = getattr(fused_rnn, name)(size, H, bias=bias, **options)
+    exact = getattr(torch.nn, name)(size, H, bias=bias, **options, dtype=torch.float64)
+    ours.load_state_dict(theirs.state_dict())
+    exact.load_state_dict(theirs.state_dict())
+    data = [torch.randn(B, size), torch.randn(B, H)] + [torch.randn(B, H)] * (name == "LSTMCell")
+    expected, actual = _results(theirs, data), _results(ours, data)
+    for key, value in _results(exact, [t.double() for t in data]).items():
+        assert_as_accurate(actual[key], expected[key], value, key)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_chained_cells_equal_the_sequence_module(name: str) -> None:
+    torch.manual_seed(0)
+    sequence = getattr(fused_rnn, name)(5, 33)
+    cell = getattr(fused_rnn, f"{name}Cell")(5, 33)
+    cell.load_state_dict({key.removesuffix("_l0"): value for key, value in sequence.state_dict().items()})
+    x, hx, outputs = torch.randn(6, 3, 5), None, []
+    for x_t in x:
+        hx = cell(x_t, hx)
+        outputs.append(hx[0] if name == "LSTM" else hx)
+    torch.testing.assert_close(torch.stack(outputs), sequence(x)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_input_and_hidden_of_different_rank_are_refused() -> None:
+    for name in ("RNNCell", "GRUCell"):
+        with pytest.raises(RuntimeError, match="same number of dimensions, got 1D and 2D"):
+            getattr(fused_rnn, name)(3, 4)(torch.randn(3), torch.randn(4, 4))
+    with pytest.raises(RuntimeError, match="same number of dimensions, got 1D and 2D"):
+        fused_rnn.LSTMCell(3, 4)(torch.randn(3), (torch.randn(4, 4), torch.randn(4, 4)))

@@ -1,0 +1,273 @@
+"""Contract F, G: packed sequences and cells.
+
+Functions named *_in_a_process make calls that have crashed torch.nn itself; survives() runs them.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+)
+
+import fused_rnn
+from contract import (
+    BASIC_SEQUENCES,
+    BATCH,
+    CELLS,
+    HIDDEN,
+    INPUT,
+    LENGTHS,
+    MODULES,
+    SEQUENCES,
+    arguments,
+    close,
+    each_basic_sequence,
+    each_cell,
+    each_precision,
+    each_sequence,
+    error_of,
+    gradients,
+    one_thread,  # noqa: F401
+    pair,
+    same_call_error,
+    survives,
+    tensors,
+    unchanged,
+    zero_state,
+)
+
+STATE = torch.zeros(BATCH, HIDDEN)
+
+
+@each_sequence
+@each_precision
+def test_f01_packed(key, dtype):
+    expected, actual = pair(key, dtype)
+    packed, _ = arguments(actual, packed=True)
+    output, state = actual(packed)
+    assert type(output) is PackedSequence
+    for name in ("batch_sizes", "sorted_indices", "unsorted_indices"):
+        assert getattr(output, name) is getattr(packed, name)
+    close((output, state), expected(packed))
+    padded, lengths = pad_packed_sequence(output)
+    for row, length in enumerate(lengths.tolist()):
+        alone = pad_packed_sequence(packed)[0][:length, row]
+        alone_output, alone_state = expected(alone)
+        close(padded[:length, row], alone_output)
+        close([t[:, row] for t in tensors(state)], alone_state)
+
+
+@each_sequence
+def test_f02_packed_state_order(key):
+    expected, actual = pair(key)
+    packed, hx = arguments(actual, packed=True, grad=True)
+    assert packed.sorted_indices is not None
+    close(actual(packed, hx), expected(packed, hx))
+    close(gradients(actual, packed, hx), gradients(expected, packed, hx), grad=True)
+
+
+@pytest.mark.parametrize("key", ["rnn_deep", "lstm_deep", "lstm_proj", "gru_deep"])
+def test_f03_reverse_starts_at_own_end(key):
+    """The reverse half of a row's output does not depend on what other rows hold."""
+    _, actual = pair(key)
+    rows = [torch.randn(n, INPUT) for n in LENGTHS]
+    together = pad_packed_sequence(actual(pack_sequence(rows, enforce_sorted=False))[0])[0]
+    for index, row in enumerate(rows):
+        alone = pad_packed_sequence(actual(pack_sequence([row]))[0])[0]
+        close(together[: len(row), index], alone[:, 0])
+
+
+@pytest.mark.parametrize("key", ["rnn_tanh", "rnn_deep", "gru", "gru_deep"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kind", "text"),
+    [
+        ((5, 6), torch.float32, RuntimeError, "input.size(-1) must be equal to input_size"),
+        ((5, 3, 1), torch.float32, RuntimeError, "input must have 2 dimensions, got 3"),
+        ((5, 3), torch.float64, ValueError, "RNN input dtype"),
+    ],
+)
+def test_f04_packed_input_is_checked(key, shape, dtype, kind, text):
+    packed = PackedSequence(torch.zeros(shape, dtype=dtype), torch.tensor([2, 2, 1]))
+    same_call_error(key, (packed,), kind, text)
+
+
+@pytest.mark.parametrize("key", ["rnn_tanh", "gru"])
+@pytest.mark.parametrize("shape", [(1, 3, 5), (2, 2, 5), (1, 2, 4)])
+def test_f04_packed_state_is_checked(key, shape):
+    packed = PackedSequence(torch.zeros(5, 3), torch.tensor([2, 2, 1]))
+    same_call_error(key, (packed, torch.zeros(shape)), RuntimeError, "Expected hidden size")
+
+
+def unchecked_lstm_in_a_process():
+    batch_sizes = torch.tensor([3, 2, 1])
+    for key in ("lstm", "lstm_deep", "lstm_proj"):
+        for dtype in (torch.float32, torch.float64):
+            plain, module = pair(key, dtype)
+            lead = len(module.all_weights)
+            h = torch.zeros(lead, 3, module.proj_size or HIDDEN, dtype=dtype)
+            c = torch.zeros(lead, 3, HIDDEN, dtype=dtype)
+            data = torch.zeros(6, INPUT, dtype=dtype)
+            calls = [
+                (PackedSequence(data[:, :2], batch_sizes), (h, c)),
+                (PackedSequence(torch.zeros(6, 9, dtype=dtype), batch_sizes), (h, c)),
+                (PackedSequence(data[:, 0], batch_sizes), (h, c)),
+                (PackedSequence(data.int(), batch_sizes), (h, c)),
+                (PackedSequence(data, batch_sizes), (h[..., :1], c)),
+                (PackedSequence(data, batch_sizes), (h, c[..., :1])),
+                (PackedSequence(data, batch_sizes), (h[:, :2], c[:, :2])),
+                (PackedSequence(data, batch_sizes), (h[:0], c[:0])),
+                (PackedSequence(data, batch_sizes), (h.half(), c.half())),
+                (PackedSequence(data, batch_sizes), (h[0], c[0])),
+            ]
+            for args in calls:
+                error_of(module, *args)
+                with fused_rnn.patched():
+                    error_of(plain, *args)
+
+
+def test_f05_packed_lstm_checks_itself():
+    survives(unchecked_lstm_in_a_process)
+
+
+def odd_batch_sizes_in_a_process():
+    """Any exception will do, but a result must be torch.nn's."""
+    for key in BASIC_SEQUENCES:
+        for grad in (False, True):
+            for sizes in ([1, 2], [2, 3, 1], [], [3, 3], [2, 1], [2, 0], [-1], [2, -1, 1]):
+                expected, actual = pair(key)
+                data = torch.randn(4, INPUT, requires_grad=grad)
+                packed = PackedSequence(data, torch.tensor(sizes, dtype=torch.int64))
+                with unchanged(data, actual):
+                    try:
+                        result = actual(packed)
+                    except Exception:
+                        continue
+                    close(result, expected(packed))
+
+
+def test_f06_odd_batch_sizes():
+    survives(odd_batch_sizes_in_a_process)
+
+
+@each_basic_sequence
+@pytest.mark.parametrize(("sizes", "kind"), [([1, 2], RuntimeError), ([], IndexError)])
+def test_f06_refused_batch_sizes(key, sizes, kind):
+    packed = PackedSequence(torch.zeros(3, INPUT), torch.tensor(sizes, dtype=torch.int64))
+    for module in pair(key):
+        assert error_of(module, packed)[0] is kind
+
+
+@each_sequence
+def test_f07_ways_to_pack(key):
+    expected, actual = pair(key, batch_first=True)
+    rows = [torch.randn(n, INPUT) for n in LENGTHS]
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    packed = pack_padded_sequence(padded, torch.tensor(LENGTHS), True, enforce_sorted=False)
+    wanted = expected(packed)
+    close(actual(packed), wanted)
+    close(actual(pack_sequence(rows, enforce_sorted=False)), wanted)
+    close(actual(PackedSequence(*packed)), wanted)
+    actual.batch_first = False
+    close(actual(packed), wanted)
+    bare = (packed.data, packed.batch_sizes)
+    close(actual(PackedSequence(*bare)), expected(PackedSequence(*bare)))
+    close(actual.double()(packed.double()), expected.double()(packed.to(torch.float64)))
+
+
+@each_cell
+def test_g01_cell_unbatched(key):
+    expected, actual = pair(key)
+    input, hx = arguments(actual, batch=1)
+    hx = tuple(h[0] for h in hx) if type(hx) is tuple else hx[0]
+    for args in ((input[0],), (input[0], hx)):
+        assert all(t.dim() == 1 for t in tensors(actual(*args)))
+        close(actual(*args), expected(*args))
+
+
+@each_cell
+def test_g01_cell_dimensions(key):
+    name = MODULES[key][0]
+    text = f"{name}: Expected input to be 1D or 2D, got 3D instead"
+    same_call_error(key, (torch.zeros(1, 4, 3),), ValueError, text)
+    hx = zero_state(pair(key)[0], 1, 4, 5)
+    same_call_error(key, (torch.zeros(4, 3), hx), ValueError, "to be 1D or 2D, got 3D instead")
+
+
+@each_cell
+@pytest.mark.parametrize(
+    ("input", "state", "text"),
+    [
+        ((4, 6), (4, 5), "input has inconsistent input_size: got 6 expected 3"),
+        ((4, 3), (4, 6), "hidden0 has inconsistent hidden_size: got 6, expected 5"),
+        ((4, 3), (3, 5), "Input batch size 4 doesn't match hidden0 batch size 3"),
+        ((4, 3), (1, 5), "Input batch size 4 doesn't match hidden0 batch size 1"),
+    ],
+)
+def test_g02_cell_sizes(key, input, state, text):
+    args = torch.zeros(input), zero_state(pair(key)[0], *state)
+    same_call_error(key, args, RuntimeError, text)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (3, 5), (1, 5)])
+def test_g02_cell_memory_size(shape):
+    args = torch.zeros(4, 3), (torch.zeros(4, 5), torch.zeros(shape))
+    same_call_error("lstm_cell", args, RuntimeError, "hidden1")
+
+
+@pytest.mark.parametrize(
+    ("key", "hx", "kind"),
+    [
+        ("lstm_cell", STATE, TypeError),
+        ("lstm_cell", (STATE,), RuntimeError),
+        ("lstm_cell", (STATE,) * 3, RuntimeError),
+        ("lstm_cell", (STATE, None), AttributeError),
+        ("rnn_tanh_cell", (STATE, STATE), AttributeError),
+        ("gru_cell", (STATE, STATE), AttributeError),
+    ],
+)
+def test_g03_cell_wrong_kind_of_state(key, hx, kind):
+    same_call_error(key, (torch.zeros(BATCH, INPUT), hx), kind)
+
+
+def mixed_ranks_in_a_process():
+    for name in CELLS:
+        cell = getattr(fused_rnn, name)(INPUT, HIDDEN)
+        for input, shape in (((3,), (5, 5)), ((3,), (1, 5)), ((4, 3), (5,)), ((1, 3), (5,))):
+            error_of(cell, torch.zeros(input), zero_state(cell, *shape))
+
+
+def test_g04_fused_refuses_mixed_ranks():
+    """Only fused_rnn passes: torch.nn's LSTMCell crashes, its RNNCell gives a wrong result."""
+    survives(mixed_ranks_in_a_process)
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(("batch", "hidden"), [(0, 5), (4, 0), (0, 0)])
+def test_g05_empty_cells(name, batch, hidden):
+    expected, actual = (getattr(library, name)(3, hidden) for library in (nn, fused_rnn))
+    input = torch.zeros(batch, 3, requires_grad=True)
+    close(actual(input), expected(input))
+    assert all(t.shape == (batch, hidden) for t in tensors(actual(input)))
+    wanted = gradients(expected, input)
+    close(gradients(actual, input), [torch.zeros_like(t) for t in wanted])
+
+
+@pytest.mark.parametrize(("name", "cell_name"), list(zip(SEQUENCES, CELLS, strict=True)))
+@each_precision
+def test_g05_chained_cells_equal_the_sequence(name, cell_name, dtype):
+    sequence = getattr(fused_rnn, name)(3, 5, dtype=dtype)
+    cell = getattr(fused_rnn, cell_name)(3, 5, dtype=dtype)
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in sequence.state_dict().items()})
+    input, hx = arguments(sequence)
+    state = tuple(h[0] for h in hx) if type(hx) is tuple else hx[0]
+    outputs = []
+    for step in input:
+        state = cell(step, state)
+        outputs.append(tensors(state)[0])
+    output, final = sequence(input, hx)
+    close(torch.stack(outputs), output)
+    close(state, [t[0] for t in tensors(final)])

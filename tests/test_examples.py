@@ -1,0 +1,258 @@
+"""The examples in benchmarks/: every model trains on fused_rnn as it does on torch.nn.
+
+Also the machinery that the comparison rests on: the rule of agreement, the interleaved timing, the
+data of the examples, and the two command lines.
+"""
+
+import csv
+import gzip
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fused_rnn
+import run
+from examples import (
+    EXAMPLES,
+    SEED,
+    TOUR_TOLERANCE,
+    TOURS,
+    Example,
+    Tour,
+    char_lm,
+    compare,
+    compare_tours,
+    image_rows,
+    seeded_model,
+    tour_results,
+)
+from timing import InterleavedTiming, TimedSide, time_interleaved
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BY_NAME = {example.name: example for example in EXAMPLES}
+LONG, SHORTENED = 100, 15  # an example of more than LONG steps is stopped after SHORTENED
+
+by_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+by_tour = pytest.mark.parametrize("tour", TOURS, ids=lambda tour: tour.name)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on busy cores would make these small models crawl."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(example: Example, library: object, steps: int) -> tuple[list[float], torch.nn.Module]:
+    model = seeded_model(example, library, SEED)
+    return list(islice(example.train(model), steps)), model
+
+
+@by_example
+def test_losses_and_predictions_agree(example: Example) -> None:
+    steps = example.steps if example.steps <= LONG else SHORTENED
+    torch_losses, torch_model = train(example, torch.nn, steps)
+    fused_losses, fused_model = train(example, fused_rnn, steps)
+    torch_predictions, fused_predictions = map(example.predict, (torch_model, fused_model))
+
+    agreement = compare(torch_losses, fused_losses, torch_predictions, fused_predictions)
+    assert agreement.holds, str(agreement)
+    # The rule lets predictions differ for long trainings; after so few steps none may.
+    assert torch.equal(torch_predictions, fused_predictions)
+    assert len(fused_losses) == steps
+    assert fused_losses[-1] < fused_losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "summary", "final_loss"),
+    [
+        ("hello_cell", "hello -> ohlol", 3.0),
+        ("hello_rnn", "heelo -> ohlol", 0.6),
+        ("hello_embedding", "heelo -> ohlol", 0.02),
+        ("world_embedding", "hello -> world", 0.02),
+        ("hello_world", "hello -> world", 0.6),
+        ("sentiment_last", "50 of 50 training labels learnt", 0.01),
+        ("layer_sizes", "50 of 50 training labels learnt", 0.01),
+    ],
+)
+def test_the_answer_is_learnt(name: str, summary: str, final_loss: float) -> None:
+    example = BY_NAME[name]
+    losses, model = train(example, fused_rnn, example.steps)
+    assert example.summary(model) == summary
+    assert losses[-1] < final_loss
+
+
+@by_tour
+def test_tours_return_the_same(tour: Tour) -> None:
+    expected = tour_results(tour, torch.nn, SEED)
+    found = tour_results(tour, fused_rnn, SEED)
+    assert compare_tours(expected, found) <= TOUR_TOLERANCE
+
+
+def test_shapes_of_the_tours() -> None:
+    results = dict(item for tour in TOURS for item in tour_results(tour, fused_rnn, SEED))
+    assert results["RNNCell(100, 200), number of parameters"] == 60_400
+    assert results["largest difference between the two"] < 1e-6
+    assert results["RNNCell(4, 2), hidden state at time 2"].shape == (1, 2)
+    assert results["RNN(100, 200, 3), output"].shape == (6, 5, 200)
+    assert results["RNN(100, 200, 3), given state: last state"].shape == (3, 5, 200)
+    assert results["LSTM(100, 200, 2), given states: last c"].shape == (2, 3, 200)
+    assert results["GRU(10, 20), last state"].shape == (1, 32, 20)
+
+
+def test_agreement_refuses_what_it_should() -> None:
+    curve = [1.0 / step for step in range(1, 101)]
+    answers = torch.arange(10)
+    assert compare(curve, curve, answers, answers).holds
+
+    wrong_formula = [loss * 1.0001 for loss in curve]
+    assert not compare(curve, wrong_formula, answers, answers).holds
+    worse_in_the_end = curve[:50] + [loss * 1.05 for loss in curve[50:]]
+    assert not compare(curve, worse_in_the_end, answers, answers).holds
+    diverged = [*curve[:-1], float("nan")]
+    assert not compare(curve, diverged, answers, answers).holds
+    assert not compare(curve, curve, answers, answers.flip(0)).holds
+
+
+def test_tours_of_other_shapes_do_not_agree() -> None:
+    assert compare_tours([("output", torch.zeros(2, 3))], [("output", torch.zeros(3, 2))]) > 1
+
+
+def test_interleaved_sides_draw_the_random_numbers_they_would_draw_alone() -> None:
+    torch.manual_seed(SEED)
+    alone = [torch.rand(()).item() for _ in range(4)]
+    torch.manual_seed(SEED)
+    draw = partial(torch.rand, ())
+    timing = time_interleaved(draw, draw, rounds=4, warm_up=1)
+    assert timing.first.results == timing.second.results == alone
+    assert timing.threads == torch.get_num_threads()
+
+
+def test_speed_up_is_the_median_of_pairs_after_the_warm_up() -> None:
+    first, second = TimedSide(seconds=[90, 2, 6, 8]), TimedSide(seconds=[1, 1, 2, 2])
+    assert InterleavedTiming(first, second, warm_up=1, threads=1).speed_up == 3
+
+
+def test_timing_needs_a_round_after_the_warm_up() -> None:
+    with pytest.raises(ValueError, match="warm_up"):
+        time_interleaved(int, int, rounds=3, warm_up=3)
+
+
+def test_sequential_batches_continue_each_other() -> None:
+    text = torch.arange(10_000)
+    batches = list(char_lm.sequential_batches(text))
+    for inputs, labels in batches:
+        assert inputs.shape == (char_lm.BATCH, char_lm.TIME)
+        assert torch.equal(labels, inputs + 1)
+    for (inputs, _), (next_inputs, _) in pairwise(batches):
+        assert torch.equal(next_inputs[:, 0], inputs[:, -1] + 1)
+
+
+def test_random_batches_use_every_piece_once() -> None:
+    batches = list(char_lm.random_batches(torch.arange(10_000)))
+    for inputs, labels in batches:
+        assert inputs.shape == (char_lm.BATCH, char_lm.TIME)
+        assert torch.equal(labels, inputs + 1)
+    used = torch.cat([inputs.flatten() for inputs, _ in batches])
+    assert len(used.unique()) == len(used)
+
+
+def test_character_model_on_a_text_of_the_user_with_random_sampling(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Stately, plump Buck Mulligan came from the stairhead; " * 100)
+    example = char_lm.character_example("rnn", text, "random")
+    torch_losses, _ = train(example, torch.nn, 3)
+    fused_losses, _ = train(example, fused_rnn, 3)
+    assert fused_losses == pytest.approx(torch_losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mnist_files_are_read(tmp_path: Path, packed: bool) -> None:
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part, count in (("train", 3), ("t10k", 2)):
+        images = bytes([0, 0, 8, 3, *sizes(count, 28, 28), *[255] * (count * 28 * 28)])
+        labels = bytes([0, 0, 8, 1, *sizes(count), *range(count)])
+        for name, content in (("images-idx3", images), ("labels-idx1", labels)):
+            path = folder / f"{part}-{name}-ubyte"
+            if packed:
+                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
+            else:
+                path.write_bytes(content)
+    digits = image_rows.load_mnist(tmp_path)
+    assert torch.equal(digits.train_images, torch.ones(3, 28, 28))
+    assert digits.test_images.shape == (2, 28, 28)
+    assert digits.train_labels.tolist() == [0, 1, 2]
+
+
+def sizes(*values: int) -> bytes:
+    return b"".join(value.to_bytes(4, "big") for value in values)
+
+
+def run_script(script: str, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess:
+    environment = dict(os.environ)
+    if path is not None:
+        environment["PYTHONPATH"] = f"{path}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "fused", "both"])
+def test_an_example_runs_alone(backend: str) -> None:
+    finished = run_script("examples/hello_rnn.py", "--backend", backend)
+    assert finished.returncode == 0, finished.stderr
+    assert "heelo -> ohlol" in finished.stdout
+    assert ("agree:" in finished.stdout) == (backend == "both")
+
+
+def test_a_tour_runs_alone() -> None:
+    finished = run_script("examples/cell_tour.py")
+    assert finished.returncode == 0, finished.stderr
+    assert "60400" in finished.stdout
+
+
+def test_the_run_writes_its_table_and_its_picture(tmp_path: Path) -> None:
+    arguments = ("--quick", "--only", "hello_rnn", "--threads", "1", "--output", str(tmp_path))
+    finished = run_script("run.py", *arguments)
+    assert finished.returncode == 0, finished.stderr
+    with (tmp_path / "examples.csv").open(newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert line["example"] == "hello_rnn"
+    assert line["agree"] == "True"
+    assert line["threads"] == "1"
+    assert line["torch_version"] == torch.__version__
+    assert float(line["speed_up"]) > 0
+    assert (tmp_path / "examples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_run_fails_with_a_sentence_when_an_example_does_not_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = SimpleNamespace(RNN=partial(torch.nn.RNN, nonlinearity="relu"))
+    monkeypatch.setattr(run, "fused_rnn", wrong)
+    arguments = ["run.py", "--quick", "--only", "hello_rnn", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="do not agree on\nhello_rnn: the losses of the first"):
+        run.main()
+
+
+def test_a_missing_dependency_gives_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError(name='rich')")
+    finished = run_script("run.py", path=tmp_path)
+    assert finished.returncode != 0
+    assert finished.stderr.startswith('rich is not installed: run pip install ".[bench]"')

@@ -1,0 +1,202 @@
+"""The operators themselves: schemas and fake kernels, and hostile direct calls, which must raise and touch nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_rnn import reference
+
+CELLS = list(reference.CELLS)
+
+
+def forward_arguments(
+    cell: str, kind: str = "padded", D: int = 1, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Arguments of a valid call of torch.ops.fused_rnn.forward."""
+    torch.manual_seed(0)
+    T, B, size, H = 3, 2, 4, 5
+    P = 3 if kind == "projected" else H
+    G = reference.GATES[cell]
+    x = {"step": (B, size), "packed": (5, size)}.get(kind, (T, B, size))
+    state = (B,) if kind == "step" else (D, B)
+    arguments: dict[str, Any] = dict(
+        x=torch.randn(x, dtype=dtype),
+        h0=torch.randn(*state, P, dtype=dtype),
+        c0=torch.randn(*state, H, dtype=dtype) if cell == "lstm" else None,
+    )
+    for suffix in ("", "_reverse"):
+        present = suffix == "" or D == 2
+        shapes = dict(w_ih=(G * H, size), w_hh=(G * H, P), b_ih=(G * H,), b_hh=(G * H,), w_hr=(P, H))
+        for name, shape in shapes.items():
+            given = present and (name != "w_hr" or kind == "projected")
+            arguments[name + suffix] = torch.randn(shape, dtype=dtype) if given else None
+    arguments["batch_sizes"] = torch.tensor([2, 2, 1]) if kind == "packed" else None
+    return arguments | dict(cell=cell, train=True)
+
+
+def backward_arguments(forward: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a valid call of torch.ops.fused_rnn.backward after that forward."""
+    y, h_n, c_n, reserve = torch.ops.fused_rnn.forward(**forward)
+    names = ["x", "w_ih", "w_hh", "w_hr", "w_ih_reverse", "w_hh_reverse", "w_hr_reverse", "batch_sizes", "cell"]
+    needs = ["dx", "dstate", "dw_ih", "dw_hh", "db", "dw_hr"]
+    return dict(
+        dy=torch.randn_like(y),
+        dh_n=torch.randn_like(h_n) if h_n.numel() else None,
+        dc_n=torch.randn_like(c_n) if c_n.numel() else None,
+        reserve=reserve,
+        **{name: forward[name] for name in names},
+        **{f"need_{need}": True for need in needs},
+    )
+
+
+KINDS = [("padded", 1), ("padded", 2), ("packed", 1), ("packed", 2), ("step", 1)]
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(("kind", "D"), KINDS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck_forward(cell: str, kind: str, D: int, train: bool) -> None:
+    arguments = forward_arguments(cell, kind, D) | dict(train=train)
+    torch.library.opcheck(torch.ops.fused_rnn.forward.default, (), arguments)
+
+
+@pytest.mark.parametrize("needs", [True, False])
+@pytest.mark.parametrize(("kind", "D"), KINDS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck_backward(cell: str, kind: str, D: int, needs: bool) -> None:
+    arguments = backward_arguments(forward_arguments(cell, kind, D))
+    arguments |= {name: needs for name in arguments if name.startswith("need_")}
+    torch.library.opcheck(torch.ops.fused_rnn.backward.default, (), arguments)
+
+
+def test_opcheck_projection() -> None:
+    forward = forward_arguments("lstm", "projected", 2)
+    torch.library.opcheck(torch.ops.fused_rnn.forward.default, (), forward)
+    torch.library.opcheck(torch.ops.fused_rnn.backward.default, (), backward_arguments(forward))
+
+
+def _fails(op: Any, arguments: dict[str, Any], message: str) -> None:
+    dense = {n: v for n, v in arguments.items() if isinstance(v, Tensor) and v.layout is torch.strided}
+    before = {name: value.clone() for name, value in dense.items()}
+    with pytest.raises((RuntimeError, NotImplementedError, TypeError, ValueError), match=message):
+        op(**arguments)
+    for name, value in before.items():
+        assert torch.equal(arguments[name], value), f"{name} was written to"
+
+
+HOSTILE_FORWARD = [
+    (dict(x=torch.randn(3, 2, 7)), r"w_ih must have shape \[20, 7\], got \[20, 4\]"),
+    (dict(x=torch.randn(4)), "x must be"),
+    (dict(x=torch.randn(())), "x must be"),
+    (dict(x=torch.randn(1, 3, 2, 4)), "x must be"),
+    (dict(x=torch.randn(0, 2, 4)), "larger than 0"),
+    (dict(x=torch.randn(3, 2, 4).half()), "float32 or float64"),
+    (dict(x=torch.zeros(3, 2, 4, dtype=torch.int64)), "float32 or float64"),
+    (dict(x=torch.randn(3, 2, 4).double()), "h0 must have the dtype of x"),
+    (dict(x=torch.randn(3, 2, 4).to_sparse()), "."),
+    (dict(x=torch.randn(3, 2, 4, dtype=torch.complex64)), "float32 or float64"),
+    (dict(h0=torch.randn(1, 1, 5)), r"h0 must have shape \[1, 2, 5\], got \[1, 1, 5\]"),
+    (dict(h0=torch.randn(2, 5)), "h0 must have shape"),
+    (dict(h0=torch.randn(1, 2, 5).double()), "h0 must have the dtype"),
+    (dict(c0=torch.randn(1, 2, 4)), r"c0 must have shape \[1, 2, 5\]"),
+    (dict(w_hh=torch.randn(20, 4)), "w_hh must have shape"),
+    (dict(w_hh=torch.randn(19, 5)), "multiple of 4 rows"),
+    (dict(w_hh=torch.randn(20)), "2 dimensions"),
+    (dict(w_hh=torch.randn(0, 0)), "must have shape"),
+    (dict(w_ih=torch.randn(20, 3)), "w_ih must have shape"),
+    (dict(w_ih=torch.randn(20, 4).double()), "w_ih must have the dtype"),
+    (dict(b_ih=torch.randn(19)), r"b_ih must have shape \[20\], got \[19\]"),
+    (dict(b_hh=torch.randn(1)), "b_hh must have shape"),
+    (dict(w_hr=torch.randn(3, 5)), "w_hr must have shape"),
+    (dict(w_ih_reverse=torch.randn(20, 4)), "reverse direction needs w_ih and w_hh"),
+    (dict(w_ih_reverse=torch.randn(20, 4), w_hh_reverse=torch.randn(20, 5)), r"h0 must have shape \[2, 2, 5\]"),
+    (dict(batch_sizes=torch.tensor([2, 2, 1])), "x must be"),
+    (dict(cell="elman"), "unknown cell 'elman'; the cells are: rnn_tanh, rnn_relu, lstm, gru"),
+    (dict(cell="gru"), "multiple of 3 rows"),
+    (dict(cell="rnn_tanh"), "w_hh must have shape"),
+    (dict(cell=3), "."),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), HOSTILE_FORWARD, ids=range(len(HOSTILE_FORWARD)))
+def test_hostile_forward(change: dict[str, Any], message: str) -> None:
+    _fails(torch.ops.fused_rnn.forward, forward_arguments("lstm") | change, message)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (torch.tensor([2, 2, 2]), "6 is not 5"),
+        (torch.tensor([1, 2, 2]), "not increase"),
+        (torch.tensor([2, 2, 0, 1]), "positive"),
+        (torch.tensor([5, -1, 1]), "positive"),
+        (torch.tensor([2**62, 2**62, 2**62, 2**62]), "not increase"),
+        (torch.tensor([], dtype=torch.int64), "must not be empty"),
+        (torch.tensor([2, 2, 1], dtype=torch.int32), "1-D int64"),
+        (torch.tensor([[2, 2, 1]]), "1-D int64"),
+        (torch.tensor([2.0, 2.0, 1.0]), "1-D int64"),
+    ],
+)
+def test_hostile_batch_sizes(sizes: Tensor, message: str) -> None:
+    _fails(torch.ops.fused_rnn.forward, forward_arguments("lstm", "packed") | dict(batch_sizes=sizes), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(reserve=torch.randn(1, 6, 29)), r"reserve must have shape \[1, 6, 30\]"),
+        (dict(reserve=torch.randn(0)), "reserve must have shape"),
+        (dict(reserve=torch.randn(1, 6, 30).double()), "reserve must have the dtype"),
+        (dict(dy=torch.randn(3, 2, 4)), "dy must have shape"),
+        (dict(dh_n=torch.randn(2, 2, 5)), "dh_n must have shape"),
+        (dict(dc_n=torch.randn(1, 2, 6)), "dc_n must have shape"),
+        (dict(x=torch.randn(3, 3, 4)), "dy must have shape"),
+        (dict(w_ih=torch.randn(20, 5)), "w_ih must have shape"),
+    ],
+)
+def test_hostile_backward(change: dict[str, Any], message: str) -> None:
+    _fails(torch.ops.fused_rnn.backward, backward_arguments(forward_arguments("lstm")) | change, message)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_any_strides(cell: str) -> None:
+    """Non-contiguous and expanded tensors mean what their elements say."""
+    arguments = forward_arguments(cell)
+    expected = torch.ops.fused_rnn.forward(**arguments)
+    strided = {
+        name: value.repeat_interleave(2, -1)[..., ::2] if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    for a, b in zip(torch.ops.fused_rnn.forward(**strided), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_needs_decide_what_is_computed(cell: str) -> None:
+    """Every gradient is the same whichever others are asked for, and empty when it is not."""
+    arguments = backward_arguments(forward_arguments(cell, D=2))
+    needs = [name for name in arguments if name.startswith("need_")]
+    everything = torch.ops.fused_rnn.backward(**arguments)
+    owner = ["need_dx", "need_dstate", "need_dstate"]
+    owner += ["need_dw_ih", "need_dw_hh", "need_db", "need_db", "need_dw_hr"] * 2
+    for need in needs:
+        only = arguments | {name: name == need for name in needs}
+        for whose, alone, together in zip(owner, torch.ops.fused_rnn.backward(**only), everything, strict=True):
+            if whose == need:
+                assert torch.equal(alone, together)
+            else:
+                assert alone.numel() == 0
+
+
+def test_large_sizes_are_refused_not_attempted() -> None:
+    """Expanded tensors can claim any size: the buffers they would need must fail to be had, not overflow."""
+    one = torch.randn(1)
+    arguments = forward_arguments("lstm") | dict(
+        x=one.expand(2**30, 2**30, 4), h0=None, c0=None, w_ih=torch.randn(20, 4), w_hh=torch.randn(20, 5)
+    )
+    with pytest.raises(RuntimeError):
+        torch.ops.fused_rnn.forward(**arguments)
