@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import ops
-from fused_rnn.convert import TorchConvertible
+from fused_rnn.convert import TorchConvertible, fx_leaf
 
 
 class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
@@ -50,6 +50,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
                 )
 
 
+@fx_leaf
 class RNNCell(FusedCellBase, torch.nn.RNNCell):
     __doc__ = torch.nn.RNNCell.__doc__
 
@@ -62,6 +63,7 @@ class RNNCell(FusedCellBase, torch.nn.RNNCell):
         return super().forward(input, hx) if result is None else result[0]
 
 
+@fx_leaf
 class GRUCell(FusedCellBase, torch.nn.GRUCell):
     __doc__ = torch.nn.GRUCell.__doc__
 
@@ -73,6 +75,7 @@ class GRUCell(FusedCellBase, torch.nn.GRUCell):
         return super().forward(input, hx) if result is None else result[0]
 
 
+@fx_leaf
 class LSTMCell(FusedCellBase, torch.nn.LSTMCell):
     __doc__ = torch.nn.LSTMCell.__doc__
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -21,16 +22,25 @@ _TORCH_CLASSES = (
 class TorchConvertible(Module):
     """A module of ours: knows torch.nn's class of the same name, and hands that to tools that ask for exact classes."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _mark(self)
-
     def to_torch(self) -> Module:
         """A module of torch.nn's own class that shares this one's parameters, hooks and mode."""
         return _recast(self, _torch_class(type(self)))
 
     def __prepare_scriptable__(self) -> Module:
         return self.to_torch()
+
+
+def fx_leaf(cls: type) -> type:
+    """Class decorator: torch.fx takes instances as one node, as it takes torch.nn's."""
+    init = cls.__init__
+
+    @functools.wraps(init)  # inspect.signature shows torch.nn's
+    def __init__(self: Module, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        _mark(self)
+
+    cls.__init__ = __init__
+    return cls
 
 
 def from_torch(module: Module) -> Module:

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import functional, ops
-from fused_rnn.convert import TorchConvertible
+from fused_rnn.convert import TorchConvertible, fx_leaf
 
 
 class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
     """What RNN, LSTM and GRU share: the way from their arguments to `fused_rnn.functional.stack`."""
 
+    @ops.runs_eagerly
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As torch.nn's class of the same name.
 
@@ -121,10 +122,12 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         )
 
 
+@fx_leaf
 class RNN(FusedRNNBase, torch.nn.RNN):
     __doc__ = torch.nn.RNN.__doc__
 
 
+@fx_leaf
 class LSTM(FusedRNNBase, torch.nn.LSTM):
     __doc__ = torch.nn.LSTM.__doc__
 
@@ -140,5 +143,6 @@ class LSTM(FusedRNNBase, torch.nn.LSTM):
         return (self.proj_size or self.hidden_size, self.hidden_size)
 
 
+@fx_leaf
 class GRU(FusedRNNBase, torch.nn.GRU):
     __doc__ = torch.nn.GRU.__doc__

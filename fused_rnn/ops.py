@@ -6,7 +6,7 @@ The operators are plain (no autograd kernel): ``autograd.Function`` outside them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,18 @@ def layer(
     return y, y if is_step else h_n, c_n if cell == "lstm" else None
 
 
+def runs_eagerly(function: Callable) -> Callable:
+    """Keeps torch.compile from compiling `function` on its own when an eager frame calls it.
+
+    So torch.nn's modules behave, whose files are on the compiler's list of skipped ones: the graph breaks at the
+    module, and the module runs as it is. A frame that is being compiled can still inline the function.
+    """
+    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return function
+
+
 def fusible(x: Any, *others: Any) -> bool:
     """Whether the kernels may compute with these; if not, torch does.
 
@@ -54,11 +66,12 @@ def fusible(x: Any, *others: Any) -> bool:
     if torch.compiler.is_compiling() or type(x) not in _PLAIN_TYPES or _watched():
         return False
     dtype = x.dtype
-    if dtype not in _DTYPES or not x.is_cpu or x.layout is not torch.strided or x.is_nested:
+    if dtype not in _DTYPES or x.is_nested:
         return False
-    # The operators check the others' devices and shapes.
-    for t in others:  # noqa: SIM110 - several times faster than all()
-        if t is not None and (type(t) not in _PLAIN_TYPES or t.dtype is not dtype):
+    for t in (x, *others):  # noqa: SIM110 - several times faster than all()
+        if t is not None and (
+            type(t) not in _PLAIN_TYPES or t.dtype is not dtype or not t.is_cpu or t.layout is not torch.strided
+        ):
             return False
     return True
 

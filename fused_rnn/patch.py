@@ -62,6 +62,7 @@ def _sequence(cell: str) -> Callable:
             cell, data, states, weights, has_biases, num_layers, dropout, train, bidirectional, batch_sizes
         )
 
+    @ops.runs_eagerly
     def fused(*args):  # type: ignore[no-untyped-def]
         takes = packed if len(args) > 3 and isinstance(args[3], (list, tuple)) else padded
         result = takes(*args) if len(args) == 9 else None
@@ -82,12 +83,13 @@ def _cell(cell: str, name: str) -> Callable:
     """torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell or torch.rnn_relu_cell on the fused kernels."""
     original = getattr(torch._VF, name)
 
+    @ops.runs_eagerly
     def fused(input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
         states = hx if cell == "lstm" else (hx,)
         if not _fits(cell, input, states, weights):
             return original(input, hx, *weights)
         h0, c0 = (*states, None)[:2]
-        h, _, c = ops.layer(cell, input, h0, c0, (*weights, None, None)[:4] + (None,))
+        h, _, c = ops.layer(cell, input, h0, c0, (*(*weights, None, None)[:4], None))
         return h if c is None else (h, c)
 
     return fused
