@@ -13,6 +13,8 @@ from torch import Tensor
 from fused_rnn import ops
 from fused_rnn.convert import TorchConvertible, fx_leaf
 
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
 
 class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
     """What the three cells share."""
@@ -23,15 +25,18 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         Raises:
             RuntimeError: input and hidden differ in rank, where torch.nn would read past the end.
         """
-        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        parameters = self._parameters
+        # A parametrised weight is no parameter, and an attribute of the module is slow to get.
+        weights = [parameters[name] if name in parameters else getattr(self, name) for name in _WEIGHTS]
         if not ops.fusible(input, *states, *weights):
             return None
         dim = input.dim()
         if dim not in (1, 2) or input.size(-1) != self.input_size:
             return None
-        batch = () if dim == 1 else (input.size(0),)
-        if any(s is None or s.shape != (*batch, self.hidden_size) for s in states):
-            return None
+        shape = (*input.shape[:-1], self.hidden_size)
+        for s in states:
+            if s is None or s.shape != shape:
+                return None
         if dim == 1:
             input, states = input.unsqueeze(0), tuple(s.unsqueeze(0) for s in states)
         h0, c0 = (*states, None, None)[:2]
@@ -42,11 +47,10 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
 
     def _check_ranks(self, input: Any, states: tuple[Any, ...]) -> None:
         for state in states:
-            ranks = getattr(input, "ndim", None), getattr(state, "ndim", None)
-            if set(ranks) == {1, 2}:
+            if getattr(input, "ndim", 0) + getattr(state, "ndim", 0) == 3:
                 raise RuntimeError(
                     f"{self._get_name()}: Expected input and hidden to have the same number of dimensions, "
-                    f"got {ranks[0]}D and {ranks[1]}D"
+                    f"got {input.ndim}D and {state.ndim}D"
                 )
 
 

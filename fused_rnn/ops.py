@@ -6,7 +6,7 @@ The operators are plain (no autograd kernel): ``autograd.Function`` outside them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,12 +37,19 @@ def layer(
         RuntimeError: a tensor does not fit the others in shape, dtype or device.
     """
     inputs = (x, h0, c0, *weights)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        y, h_n, c_n = _Layer.apply(cell, batch_sizes, *inputs)
+    if torch.is_grad_enabled() and _any_requires_grad(inputs):
+        y, h_n, c_n = _apply(cell, batch_sizes, *inputs)
     else:
-        y, h_n, c_n, _ = _call_forward(cell, batch_sizes, inputs, train=False)
-    is_step = x.dim() == 2 and batch_sizes is None
+        y, h_n, c_n, _ = _call_forward(cell, batch_sizes, inputs, False)
+    is_step = batch_sizes is None and x.dim() == 2
     return y, y if is_step else h_n, c_n if cell == "lstm" else None
+
+
+def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+    for t in tensors:  # noqa: SIM110 - several times faster than any()
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def runs_eagerly(function: Callable) -> Callable:
@@ -68,7 +75,7 @@ def fusible(x: Any, *others: Any) -> bool:
     dtype = x.dtype
     if dtype not in _DTYPES or x.is_nested:
         return False
-    for t in (x, *others):  # noqa: SIM110 - several times faster than all()
+    for t in (x, *others):
         if t is not None and (
             type(t) not in _PLAIN_TYPES or t.dtype is not dtype or not t.is_cpu or t.layout is not torch.strided
         ):
@@ -98,10 +105,9 @@ def _function_mode_matters() -> bool:
 def _call_forward(
     cell: str, batch_sizes: Tensor | None, inputs: Sequence[Tensor | None], train: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, h0, c0, *weights = inputs
-    if len(weights) == 5:
-        weights += _NO_WEIGHTS
-    return _forward(x, h0, c0, *weights, batch_sizes, cell, train)
+    if len(inputs) == 8:
+        return _forward(*inputs, *_NO_WEIGHTS, batch_sizes, cell, train)
+    return _forward(*inputs, batch_sizes, cell, train)
 
 
 class _Layer(torch.autograd.Function):
@@ -109,14 +115,21 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cell, batch_sizes, *inputs):  # type: ignore[no-untyped-def]
-        y, h_n, c_n, reserve = _call_forward(cell, batch_sizes, inputs, train=True)
+        y, h_n, c_n, reserve = _call_forward(cell, batch_sizes, inputs, True)
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.batch_sizes = cell, batch_sizes
         # What a first derivative reads is saved for it, and so guarded against writing in place. What only a
         # second derivative reads is kept aside, with its version, so that writing to it stays allowed until then.
-        read = _read_by_backward(ctx.needs_input_grad[2:])
-        ctx.save_for_backward(reserve, *(t if r else None for t, r in zip(inputs, read, strict=True)))
-        ctx.aside = tuple(None if r or t is None else (t, t._version) for t, r in zip(inputs, read, strict=True))
+        needs = ctx.needs_input_grad
+        x, h0, c0, *weights = inputs
+        saved, aside = [reserve, h0, c0], []
+        for index, (tensor, read) in enumerate(_read_or_not(x, weights, needs)):
+            if tensor is not None and not read:
+                aside.append((index, tensor, tensor._version))
+                tensor = None
+            saved.append(tensor)
+        ctx.save_for_backward(*saved)
+        ctx.aside = aside
         if cell != "lstm":
             ctx.mark_non_differentiable(c_n)
         return y, h_n, c_n
@@ -124,17 +137,22 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n):  # type: ignore[no-untyped-def]
         needs = ctx.needs_input_grad[2:]
-        reserve, *inputs = ctx.saved_tensors
-        if torch.is_grad_enabled() or not _all_plain(dy, dh_n, dc_n):
-            inputs = _with_aside(inputs, ctx.aside)
+        reserve, h0, c0, *others = ctx.saved_tensors
+        again = torch.is_grad_enabled() or _any_batched(dy, dh_n, dc_n)
+        for index, tensor, version in ctx.aside:
+            if again and tensor._version != version:
+                raise RuntimeError(
+                    "one of the variables needed for the second derivative has been modified by an inplace operation: "
+                    f"it is at version {tensor._version}; expected version {version} instead"
+                )
+            others[index] = tensor
+        if again:
+            inputs = (others[0], h0, c0, *others[1:])
             grads = _differentiable_backward(ctx.cell, ctx.batch_sizes, inputs, needs, (dy, dh_n, dc_n))
             return None, None, *grads
-        x, _, _, *weights = (
-            aside[0] if t is None and aside is not None else t for t, aside in zip(inputs, ctx.aside, strict=True)
-        )
-        w_ih, w_hh, _, _, w_hr = weights[:5]
-        w_ih_reverse, w_hh_reverse, _, _, w_hr_reverse = weights[5:] or _NO_WEIGHTS
-        by_kind = [any(needs[k::5]) for k in range(3, 8)]  # w_ih, w_hh, b_ih, b_hh, w_hr in any direction
+        x, w_ih, w_hh, _, _, w_hr, *reverse = others
+        w_ih_reverse, w_hh_reverse, _, _, w_hr_reverse = reverse or _NO_WEIGHTS
+        two = len(needs) > 8
         grads = _backward(
             dy,
             dh_n,
@@ -151,36 +169,40 @@ class _Layer(torch.autograd.Function):
             ctx.cell,
             needs[0],
             needs[1] or needs[2],
-            by_kind[0],
-            by_kind[1],
-            by_kind[2] or by_kind[3],
-            by_kind[4],
+            needs[3] or (two and needs[8]),
+            needs[4] or (two and needs[9]),
+            needs[5] or needs[6] or (two and (needs[10] or needs[11])),
+            needs[7] or (two and needs[12]),
         )
-        return None, None, *(g if need else None for g, need in zip(grads, needs, strict=False))
+        return None, None, *[g if need else None for g, need in zip(grads, needs, strict=False)]
 
 
-def _read_by_backward(needs: Sequence[bool]) -> list[bool]:
+# Function.apply without what it adds for functorch transforms, under which `fusible` is false.
+_apply = super(torch.autograd.Function, _Layer).apply
+
+
+def _read_or_not(
+    x: Tensor, weights: Sequence[Tensor | None], needs: Sequence[bool]
+) -> Iterator[tuple[Tensor | None, bool]]:
+    """x and the weights, each with whether a first derivative reads it; `needs` as autograd's needs_input_grad."""
     # x and w_ih meet in one product: each is read for the other's gradient. Biases are never read.
-    needs_x, needs_w_ih = needs[0], any(needs[3::5])
-    one_direction = (needs_x, True, False, False, True)
-    return [needs_w_ih, True, True, *one_direction * ((len(needs) - 3) // 5)]
+    two = len(weights) > 5
+    yield x, needs[5] or (two and needs[10])
+    for start in range(0, len(weights), 5):
+        w_ih, w_hh, b_ih, b_hh, w_hr = weights[start : start + 5]
+        yield w_ih, needs[2]
+        yield w_hh, True
+        yield b_ih, False
+        yield b_hh, False
+        yield w_hr, True
 
 
-def _with_aside(inputs: Sequence[Tensor | None], aside: Sequence[Any]) -> list[Tensor | None]:
-    whole = []
-    for saved, pair in zip(inputs, aside, strict=True):
-        if pair is not None and pair[0]._version != pair[1]:
-            raise RuntimeError(
-                "one of the variables needed for the second derivative has been modified by an inplace operation: "
-                f"it is at version {pair[0]._version}; expected version {pair[1]} instead"
-            )
-        whole.append(saved if pair is None else pair[0])
-    return whole
-
-
-def _all_plain(*grads: Tensor | None) -> bool:
-    # A gradient under vmap (is_grads_batched=True) is batched: torch's own operations know how to take it.
-    return not any(g is not None and (type(g) is not Tensor or torch._C._functorch.is_batchedtensor(g)) for g in grads)
+def _any_batched(*grads: Tensor | None) -> bool:
+    # A gradient under vmap (is_grads_batched=True): torch's own operations know how to take it.
+    for g in grads:  # noqa: SIM110 - several times faster than any()
+        if g is not None and (type(g) is not Tensor or torch._C._functorch.is_batchedtensor(g)):
+            return True
+    return False
 
 
 def _differentiable_backward(
@@ -222,7 +244,7 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     y = x.new_empty((*x.shape[:-1], D * P))
     h_n = x.new_empty((0,) if is_step else (*state, P))
     c_n = x.new_empty((*state, H) if cell == "lstm" else (0,))
-    reserve = x.new_empty((D, rows, _reserve_width(cell, H, P, w_hr)) if train else (0,))
+    reserve = x.new_empty((D if train else 0, rows, _reserve_width(cell, H, P, w_hr)))
     return y, h_n, c_n, reserve
 
 

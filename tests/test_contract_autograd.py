@@ -61,6 +61,26 @@ def test_h01_each_result_alone(key):
         close(gradients_of_one(actual, args, index), wanted, grad=True)
 
 
+INCOMING = {
+    "expanded": lambda output: output.sum(),
+    "last_step": lambda output: output[-1].sum(),
+    "one_row": lambda output: output[:, 0].square().sum(),
+    "transposed": lambda output: output.transpose(0, -1).contiguous().square().sum(),
+    "zero": lambda output: (output * 0).sum(),
+}
+
+
+@each_module
+@pytest.mark.parametrize("incoming", INCOMING)
+def test_h01_layouts_of_the_incoming_gradient(key, incoming):
+    expected, actual = pair(key)
+    args = arguments(actual, grad=True)
+    wanted, found = (
+        derivative(INCOMING[incoming](tensors(module(*args))[0]), module, args) for module in (expected, actual)
+    )
+    close(found, wanted, grad=True)
+
+
 @pytest.mark.parametrize("key", ["rnn_deep", "lstm_deep", "lstm_proj", "gru_deep"])
 def test_h01_state_of_one_layer(key):
     expected, actual = pair(key)
@@ -194,20 +214,20 @@ def test_h07_third_order(key):
     close(higher_gradients(actual, args, 3), higher_gradients(expected, args, 3), grad=True)
 
 
+def dual(value):
+    """value with tangents, wherever it holds tensors."""
+    if isinstance(value, PackedSequence):
+        return PackedSequence(dual(value.data), *value[1:])
+    if isinstance(value, tuple):
+        return tuple(map(dual, value))
+    return forward_ad.make_dual(value, ramp(value))
+
+
 def tangents(module, *args):
     """Forward-mode derivative of all results along a fixed direction of input and states."""
     with forward_ad.dual_level():
-
-        def dual(t):
-            return forward_ad.make_dual(t, ramp(t))
-
-        input, hx = args
-        if isinstance(input, PackedSequence):
-            input = PackedSequence(dual(input.data), *input[1:])
-        else:
-            input = dual(input)
-        hx = tuple(map(dual, hx)) if isinstance(hx, tuple) else dual(hx)
-        return [forward_ad.unpack_dual(t).tangent for t in tensors(module(input, hx))]
+        results = tensors(module(*map(dual, args)))
+        return [forward_ad.unpack_dual(t).tangent for t in results]
 
 
 @each_module

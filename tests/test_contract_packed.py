@@ -70,6 +70,18 @@ def test_f02_packed_state_order(key):
     close(gradients(actual, packed, hx), gradients(expected, packed, hx), grad=True)
 
 
+@each_sequence
+@pytest.mark.parametrize("layout", ["sliced", "transposed"])
+def test_f02_packed_data_of_any_strides(key, layout):
+    expected, actual = pair(key)
+    packed, hx = arguments(actual, packed=True)
+    data = {
+        "sliced": torch.stack([packed.data] * 2, -1)[..., 0],
+        "transposed": packed.data.t().contiguous().t(),
+    }[layout]
+    close(actual(PackedSequence(data, *packed[1:]), hx), expected(packed, hx))
+
+
 @pytest.mark.parametrize("key", ["rnn_deep", "lstm_deep", "lstm_proj", "gru_deep"])
 def test_f03_reverse_starts_at_own_end(key):
     """The reverse half of a row's output does not depend on what other rows hold."""
@@ -192,7 +204,8 @@ def test_g01_cell_unbatched(key):
 def test_g01_cell_dimensions(key):
     name = MODULES[key][0]
     text = f"{name}: Expected input to be 1D or 2D, got 3D instead"
-    same_call_error(key, (torch.zeros(1, 4, 3),), ValueError, text)
+    for hx in (None, zero_state(pair(key)[0])):
+        same_call_error(key, (torch.zeros(1, 4, 3), hx), ValueError, text)
     hx = zero_state(pair(key)[0], 1, 4, 5)
     same_call_error(key, (torch.zeros(4, 3), hx), ValueError, "to be 1D or 2D, got 3D instead")
 
@@ -246,14 +259,22 @@ def test_g04_fused_refuses_mixed_ranks():
 
 
 @pytest.mark.parametrize("name", CELLS)
-@pytest.mark.parametrize(("batch", "hidden"), [(0, 5), (4, 0), (0, 0)])
-def test_g05_empty_cells(name, batch, hidden):
-    expected, actual = (getattr(library, name)(3, hidden) for library in (nn, fused_rnn))
-    input = torch.zeros(batch, 3, requires_grad=True)
+@pytest.mark.parametrize(("batch", "width", "hidden"), [(0, 3, 5), (4, 3, 0), (4, 0, 0), (0, 0, 0)])
+def test_g05_empty_cells(name, batch, width, hidden):
+    expected, actual = (getattr(library, name)(width, hidden) for library in (nn, fused_rnn))
+    input = torch.zeros(batch, width, requires_grad=True)
     close(actual(input), expected(input))
     assert all(t.shape == (batch, hidden) for t in tensors(actual(input)))
     wanted = gradients(expected, input)
     close(gradients(actual, input), [torch.zeros_like(t) for t in wanted])
+
+
+@each_cell
+def test_g05_cell_without_input(key):
+    expected, actual = pair(key, sizes=(0, HIDDEN))
+    args = arguments(actual, grad=True)
+    close(actual(*args), expected(*args))
+    close(gradients(actual, *args), gradients(expected, *args), grad=True)
 
 
 @pytest.mark.parametrize(("name", "cell_name"), list(zip(SEQUENCES, CELLS, strict=True)))

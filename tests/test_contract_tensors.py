@@ -22,23 +22,19 @@ from contract import (
     error_of,
     gradients,
     loss,
-    no_worse,
     one_of_each,
     one_thread,  # noqa: F401
     pair,
     same_outcome,
     tensors,
 )
+from tolerances import assert_as_accurate
 
 HALVES = (torch.float16, torch.bfloat16)
 
 
 def weight_name(module, kind="weight_hh"):
     return next(name for name, _ in module.named_parameters() if kind in name)
-
-
-def results_and_gradients(module, *args):
-    return tensors(module(*args)), gradients(module, *args)
 
 
 def same_results_and_gradients(expected, actual, **options):
@@ -56,9 +52,12 @@ def test_j01_half_precision(key, dtype):
     args64 = arguments(reference, grad=True)
     for tensor64, tensor in zip(tensors(args64), tensors(args), strict=True):
         tensor64.data.copy_(tensor.data)
-    wanted = results_and_gradients(expected, *args)
-    no_worse(results_and_gradients(actual, *args), wanted, results_and_gradients(reference, *args64))
-    assert all(t.dtype == dtype for t in tensors(wanted))
+    found, wanted, exact = actual(*args), expected(*args), reference(*args64)
+    for trio in zip(*map(tensors, (found, wanted, exact)), strict=True):
+        assert_as_accurate(*trio, "result")
+    modules = (actual, args), (expected, args), (reference, args64)
+    for trio in zip(*(gradients(module, *given) for module, given in modules), strict=True):
+        assert_as_accurate(*trio, "dleaf")
 
 
 @each_module

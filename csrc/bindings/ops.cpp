@@ -90,16 +90,14 @@ class Layer {
     return cell.saved * shape.H + shape.P + (cell.has_c ? shape.H : 0) + (shape.projected ? shape.H : 0);
   }
 
-  Reserve reserve(void* base, int64_t direction, bool train) const {
-    const int64_t width = train ? reserve_width() : cell.gates * shape.H;
+  // Where forward in training keeps a direction's values: [D, N, reserve_width()].
+  Reserve reserve(void* base, int64_t direction) const {
+    const int64_t width = reserve_width();
     char* at = static_cast<char*>(base) + direction * shape.N * width * element();
     const int64_t after_gates = cell.saved * shape.H, after_h = after_gates + shape.P;
-    Reserve r{at, nullptr, nullptr, nullptr, width};
-    if (train) {
-      r.h_prev = at + after_gates * element();
-      if (cell.has_c) r.c_prev = at + after_h * element();
-      if (shape.projected) r.hidden = at + (after_h + shape.H) * element();
-    }
+    Reserve r{at, at + after_gates * element(), nullptr, nullptr, width};
+    if (cell.has_c) r.c_prev = at + after_h * element();
+    if (shape.projected) r.hidden = at + (after_h + shape.H) * element();
     return r;
   }
 
@@ -190,14 +188,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, 
   const Tensor y = layer.new_sequence(D * s.P);
   const Tensor h_n = no_h_n ? empty({0}, layer.dtype) : layer.new_state(s.P);
   Tensor c_n = no_c_n ? empty({0}, layer.dtype) : layer.new_state(s.H);
-  const int64_t workspace_stride = layer.workspace_stride();
-  const Tensor workspace = empty({D * workspace_stride}, layer.dtype);
-  // In inference the gates are scratch of this call.
-  const int64_t width = train ? layer.reserve_width() : layer.cell.gates * s.H;
-  const Tensor reserve = empty({D, s.N, width}, layer.dtype);
+  const Tensor reserve = empty({train ? D : 0, s.N, layer.reserve_width()}, layer.dtype);
+  // Scratch: both directions' workspaces; h0 W_hh^T of a single step; in inference the gates.
   const int64_t rows = layer.cell.gates * s.H;
-  OptionalTensor recurrent;
-  if (s.T == 1 && h0) recurrent = empty({D, s.B, rows}, layer.dtype);
+  const int64_t workspace = layer.workspace_stride(), products = s.T == 1 ? s.B * rows : 0;
+  const int64_t gates = train ? 0 : s.N * rows;
+  const Scratch scratch(D * (workspace + products + gates) * layer.element());
   if (layer.cell.has_c) {
     if (c0) {
       torch::stable::copy_(c_n, *c0);
@@ -216,24 +212,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, 
       p.b_hh = data(w.b_hh);
       p.w_hr = data(w.w_hr);
       p.h0 = h0 ? layer.offset(*h0, d * s.B * s.P) : nullptr;
-      p.reserve = layer.reserve(reserve.data_ptr(), d, train);
+      p.workspace = scratch.data() + d * workspace * layer.element();
+      void* product_d = scratch.data() + (D * workspace + d * products) * layer.element();
+      void* gates_d = scratch.data() + (D * (workspace + products) + d * gates) * layer.element();
+      p.reserve = train ? layer.reserve(reserve.data_ptr(), d) : Reserve{gates_d, nullptr, nullptr, nullptr, rows};
       p.y = layer.offset(y, d * s.P);
       p.y_stride = D * s.P;
       p.h_n = layer.step ? nullptr : layer.offset(h_n, d * s.B * s.P);
       p.c = layer.cell.has_c ? layer.offset(c_n, d * s.B * s.H) : nullptr;
-      p.workspace = layer.offset(workspace, d * workspace_stride);
       product({p.reserve.gates, s.N, rows, p.reserve.stride}, {x.data_ptr(), s.N, layer.I, layer.I},
               cpu::Matrix{w.w_ih.data_ptr(), rows, layer.I, layer.I}.transposed(), layer.dtype);
       if (s.T == 1 && h0) {
-        void* out = layer.offset(*recurrent, d * s.B * rows);
-        product({out, s.B, rows, rows}, {const_cast<void*>(p.h0), s.B, s.P, s.P},
+        product({product_d, s.B, rows, rows}, {const_cast<void*>(p.h0), s.B, s.P, s.P},
                 cpu::Matrix{w.w_hh.data_ptr(), rows, s.P, s.P}.transposed(), layer.dtype);
-        p.recurrent = out;
+        p.recurrent = product_d;
       }
     }
     cpu::forward(params, threads());
   }
-  return {y, h_n, c_n, train ? reserve : empty({0}, layer.dtype)};
+  return {y, h_n, c_n, reserve};
 }
 
 // The part of a direction's backward that is one product over all rows: the weights' gradients and dx.
@@ -369,10 +366,10 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
       torch::stable::zero_(dc);
     }
   }
-  Tensor dgates = empty({D, s.N, layer.cell.grads * s.H}, layer.dtype);
-  Tensor dh_total = empty({s.projected ? D * s.N * s.P : 0}, layer.dtype);
-  const int64_t workspace_stride = layer.workspace_stride();
-  Tensor workspace = empty({D * workspace_stride}, layer.dtype);
+  // Scratch: both directions' workspaces, gates' gradients, and gradients of h behind a projection.
+  const int64_t workspace = layer.workspace_stride(), grads = s.N * layer.cell.grads * s.H;
+  const int64_t dh_total = s.projected ? s.N * s.P : 0;
+  const Scratch scratch(D * (workspace + grads + dh_total) * layer.element());
 
   BackwardParams params{s, {}};
   for (int64_t d = 0; d < D; ++d) {
@@ -382,12 +379,12 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
     p.dy = dy ? layer.offset(*dy, d * s.P) : nullptr;
     p.dy_stride = D * s.P;
     p.dh_n = dh_n ? layer.offset(*dh_n, d * s.B * s.P) : nullptr;
-    p.reserve = layer.reserve(reserve.data_ptr(), d, true);
-    p.dgates = layer.offset(dgates, d * s.N * layer.cell.grads * s.H);
-    p.dh_total = s.projected ? layer.offset(dh_total, d * s.N * s.P) : nullptr;
+    p.reserve = layer.reserve(reserve.data_ptr(), d);
+    p.workspace = scratch.data() + d * workspace * layer.element();
+    p.dgates = scratch.data() + (D * workspace + d * grads) * layer.element();
+    p.dh_total = s.projected ? scratch.data() + (D * (workspace + grads) + d * dh_total) * layer.element() : nullptr;
     p.dh0 = need_dstate ? layer.offset(dh0, d * s.B * s.P) : nullptr;
     p.dc = layer.cell.has_c ? layer.offset(dc, d * s.B * s.H) : nullptr;
-    p.workspace = layer.offset(workspace, d * workspace_stride);
   }
   if (s.N > 0 && s.P > 0) cpu::backward(params, threads());
 

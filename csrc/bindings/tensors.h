@@ -91,6 +91,24 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return Tensor(handle);
 }
 
+// Memory for the length of one call: on the stack if it is little, which spares small layers an allocation.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    if (bytes > static_cast<int64_t>(sizeof(local_))) heap_ = empty({(bytes + 3) / 4}, ScalarType::Float);
+    data_ = heap_ ? static_cast<char*>(heap_->data_ptr()) : local_;
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  char* data() const { return data_; }
+
+ private:
+  alignas(64) char local_[8192];
+  OptionalTensor heap_;  // torch aligns what it allocates to 64 bytes, too
+  char* data_;
+};
+
 // out = a b, or out += a b; out's columns are contiguous.
 void product(const cpu::Matrix& out, const cpu::Matrix& a, const cpu::Matrix& b, ScalarType dtype,
              bool accumulate = false);

@@ -19,7 +19,7 @@ struct BackwardWorkspace {
     const int64_t block = kUnitVectors<1> * kLanes<T>;
     const int64_t K = Cell::kGates * s.H;
     panel = 0;
-    projection = panel + ceil_div(s.P, block) * block * K;
+    projection = panel + (s.T > 1 ? ceil_div(s.P, block) * block * K : 0);
     direct = projection + (s.projected ? ceil_div(s.H, block) * block * s.P : 0);
     zeros = direct + (Cell::kUsesH ? s.B * s.H : 0);
     size = zeros + (K > s.P ? K : s.P);

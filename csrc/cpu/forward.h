@@ -21,7 +21,7 @@ struct ForwardWorkspace {
     const int64_t blocks = ceil_div(s.H, kUnitVectors<Cell::kGates> * kLanes<T>);
     const int64_t columns = Cell::kGates * kUnitVectors<Cell::kGates> * kLanes<T>;
     panel = 0;
-    bias = panel + blocks * columns * s.P;
+    bias = panel + (s.T > 1 ? blocks * columns * s.P : 0);
     projection = bias + blocks * columns * 2;
     const int64_t outputs = s.projected ? ceil_div(s.P, kUnitVectors<1> * kLanes<T>) * kUnitVectors<1> * kLanes<T> : 0;
     hidden = projection + outputs * s.H;
