@@ -47,7 +47,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
 
     def _check_ranks(self, input: Any, states: tuple[Any, ...]) -> None:
         for state in states:
-            if getattr(input, "ndim", 0) + getattr(state, "ndim", 0) == 3:
+            if {getattr(input, "ndim", None), getattr(state, "ndim", None)} == {1, 2}:
                 raise RuntimeError(
                     f"{self._get_name()}: Expected input and hidden to have the same number of dimensions, "
                     f"got {input.ndim}D and {state.ndim}D"

@@ -16,7 +16,7 @@ from fused_rnn import ops
 def stack(
     cell: str,
     x: Tensor,
-    states: Sequence[Tensor],
+    states: Sequence[Tensor | None],
     weights: Sequence[Tensor],
     has_biases: bool,
     num_layers: int,
@@ -31,7 +31,7 @@ def stack(
     Args:
         cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
         x: ``[T, B, I]``, or ``[N, I]`` with ``batch_sizes`` (a packed sequence's data).
-        states: h0 ``[L*D, B, P]``, and for the LSTM c0 ``[L*D, B, H]``.
+        states: h0 ``[L*D, B, P]``, and for the LSTM c0 ``[L*D, B, H]``; None for zeros.
         weights: torch.nn's ``_flat_weights``: per layer and direction ``w_ih, w_hh[, b_ih, b_hh][, w_hr]``.
         has_biases, num_layers, dropout, bidirectional: as in torch.nn; dropout only acts with ``train``.
         batch_sizes: int64 ``[T]`` or None.
@@ -41,7 +41,7 @@ def stack(
         y ``[T, B, D*P]`` (or ``[N, D*P]``), h_n ``[L*D, B, P]`` and for the LSTM c_n ``[L*D, B, H]``.
     """
     D = 2 if bidirectional else 1
-    h0, c0 = states[0], states[1] if len(states) > 1 else None
+    h0, c0 = (*states, None)[:2]
     per_direction = len(weights) // (num_layers * D)
     h_n, c_n = [], []
     for index in range(num_layers):
@@ -58,8 +58,7 @@ def stack(
         )
         h_n.append(h)
         c_n.append(c)
-    result = (x, _join(h_n))
-    return result if c0 is None else (*result, _join(c_n))
+    return (x, _join(h_n), _join(c_n)) if cell == "lstm" else (x, _join(h_n))
 
 
 def _five(weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor | None, ...]:

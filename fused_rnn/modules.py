@@ -55,17 +55,20 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
                 data = data.unsqueeze(batch_dim)
                 states = tuple(s.unsqueeze(1) for s in states)
             batch = data.size(batch_dim)
-        if states:
-            hidden = self.permute_hidden(self._pack_states(states), sorted_indices)
-        else:
-            hidden = self._pack_states(self._zero_states(data, batch))
-        self.check_forward_args(data, hidden, batch_sizes)
+        if states or self._overrides_checks():
+            hidden = self._pack_states(states or self._zero_states(data, batch))
+            hidden = self.permute_hidden(hidden, sorted_indices) if states else hidden
+            self.check_forward_args(data, hidden, batch_sizes)
+            states = self._given_states(hidden)
+        else:  # zeros fit by themselves, and the kernels need no tensor for them
+            self.check_input(data, batch_sizes)
+            states = (None,) * len(self._state_sizes())
 
         time_major = data.transpose(0, 1) if self.batch_first and not packed else data
         output, *hidden = functional.stack(
             self.mode.lower(),
             time_major,
-            self._given_states(hidden),
+            states,
             self._flat_weights,
             self.bias,
             self.num_layers,
@@ -103,6 +106,9 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
 
     def _state_sizes(self) -> tuple[int, ...]:
         return (self.hidden_size,)
+
+    def _overrides_checks(self) -> bool:
+        return type(self).check_forward_args.__module__ != torch.nn.RNNBase.__module__
 
     def _zero_states(self, data: Tensor, batch: int) -> list[Tensor]:
         rows = self.num_layers * (2 if self.bidirectional else 1)
