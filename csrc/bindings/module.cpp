@@ -1,5 +1,4 @@
 // fused_rnn._C: what is not an operator. Importing it registers the operators of ops.cpp.
-#include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
