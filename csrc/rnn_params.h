@@ -21,6 +21,7 @@ struct LayerShape {
   int64_t T, B, H, P, N;
   int64_t directions;
   bool projected;              // LSTM with a projection: P < H, W_hr present
+  int64_t I;                   // columns of x if forward multiplies it by W_ih itself; 0: `gates` holds that product
   const int64_t* batch_sizes;  // [T] non-increasing, batch_sizes[0] == B; null: every step has B rows
   const int64_t* row_offsets;  // [T] rows before step t; null with batch_sizes
 
@@ -30,7 +31,7 @@ struct LayerShape {
 
 // What forward keeps for backward, one row per (t, b), `stride` apart. In inference only `gates` exists.
 struct Reserve {
-  void* gates;     // [N, kSaved * H] in: x W_ih^T in the first kGates * H columns; out: what the cell saves
+  void* gates;     // [N, kSaved * H] in, if I == 0: x W_ih^T in the first kGates * H columns; out: what the cell saves
   void* h_prev;    // [N, P] h as the step consumed it; null in inference
   void* c_prev;    // [N, H] c as the step consumed it; LSTM in training, else null
   void* hidden;    // [N, H] o * tanh(c) before the projection; null unless projected and in training
@@ -38,6 +39,8 @@ struct Reserve {
 };
 
 struct ForwardDirection {
+  const void* x;          // [N, I], null if I == 0
+  const void* w_ih;       // [G*H, I], null if I == 0
   const void* w_hh;       // [G*H, P]
   const void* b_ih;       // [G*H], may be null: zeros
   const void* b_hh;       // [G*H], may be null: zeros

@@ -15,13 +15,14 @@ namespace FUSED_RNN_ISA {
 // Where the parts of a direction's workspace begin, in elements.
 template <class Cell, class T>
 struct ForwardWorkspace {
-  int64_t panel, bias, projection, hidden, zeros, size;
+  int64_t panel, input, bias, projection, hidden, zeros, size;
 
   explicit ForwardWorkspace(const LayerShape& s) {
     const int64_t blocks = ceil_div(s.H, kUnitVectors<Cell::kGates> * kLanes<T>);
     const int64_t columns = Cell::kGates * kUnitVectors<Cell::kGates> * kLanes<T>;
     panel = 0;
-    bias = panel + (s.T > 1 ? blocks * columns * s.P : 0);
+    input = panel + (s.T > 1 ? blocks * columns * s.P : 0);
+    bias = input + blocks * columns * s.I;
     projection = bias + blocks * columns * 2;
     const int64_t outputs = s.projected ? ceil_div(s.P, kUnitVectors<1> * kLanes<T>) * kUnitVectors<1> * kLanes<T> : 0;
     hidden = projection + outputs * s.H;
@@ -43,6 +44,7 @@ class Forward {
     T* workspace = static_cast<T*>(d_.workspace);
     const ForwardWorkspace<Cell, T> part(shape);
     panel_ = workspace + part.panel;
+    input_ = workspace + part.input;
     bias_ = workspace + part.bias;
     projection_ = workspace + part.projection;
     scratch_hidden_ = workspace + part.hidden;
@@ -78,6 +80,7 @@ class Forward {
       if (s_.T > 1) {
         pack_rows<T, Cell::kGates>(panel_ + b * s_.P * C * kLanes<T>, at(d_.w_hh), s_.H, s_.P, b * kBlock);
       }
+      if (s_.I > 0) pack_rows<T, Cell::kGates>(input_ + b * s_.I * C * kLanes<T>, at(d_.w_ih), s_.H, s_.I, b * kBlock);
       pack_bias(bias_ + b * 2 * C * kLanes<T>, at(d_.b_ih), b * kBlock);
       pack_bias(bias_ + (b * 2 + 1) * C * kLanes<T>, at(d_.b_hh), b * kBlock);
     }
@@ -169,42 +172,47 @@ class Forward {
     FUSED_RNN_INLINE void run(int64_t row, int64_t block) const {
       using V = Vec<T>;
       const LayerShape& s = f.s_;
-      const T* rows[R];
+      const T *rows[R], *x[R];
       for (int r = 0; r < R; ++r) rows[r] = f.h_prev(row + r);
       const T* bias = f.bias_ + block * 2 * C * kLanes<T>;
-      V sums[NB][R][C];
+      V from_h[NB][R][C], from_x[NB][R][C];
       for (int nb = 0; nb < NB; ++nb) {
         for (int c = 0; c < C; ++c) {
-          const V b = load(bias + ((nb * 2 + 1) * C + c) * kLanes<T>);
-          for (int r = 0; r < R; ++r) sums[nb][r][c] = b;
+          const V b_ih = load(bias + (nb * 2 * C + c) * kLanes<T>),
+                  b_hh = load(bias + ((nb * 2 + 1) * C + c) * kLanes<T>);
+          for (int r = 0; r < R; ++r) from_x[nb][r][c] = b_ih, from_h[nb][r][c] = b_hh;
         }
       }
-      if (s.T > 1) multiply(sums, rows, f.panel_ + block * s.P * C * kLanes<T>, s.P);
+      if (s.T > 1) multiply(from_h, rows, f.panel_ + block * s.P * C * kLanes<T>, s.P);
+      if (s.I > 0) {
+        for (int r = 0; r < R; ++r) x[r] = at(f.d_.x) + (s.row(f.t_) + row + r) * s.I;
+        multiply(from_x, x, f.input_ + block * s.I * C * kLanes<T>, s.I);
+      }
       each_vector<T, NB, U>(block, s.H, [&](int nb, int u, Units units) {
         for (int r = 0; r < R; ++r) {
-          V recurrent[Cell::kGates];
+          V input[Cell::kGates], recurrent[Cell::kGates];
           for (int g = 0; g < Cell::kGates; ++g) {
-            recurrent[g] = sums[nb][r][g * U + u];
+            input[g] = from_x[nb][r][g * U + u];
+            recurrent[g] = from_h[nb][r][g * U + u];
+            if (s.I == 0) input[g] += load(f.gates(row + r) + g * s.H + units.unit, units.count);
             if (f.d_.recurrent) recurrent[g] += load(f.made_product(row + r, g) + units.unit, units.count);
           }
-          f.cell(recurrent, bias + (nb * 2 * C + u) * kLanes<T>, rows[r], row + r, units);
+          f.cell(input, recurrent, rows[r], row + r, units);
         }
       });
     }
   };
 
-  // The cell of some units of row b at this step, from the recurrent half of the pre-activations.
-  FUSED_RNN_INLINE void cell(const Vec<T> (&recurrent)[Cell::kGates], const T* bias, const T* h_prev, int64_t b,
-                             Units units) const {
+  T* gates(int64_t b) const { return at(d_.reserve.gates) + (s_.row(t_) + b) * d_.reserve.stride; }
+
+  // The cell of some units of row b at this step, from the two halves of the pre-activations.
+  FUSED_RNN_INLINE void cell(const Vec<T> (&input)[Cell::kGates], const Vec<T> (&recurrent)[Cell::kGates],
+                             const T* h_prev, int64_t b, Units units) const {
     using V = Vec<T>;
     const int64_t unit = units.unit, n = units.count;
     const Reserve& keep = d_.reserve;
     const int64_t row = s_.row(t_) + b;
-    T* gates = at(keep.gates) + row * keep.stride + unit;
-    V input[Cell::kGates], saved[Cell::kSaved], h, h_in{}, c{};
-    for (int g = 0; g < Cell::kGates; ++g) {
-      input[g] = load(gates + g * s_.H, n) + load(bias + g * U * kLanes<T>);
-    }
+    V saved[Cell::kSaved], h, h_in{}, c{};
     if constexpr (Cell::kUsesH) h_in = load(h_prev + unit, n);
     if constexpr (Cell::kHasC) {
       c = load(at(d_.c) + b * s_.H + unit, n);
@@ -213,7 +221,7 @@ class Forward {
     Cell::forward(input, recurrent, h_in, c, saved, h);
     if constexpr (Cell::kHasC) store(at(d_.c) + b * s_.H + unit, c, n);
     if (keep.h_prev) {
-      for (int i = 0; i < Cell::kSaved; ++i) store(gates + i * s_.H, saved[i], n);
+      for (int i = 0; i < Cell::kSaved; ++i) store(gates(b) + i * s_.H + unit, saved[i], n);
     }
     store(s_.projected ? hidden(b) + unit : at(d_.y) + row * d_.y_stride + unit, h, n);
   }
@@ -242,7 +250,7 @@ class Forward {
   const bool reverse_;
   const cpu::Worker& worker_;
   const int64_t row_begin_, row_end_;
-  T *panel_, *bias_, *projection_, *scratch_hidden_, *zeros_;
+  T *panel_, *input_, *bias_, *projection_, *scratch_hidden_, *zeros_;
   int64_t t_ = 0, rows_ = 0, carried_ = 0;
   const T* previous_ = nullptr;
 };

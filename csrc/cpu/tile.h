@@ -83,12 +83,15 @@ FUSED_RNN_INLINE void cover(const Tile& tile, int64_t row_begin, int64_t row_end
   }
   for (; block < block_end; ++block) {
     int64_t row = row_begin;
-    for (; row + kMost <= row_end; row += kMost) tile.template run<1, kMost>(row, block);
+    // Eight rows are better done as 4 + 4 than as 6 + 2: a tile of two waits for its loads.
+    while (row_end - row >= kMost && !(kMost == 6 && row_end - row == 8)) {
+      tile.template run<1, kMost>(row, block), row += kMost;
+    }
     if constexpr (kMost > 4) {
-      if (row + 4 <= row_end) tile.template run<1, 4>(row, block), row += 4;
+      while (row_end - row >= 4) tile.template run<1, 4>(row, block), row += 4;
     }
     if constexpr (kMost > 2) {
-      if (row + 2 <= row_end) tile.template run<1, 2>(row, block), row += 2;
+      if (row_end - row >= 2) tile.template run<1, 2>(row, block), row += 2;
     }
     for (; row < row_end; ++row) tile.template run<1, 1>(row, block);
   }

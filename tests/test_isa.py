@@ -1,0 +1,231 @@
+"""Every instruction set, and every way to have threads, computes the same."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_rnn
+from cases import CASES, Case
+from contract import survives
+from fused_rnn import _C
+
+ISAS = _C.supported_cpu_isas()
+DTYPES = {"f32": torch.float32, "f64": torch.float64}
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Leaves the number of threads as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def results(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """Outputs, states and every gradient of one forward and backward."""
+    _, module, _ = case.modules(dtype)
+    data = [t.requires_grad_() for t in case.data(dtype)]
+    outputs = case.run(module, data)
+    weights = [torch.linspace(-1, 2, o.numel(), dtype=dtype).view(o.shape) for o in outputs]
+    loss = sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
+    return [o.detach() for o in outputs] + list(torch.autograd.grad(loss, [*data, *module.parameters()]))
+
+
+def assert_same_rounding(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        scale = max(b.abs().max().item(), 1.0)
+        torch.testing.assert_close(a, b, rtol=0, atol=32 * torch.finfo(b.dtype).eps * scale)
+
+
+# Instruction sets: one process each, which chooses at its first call.
+
+
+def save_results(isa: str, path: str) -> None:
+    """All cases in both dtypes, to be compared by the process that started this one."""
+    torch.set_num_threads(1)
+    assert _C.cpu_isa() == isa
+    torch.save({f"{case}-{name}": results(case, dtype) for case in CASES for name, dtype in DTYPES.items()}, path)
+
+
+def fails_at_first_use() -> None:
+    """With an instruction set that no machine has."""
+    wanted = f"FUSED_RNN_CPU_ISA=mmx2 is not supported on this machine; choose one of: {', '.join(ISAS)}"
+    module, input = fused_rnn.LSTM(3, 5), torch.ones(2, 1, 3)
+    for use in (lambda: module(input), lambda: module(input), _C.cpu_isa):  # not only the first time
+        with pytest.raises(RuntimeError, match=wanted):
+            use()
+    torch.nn.LSTM(3, 5)(input)
+
+
+@pytest.fixture(scope="module")
+def by_isa(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[Tensor]]]:
+    folder: Path = tmp_path_factory.mktemp("isa")
+    with pytest.MonkeyPatch.context() as environment:
+        for isa in ISAS:
+            environment.setenv("FUSED_RNN_CPU_ISA", isa)
+            survives(save_results, isa, str(folder / isa))
+    return {isa: torch.load(folder / isa) for isa in ISAS}
+
+
+def test_portable_is_always_there() -> None:
+    assert ISAS[-1] == "portable"
+    assert _C.cpu_isa() in ISAS
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_instruction_sets_agree(case: Case, dtype: str, by_isa: dict[str, dict[str, list[Tensor]]]) -> None:
+    torch.set_num_threads(1)
+    theirs, _, _ = case.modules(DTYPES[dtype])
+    expected = case.run(theirs, case.data(DTYPES[dtype]))
+    for isa in ISAS:
+        found = by_isa[isa][f"{case}-{dtype}"]
+        assert_same_rounding(found[: len(expected)], [t.detach() for t in expected])
+        assert_same_rounding(found, by_isa["portable"][f"{case}-{dtype}"])
+
+
+def test_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_RNN_CPU_ISA", "mmx2")
+    survives(fails_at_first_use)
+
+
+def test_an_empty_choice_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_RNN_CPU_ISA", "")
+    survives(chooses_the_best)
+
+
+def chooses_the_best() -> None:
+    assert _C.cpu_isa() == ISAS[0]
+
+
+# Threads
+
+LARGE = [  # enough work for more than one thread, split over the batch, over the units, or over the directions
+    dict(T=9, B=33, I=20, H=96),
+    dict(T=6, B=32, I=64, H=128, L=2),
+    dict(T=9, B=34, I=20, H=96, lengths=tuple(1 + b % 9 for b in range(34))),
+    dict(T=20, B=1, I=64, H=300),
+    dict(T=20, B=7, I=33, H=200),
+    dict(T=9, B=40, I=20, H=65, bidirectional=True),
+]
+LARGE_CASES = [Case(cell, **size) for cell in ("RNN", "LSTM", "GRU") for size in LARGE] + [
+    Case("LSTM", T=9, B=33, I=20, H=96, proj_size=40),
+    Case("LSTM", T=20, B=3, I=20, H=200, proj_size=70),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", LARGE_CASES, ids=str)
+def test_one_thread_and_two_agree(case: Case, dtype: str) -> None:
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found.append(results(case, DTYPES[dtype]))
+    if case.B >= 16:  # each thread has rows or a direction of its own
+        for one, two in zip(*found, strict=True):
+            assert torch.equal(one, two)
+    assert_same_rounding(*found)
+
+
+@pytest.mark.parametrize("case", [LARGE_CASES[0], Case("GRU", T=20, B=2, I=9, H=200)], ids=str)
+def test_calls_from_four_threads_at_once(case: Case) -> None:
+    """All through one module, each with its own input; forward and backward."""
+    torch.set_num_threads(2)
+    _, module, _ = case.modules(torch.float32)
+    weight = module.weight_hh_l0
+
+    def call(seed: int) -> list[Tensor]:
+        x = torch.randn(case.T, case.B, case.I, generator=torch.Generator().manual_seed(seed))
+        output, _ = module(x)
+        return [output.detach(), *torch.autograd.grad(output.sum(), [weight])]
+
+    expected = [call(seed) for seed in range(50)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(call, range(50)))
+    for a, b in zip(found, expected, strict=True):
+        assert_same_rounding(a, b)
+
+
+def test_the_interpreter_runs_on_during_a_call() -> None:
+    """The lock is released: another Python thread gets on in the middle of a long call."""
+    torch.set_num_threads(1)
+    module, x = fused_rnn.LSTM(64, 256), torch.randn(400, 32, 64)
+    span: list[float] = []
+
+    def call() -> None:
+        with torch.no_grad():
+            span.append(time.perf_counter())
+            torch.ops.fused_rnn.forward(x, None, None, *module._flat_weights, *[None] * 7, cell="lstm", train=False)
+            span.append(time.perf_counter())
+
+    ticks = []
+    thread = threading.Thread(target=call)
+    thread.start()
+    while thread.is_alive():
+        ticks.append(time.perf_counter())
+        time.sleep(0.001)
+    begin, end = span
+    quarter = (end - begin) / 4
+    assert any(begin + quarter < tick < end - quarter for tick in ticks)
+
+
+# Child processes. OpenMP's threads do not survive a fork: whoever waits for them waits for ever.
+
+
+def in_forked_children(sizes: dict[str, int], like_the_data_loader: bool) -> None:
+    """For each cell: this process computes with two threads, then its child does."""
+    children = multiprocessing.get_context("fork")
+    for cell in ("RNN", "LSTM", "GRU"):
+        case = Case(cell, **sizes)
+        torch.set_num_threads(2)
+        expected = results(case, torch.float32)
+        _, module, _ = case.modules(torch.float32)
+        data = case.data(torch.float32)
+        receive, send = children.Pipe(duplex=False)
+
+        def compute(case=case, module=module, data=data, send=send) -> None:  # type: ignore[no-untyped-def]
+            if like_the_data_loader:
+                torch.set_num_threads(1)
+                found = results(case, torch.float32)
+            else:
+                with torch.no_grad():
+                    found = case.run(module, data)
+            send.send([t.tolist() for t in found])
+
+        child = children.Process(target=compute)
+        child.start()
+        arrived = receive.poll(30)
+        if not arrived:
+            child.kill()
+        assert arrived, f"{case}: the child hangs"
+        found = receive.recv()
+        child.join(30)
+        assert child.exitcode == 0 and len(found) == (len(expected) if like_the_data_loader else len(data))
+        assert_same_rounding([torch.tensor(values) for values in found], expected[: len(found)])
+
+
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork")
+
+
+@needs_fork
+def test_forked_children_compute() -> None:
+    """Forward and backward, with one thread for torch: so torch's data loader starts its workers."""
+    survives(in_forked_children, dict(T=12, B=32, I=64, H=128), True)
+
+
+@needs_fork
+def test_forked_children_that_set_nothing() -> None:
+    """Two threads are still asked for, and the kernels do not wait for them.
+
+    Torch itself does: in such a child its own large operations hang, so there is none in this case.
+    """
+    survives(in_forked_children, dict(T=20, B=1, I=1, H=256), False)

@@ -1,0 +1,136 @@
+"""What the source tree promises: kernels without torch, every cell written down once, no drawer for odds and ends."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_rnn
+from fused_rnn import reference
+
+PACKAGE = Path(fused_rnn.__file__).parent
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+LAYERS = ("cells", "cpu", "bindings")  # each may use those before it; csrc/rnn_params.h is everyone's
+
+needs_sources = pytest.mark.skipif(not CSRC.is_dir(), reason=f"the C++ sources are not beside the tests, in {CSRC}")
+
+
+def code(path: Path) -> str:
+    """A C++ file without its comments."""
+    return re.sub(r"//.*?$|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def cpp_files(*layers: str) -> list[Path]:
+    return [path for layer in layers for path in sorted((CSRC / layer).rglob("*")) if path.is_file()]
+
+
+def includes(path: Path) -> list[str]:
+    """The names in a file's #include lines, with their brackets or quotes."""
+    return re.findall(r'^\s*#\s*include\s*(<[^>]+>|"[^"]+")', code(path), flags=re.MULTILINE)
+
+
+@needs_sources
+def test_the_sources_are_found() -> None:
+    for layer in LAYERS:
+        assert len(cpp_files(layer)) >= 3, layer
+    assert '"../cells/cells.h"' in includes(CSRC / "cpu" / "forward.h")
+
+
+@needs_sources
+def test_kernels_know_nothing_of_torch() -> None:
+    """They could be built, tested and ported without it."""
+    foreign = re.compile(r"torch|aten|c10|caffe2|pybind|python", re.IGNORECASE)
+    for path in [*cpp_files("cells", "cpu"), CSRC / "rnn_params.h"]:
+        assert not [name for name in includes(path) if foreign.search(name)], path
+        assert not re.search(r"\b(torch|at|c10|pybind11|py)::", code(path)), path
+
+
+@needs_sources
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_uses_only_those_before_it(layer: str) -> None:
+    allowed = [CSRC / name for name in LAYERS[: LAYERS.index(layer) + 1]]
+    for path in cpp_files(layer):
+        for name in includes(path):
+            if name.startswith('"'):
+                target = (path.parent / name.strip('"')).resolve()
+                assert target.is_file(), (path, name)
+                assert target.parent in allowed or target == CSRC / "rnn_params.h", (path, name)
+
+
+@needs_sources
+def test_what_is_compiled_per_instruction_set_has_nothing_inline_from_the_library() -> None:
+    """The linker would keep one copy for all, perhaps with instructions that the machine does not have."""
+    reached, left = set(), [CSRC / "cpu" / "kernels.inc"]
+    while left:
+        path = left.pop()
+        reached.add(path)
+        for name in includes(path):
+            if name.startswith("<"):
+                assert name in ("<cstdint>", "<immintrin.h>", "<type_traits>"), (path, name)
+            elif (target := (path.parent / name.strip('"')).resolve()) not in reached:
+                left.append(target)
+    assert CSRC / "cells" / "math.h" in reached
+    for isa in fused_rnn._C.supported_cpu_isas():
+        assert '"kernels.inc"' in includes(CSRC / "cpu" / f"isa_{isa}.cpp")
+
+
+@needs_sources
+def test_every_cells_equations_occur_once() -> None:
+    entries = re.findall(r'X\(\w+, (\w+)(?:<\w+>)?, "(\w+)"\)', (CSRC / "cells" / "cells.h").read_text())
+    assert [name for _, name in entries] == list(reference.CELLS)
+    sources = {path: code(path) for path in cpp_files(*LAYERS)}
+    homes = {}
+    for policy in {policy for policy, _ in entries}:
+        (homes[policy],) = [path for path, text in sources.items() if re.search(rf"\bstruct {policy}\b", text)]
+    for path in homes.values():
+        assert path.parent == CSRC / "cells"
+        for direction in ("forward", "backward"):
+            assert len(re.findall(rf"\bvoid {direction}\(", sources[path])) == 1, path
+    assert len(set(homes.values())) == len(homes)
+
+
+@needs_sources
+def test_nothing_else_computes_activations() -> None:
+    """But for the function that hands sigmoid and tanh to Python, for the tests of their accuracy."""
+    users = []
+    for path in cpp_files("cpu", "bindings"):
+        users += [path.name] * len(re.findall(r"\bmath::(?:sigmoid|tanh|relu)|\bstd::(?:exp|tanh)", code(path)))
+    assert users == ["kernels.inc"] * 2
+
+
+def test_python_has_the_equations_once() -> None:
+    calls = re.compile(r"\b(?:sigmoid|tanh|relu)\(")
+    assert [path.name for path in sorted(PACKAGE.glob("*.py")) if calls.search(path.read_text())] == ["reference.py"]
+
+
+def test_the_specification_stands_alone() -> None:
+    """It imports nothing of the package: it cannot agree with the kernels by using them."""
+    imported = set()
+    for node in ast.walk(ast.parse((PACKAGE / "reference.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add("" if node.level else str(node.module).split(".")[0])
+    assert imported == {"__future__", "collections", "torch"}
+
+
+def test_no_file_for_odds_and_ends() -> None:
+    names = [path.stem for folder in (PACKAGE, CSRC) for path in folder.rglob("*")]
+    assert "reference" in names
+    assert not {"util", "utils", "helper", "helpers", "common", "misc"} & set(names)
+
+
+def test_the_extension_knows_the_cells_of_the_specification() -> None:
+    H = 3
+    for cell in reference.CELLS:
+        rows = reference.GATES[cell] * H
+        y, *_ = torch.ops.fused_rnn.forward(
+            torch.zeros(2, 1, 4), None, None, torch.zeros(rows, 4), torch.zeros(rows, H), *[None] * 9, cell, False
+        )
+        assert y.shape == (2, 1, H)
+    with pytest.raises(RuntimeError, match=f"unknown cell 'no'; the cells are: {', '.join(reference.CELLS)}$"):
+        torch.ops.fused_rnn.forward(torch.zeros(2, 1, 4), None, None, y, y, *[None] * 9, "no", False)

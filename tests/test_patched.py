@@ -1,0 +1,367 @@
+"""`fused_rnn.patched()` and the command line: torch.nn's own classes on the fused kernels, scripts as they are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import fused_rnn
+from contract import MODULES, arguments, close, each_call, fused_calls, gradients, one_thread, pair  # noqa: F401
+from fused_rnn import __main__ as command_line
+
+rnn_functions = torch.nn.modules.rnn
+TORCHS = rnn_functions._VF
+
+
+@pytest.fixture(autouse=True)
+def unpatched() -> Iterator[None]:
+    """A test that leaves the patch in place must not reach the next one."""
+    yield
+    rnn_functions._VF = TORCHS
+
+
+def is_patched() -> bool:
+    """Whether a module of torch.nn's own class runs on the kernels right now."""
+    module = nn.GRU(3, 5)
+    with fused_calls() as calls:
+        module(torch.ones(2, 1, 3))
+    return "fused_rnn::forward" in calls
+
+
+class Classifier(nn.Module):
+    """Embedding, a packed bidirectional LSTM, a cell: as a user's model that knows nothing of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(11, 6)
+        self.lstm = nn.LSTM(6, 8, 2, batch_first=True, bidirectional=True)
+        self.cell = nn.GRUCell(16, 8)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(self.embedding(tokens), lengths, batch_first=True, enforce_sorted=False)
+        output, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True)
+        return self.out(self.cell(output.sum(1)))
+
+
+TOKENS = torch.arange(20).view(4, 5) % 11
+LENGTHS = torch.tensor([2, 5, 1, 4])
+LABELS = torch.tensor([0, 1, 2, 0])
+
+
+def train(model: nn.Module, steps: int) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    losses = []
+    for _ in range(steps):
+        loss = nn.functional.cross_entropy(model(TOKENS, LENGTHS), LABELS)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+# patched()
+
+
+@each_call
+def test_models_built_before(key: str, packed: bool) -> None:
+    """All modules and cells, padded and packed: the class stays torch's, values and gradients are equal."""
+    module, _ = pair(key)
+    args = arguments(module, packed=packed, grad=True)
+    wanted, wanted_gradients = module(*args), gradients(module, *args)
+    with fused_calls() as calls, fused_rnn.patched():
+        result, found_gradients = module(*args), gradients(module, *args)
+        assert type(module) is getattr(nn, MODULES[key][0])
+        assert not isinstance(module, (fused_rnn.modules.FusedRNNBase, fused_rnn.cells.FusedCellBase))
+    assert {"fused_rnn::forward", "fused_rnn::backward"} <= set(calls)
+    close(result, wanted)
+    close(found_gradients, wanted_gradients, grad=True)
+    with fused_calls() as calls:
+        module(*args)
+    assert not calls
+
+
+def test_training() -> None:
+    plain, patched = Classifier(), Classifier()
+    expected = train(plain, 20)
+    with fused_calls() as calls, fused_rnn.patched():
+        losses = train(patched, 20)
+    assert calls.count("fused_rnn::forward") == 20 * (2 + 1)  # two layers and the cell
+    assert calls.count("fused_rnn::backward") == 20 * (2 + 1)
+    assert losses == pytest.approx(expected, rel=1e-3)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_training_may_begin_inside_and_go_on_outside() -> None:
+    plain, mixed = Classifier().double(), Classifier().double()
+    expected = train(plain, 6)
+    with fused_rnn.patched():
+        losses = train(mixed, 3)
+    losses += train(mixed, 3)
+    assert losses == pytest.approx(expected, rel=1e-9)
+
+
+def test_backward_after_the_context() -> None:
+    module = nn.LSTM(3, 5)
+    input = torch.randn(4, 2, 3, requires_grad=True)
+    (wanted,) = torch.autograd.grad(module(input)[0].square().sum(), input)
+    with fused_rnn.patched():
+        loss = module(input)[0].square().sum()
+    close(torch.autograd.grad(loss, input)[0], wanted, grad=True)
+
+
+def test_nested_contexts() -> None:
+    assert not is_patched()
+    with fused_rnn.patched():
+        with fused_rnn.patched():
+            assert is_patched()
+        assert is_patched()
+    assert not is_patched()
+    assert rnn_functions._VF is TORCHS
+
+
+def test_contexts_that_overlap() -> None:
+    """As two threads make them: the one that began first ends first."""
+    first, second = fused_rnn.patched(), fused_rnn.patched()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    inside = is_patched()
+    second.__exit__(None, None, None)
+    assert inside
+    assert not is_patched()
+
+
+def test_an_error_inside_ends_it() -> None:
+    with pytest.raises(KeyError), fused_rnn.patched():
+        raise KeyError
+    assert not is_patched()
+    with fused_rnn.patched():
+        with pytest.raises(RuntimeError, match="must be equal to input_size"):
+            nn.GRU(3, 5)(torch.ones(2, 1, 4))
+        assert is_patched()
+    assert not is_patched()
+
+
+def test_as_a_decorator() -> None:
+    inside = fused_rnn.patched()(is_patched)
+    assert inside() and inside()
+    assert not is_patched()
+
+
+def test_it_holds_for_all_threads() -> None:
+    module, input, seen = nn.LSTM(3, 5), torch.ones(2, 1, 3), []
+
+    def call() -> None:
+        seen.append(module(input)[0].grad_fn.name())
+
+    with fused_rnn.patched():
+        call()
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    call()
+    assert seen[0] == seen[1] != seen[2]
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_script_in_patched(name: str) -> None:
+    """TorchScript sees torch's operators; the program outlives the context."""
+    model = nn.Sequential(getattr(nn, name)(3, 5, 2, bidirectional=True))
+    input = torch.randn(4, 2, 3)
+    wanted = model(input)
+    with fused_rnn.patched():
+        scripted = torch.jit.script(model)
+        close(scripted(input), wanted)
+    close(scripted(input), wanted)
+    assert "aten::" in str(scripted.inlined_graph) and "fused_rnn" not in str(scripted.inlined_graph)
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_script_of_cells_in_patched(name: str) -> None:
+    cell = getattr(nn, name)(3, 5)
+    input, hx = arguments(cell)
+    with fused_rnn.patched():
+        scripted = torch.jit.script(cell)
+        close(scripted(input, hx), cell(input, hx))
+
+
+def test_what_the_kernels_do_not_take_runs_as_ever() -> None:
+    module = nn.GRU(3, 5)
+    input = torch.randn(4, 2, 3)
+    wanted = module(input)
+    half = nn.GRU(3, 5).bfloat16()
+    half_wanted = half(input.bfloat16())
+    with fused_calls() as calls, fused_rnn.patched():
+        close(half(input.bfloat16()), half_wanted)
+        close(torch.jit.trace(module, input, check_trace=False)(input), wanted)
+    assert not calls
+
+
+def test_our_own_modules_in_patched() -> None:
+    module = fused_rnn.LSTM(3, 5)
+    args = arguments(module)
+    wanted = module(*args)
+    with fused_rnn.patched():
+        close(module(*args), wanted)
+        close(module.to_torch()(*args), wanted)
+
+
+# python -m fused_rnn
+
+
+def python(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd, env=env | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def run(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return python("-m", "fused_rnn", "run", *args, cwd=cwd)
+
+
+SHOW = """
+import json, os, sys
+main = sys.modules["__main__"].__dict__ is globals()
+print(json.dumps([sys.argv, __name__, main, sys.path[0], os.getcwd()]))
+"""
+
+KERNELS = """
+import torch
+from torch.profiler import ProfilerActivity, profile
+with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    torch.nn.LSTM(3, 5)(torch.ones(2, 1, 3))
+print(sorted({event.name for event in profiler.events() if event.name.startswith("fused_rnn::")}))
+"""
+
+
+@pytest.fixture
+def scripts(tmp_path: Path) -> Path:
+    """A folder with a folder of scripts."""
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    (folder / "show.py").write_text(SHOW)
+    (folder / "kernels.py").write_text(KERNELS)
+    (folder / "neighbour.py").write_text("value = 42\n")
+    (folder / "data.txt").write_text("read me\n")
+    return tmp_path
+
+
+def test_run_uses_the_kernels(scripts: Path) -> None:
+    assert python("scripts/kernels.py", cwd=scripts).stdout == "[]\n"
+    assert run("scripts/kernels.py", cwd=scripts).stdout == "['fused_rnn::forward']\n"
+
+
+@pytest.mark.parametrize("args", [[], ["--epochs", "3", "-h", "a b", "", "run", "--", "c"], ["--", "a"]], ids=str)
+def test_run_is_like_python(scripts: Path, args: list[str]) -> None:
+    """sys.argv, __name__, the module __main__, sys.path[0] and the working folder."""
+    script = os.path.join("scripts", "show.py")
+    expected = python(script, *args, cwd=scripts)
+    assert expected.returncode == 0
+    found = run(script, *args, cwd=scripts)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == expected.stdout
+
+
+def test_run_through_a_link(scripts: Path) -> None:
+    """Python follows it: what the script imports lies beside the file itself."""
+    (scripts / "link.py").symlink_to(scripts / "scripts" / "show.py")
+    assert run("link.py", cwd=scripts).stdout == python("link.py", cwd=scripts).stdout
+
+
+def test_run_finds_the_neighbours_of_the_script(scripts: Path) -> None:
+    script = scripts / "scripts" / "imports.py"
+    script.write_text(
+        "import os, neighbour\n"
+        "os.chdir('/')\n"
+        "print(neighbour.value, open(os.path.join(os.path.dirname(__file__), 'data.txt')).read(), end='')\n"
+    )
+    for cwd, name in ((scripts, str(script)), (scripts, "scripts/imports.py"), (scripts / "scripts", "imports.py")):
+        found = run(name, cwd=cwd)
+        assert (found.returncode, found.stdout) == (0, "42 read me\n"), found.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "error"),
+    [
+        ("import sys; sys.exit(3)", 3, ""),
+        ("import sys; sys.exit('no data')", 1, "no data\n"),
+    ],
+)
+def test_run_passes_exit_codes_through(scripts: Path, source: str, status: int, error: str) -> None:
+    (scripts / "exits.py").write_text(source)
+    found = run("exits.py", cwd=scripts)
+    assert (found.returncode, found.stderr) == (status, error)
+
+
+def test_run_passes_tracebacks_through(scripts: Path) -> None:
+    (scripts / "fails.py").write_text("def f():\n    raise ValueError('boom')\n\n\nf()\n")
+    found = run("fails.py", cwd=scripts)
+    assert found.returncode == 1
+    assert found.stderr.endswith("ValueError: boom\n")
+    for line, where in ((5, "<module>"), (2, "f")):
+        assert f'fails.py", line {line}, in {where}\n' in found.stderr
+
+
+def test_run_reports_a_syntax_error_in_the_script(scripts: Path) -> None:
+    (scripts / "broken.py").write_text("x = 1\ndef f(:\n")
+    found = run("broken.py", cwd=scripts)
+    assert found.returncode == 1
+    assert 'broken.py", line 2\n' in found.stderr and found.stderr.rstrip().split("\n")[-1].startswith("SyntaxError")
+
+
+def test_run_of_a_missing_script(scripts: Path) -> None:
+    found = run("nowhere.py", cwd=scripts)
+    assert found.returncode != 0 and found.stdout == ""
+    last = found.stderr.rstrip().split("\n")[-1]
+    assert "nowhere.py" in last and "No such file or directory" in last
+
+
+def test_run_pickles_the_scripts_classes(scripts: Path) -> None:
+    """They are __main__'s, as when Python runs the script."""
+    (scripts / "save.py").write_text(
+        "import io, torch\n"
+        "class Model(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.rnn = torch.nn.GRU(3, 5)\n"
+        "file = io.BytesIO()\n"
+        "torch.save(Model(), file)\n"
+        "file.seek(0)\n"
+        "loaded = torch.load(file, weights_only=False)\n"
+        "print(type(loaded) is Model, Model.__module__, type(loaded.rnn).__module__)\n"
+    )
+    assert run("save.py", cwd=scripts).stdout == "True __main__ torch.nn.modules.rnn\n"
+
+
+def test_info(tmp_path: Path) -> None:
+    found = python("-m", "fused_rnn", "info", cwd=tmp_path, OMP_NUM_THREADS="1", FUSED_RNN_CPU_ISA="portable")
+    assert found.returncode == 0, found.stderr
+    lines = dict(line.split(":", 1) for line in found.stdout.splitlines())
+    info = {name: value.strip() for name, value in lines.items()}
+    assert info["fused_rnn"].startswith(f"{fused_rnn.__version__} in ")
+    assert info["torch"] == torch.__version__
+    assert info["python"].startswith(".".join(map(str, sys.version_info[:3])))
+    assert info["threads"] == "1"
+    isas = ", ".join(fused_rnn._C.supported_cpu_isas())
+    assert info["instruction set"] == f"portable (this machine has: {isas})"
+
+
+@pytest.mark.parametrize("args", [[], ["run"], ["train"], ["info", "more"]], ids=str)
+def test_wrong_command_lines(args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["fused_rnn", *args])
+    with pytest.raises(SystemExit) as stop:
+        command_line.main()
+    assert stop.value.code == 2 and "usage: python -m fused_rnn" in capsys.readouterr().err
