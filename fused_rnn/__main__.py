@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import builtins
+import io
 import os
 import platform
-import runpy
 import sys
+import types
 
 import torch
 
@@ -16,10 +18,22 @@ from fused_rnn import _C
 
 def run(script: str, args: list[str]) -> None:
     """Runs a script as ``python script.py args`` would, with the fused kernels under torch.nn."""
+    path = os.path.abspath(script)
+    try:
+        with io.open_code(path) as file:
+            code = compile(file.read(), path, "exec", dont_inherit=True)
+    except OSError as error:
+        print(f"can't open file '{path}': {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    main = types.ModuleType("__main__")
+    main.__file__ = path
+    main.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"] = main
     sys.argv = [script, *args]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    if not sys.flags.safe_path:
+        sys.path[0] = os.path.dirname(os.path.realpath(script))
     with fused_rnn.patched():
-        runpy.run_path(script, run_name="__main__")
+        exec(code, main.__dict__)
 
 
 def info() -> dict[str, str]:
@@ -31,11 +45,18 @@ def info() -> dict[str, str]:
         "torch": torch.__version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
         "cpu": f"{_cpu_name()}, {os.cpu_count()} logical processors",
-        "instruction set": f"{_C.cpu_isa()} (this machine has: {', '.join(_C.supported_cpu_isas())})",
+        "instruction set": f"{_chosen_isa()} (this machine has: {', '.join(_C.supported_cpu_isas())})",
         "threads": str(torch.get_num_threads()),
         "cuda kernels": "not in this version: tensors on a GPU are computed by torch.nn",
         "torch's cuda": torch.version.cuda or "none",
     }
+
+
+def _chosen_isa() -> str:
+    try:
+        return _C.cpu_isa()
+    except RuntimeError as error:  # FUSED_RNN_CPU_ISA names one that is not there
+        return str(error)
 
 
 def _cpu_name() -> str:
@@ -56,7 +77,8 @@ def main() -> None:
     commands.add_parser("info", help="versions and what was chosen on this machine")
     options = parser.parse_args()
     if options.command == "run":
-        run(options.script, options.args)
+        # argparse drops a "--" that belongs to the script.
+        run(options.script, sys.argv[sys.argv.index(options.script, 2) + 1 :])
     else:
         for name, value in info().items():
             print(f"{name + ':':<17} {value}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.nn import Module
+from torch.nn.utils.parametrize import is_parametrized
 
 _TORCH_CLASSES = (
     torch.nn.RNN,
@@ -23,11 +24,21 @@ class TorchConvertible(Module):
     """A module of ours: knows torch.nn's class of the same name, and hands that to tools that ask for exact classes."""
 
     def to_torch(self) -> Module:
-        """A module of torch.nn's own class that shares this one's parameters, hooks and mode."""
+        """A module of torch.nn's own class that shares this one's parameters, hooks and mode.
+
+        What a subclass of ours adds is left behind.
+
+        Raises:
+            TypeError: a parameter is parametrised, which ties it to its class.
+        """
         return _recast(self, _torch_class(type(self)))
 
     def __prepare_scriptable__(self) -> Module:
-        return self.to_torch()
+        # torch.jit.script asks here for what to compile. A forward of the user's own must be compiled, or refused.
+        import fused_rnn
+
+        ours = getattr(fused_rnn, _torch_class(type(self)).__name__)
+        return self.to_torch() if type(self).forward is ours.forward else self
 
 
 def fx_leaf(cls: type) -> type:
@@ -92,6 +103,8 @@ def _mark(module: Module) -> None:
 
 def _recast(module: Module, cls: type[Module]) -> Module:
     """A shallow copy of module as a cls: the same parameters, in dictionaries of its own."""
+    if is_parametrized(module):
+        raise TypeError("a parametrised module cannot change its class: remove the parametrisations first")
     new = copy.copy(module)
     for name, value in new.__dict__.items():
         if isinstance(value, (dict, list)):

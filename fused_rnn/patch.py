@@ -7,6 +7,7 @@ its place; classes, checkpoints and everything that asks for exact classes see n
 from __future__ import annotations
 
 import contextlib
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,14 +24,25 @@ from fused_rnn import functional, ops
 def patched() -> Iterator[None]:
     """Within it, torch.nn's RNN, LSTM, GRU and their cells run on the fused kernels.
 
-    What the kernels do not take runs as ever. Contexts may nest; the patch holds for all threads.
+    What the kernels do not take runs as ever. Contexts may nest and overlap; the patch holds for all threads until the
+    last one is left.
     """
-    original = rnn._VF
-    rnn._VF = _FUSED
+    _enter(1)
     try:
         yield
     finally:
-        rnn._VF = original
+        _enter(-1)
+
+
+_lock = threading.Lock()
+_depth = 0  # contexts that are open now, in any thread
+
+
+def _enter(change: int) -> None:
+    global _depth
+    with _lock:
+        _depth += change
+        rnn._VF = _FUSED if _depth else torch._VF
 
 
 class _Functions(types.ModuleType):

@@ -280,12 +280,15 @@ def test_script_of_to_torch(name: str) -> None:
         close(program(input), fused(input))
 
 
-def test_scripting_a_model_leaves_its_modules_ours() -> None:
+def test_scripting_a_model_keeps_its_results_and_parameters() -> None:
+    # torch.jit.script puts what it compiles, our to_torch(), into the eager model as well: the README says so.
     model = nn.Sequential(fused_rnn.GRU(3, 5))
-    module = model[0]
+    module, input = model[0], torch.ones(2, 1, 3)
+    wanted = model(input)
     scripted = torch.jit.script(model)
-    close(scripted(torch.ones(2, 1, 3)), model(torch.ones(2, 1, 3)))
-    assert model[0] is module
+    close(scripted(input), wanted)
+    close(model(input), wanted)
+    assert all(a is b for a, b in zip(model[0].parameters(), module.parameters(), strict=True))
 
 
 def test_scripting_a_users_forward_is_right_or_refused() -> None:

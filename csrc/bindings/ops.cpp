@@ -81,7 +81,7 @@ class Layer {
     } else {
       shape.T = step ? 1 : x[0];
       shape.B = step ? x[0] : x[1];
-      shape.N = shape.T * shape.B;
+      FUSED_RNN_CHECK(!__builtin_mul_overflow(shape.T, shape.B, &shape.N), "x has too many rows: ", shape_text(x));
     }
     // A batch of some rows multiplies a narrow x as fast as BLAS does, and the product needs no pass through memory.
     if (shape.T > 1 && shape.B >= 8 && I <= 256) shape.I = I;

@@ -60,7 +60,8 @@ const Kernels& choose() {
                            " is not supported on this machine; choose one of: " + names);
 }
 
-// OpenMP's threads do not survive a fork, and waiting for them would hang: a child process works alone.
+// OpenMP's threads do not survive a fork, and waiting for them would hang: in a child process the kernels use one.
+// (torch's BLAS waits for them nevertheless unless torch.set_num_threads(1) is called, as data-loader workers do.)
 bool forked() {
   static const pid_t loaded_in = getpid();
   return getpid() != loaded_in;
