@@ -18,10 +18,10 @@ enum class Dtype : int32_t { kFloat32, kFloat64 };
 struct LayerShape {
   CellKind cell;
   Dtype dtype;
-  int64_t T, B, H, P, N;
+  int64_t T, B, I, H, P, N;
   int64_t directions;
   bool projected;              // LSTM with a projection: P < H, W_hr present
-  int64_t I;                   // columns of x if forward multiplies it by W_ih itself; 0: `gates` holds that product
+  bool train;                  // forward fills the reserve, for backward
   const int64_t* batch_sizes;  // [T] non-increasing, batch_sizes[0] == B; null: every step has B rows
   const int64_t* row_offsets;  // [T] rows before step t; null with batch_sizes
 
@@ -29,30 +29,29 @@ struct LayerShape {
   int64_t row(int64_t t) const { return row_offsets ? row_offsets[t] : t * B; }
 };
 
-// What forward keeps for backward, one row per (t, b), `stride` apart. In inference only `gates` exists.
+// What forward keeps for backward, one row per (t, b), `stride` apart. All null in inference.
 struct Reserve {
-  void* gates;     // [N, kSaved * H] in, if I == 0: x W_ih^T in the first kGates * H columns; out: what the cell saves
-  void* h_prev;    // [N, P] h as the step consumed it; null in inference
-  void* c_prev;    // [N, H] c as the step consumed it; LSTM in training, else null
-  void* hidden;    // [N, H] o * tanh(c) before the projection; null unless projected and in training
+  void* gates;     // [N, kSaved * H] what the cell saves
+  void* h_prev;    // [N, P] h as the step consumed it
+  void* c_prev;    // [N, H] c as the step consumed it; LSTM, else null
+  void* hidden;    // [N, H] o * tanh(c) before the projection; null unless projected
   int64_t stride;  // of a row, in all four
 };
 
 struct ForwardDirection {
-  const void* x;          // [N, I], null if I == 0
-  const void* w_ih;       // [G*H, I], null if I == 0
-  const void* w_hh;       // [G*H, P]
-  const void* b_ih;       // [G*H], may be null: zeros
-  const void* b_hh;       // [G*H], may be null: zeros
-  const void* w_hr;       // [P, H], null unless projected
-  const void* h0;         // [B, P], may be null: zeros
-  const void* recurrent;  // [B, G*H] h0 W_hh^T, with T == 1 only: one step is not worth packing W_hh. May be null
+  const void* x;     // [N, I]
+  const void* w_ih;  // [G*H, I]
+  const void* w_hh;  // [G*H, P]
+  const void* b_ih;  // [G*H], may be null: zeros
+  const void* b_hh;  // [G*H], may be null: zeros
+  const void* w_hr;  // [P, H], null unless projected
+  const void* h0;    // [B, P], may be null: zeros
   Reserve reserve;
   void* y;           // [N, P] out: h of every step
   int64_t y_stride;  // of a row of y: D * P, so that two directions interleave
   void* h_n;         // [B, P] out: h after each row's last step; may be null: not wanted
   void* c;           // [B, H] in: c0; out: c_n. LSTM, else null
-  void* workspace;   // workspace_size(shape) elements, 64-byte aligned
+  void* workspace;   // forward_workspace(shape) elements, 64-byte aligned
 };
 
 struct ForwardParams {
@@ -61,6 +60,8 @@ struct ForwardParams {
 };
 
 struct BackwardDirection {
+  const void* x;      // [N, I], null if dw_ih is
+  const void* w_ih;   // [G*H, I], null if dx is
   const void* w_hh;   // [G*H, P]
   const void* w_hr;   // [P, H], null unless projected
   const void* dy;     // [N, P], may be null: zeros
@@ -69,14 +70,21 @@ struct BackwardDirection {
   Reserve reserve;    // as forward left it; read only
   void* dgates;       // [N, kGrads * H] out: gradients before the activations
   void* dh_total;     // [N, P] out: gradient of h after the projection; null unless projected
-  void* dh0;          // [B, P] out, may be null: not wanted. With T == 1 without the part that comes through W_hh
+  void* dh0;          // [B, P] out, may be null: not wanted
   void* dc;           // [B, H] in: gradient of c_n; out: gradient of c0. LSTM, else null
-  void* workspace;    // workspace_size(shape) elements, 64-byte aligned
+  void* dw_ih;        // [G*H, I] out, may be null: not wanted; so the others
+  void* dw_hh;        // [G*H, P] out
+  void* db_ih;        // [G*H] out
+  void* db_hh;        // [G*H] out
+  void* dw_hr;        // [P, H] out
+  void* workspace;    // backward_workspace(shape) elements, 64-byte aligned
 };
 
 struct BackwardParams {
   LayerShape shape;
   BackwardDirection direction[2];
+  void* dx;         // [N, I] out: the sum over directions; may be null: not wanted
+  void* workspace;  // gradients_workspace(shape) elements for each thread, 64-byte aligned
 };
 
 }  // namespace fused_rnn

@@ -48,7 +48,6 @@ class Layer {
  public:
   CellInfo cell;
   LayerShape shape{};
-  int64_t I = 0;
   bool step = false;  // x is [B, I], states [B, ...]: one time step, no time dimension in the results
   ScalarType dtype = ScalarType::Float;
   OptionalTensor batch_sizes;
@@ -76,7 +75,7 @@ class Layer {
     FUSED_RNN_CHECK(x.size() == (step || sizes ? 2 : 3),
                     "x must be [T, B, I], [N, I] with batch_sizes, or [B, I], got ", shape_text(x));
     FUSED_RNN_CHECK(!step || !two_directions, "a single step has one direction");
-    I = x[x.size() - 1];
+    shape.I = x[x.size() - 1];
     if (sizes) {
       pack(*sizes, x[0]);
     } else {
@@ -84,8 +83,6 @@ class Layer {
       shape.B = step ? x[0] : x[1];
       FUSED_RNN_CHECK(!__builtin_mul_overflow(shape.T, shape.B, &shape.N), "x has too many rows: ", shape_text(x));
     }
-    // A batch of some rows multiplies a narrow x as fast as BLAS does, and the product needs no pass through memory.
-    if (shape.T > 1 && shape.B >= 8 && I <= 256) shape.I = I;
     FUSED_RNN_CHECK(shape.T > 0, "Expected sequence length to be larger than 0 in RNN");
   }
 
@@ -109,14 +106,11 @@ class Layer {
     return static_cast<char*>(tensor.data_ptr()) + elements * element();
   }
 
-  // Each direction's workspace, whole cache lines apart.
-  int64_t workspace_stride() const { return (cpu::kernels().workspace_size(shape) + 15) / 16 * 16; }
-
   Weights checked_weights(const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
                           const OptionalTensor& b_hh, const OptionalTensor& w_hr) const {
     const int64_t rows = cell.gates * shape.H;
     FUSED_RNN_CHECK(w_hr.has_value() == shape.projected, "both directions need w_hr, or neither");
-    return {checked(w_ih, "w_ih", {rows, I}, dtype), checked(w_hh, "w_hh", {rows, shape.P}, dtype),
+    return {checked(w_ih, "w_ih", {rows, shape.I}, dtype), checked(w_hh, "w_hh", {rows, shape.P}, dtype),
             checked(b_ih, "b_ih", {rows}, dtype), checked(b_hh, "b_hh", {rows}, dtype),
             checked(w_hr, "w_hr", {shape.P, shape.H}, dtype)};
   }
@@ -165,6 +159,9 @@ class Layer {
   }
 };
 
+// Elements up to the end of the last cache line.
+int64_t whole_lines(int64_t elements) { return (elements + 15) / 16 * 16; }
+
 int64_t threads() { return torch::stable::get_num_threads(); }
 
 // y, h_n, c_n, reserve. c_n is empty without c, h_n for a single step (it would be y), reserve without `train`.
@@ -175,10 +172,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, 
                                                    OptionalTensor b_hh_reverse, OptionalTensor w_hr_reverse,
                                                    OptionalTensor batch_sizes, std::string cell, bool train) {
   FUSED_RNN_CHECK(w_ih_reverse.has_value() == w_hh_reverse.has_value(), "the reverse direction needs w_ih and w_hh");
-  const Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_ih_reverse.has_value(), batch_sizes);
+  Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_ih_reverse.has_value(), batch_sizes);
+  layer.shape.train = train;
   const LayerShape& s = layer.shape;
   const int64_t D = s.directions;
-  x = layer.checked_sequence(x, "x", layer.I);
+  x = layer.checked_sequence(x, "x", s.I);
   h0 = layer.checked_state(h0, "h0", s.P);
   FUSED_RNN_CHECK(layer.cell.has_c || !c0, "only the LSTM has c0");
   c0 = layer.checked_state(c0, "c0", s.H);
@@ -192,11 +190,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, 
   const Tensor h_n = no_h_n ? empty({0}, layer.dtype) : layer.new_state(s.P);
   Tensor c_n = no_c_n ? empty({0}, layer.dtype) : layer.new_state(s.H);
   const Tensor reserve = empty({train ? D : 0, s.N, layer.reserve_width()}, layer.dtype);
-  // Scratch: both directions' workspaces; h0 W_hh^T of a single step; in inference the gates.
-  const int64_t rows = layer.cell.gates * s.H;
-  const int64_t workspace = layer.workspace_stride(), products = s.T == 1 ? s.B * rows : 0;
-  const int64_t gates = train || s.I > 0 ? 0 : s.N * rows;
-  const Scratch scratch(D * (workspace + products + gates) * layer.element());
+  const int64_t workspace = whole_lines(cpu::kernels().forward_workspace(s));
+  const Scratch scratch(D * workspace * layer.element());
   if (layer.cell.has_c) {
     if (c0) {
       torch::stable::copy_(c_n, *c0);
@@ -210,139 +205,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, 
     for (int64_t d = 0; d < D; ++d) {
       ForwardDirection& p = params.direction[d];
       const Weights& w = weights[d];
+      p.x = x.data_ptr();
+      p.w_ih = data(w.w_ih);
       p.w_hh = data(w.w_hh);
       p.b_ih = data(w.b_ih);
       p.b_hh = data(w.b_hh);
       p.w_hr = data(w.w_hr);
       p.h0 = h0 ? layer.offset(*h0, d * s.B * s.P) : nullptr;
-      p.workspace = scratch.data() + d * workspace * layer.element();
-      void* product_d = scratch.data() + (D * workspace + d * products) * layer.element();
-      void* gates_d = scratch.data() + (D * (workspace + products) + d * gates) * layer.element();
-      p.reserve = train ? layer.reserve(reserve.data_ptr(), d) : Reserve{gates_d, nullptr, nullptr, nullptr, rows};
+      p.reserve = train ? layer.reserve(reserve.data_ptr(), d) : Reserve{};
       p.y = layer.offset(y, d * s.P);
       p.y_stride = D * s.P;
       p.h_n = layer.step ? nullptr : layer.offset(h_n, d * s.B * s.P);
       p.c = layer.cell.has_c ? layer.offset(c_n, d * s.B * s.H) : nullptr;
-      if (s.I > 0) {
-        p.x = x.data_ptr();
-        p.w_ih = data(w.w_ih);
-      } else {
-        product({p.reserve.gates, s.N, rows, p.reserve.stride}, {x.data_ptr(), s.N, layer.I, layer.I},
-                cpu::Matrix{w.w_ih.data_ptr(), rows, layer.I, layer.I}.transposed(), layer.dtype);
-      }
-      if (s.T == 1 && h0) {
-        product({product_d, s.B, rows, rows}, {const_cast<void*>(p.h0), s.B, s.P, s.P},
-                cpu::Matrix{w.w_hh.data_ptr(), rows, s.P, s.P}.transposed(), layer.dtype);
-        p.recurrent = product_d;
-      }
+      p.workspace = scratch.data() + d * workspace * layer.element();
     }
     cpu::forward(params, threads());
   }
   return {y, h_n, c_n, reserve};
 }
-
-// The part of a direction's backward that is one product over all rows: the weights' gradients and dx.
-class WeightGradients {
- public:
-  WeightGradients(const Layer& layer, const BackwardDirection& p) : layer_(layer), s_(layer.shape), p_(p) {}
-
-  // [G*H, I], gates in torch's order.
-  Tensor input_weights(const Tensor& x) const {
-    Tensor out = empty({rows(), layer_.I}, layer_.dtype);
-    each_input_run([&](int64_t block, int64_t gate, int64_t count) {
-      over_rows({layer_.offset(out, gate * s_.H * layer_.I), count * s_.H, layer_.I, layer_.I}, grads(block, count),
-                {x.data_ptr(), s_.N, layer_.I, layer_.I});
-    });
-    return out;
-  }
-
-  // dx of both directions add up.
-  void input(const Tensor& dx, const Tensor& w_ih, bool accumulate) const {
-    each_input_run([&](int64_t block, int64_t gate, int64_t count) {
-      const cpu::Matrix weights{layer_.offset(w_ih, gate * s_.H * layer_.I), count * s_.H, layer_.I, layer_.I};
-      product({dx.data_ptr(), s_.N, layer_.I, layer_.I}, grads(block, count), weights, layer_.dtype,
-              accumulate || block > 0);
-    });
-  }
-
-  // dh0 of a single step, on top of what reaches h0 directly.
-  void initial_state(const Tensor& w_hh) const {
-    product({p_.dh0, s_.B, s_.P, s_.P}, hidden_grads(), {w_hh.data_ptr(), rows(), s_.P, s_.P}, layer_.dtype,
-            layer_.cell.uses_h);
-  }
-
-  Tensor input_bias() const {
-    Tensor out = empty({rows()}, layer_.dtype);
-    each_input_run(
-        [&](int64_t block, int64_t gate, int64_t count) { sum(grads(block, count), layer_.offset(out, gate * s_.H)); });
-    return out;
-  }
-
-  Tensor hidden_weights() const {
-    Tensor out = empty({rows(), s_.P}, layer_.dtype);
-    over_rows({out.data_ptr(), rows(), s_.P, s_.P}, hidden_grads(), {p_.reserve.h_prev, s_.N, s_.P, p_.reserve.stride});
-    return out;
-  }
-
-  // Where the gates see x and h alike, both biases have the same gradient.
-  Tensor hidden_bias(const Tensor& of_input) const {
-    Tensor out = empty({rows()}, layer_.dtype);
-    if (layer_.cell.grads == layer_.cell.gates) {
-      std::memcpy(out.data_ptr(), of_input.data_ptr(), rows() * layer_.element());
-    } else {
-      sum(hidden_grads(), out.data_ptr());
-    }
-    return out;
-  }
-
-  Tensor projection() const {
-    Tensor out = empty({s_.P, s_.H}, layer_.dtype);
-    over_rows({out.data_ptr(), s_.P, s_.H, s_.H}, {p_.dh_total, s_.N, s_.P, s_.P},
-              {p_.reserve.hidden, s_.N, s_.H, p_.reserve.stride});
-    return out;
-  }
-
- private:
-  int64_t rows() const { return layer_.cell.gates * s_.H; }
-
-  cpu::Matrix grads(int64_t block, int64_t count) const {
-    char* at = static_cast<char*>(p_.dgates) + block * s_.H * layer_.element();
-    return {at, s_.N, count * s_.H, layer_.cell.grads * s_.H};
-  }
-  cpu::Matrix hidden_grads() const { return grads(layer_.cell.hidden_grads, layer_.cell.gates); }
-
-  // out = the sum over rows n of a[n]^T b[n], in at most four runs of rows: the rounding error then stays as small as
-  // torch.nn's, which adds up step by step, at little cost.
-  void over_rows(const cpu::Matrix& out, const cpu::Matrix& a, const cpu::Matrix& b) const {
-    const int64_t run = std::max<int64_t>(256, (s_.N + 3) / 4);
-    int64_t begin = 0;
-    do {
-      const int64_t count = std::min(run, s_.N - begin);
-      product(out, part(a, begin, count).transposed(), part(b, begin, count), layer_.dtype, begin > 0);
-      begin += count;
-    } while (begin < s_.N);
-  }
-
-  cpu::Matrix part(const cpu::Matrix& m, int64_t begin, int64_t count) const {
-    return {static_cast<char*>(m.data) + begin * m.row_stride * layer_.element(), count, m.columns, m.row_stride};
-  }
-
-  // Calls f(block, gate, count) for runs of gradient blocks that are a run of gates in torch's order, too.
-  template <class F>
-  void each_input_run(const F& f) const {
-    const int64_t G = layer_.cell.gates, shift = layer_.cell.input_shift;
-    if (shift) f(0, G - shift, shift);
-    f(shift, 0, G - shift);
-  }
-
-  void sum(const cpu::Matrix& m, void* out) const {
-    cpu::kernels().column_sums(s_.dtype, m.data, m.rows, m.columns, m.row_stride, out);
-  }
-
-  const Layer& layer_;
-  const LayerShape& s_;
-  const BackwardDirection& p_;
-};
 
 using Gradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -356,7 +236,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   const Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_ih_reverse.has_value(), batch_sizes);
   const LayerShape& s = layer.shape;
   const int64_t D = s.directions;
-  if (need_dw_ih) x = layer.checked_sequence(x, "x", layer.I);
+  if (need_dw_ih) x = layer.checked_sequence(x, "x", s.I);
   if (dy) dy = layer.checked_sequence(*dy, "dy", D * s.P);
   FUSED_RNN_CHECK(!layer.step || !dh_n, "a single step has no dh_n");
   dh_n = layer.checked_state(dh_n, "dh_n", s.P);
@@ -369,7 +249,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   }
 
   const auto none = [&] { return empty({0}, layer.dtype); };  // results of an operator may not alias
-  Tensor dx = need_dx ? layer.new_sequence(layer.I) : none();
+  Tensor dx = need_dx ? layer.new_sequence(s.I) : none();
   Tensor dh0 = need_dstate ? layer.new_state(s.P) : none();
   Tensor dc = layer.cell.has_c ? layer.new_state(s.H) : none();
   if (layer.cell.has_c) {
@@ -379,42 +259,56 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
       torch::stable::zero_(dc);
     }
   }
-  // Scratch: both directions' workspaces, gates' gradients, and gradients of h behind a projection.
-  const int64_t workspace = layer.workspace_stride(), grads = s.N * layer.cell.grads * s.H;
-  const int64_t dh_total = s.projected ? s.N * s.P : 0;
-  const Scratch scratch(D * (workspace + grads + dh_total) * layer.element());
+  const int64_t rows = layer.cell.gates * s.H;
+  struct OfWeights {
+    Tensor w_ih, w_hh, b_ih, b_hh, w_hr;
+  };
+  const auto of_weights = [&](bool present) -> OfWeights {
+    return {present && need_dw_ih ? empty({rows, s.I}, layer.dtype) : none(),
+            present && need_dw_hh ? empty({rows, s.P}, layer.dtype) : none(),
+            present && need_db ? empty({rows}, layer.dtype) : none(),
+            present && need_db ? empty({rows}, layer.dtype) : none(),
+            present && need_dw_hr && s.projected ? empty({s.P, s.H}, layer.dtype) : none()};
+  };
+  const OfWeights dw[2] = {of_weights(true), of_weights(D == 2)};
 
-  BackwardParams params{s, {}};
+  // Scratch: the workspaces of directions and of threads, gates' gradients, gradients of h behind a projection.
+  const int64_t workers = cpu::gradient_workers(s, threads());
+  const int64_t workspace = whole_lines(cpu::kernels().backward_workspace(s));
+  const int64_t of_workers = workers * cpu::kernels().gradients_workspace(s);
+  const int64_t grads = s.N * layer.cell.grads * s.H, dh_total = s.projected ? s.N * s.P : 0;
+  const Scratch scratch((D * (workspace + grads + dh_total) + of_workers) * layer.element());
+  char* next = scratch.data();
+  const auto take = [&](int64_t elements) {
+    char* taken = next;
+    next += elements * layer.element();
+    return taken;
+  };
+
+  BackwardParams params{s, {}, need_dx ? dx.data_ptr() : nullptr, take(of_workers)};
+  for (int64_t d = 0; d < D; ++d) params.direction[d].workspace = take(workspace);
   for (int64_t d = 0; d < D; ++d) {
     BackwardDirection& p = params.direction[d];
+    p.x = need_dw_ih ? x.data_ptr() : nullptr;
+    p.w_ih = data(weights[d].w_ih);
     p.w_hh = data(weights[d].w_hh);
     p.w_hr = data(weights[d].w_hr);
     p.dy = dy ? layer.offset(*dy, d * s.P) : nullptr;
     p.dy_stride = D * s.P;
     p.dh_n = dh_n ? layer.offset(*dh_n, d * s.B * s.P) : nullptr;
     p.reserve = layer.reserve(reserve.data_ptr(), d);
-    p.workspace = scratch.data() + d * workspace * layer.element();
-    p.dgates = scratch.data() + (D * workspace + d * grads) * layer.element();
-    p.dh_total = s.projected ? scratch.data() + (D * (workspace + grads) + d * dh_total) * layer.element() : nullptr;
+    p.dgates = take(grads);
+    p.dh_total = s.projected ? take(dh_total) : nullptr;
     p.dh0 = need_dstate ? layer.offset(dh0, d * s.B * s.P) : nullptr;
     p.dc = layer.cell.has_c ? layer.offset(dc, d * s.B * s.H) : nullptr;
+    p.dw_ih = need_dw_ih ? dw[d].w_ih.data_ptr() : nullptr;
+    p.dw_hh = need_dw_hh ? dw[d].w_hh.data_ptr() : nullptr;
+    p.db_ih = need_db ? dw[d].b_ih.data_ptr() : nullptr;
+    p.db_hh = need_db ? dw[d].b_hh.data_ptr() : nullptr;
+    p.dw_hr = need_dw_hr && s.projected ? dw[d].w_hr.data_ptr() : nullptr;
   }
-  if (s.N > 0 && s.P > 0) cpu::backward(params, threads());
-
-  struct OfWeights {
-    Tensor w_ih, w_hh, b_ih, b_hh, w_hr;
-  };
-  const auto of_weights = [&](int64_t d) -> OfWeights {
-    if (d >= D) return {none(), none(), none(), none(), none()};
-    const WeightGradients gradients(layer, params.direction[d]);
-    if (need_dstate && s.T == 1) gradients.initial_state(weights[d].w_hh);
-    if (need_dx) gradients.input(dx, weights[d].w_ih, d > 0);
-    const Tensor b_ih = need_db ? gradients.input_bias() : none();
-    return {need_dw_ih ? gradients.input_weights(x) : none(), need_dw_hh ? gradients.hidden_weights() : none(), b_ih,
-            need_db ? gradients.hidden_bias(b_ih) : none(),
-            need_dw_hr && s.projected ? gradients.projection() : none()};
-  };
-  const OfWeights w = of_weights(0), r = of_weights(1);
+  cpu::backward(params, threads(), workers);
+  const auto& [w, r] = dw;
   return {dx,     dh0,   need_dstate ? dc : none(), w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr, r.w_ih, r.w_hh, r.b_ih,
           r.b_hh, r.w_hr};
 }

@@ -1,10 +1,9 @@
-// What the operators need of torch: checked tensors, allocation, and products through torch's own BLAS.
+// What the operators need of torch: checked tensors and allocation.
 //
 // Only LibTorch's stable ABI is used, so that one binary runs on every torch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -16,8 +15,6 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
-
-#include "../cpu/dispatch.h"
 
 namespace fused_rnn {
 namespace bindings {
@@ -108,10 +105,6 @@ class Scratch {
   OptionalTensor heap_;  // torch aligns what it allocates to 64 bytes, too
   char* data_;
 };
-
-// out = a b, or out += a b; out's columns are contiguous.
-void product(const cpu::Matrix& out, const cpu::Matrix& a, const cpu::Matrix& b, ScalarType dtype,
-             bool accumulate = false);
 
 }  // namespace bindings
 }  // namespace fused_rnn

@@ -13,13 +13,13 @@ namespace FUSED_RNN_ISA {
 
 template <class Cell, class T>
 struct BackwardWorkspace {
-  int64_t panel, projection, direct, zeros, size;
+  int64_t recurrent, projection, direct, zeros, size;
 
   explicit BackwardWorkspace(const LayerShape& s) {
     const int64_t block = kUnitVectors<1> * kLanes<T>;
     const int64_t K = Cell::kGates * s.H;
-    panel = 0;
-    projection = panel + (s.T > 1 ? ceil_div(s.P, block) * block * K : 0);
+    recurrent = 0;
+    projection = recurrent + ceil_div(s.P, block) * block * K;
     direct = projection + (s.projected ? ceil_div(s.H, block) * block * s.P : 0);
     zeros = direct + (Cell::kUsesH ? s.B * s.H : 0);
     size = zeros + (K > s.P ? K : s.P);
@@ -32,26 +32,24 @@ class Backward {
   Backward(const LayerShape& shape, const BackwardDirection& direction, bool reverse, const cpu::Worker& worker)
       : s_(shape),
         d_(direction),
+        packed_(shape.N >= kRowsWorthPacking),
         reverse_(reverse),
         worker_(worker),
         row_begin_(worker.splits_units ? 0 : worker.begin(shape.B)),
         row_end_(worker.splits_units ? shape.B : worker.end(shape.B)) {
     T* workspace = static_cast<T*>(d_.workspace);
     const BackwardWorkspace<Cell, T> part(shape);
-    panel_ = workspace + part.panel;
+    recurrent_ = workspace + part.recurrent;
     projection_ = workspace + part.projection;
-    direct_ = s_.T == 1 && d_.dh0 ? at(d_.dh0) : workspace + part.direct;
+    direct_ = workspace + part.direct;
     zeros_ = workspace + part.zeros;
   }
 
   void operator()() {
     pack();
     worker_.wait();
-    for (int64_t i = 0; i < s_.T; ++i) {
-      const int64_t t = reverse_ ? i : s_.T - 1 - i;
-      step(t);
-    }
-    if (d_.dh0 && s_.T > 1) initial_state();
+    for (int64_t i = 0; i < s_.T; ++i) step(reverse_ ? i : s_.T - 1 - i);
+    if (d_.dh0) initial_state();
   }
 
  private:
@@ -67,22 +65,37 @@ class Backward {
   int64_t gates() const { return Cell::kGates * s_.H; }
 
   void pack() {
-    const int64_t blocks = ceil_div(s_.P, kBlock);
-    // A single step has no step after it, and its dh0 is made from W_hh as it is.
-    if (s_.T > 1) {
-      for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
-        pack_columns(panel_ + b * gates() * kBlock, at(d_.w_hh), gates(), s_.P, b * kBlock);
-      }
-    }
-    if (s_.projected) {
-      const int64_t units = ceil_div(s_.H, kBlock);
-      for (int64_t b = worker_.begin(units); b < worker_.end(units); ++b) {
-        pack_columns(projection_ + b * s_.P * kBlock, at(d_.w_hr), s_.P, s_.H, b * kBlock);
-      }
-    }
+    if (s_.T > 1 || d_.dh0) pack_columns_of(recurrent_, at(d_.w_hh), gates(), s_.P);
+    if (s_.projected) pack_columns_of(projection_, at(d_.w_hr), s_.P, s_.H);
     if (worker_.index == 0) {
       const int64_t count = gates() > s_.P ? gates() : s_.P;
       for (int64_t i = 0; i < count; ++i) zeros_[i] = 0;
+    }
+  }
+
+  // The panels of W [K, N]. Where W serves as it lies, only the last block is copied, which would end beyond a row.
+  void pack_columns_of(T* panels, const T* W, int64_t K, int64_t N) {
+    const int64_t blocks = ceil_div(N, kBlock), whole = N / kBlock;
+    for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
+      if (packed_ || b >= whole) pack_columns(panels + b * K * kBlock, W, K, N, N, b * kBlock);
+    }
+  }
+
+  // sums += rows [K] x W [K, N] for a part.
+  void add_product(Sums<T, U>& sums, const Part& part, const T* const* rows, const T* panels, const void* W, int64_t K,
+                   int64_t N) const {
+    const int64_t left = N - part.block * kBlock;
+    const int vectors = int(least(ceil_div(left, kLanes<T>), U));
+    if (packed_ || left < kBlock) {
+      multiply<T, U>(sums, part, rows, {panels + part.block * K * kBlock, kBlock, K * kBlock, vectors}, K);
+    } else {
+      multiply<T, U>(sums, part, rows, {at(W) + part.block * kBlock, N, kBlock, vectors}, K);
+    }
+  }
+
+  static void clear(Sums<T, U>& sums, const Part& part) {
+    for (int slot = 0; slot < part.slots(); ++slot) {
+      for (int u = 0; u < U; ++u) sums[slot][u] = Vec<T>{};
     }
   }
 
@@ -105,70 +118,60 @@ class Backward {
     return b < continued_ ? next_ + b * Cell::kGrads * s_.H + Cell::kHiddenGrads * s_.H : zeros_;
   }
 
-  // What reaches h of row b other than through the next step's gates, before dy.
+  // What reaches h of row b other than through the next step's gates, before dy; null: nothing.
   const T* beside(int64_t b) const {
-    if (b >= continued_) return d_.dh_n ? at(d_.dh_n) + b * s_.P : zeros_;
-    return Cell::kUsesH ? direct_ + b * s_.H : zeros_;
+    if (b >= continued_) return d_.dh_n ? at(d_.dh_n) + b * s_.P : nullptr;
+    return Cell::kUsesH ? direct_ + b * s_.H : nullptr;
   }
-
-  const T* dy(int64_t b) const { return d_.dy ? at(d_.dy) + (s_.row(t_) + b) * d_.dy_stride : zeros_; }
 
   void step(int64_t t) {
     enter(t);
-    const int64_t row_end = row_end_ < rows_ ? row_end_ : rows_;
-    const int64_t blocks = ceil_div(s_.P, kBlock);
+    const int64_t row_end = least(row_end_, rows_);
+    each_part(row_end, s_.P, [&](const Part& part) { hidden(part); });
     if (s_.projected) {
-      cover<U>(Hidden<false>{*this}, row_begin_, row_end, first(blocks), last(blocks));
       if (worker_.splits_units) worker_.wait();
-      const int64_t units = ceil_div(s_.H, kBlock);
-      cover<U>(Unprojected{*this}, row_begin_, row_end, first(units), last(units));
-    } else {
-      cover<U>(Hidden<true>{*this}, row_begin_, row_end, first(blocks), last(blocks));
+      each_part(row_end, s_.H, [&](const Part& part) { unproject(part); });
     }
     if (worker_.splits_units) worker_.wait();
   }
 
-  // The gradient of h after this step's row: the next step's gates times W_hh, and what comes beside.
-  template <bool kCell>
-  struct Hidden {
-    const Backward& f;
+  // This worker's parts of rows up to row_end and of n columns.
+  template <class Run>
+  FUSED_RNN_INLINE void each_part(int64_t row_end, int64_t n, const Run& run) const {
+    const int64_t blocks = ceil_div(n, kBlock);
+    cover<U>(row_begin_, row_end, first(blocks), last(blocks), n % kBlock != 0, run);
+  }
 
-    template <int NB, int R>
-    FUSED_RNN_INLINE void run(int64_t row, int64_t block) const {
-      const LayerShape& s = f.s_;
-      const T* rows[R];
-      for (int r = 0; r < R; ++r) rows[r] = f.next_dgates(row + r);
-      Vec<T> sums[NB][R][U] = {};
-      if (row < f.continued_) multiply(sums, rows, f.panel_ + block * f.gates() * kBlock, f.gates());
-      each_vector<T, NB, U>(block, s.P, [&](int nb, int u, Units units) {
-        for (int r = 0; r < R; ++r) {
-          const int64_t b = row + r, unit = units.unit, n = units.count;
-          const Vec<T> dh = sums[nb][r][u] + load(f.beside(b) + unit, n) + load(f.dy(b) + unit, n);
-          if constexpr (kCell) {
-            f.cell(dh, b, units);
-          } else {
-            store(at(f.d_.dh_total) + (s.row(f.t_) + b) * s.P + unit, dh, n);
-          }
-        }
-      });
+  // The gradient of h after this step: the next step's gates times W_hh, and what comes beside.
+  void hidden(const Part& part) const {
+    Sums<T, U> sums;
+    clear(sums, part);
+    if (part.row < continued_) {
+      const T* rows[kChunk];
+      for (int r = 0; r < part.rows; ++r) rows[r] = next_dgates(part.row + r);
+      add_product(sums, part, rows, recurrent_, d_.w_hh, gates(), s_.P);
     }
-  };
+    each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) {
+      const int64_t b = part.row_of(slot), unit = units.unit, n = units.count;
+      Vec<T> dh = sums[slot][u];
+      if (const T* more = beside(b)) dh += load(more + unit, n);
+      if (d_.dy) dh += load(at(d_.dy) + (s_.row(t_) + b) * d_.dy_stride + unit, n);
+      if (s_.projected) {
+        store(at(d_.dh_total) + (s_.row(t_) + b) * s_.P + unit, dh, n);
+      } else {
+        cell(dh, b, units);
+      }
+    });
+  }
 
-  struct Unprojected {
-    const Backward& f;
-
-    template <int NB, int R>
-    FUSED_RNN_INLINE void run(int64_t row, int64_t block) const {
-      const LayerShape& s = f.s_;
-      const T* rows[R];
-      for (int r = 0; r < R; ++r) rows[r] = at(f.d_.dh_total) + (s.row(f.t_) + row + r) * s.P;
-      Vec<T> sums[NB][R][U] = {};
-      multiply(sums, rows, f.projection_ + block * s.P * kBlock, s.P);
-      each_vector<T, NB, U>(block, s.H, [&](int nb, int u, Units units) {
-        for (int r = 0; r < R; ++r) f.cell(sums[nb][r][u], row + r, units);
-      });
-    }
-  };
+  void unproject(const Part& part) const {
+    Sums<T, U> sums;
+    clear(sums, part);
+    const T* rows[kChunk];
+    for (int r = 0; r < part.rows; ++r) rows[r] = at(d_.dh_total) + (s_.row(t_) + part.row + r) * s_.P;
+    add_product(sums, part, rows, projection_, d_.w_hr, s_.P, s_.H);
+    each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) { cell(sums[slot][u], part.row_of(slot), units); });
+  }
 
   FUSED_RNN_INLINE void cell(const Vec<T>& dh, int64_t b, Units units) const {
     using V = Vec<T>;
@@ -191,25 +194,19 @@ class Backward {
   }
 
   // dh0: every row's first step, whichever that was, seen from the state before it.
-  struct Initial {
-    const Backward& f;
-
-    template <int NB, int R>
-    FUSED_RNN_INLINE void run(int64_t row, int64_t block) const {
-      const LayerShape& s = f.s_;
-      const T* rows[R];
-      for (int r = 0; r < R; ++r) rows[r] = f.first_dgates(row + r) + Cell::kHiddenGrads * s.H;
-      Vec<T> sums[NB][R][U] = {};
-      multiply(sums, rows, f.panel_ + block * f.gates() * kBlock, f.gates());
-      each_vector<T, NB, U>(block, s.P, [&](int nb, int u, Units units) {
-        for (int r = 0; r < R; ++r) {
-          Vec<T> dh = sums[nb][r][u];
-          if constexpr (Cell::kUsesH) dh += load(f.direct_ + (row + r) * s.H + units.unit, units.count);
-          store(at(f.d_.dh0) + (row + r) * s.P + units.unit, dh, units.count);
-        }
-      });
-    }
-  };
+  void initial(const Part& part) const {
+    Sums<T, U> sums;
+    clear(sums, part);
+    const T* rows[kChunk];
+    for (int r = 0; r < part.rows; ++r) rows[r] = first_dgates(part.row + r) + Cell::kHiddenGrads * s_.H;
+    add_product(sums, part, rows, recurrent_, d_.w_hh, gates(), s_.P);
+    each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) {
+      const int64_t b = part.row_of(slot);
+      Vec<T> dh = sums[slot][u];
+      if constexpr (Cell::kUsesH) dh += load(direct_ + b * s_.H + units.unit, units.count);
+      store(at(d_.dh0) + b * s_.P + units.unit, dh, units.count);
+    });
+  }
 
   const T* first_dgates(int64_t b) const {
     int64_t t = reverse_ ? s_.T - 1 : 0;
@@ -218,16 +215,15 @@ class Backward {
   }
 
   void initial_state() {
-    const int64_t blocks = ceil_div(s_.P, kBlock);
-    cover<U>(Initial{*this}, row_begin_, row_end_, first(blocks), last(blocks));
+    each_part(row_end_, s_.P, [&](const Part& part) { initial(part); });
   }
 
   const LayerShape& s_;
   const BackwardDirection& d_;
-  const bool reverse_;
+  const bool packed_, reverse_;
   const cpu::Worker& worker_;
   const int64_t row_begin_, row_end_;
-  T *panel_, *projection_, *direct_, *zeros_;
+  T *recurrent_, *projection_, *direct_, *zeros_;
   int64_t t_ = 0, rows_ = 0, continued_ = 0;
   const T* next_ = nullptr;
 };

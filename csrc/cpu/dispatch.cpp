@@ -127,9 +127,22 @@ void forward(const ForwardParams& params, int64_t threads) {
   run(params.shape, threads, [&](int64_t d, const Worker& worker) { k.forward(params, d, worker); });
 }
 
-void backward(const BackwardParams& params, int64_t threads) {
+int64_t gradient_workers(const LayerShape& shape, int64_t threads) {
+  if (omp_in_parallel() || forked()) return 1;
+  // A product is worth a parallel region, and each thread a part that is worth packing for.
+  const double work = double(shape.N) * double(shape.H) * double(shape.I + shape.P) * double(shape.directions);
+  return std::max<int64_t>(1, std::min<int64_t>(threads, int64_t(work / 1e5)));
+}
+
+void backward(const BackwardParams& params, int64_t threads, int64_t gradient_workers) {
   const Kernels& k = kernels();
   run(params.shape, threads, [&](int64_t d, const Worker& worker) { k.backward(params, d, worker); });
+  if (gradient_workers == 1) return k.gradients(params, Worker{0, 1, false, nullptr});
+#pragma omp parallel num_threads(static_cast<int>(gradient_workers))
+  {
+    // Fewer threads than asked for share the work alike: no worker waits for another.
+    k.gradients(params, Worker{omp_get_thread_num(), omp_get_num_threads(), false, nullptr});
+  }
 }
 
 }  // namespace cpu

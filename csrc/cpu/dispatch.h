@@ -25,7 +25,9 @@ struct Plan {
 Plan plan(const LayerShape& shape, int64_t threads);
 
 void forward(const ForwardParams& params, int64_t threads);
-void backward(const BackwardParams& params, int64_t threads);
+// The threads that share the products after backward; each needs a workspace.
+int64_t gradient_workers(const LayerShape& shape, int64_t threads);
+void backward(const BackwardParams& params, int64_t threads, int64_t gradient_workers);
 
 }  // namespace cpu
 }  // namespace fused_rnn

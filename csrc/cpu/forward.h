@@ -1,8 +1,9 @@
 // Forward of one layer in one direction, by a team of threads that splits the rows or the hidden units.
 //
-// A step multiplies the previous h by the packed W_hh and runs the cell on the sums while they are in the first-level
-// cache; h goes to y, where the next step reads it. A sequence of one step finds the product made already. With a
-// projection the cell's output goes to `hidden` and a second product makes h.
+// A step multiplies x and the previous h by the packed weights and runs the cell on the sums while they are in the
+// first-level cache; h goes to y, where the next step reads it. Small batches multiply x of all steps beforehand, so
+// that its weights are read for more than a few rows at a time; a handful of rows in all takes the weights as they lie.
+// With a projection the cell's output goes to `hidden` and a second product makes h.
 #pragma once
 
 #include "../cells/cells.h"
@@ -12,22 +13,35 @@
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
+// How forward multiplies by each weight.
+struct ForwardProducts {
+  bool packed;        // weights in panels, not as they lie
+  bool x_beforehand;  // x W_ih^T of all steps before the first
+
+  explicit ForwardProducts(const LayerShape& s)
+      : packed(s.N >= kRowsWorthPacking), x_beforehand(packed && s.T > 1 && s.B < kTileRows<4>) {}
+};
+
 // Where the parts of a direction's workspace begin, in elements.
 template <class Cell, class T>
 struct ForwardWorkspace {
-  int64_t panel, input, bias, projection, hidden, zeros, size;
+  int64_t recurrent, input, bias, projection, hidden, zeros, x_product, size;
 
   explicit ForwardWorkspace(const LayerShape& s) {
+    const ForwardProducts products(s);
     const int64_t blocks = ceil_div(s.H, kUnitVectors<Cell::kGates> * kLanes<T>);
     const int64_t columns = Cell::kGates * kUnitVectors<Cell::kGates> * kLanes<T>;
-    panel = 0;
-    input = panel + (s.T > 1 ? blocks * columns * s.P : 0);
-    bias = input + blocks * columns * s.I;
+    const int64_t packed = products.packed ? blocks * columns : 0;
+    const int64_t block = kUnitVectors<1> * kLanes<T>;
+    const int64_t outputs = s.projected && products.packed ? ceil_div(s.P, block) * block : 0;
+    recurrent = 0;
+    input = recurrent + packed * s.P;
+    bias = input + packed * s.I;
     projection = bias + blocks * columns * 2;
-    const int64_t outputs = s.projected ? ceil_div(s.P, kUnitVectors<1> * kLanes<T>) * kUnitVectors<1> * kLanes<T> : 0;
     hidden = projection + outputs * s.H;
     zeros = hidden + (s.projected ? s.B * s.H : 0);
-    size = zeros + s.P;
+    x_product = zeros + s.P;
+    size = x_product + (products.x_beforehand && !s.train ? s.N * Cell::kGates * s.H : 0);
   }
 };
 
@@ -37,32 +51,36 @@ class Forward {
   Forward(const LayerShape& shape, const ForwardDirection& direction, bool reverse, const cpu::Worker& worker)
       : s_(shape),
         d_(direction),
+        products_(shape),
         reverse_(reverse),
         worker_(worker),
         row_begin_(worker.splits_units ? 0 : worker.begin(shape.B)),
         row_end_(worker.splits_units ? shape.B : worker.end(shape.B)) {
     T* workspace = static_cast<T*>(d_.workspace);
     const ForwardWorkspace<Cell, T> part(shape);
-    panel_ = workspace + part.panel;
+    recurrent_ = workspace + part.recurrent;
     input_ = workspace + part.input;
     bias_ = workspace + part.bias;
     projection_ = workspace + part.projection;
     scratch_hidden_ = workspace + part.hidden;
     zeros_ = workspace + part.zeros;
+    x_product_ = s_.train ? at(d_.reserve.gates) : workspace + part.x_product;
+    x_product_stride_ = s_.train ? d_.reserve.stride : Cell::kGates * s_.H;
   }
 
   void operator()() {
     pack();
     worker_.wait();
-    for (int64_t i = 0; i < s_.T; ++i) {
-      const int64_t t = reverse_ ? s_.T - 1 - i : i;
-      step(t);
+    if (products_.x_beforehand) {
+      multiply_x();
+      worker_.wait();
     }
+    for (int64_t i = 0; i < s_.T; ++i) step(reverse_ ? s_.T - 1 - i : i);
     if (d_.h_n) finish();
   }
 
  private:
-  static constexpr int U = kUnitVectors<Cell::kGates>, C = Cell::kGates * U;
+  static constexpr int G = Cell::kGates, U = kUnitVectors<G>, C = G * U;
   static constexpr int64_t kBlock = U * kLanes<T>;  // units of a block of gates
   static constexpr int UP = kUnitVectors<1>;        // the same for the projection
   static constexpr int64_t kProjectionBlock = UP * kLanes<T>;
@@ -74,17 +92,19 @@ class Forward {
   int64_t first(int64_t n) const { return worker_.splits_units ? worker_.begin(n) : 0; }
   int64_t last(int64_t n) const { return worker_.splits_units ? worker_.end(n) : n; }
 
+  bool narrow_end() const { return U > 1 && s_.H % kBlock != 0; }
+
   void pack() {
     const int64_t blocks = ceil_div(s_.H, kBlock);
     for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
-      if (s_.T > 1) {
-        pack_rows<T, Cell::kGates>(panel_ + b * s_.P * C * kLanes<T>, at(d_.w_hh), s_.H, s_.P, b * kBlock);
+      if (products_.packed) {
+        pack_rows<T, G>(recurrent_ + b * s_.P * C * kLanes<T>, at(d_.w_hh), s_.H, s_.P, b * kBlock);
+        pack_rows<T, G>(input_ + b * s_.I * C * kLanes<T>, at(d_.w_ih), s_.H, s_.I, b * kBlock);
       }
-      if (s_.I > 0) pack_rows<T, Cell::kGates>(input_ + b * s_.I * C * kLanes<T>, at(d_.w_ih), s_.H, s_.I, b * kBlock);
       pack_bias(bias_ + b * 2 * C * kLanes<T>, at(d_.b_ih), b * kBlock);
       pack_bias(bias_ + (b * 2 + 1) * C * kLanes<T>, at(d_.b_hh), b * kBlock);
     }
-    if (s_.projected) {
+    if (s_.projected && products_.packed) {
       const int64_t outputs = ceil_div(s_.P, kProjectionBlock);
       for (int64_t b = worker_.begin(outputs); b < worker_.end(outputs); ++b) {
         T* panel = projection_ + b * s_.H * kProjectionBlock;
@@ -97,13 +117,50 @@ class Forward {
   }
 
   void pack_bias(T* out, const T* bias, int64_t unit) {
-    for (int g = 0; g < Cell::kGates; ++g) {
+    for (int g = 0; g < G; ++g) {
       for (int u = 0; u < U; ++u) {
         const int64_t first = unit + u * kLanes<T>;
-        const int64_t n = s_.H - first < kLanes<T> ? s_.H - first : kLanes<T>;
+        const int64_t n = least(s_.H - first, kLanes<T>);
         store(out + (g * U + u) * kLanes<T>, bias && n > 0 ? load(bias + g * s_.H + first, n) : Vec<T>{});
       }
     }
+  }
+
+  // sums += rows x W for a part, with the weights packed or as they lie.
+  template <int Gates>
+  void add_product(Sums<T, Gates * kUnitVectors<Gates>>& sums, const Part& part, const T* const* rows, const T* packed,
+                   const void* W, int64_t H, int64_t K) const {
+    constexpr int64_t kVectors = kUnitVectors<Gates>, kColumns = Gates * kVectors;
+    if (products_.packed) {
+      const int64_t distance = K * kColumns * kLanes<T>;
+      const int64_t units = ceil_div(H - part.block * kVectors * kLanes<T>, kLanes<T>);
+      const int vectors = Gates > 1 ? kColumns : int(least(units, kVectors));
+      const Panel<T> panel{packed + part.block * distance, kColumns * kLanes<T>, distance, vectors};
+      multiply<T, kColumns>(sums, part, rows, panel, K);
+    } else {
+      for (int i = 0; i < part.blocks; ++i) {
+        const int64_t unit = part.block_of(i) * kVectors * kLanes<T>;
+        multiply_unpacked<T, Gates>(sums + i, rows, part.rows, at(W), H, K, unit);
+      }
+    }
+  }
+
+  void multiply_x() {
+    const auto multiply_part = [&](const Part& part) {
+      const T* rows[kChunk];
+      for (int r = 0; r < part.rows; ++r) rows[r] = at(d_.x) + (part.row + r) * s_.I;
+      Sums<T, C> sums;
+      for (int slot = 0; slot < part.slots(); ++slot) {
+        for (int c = 0; c < C; ++c) sums[slot][c] = Vec<T>{};
+      }
+      add_product<G>(sums, part, rows, input_, d_.w_ih, s_.H, s_.I);
+      each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) {
+        T* out = x_product_ + part.row_of(slot) * x_product_stride_ + units.unit;
+        for (int g = 0; g < G; ++g) store(out + g * s_.H, sums[slot][g * U + u], units.count);
+      });
+    };
+    const int64_t blocks = ceil_div(s_.H, kBlock);
+    cover<C>(worker_.begin(s_.N), worker_.end(s_.N), 0, blocks, narrow_end(), multiply_part);
   }
 
   // Rows at and after `carried_` begin at this step: what they consume is h0, not the previous step's h.
@@ -124,8 +181,6 @@ class Forward {
     return d_.h0 ? at(d_.h0) + b * s_.P : zeros_;
   }
 
-  const T* made_product(int64_t b, int64_t gate) const { return at(d_.recurrent) + (b * Cell::kGates + gate) * s_.H; }
-
   T* hidden(int64_t b) const {
     return d_.reserve.hidden ? at(d_.reserve.hidden) + (s_.row(t_) + b) * d_.reserve.stride
                              : scratch_hidden_ + b * s_.H;
@@ -133,14 +188,15 @@ class Forward {
 
   void step(int64_t t) {
     enter(t);
-    const int64_t row_end = row_end_ < rows_ ? row_end_ : rows_;
+    const int64_t row_end = least(row_end_, rows_);
     const int64_t blocks = ceil_div(s_.H, kBlock);
-    cover<C>(Gates{*this}, row_begin_, row_end, first(blocks), last(blocks));
+    cover<C>(row_begin_, row_end, first(blocks), last(blocks), narrow_end(), [&](const Part& part) { gates(part); });
     if (d_.reserve.h_prev) keep_h_prev(row_end);
     if (s_.projected) {
       if (worker_.splits_units) worker_.wait();
       const int64_t outputs = ceil_div(s_.P, kProjectionBlock);
-      cover<UP>(Projection{*this}, row_begin_, row_end, first(outputs), last(outputs));
+      const bool narrow = s_.P % kProjectionBlock != 0;
+      cover<UP>(row_begin_, row_end, first(outputs), last(outputs), narrow, [&](const Part& part) { project(part); });
     }
     if (worker_.splits_units) worker_.wait();
   }
@@ -165,49 +221,39 @@ class Forward {
     }
   }
 
-  struct Gates {
-    const Forward& f;
-
-    template <int NB, int R>
-    FUSED_RNN_INLINE void run(int64_t row, int64_t block) const {
-      using V = Vec<T>;
-      const LayerShape& s = f.s_;
-      const T *rows[R], *x[R];
-      for (int r = 0; r < R; ++r) rows[r] = f.h_prev(row + r);
-      const T* bias = f.bias_ + block * 2 * C * kLanes<T>;
-      V from_h[NB][R][C], from_x[NB][R][C];
-      for (int nb = 0; nb < NB; ++nb) {
-        for (int c = 0; c < C; ++c) {
-          const V b_ih = load(bias + (nb * 2 * C + c) * kLanes<T>),
-                  b_hh = load(bias + ((nb * 2 + 1) * C + c) * kLanes<T>);
-          for (int r = 0; r < R; ++r) from_x[nb][r][c] = b_ih, from_h[nb][r][c] = b_hh;
-        }
-      }
-      if (s.T > 1) multiply(from_h, rows, f.panel_ + block * s.P * C * kLanes<T>, s.P);
-      if (s.I > 0) {
-        for (int r = 0; r < R; ++r) x[r] = at(f.d_.x) + (s.row(f.t_) + row + r) * s.I;
-        multiply(from_x, x, f.input_ + block * s.I * C * kLanes<T>, s.I);
-      }
-      each_vector<T, NB, U>(block, s.H, [&](int nb, int u, Units units) {
-        for (int r = 0; r < R; ++r) {
-          V input[Cell::kGates], recurrent[Cell::kGates];
-          for (int g = 0; g < Cell::kGates; ++g) {
-            input[g] = from_x[nb][r][g * U + u];
-            recurrent[g] = from_h[nb][r][g * U + u];
-            if (s.I == 0) input[g] += load(f.gates(row + r) + g * s.H + units.unit, units.count);
-            if (f.d_.recurrent) recurrent[g] += load(f.made_product(row + r, g) + units.unit, units.count);
-          }
-          f.cell(input, recurrent, rows[r], row + r, units);
-        }
-      });
+  // The products of a part at this step, and the cell on them.
+  void gates(const Part& part) const {
+    Sums<T, C> from_x, from_h;
+    const T *x[kChunk], *h[kChunk];
+    for (int r = 0; r < part.rows; ++r) {
+      x[r] = at(d_.x) + (s_.row(t_) + part.row + r) * s_.I;
+      h[r] = h_prev(part.row + r);
     }
-  };
-
-  T* gates(int64_t b) const { return at(d_.reserve.gates) + (s_.row(t_) + b) * d_.reserve.stride; }
+    for (int slot = 0; slot < part.slots(); ++slot) {
+      const T* bias = bias_ + part.block_of(slot) * 2 * C * kLanes<T>;
+      for (int c = 0; c < C; ++c) from_x[slot][c] = load(bias + c * kLanes<T>);
+      for (int c = 0; c < C; ++c) from_h[slot][c] = load(bias + (C + c) * kLanes<T>);
+    }
+    if (!products_.x_beforehand) add_product<G>(from_x, part, x, input_, d_.w_ih, s_.H, s_.I);
+    if (carried_ > 0 || d_.h0) add_product<G>(from_h, part, h, recurrent_, d_.w_hh, s_.H, s_.P);
+    each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) {
+      const int64_t b = part.row_of(slot);
+      Vec<T> input[G], recurrent[G];
+      for (int g = 0; g < G; ++g) {
+        input[g] = from_x[slot][g * U + u];
+        recurrent[g] = from_h[slot][g * U + u];
+      }
+      if (products_.x_beforehand) {
+        const T* made = x_product_ + (s_.row(t_) + b) * x_product_stride_ + units.unit;
+        for (int g = 0; g < G; ++g) input[g] += load(made + g * s_.H, units.count);
+      }
+      cell(input, recurrent, h[b - part.row], b, units);
+    });
+  }
 
   // The cell of some units of row b at this step, from the two halves of the pre-activations.
-  FUSED_RNN_INLINE void cell(const Vec<T> (&input)[Cell::kGates], const Vec<T> (&recurrent)[Cell::kGates],
-                             const T* h_prev, int64_t b, Units units) const {
+  FUSED_RNN_INLINE void cell(const Vec<T> (&input)[G], const Vec<T> (&recurrent)[G], const T* h_prev, int64_t b,
+                             Units units) const {
     using V = Vec<T>;
     const int64_t unit = units.unit, n = units.count;
     const Reserve& keep = d_.reserve;
@@ -216,41 +262,39 @@ class Forward {
     if constexpr (Cell::kUsesH) h_in = load(h_prev + unit, n);
     if constexpr (Cell::kHasC) {
       c = load(at(d_.c) + b * s_.H + unit, n);
-      if (keep.c_prev) store(at(keep.c_prev) + row * keep.stride + unit, c, n);
+      if (s_.train) store(at(keep.c_prev) + row * keep.stride + unit, c, n);
     }
     Cell::forward(input, recurrent, h_in, c, saved, h);
     if constexpr (Cell::kHasC) store(at(d_.c) + b * s_.H + unit, c, n);
-    if (keep.h_prev) {
-      for (int i = 0; i < Cell::kSaved; ++i) store(gates(b) + i * s_.H + unit, saved[i], n);
+    if (s_.train) {
+      T* gates = at(keep.gates) + row * keep.stride + unit;
+      for (int i = 0; i < Cell::kSaved; ++i) store(gates + i * s_.H, saved[i], n);
     }
     store(s_.projected ? hidden(b) + unit : at(d_.y) + row * d_.y_stride + unit, h, n);
   }
 
-  struct Projection {
-    const Forward& f;
-
-    template <int NB, int R>
-    FUSED_RNN_INLINE void run(int64_t row, int64_t block) const {
-      const LayerShape& s = f.s_;
-      const T* rows[R];
-      for (int r = 0; r < R; ++r) rows[r] = f.hidden(row + r);
-      Vec<T> sums[NB][R][UP] = {};
-      multiply(sums, rows, f.projection_ + block * s.H * kProjectionBlock, s.H);
-      each_vector<T, NB, UP>(block, s.P, [&](int nb, int u, Units units) {
-        for (int r = 0; r < R; ++r) {
-          T* h = at(f.d_.y) + (s.row(f.t_) + row + r) * f.d_.y_stride;
-          store(h + units.unit, sums[nb][r][u], units.count);
-        }
-      });
+  void project(const Part& part) const {
+    const T* rows[kChunk];
+    for (int r = 0; r < part.rows; ++r) rows[r] = hidden(part.row + r);
+    Sums<T, UP> sums;
+    for (int slot = 0; slot < part.slots(); ++slot) {
+      for (int u = 0; u < UP; ++u) sums[slot][u] = Vec<T>{};
     }
-  };
+    add_product<1>(sums, part, rows, projection_, d_.w_hr, s_.P, s_.H);
+    each_vector<T, UP>(part, s_.P, [&](int slot, int u, Units units) {
+      T* h = at(d_.y) + (s_.row(t_) + part.row_of(slot)) * d_.y_stride;
+      store(h + units.unit, sums[slot][u], units.count);
+    });
+  }
 
   const LayerShape& s_;
   const ForwardDirection& d_;
+  const ForwardProducts products_;
   const bool reverse_;
   const cpu::Worker& worker_;
   const int64_t row_begin_, row_end_;
-  T *panel_, *input_, *bias_, *projection_, *scratch_hidden_, *zeros_;
+  T *recurrent_, *input_, *bias_, *projection_, *scratch_hidden_, *zeros_, *x_product_;
+  int64_t x_product_stride_;
   int64_t t_ = 0, rows_ = 0, carried_ = 0;
   const T* previous_ = nullptr;
 };

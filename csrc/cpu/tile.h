@@ -1,9 +1,9 @@
-// The product at the heart of every step, rows x panel, with its accumulators in registers.
+// The product at the heart of every step and of every gradient: rows x columns, with the sums in registers.
 //
-// Weights are packed once per call into panels: for each block of columns [K][C] vectors, so that one step of k reads
-// C consecutive vectors and one scalar of each of R rows for R * C multiply-adds. Forward's columns are all gates of
-// one vector of units, so that the cell's equations run on the accumulators and nothing is stored in between.
-// Each sum runs over k in the same order whatever R is: a row's result does not depend on the rows beside it.
+// Weights lie in panels: for each block of columns [K][C] vectors, so that one step of k reads C consecutive vectors
+// and one scalar of each of R rows for R * C multiply-adds. Forward's columns are all gates of one vector of units, so
+// that the cell's equations find a unit's sums side by side. Few rows are not worth packing for: they take the weights
+// as they lie. Each sum runs over k in the same order whatever R is: a row's result does not depend on its neighbours.
 #pragma once
 
 #include "vec.h"
@@ -11,46 +11,154 @@
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
-// Half to three quarters of the vector registers; the rest hold a row of the panel and a broadcast scalar.
-constexpr int kAccumulators = FUSED_RNN_VECTOR_REGISTERS == 32 ? 24 : 12;
 // Vectors of units in a block of G gates: enough columns to reuse a broadcast scalar, few enough for several rows.
 template <int G>
-constexpr int kUnitVectors = G == 1 ? 2 : 1;
-// Rows of a tile of C columns. More than 8 row pointers would not fit the scalar registers.
+constexpr int kUnitVectors = G > 1                              ? 1
+                             : FUSED_RNN_VECTOR_REGISTERS == 32 ? 4
+                                                                : 2;
+// Rows of a tile of C columns: its sums fill up to three quarters of the vector registers. More than 8 row pointers
+// would not fit the scalar ones.
 template <int C>
-constexpr int kTileRows = kAccumulators / C < 8 ? kAccumulators / C : 8;
+constexpr int kTileRows = FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C < 8 ? FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C : 8;
 // Column blocks that a single row takes at once: 8 independent sums hide the latency of a multiply-add.
 template <int C>
 constexpr int kRowBlocks = C >= 8 ? 1 : 8 / C;
+// Rows between two visits of the same part of a panel, and how many k such a part has: what fits a second-level cache.
+constexpr int kChunk = 24;
+constexpr int64_t kDepth = 1024;
+// With fewer rows than this over all steps, packing costs more than it saves.
+constexpr int64_t kRowsWorthPacking = 8;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// sums[nb][r][c] += sum over k of rows[r][k] * panel nb's [k][c]; panels lie one after the other.
+// Rows [row, row + rows) and blocks [block, block + blocks); one of the two counts is 1. A slot is a row or a block.
+struct Part {
+  int64_t row, block;
+  int rows, blocks;
+
+  int slots() const { return rows * blocks; }
+  int64_t row_of(int slot) const { return blocks == 1 ? row + slot : row; }
+  int64_t block_of(int slot) const { return blocks == 1 ? block : block + slot; }
+};
+
+// A block's weights: vector c of step k lies at data + k * stride + c * lanes, the next block `distance` further on.
+// The last block may have fewer than C vectors.
+template <class T>
+struct Panel {
+  const T* data;
+  int64_t stride, distance;
+  int vectors;
+};
+
+template <class T, int C>
+using Sums = Vec<T>[kChunk][C];
+
+// sums[slot][c] += sum over k of row[k] * panel[k][c], for NB blocks or R rows.
 // A run of k is summed in registers and then added, so that rounding grows as in a blocked BLAS, not with K.
-template <class T, int NB, int R, int C>
-FUSED_RNN_INLINE void multiply(Vec<T> (&sums)[NB][R][C], const T* const (&rows)[R], const T* panel, int64_t K) {
+template <class T, int NB, int R, int C, int kColumns>
+__attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], const T* const* row, const Panel<T>& panel, int64_t K) {
   constexpr int64_t kRun = 128;
+  const T* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = row[r];
   for (int64_t begin = 0; begin < K; begin += kRun) {
-    const int64_t end = begin + kRun < K ? begin + kRun : K;
-    Vec<T> acc[NB][R][C] = {};  // in registers: every index below is a constant once the loops are unrolled
-    for (int64_t k = begin; k < end; ++k) {
-#pragma GCC unroll 4
+    const int64_t end = least(begin + kRun, K);
+    Vec<T> acc[NB][R][kColumns] = {};  // in registers: every index below is a constant once the loops are unrolled
+    const T* w = panel.data + begin * panel.stride;
+    for (int64_t k = begin; k < end; ++k, w += panel.stride) {
+#pragma GCC unroll 8
       for (int nb = 0; nb < NB; ++nb) {
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-          const Vec<T> w = load(panel + ((nb * K + k) * C + c) * kLanes<T>);
+        for (int c = 0; c < kColumns; ++c) {
+          const Vec<T> v = load(w + nb * panel.distance + c * kLanes<T>);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) acc[nb][r][c] += rows[r][k] * w;
+          for (int r = 0; r < R; ++r) acc[nb][r][c] += rows[r][k] * v;
         }
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int nb = 0; nb < NB; ++nb) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) sums[nb][r][c] += acc[nb][r][c];
+        for (int c = 0; c < kColumns; ++c) sums[nb + r][c] += acc[nb][r][c];
       }
+    }
+  }
+}
+
+template <class T, int C, int kColumns>
+void multiply_rows(Vec<T> (*sums)[C], const T* const* rows, int n, const Panel<T>& panel, int64_t K) {
+  // clang-format off
+  switch (n) {
+    case 1: return multiply_tile<T, 1, 1, C, kColumns>(sums, rows, panel, K);
+    case 2: return multiply_tile<T, 1, 2, C, kColumns>(sums, rows, panel, K);
+    case 3: return multiply_tile<T, 1, 3, C, kColumns>(sums, rows, panel, K);
+    case 4: return multiply_tile<T, 1, kTileRows<C> < 4 ? 1 : 4, C, kColumns>(sums, rows, panel, K);
+    case 5: return multiply_tile<T, 1, kTileRows<C> < 5 ? 1 : 5, C, kColumns>(sums, rows, panel, K);
+    case 6: return multiply_tile<T, 1, kTileRows<C> < 6 ? 1 : 6, C, kColumns>(sums, rows, panel, K);
+    case 7: return multiply_tile<T, 1, kTileRows<C> < 7 ? 1 : 7, C, kColumns>(sums, rows, panel, K);
+    case 8: return multiply_tile<T, 1, kTileRows<C> < 8 ? 1 : 8, C, kColumns>(sums, rows, panel, K);
+  }
+  // clang-format on
+}
+
+// sums[slot][c] += rows x panel for the slots of a part; rows[0] alone if the part has several blocks.
+template <class T, int C>
+void multiply(Sums<T, C>& sums, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K) {
+  if (part.blocks > 1) return multiply_tile<T, kRowBlocks<C>, 1, C, C>(sums, rows, panel, K);
+  const int tiles = static_cast<int>(ceil_div(part.rows, kTileRows<C>));
+  for (int64_t k = 0; k < K; k += kDepth) {
+    const Panel<T> deep{panel.data + k * panel.stride, panel.stride, panel.distance, panel.vectors};
+    const int64_t depth = least(kDepth, K - k);
+    for (int tile = 0; tile < tiles; ++tile) {  // tiles of about the same height: a tile of one row waits for its loads
+      const int begin = part.rows * tile / tiles, n = part.rows * (tile + 1) / tiles - begin;
+      const T* from_k[8];
+      for (int r = 0; r < n; ++r) from_k[r] = rows[begin + r] + k;
+      Vec<T>(*of_tile)[C] = sums + begin;
+      if constexpr (C == kUnitVectors<1>) {
+        switch (panel.vectors) {
+          case 1:
+            multiply_rows<T, C, 1>(of_tile, from_k, n, deep, depth);
+            continue;
+          case 2:
+            multiply_rows<T, C, 2>(of_tile, from_k, n, deep, depth);
+            continue;
+          case 3:
+            multiply_rows < T, C, C<3 ? 2 : 3>(of_tile, from_k, n, deep, depth);
+            continue;
+        }
+      }
+      multiply_rows<T, C, C>(of_tile, from_k, n, deep, depth);
+    }
+  }
+}
+
+// sums[r][c] += the scalar products of rows[r] with rows of W as they lie: lane j of column (g, u) of G gates is row
+// g * H + unit + u * lanes + j of W [G * H, K].
+template <class T, int G>
+__attribute__((noinline)) void multiply_unpacked(Vec<T> (*sums)[G * kUnitVectors<G>], const T* const* rows, int n,
+                                                 const T* W, int64_t H, int64_t K, int64_t unit) {
+  constexpr int U = kUnitVectors<G>, kAtOnce = kLanes<T>;
+  for (int c = 0; c < G * U; ++c) {
+    const int64_t first = unit + c % U * kLanes<T>;
+    if (first >= H) continue;
+    const T* lanes[kAtOnce];
+    for (int j = 0; j < kAtOnce; ++j) lanes[j] = W + (c / U * H + (first + j < H ? first + j : first)) * K;
+    for (int r = 0; r < n; ++r) {
+      Vec<T> acc[kAtOnce] = {};
+      int64_t k = 0;
+      for (; k + kLanes<T> <= K; k += kLanes<T>) {
+        const Vec<T> x = load(rows[r] + k);
+#pragma GCC unroll 16
+        for (int j = 0; j < kAtOnce; ++j) acc[j] += x * load(lanes[j] + k);
+      }
+      if (k < K) {
+        const Vec<T> x = load(rows[r] + k, K - k);
+#pragma GCC unroll 16
+        for (int j = 0; j < kAtOnce; ++j) acc[j] += x * load(lanes[j] + k, K - k);
+      }
+      sums[r][c] += sums_of_lanes<T>(acc);
     }
   }
 }
@@ -60,40 +168,29 @@ struct Units {
   int64_t unit, count;
 };
 
-// Calls f(nb, u, units) for each of the U vectors of the NB blocks from `block` on, up to `limit` units.
-template <class T, int NB, int U, class F>
-FUSED_RNN_INLINE void each_vector(int64_t block, int64_t limit, const F& f) {
-  for (int nb = 0; nb < NB; ++nb) {
+// Calls f(slot, u, units) for each of a part's vectors of up to `limit` units, U vectors a block.
+template <class T, int U, class F>
+FUSED_RNN_INLINE void each_vector(const Part& part, int64_t limit, const F& f) {
+  for (int slot = 0; slot < part.slots(); ++slot) {
     for (int u = 0; u < U; ++u) {
-      const int64_t unit = ((block + nb) * U + u) * kLanes<T>;
-      if (unit >= limit) return;
-      f(nb, u, Units{unit, limit - unit < kLanes<T> ? limit - unit : kLanes<T>});
+      const int64_t unit = (part.block_of(slot) * U + u) * kLanes<T>;
+      if (unit >= limit) break;
+      f(slot, u, Units{unit, least(limit - unit, kLanes<T>)});
     }
   }
 }
 
-// Calls tile.template run<NB, R>(row, block) so that every row meets every block once.
-template <int C, class Tile>
-FUSED_RNN_INLINE void cover(const Tile& tile, int64_t row_begin, int64_t row_end, int64_t block, int64_t block_end) {
-  constexpr int kMost = kTileRows<C>;
-  if (row_end - row_begin == 1) {
-    for (; block + kRowBlocks<C> <= block_end; block += kRowBlocks<C>) {
-      tile.template run<kRowBlocks<C>, 1>(row_begin, block);
+// Calls run(part) so that every row meets every block once; the last block may be narrower than the others.
+template <int C, class Run>
+FUSED_RNN_INLINE void cover(int64_t row, int64_t row_end, int64_t block, int64_t block_end, bool narrow_end,
+                            const Run& run) {
+  if (row_end - row == 1) {
+    for (; block + kRowBlocks<C> <= block_end - narrow_end; block += kRowBlocks<C>) {
+      run(Part{row, block, 1, kRowBlocks<C>});
     }
   }
   for (; block < block_end; ++block) {
-    int64_t row = row_begin;
-    // Eight rows are better done as 4 + 4 than as 6 + 2: a tile of two waits for its loads.
-    while (row_end - row >= kMost && !(kMost == 6 && row_end - row == 8)) {
-      tile.template run<1, kMost>(row, block), row += kMost;
-    }
-    if constexpr (kMost > 4) {
-      while (row_end - row >= 4) tile.template run<1, 4>(row, block), row += 4;
-    }
-    if constexpr (kMost > 2) {
-      if (row_end - row >= 2) tile.template run<1, 2>(row, block), row += 2;
-    }
-    for (; row < row_end; ++row) tile.template run<1, 1>(row, block);
+    for (int64_t r = row; r < row_end; r += kChunk) run(Part{r, block, int(least(kChunk, row_end - r)), 1});
   }
 }
 
@@ -106,7 +203,7 @@ void pack_rows(T* panel, const T* W, int64_t H, int64_t K, int64_t unit) {
     for (int u = 0; u < U; ++u) {
       const int64_t first = unit + u * n;
       for (int64_t k = 0; k < K; k += n) {
-        const int64_t width = K - k < n ? K - k : n;
+        const int64_t width = least(K - k, n);
         Vec<T> square[n];
         for (int j = 0; j < n; ++j) {
           square[j] = first + j < H ? load(W + (g * H + first + j) * K + k, width) : Vec<T>{};
@@ -118,15 +215,31 @@ void pack_rows(T* panel, const T* W, int64_t H, int64_t K, int64_t unit) {
   }
 }
 
-// panel[k][u] of one block, from row-major W [K, N] whose columns are the block's units: a copy.
+// panel[k][u] of one block, from W [K, N] with rows `stride` apart, whose columns are the block's units: a copy.
 template <class T>
-void pack_columns(T* panel, const T* W, int64_t K, int64_t N, int64_t unit) {
+void pack_columns(T* panel, const T* W, int64_t K, int64_t N, int64_t stride, int64_t unit) {
   constexpr int U = kUnitVectors<1>, n = kLanes<T>;
   for (int64_t k = 0; k < K; ++k) {
     for (int u = 0; u < U; ++u) {
       const int64_t left = N - (unit + u * n);
-      const int64_t width = left < 0 ? 0 : left < n ? left : n;
-      store(panel + (k * U + u) * n, width ? load(W + k * N + unit + u * n, width) : Vec<T>{});
+      const int64_t width = left < 0 ? 0 : least(left, n);
+      store(panel + (k * U + u) * n, width ? load(W + k * stride + unit + u * n, width) : Vec<T>{});
+    }
+  }
+}
+
+// out[m][k] = in[k][m]; rows of `in` are in_stride apart, those of `out` out_stride.
+template <class T>
+void pack_transposed(T* out, int64_t out_stride, const T* in, int64_t in_stride, int64_t M, int64_t K) {
+  constexpr int n = kLanes<T>;
+  for (int64_t m = 0; m < M; m += n) {
+    const int64_t width = least(M - m, n);
+    for (int64_t k = 0; k < K; k += n) {
+      const int64_t depth = least(K - k, n);
+      Vec<T> square[n];
+      for (int j = 0; j < n; ++j) square[j] = j < depth ? load(in + (k + j) * in_stride + m, width) : Vec<T>{};
+      transpose<T>(square);
+      for (int64_t i = 0; i < width; ++i) store(out + (m + i) * out_stride + k, square[i], depth);
     }
   }
 }

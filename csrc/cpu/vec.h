@@ -133,5 +133,18 @@ FUSED_RNN_INLINE void transpose(Vec<T> (&m)[kLanes<T>]) {
   }
 }
 
+// Lane i is the sum of m[i]'s lanes: the same interleaving, folding the halves as it goes. Destroys m.
+template <class T>
+FUSED_RNN_INLINE Vec<T> sums_of_lanes(Vec<T> (&m)[kLanes<T>]) {
+#pragma GCC unroll 8
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      m[i] = interleave<0, T>(m[i], m[i + half]) + interleave<kLanes<T> / 2, T>(m[i], m[i + half]);
+    }
+  }
+  return m[0];
+}
+
 }  // namespace FUSED_RNN_ISA
 }  // namespace fused_rnn

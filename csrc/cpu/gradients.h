@@ -1,0 +1,198 @@
+// What backward leaves over once it has the gates' gradients of all steps: the gradients of x, weights and biases.
+//
+// Each is one product over all rows or all gates, split among the threads by rows and columns of the result, so that
+// no thread waits for another and no sum depends on their number.
+#pragma once
+
+#include "../cells/cells.h"
+#include "column_sums.h"
+#include "tile.h"
+#include "worker.h"
+
+namespace fused_rnn {
+namespace FUSED_RNN_ISA {
+
+// A thread's share of a result of M rows and N columns, in whole blocks of columns.
+struct Share {
+  int64_t row, row_end, block, block_end;
+
+  Share(int64_t M, int64_t N, int64_t block_columns, const cpu::Worker& worker) {
+    const int64_t blocks = ceil_div(N, block_columns);
+    // Of all grids of `count` threads the one whose shares have the least circumference: what a thread has to pack.
+    int64_t across = 1, best = INT64_MAX;
+    for (int64_t n = 1; n <= worker.count; ++n) {
+      if (worker.count % n || n > blocks) continue;
+      const int64_t cost = ceil_div(blocks, n) * block_columns + ceil_div(M, worker.count / n);
+      if (cost < best) best = cost, across = n;
+    }
+    const int64_t down = worker.count / across, i = worker.index / across, j = worker.index % across;
+    row = M * i / down, row_end = M * (i + 1) / down;
+    block = blocks * j / across, block_end = blocks * (j + 1) / across;
+  }
+};
+
+template <class T>
+class Products {
+ public:
+  Products(T* workspace, const cpu::Worker& worker) : workspace_(workspace), worker_(worker) {}
+
+  // Workspace of the two products below, in elements.
+  static int64_t rows_workspace(int64_t K) { return K * kBlock; }
+  static int64_t transposed_workspace(int64_t N, int64_t K) {
+    return least(K, kDepth) * (ceil_div(N, kBlock) * kBlock + kChunk);
+  }
+
+  // out [M, N] = a b or out += a b, for row-major a [M, K] and b [K, N].
+  void rows(T* out, const T* a, int64_t a_stride, const T* b, int64_t M, int64_t N, int64_t K, bool accumulate) {
+    const Share share(M, N, kBlock, worker_);
+    const bool packed = M >= kRowsWorthPacking;
+    for (int64_t block = share.block; block < share.block_end; ++block) {
+      // What is not packed is read as it lies, but for a last block that would end beyond a row.
+      const bool in_place = !packed && (block + 1) * kBlock <= N;
+      if (!in_place) pack_columns(workspace_, b, K, N, N, block * kBlock);
+      const Panel<T> panel = in_place ? Panel<T>{b + block * kBlock, N, 0, U} : own_panel(workspace_, block, N);
+      for (int64_t row = share.row; row < share.row_end; row += kChunk) {
+        const T* from[kChunk];
+        const Part part{row, block, int(least(kChunk, share.row_end - row)), 1};
+        for (int r = 0; r < part.rows; ++r) from[r] = a + (row + r) * a_stride;
+        add(out, part, from, panel, K, N, accumulate);
+      }
+    }
+  }
+
+  // out [M, N] = a^T b for row-major a [K, M] and b [K, N].
+  void transposed(T* out, const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t M, int64_t N, int64_t K) {
+    const Share share(M, N, kBlock, worker_);
+    if (share.row == share.row_end) return;
+    const int64_t depth = least(K, kDepth);
+    T* panels = workspace_ + kChunk * depth;
+    for (int64_t k = 0; k < K || k == 0; k += kDepth) {
+      const int64_t count = least(depth, K - k);
+      for (int64_t block = share.block; block < share.block_end; ++block) {
+        pack_columns(panels + (block - share.block) * count * kBlock, b + k * b_stride, count, N, b_stride,
+                     block * kBlock);
+      }
+      for (int64_t row = share.row; row < share.row_end; row += kChunk) {
+        const int rows = int(least(kChunk, share.row_end - row));
+        pack_transposed(workspace_, count, a + k * a_stride + row, a_stride, rows, count);
+        const T* from[kChunk];
+        for (int r = 0; r < rows; ++r) from[r] = workspace_ + r * count;
+        for (int64_t block = share.block; block < share.block_end; ++block) {
+          const Part part{row, block, rows, 1};
+          const Panel<T> panel = own_panel(panels + (block - share.block) * count * kBlock, block, N);
+          add(out, part, from, panel, count, N, k > 0);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int U = kUnitVectors<1>;
+  static constexpr int64_t kBlock = U * kLanes<T>;
+
+  static Panel<T> own_panel(const T* data, int64_t block, int64_t N) {
+    return {data, kBlock, 0, int(least(ceil_div(N - block * kBlock, kLanes<T>), U))};
+  }
+
+  static void add(T* out, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K, int64_t N,
+                  bool accumulate) {
+    Sums<T, U> sums;
+    for (int r = 0; r < part.rows; ++r) {
+      for (int u = 0; u < U; ++u) sums[r][u] = Vec<T>{};
+    }
+    multiply<T, U>(sums, part, rows, panel, K);
+    each_vector<T, U>(part, N, [&](int slot, int u, Units units) {
+      T* to = out + part.row_of(slot) * N + units.unit;
+      store(to, accumulate ? sums[slot][u] + load(to, units.count) : sums[slot][u], units.count);
+    });
+  }
+
+  T* const workspace_;
+  const cpu::Worker& worker_;
+};
+
+template <class Cell, class T>
+class Gradients {
+ public:
+  Gradients(const BackwardParams& params, const cpu::Worker& worker)
+      : p_(params),
+        s_(params.shape),
+        worker_(worker),
+        products_(at(params.workspace) + worker.index * workspace(params.shape), worker) {}
+
+  // Elements for each thread.
+  static int64_t workspace(const LayerShape& s) {
+    const int64_t widest = s.I > s.P ? s.I : s.P;
+    const int64_t dx = Products<T>::rows_workspace(Cell::kGates * s.H);
+    const int64_t dw = Products<T>::transposed_workspace(s.projected && s.H > widest ? s.H : widest, s.N);
+    return ceil_div(dx > dw ? dx : dw, 16) * 16;
+  }
+
+  void operator()() {
+    for (int64_t direction = 0; direction < s_.directions; ++direction) {
+      const BackwardDirection& d = p_.direction[direction];
+      if (p_.dx) input(d, direction > 0);
+      if (d.dw_ih) input_weights(d);
+      if (d.dw_hh) {
+        products_.transposed(at(d.dw_hh), hidden_grads(d), kWidth * s_.H, at(d.reserve.h_prev), d.reserve.stride,
+                             kRows * s_.H, s_.P, s_.N);
+      }
+      if (d.db_ih) biases(d);
+      if (d.dw_hr) {
+        products_.transposed(at(d.dw_hr), at(d.dh_total), s_.P, at(d.reserve.hidden), d.reserve.stride, s_.P, s_.H,
+                             s_.N);
+      }
+    }
+  }
+
+ private:
+  // dgates has kWidth blocks of H columns, of which kRows belong to W_ih, the last kShift gates first, and kRows to
+  // W_hh.
+  static constexpr int64_t kWidth = Cell::kGrads, kRows = Cell::kGates, kShift = Cell::kInputShift;
+
+  static T* at(void* p) { return static_cast<T*>(p); }
+  static const T* at(const void* p) { return static_cast<const T*>(p); }
+  const T* hidden_grads(const BackwardDirection& d) const { return at(d.dgates) + Cell::kHiddenGrads * s_.H; }
+
+  // Calls f(column, row, count) for the runs of columns of dgates that are runs of rows of W_ih.
+  template <class F>
+  void each_input_run(const F& f) const {
+    if (kShift) f(0, (kRows - kShift) * s_.H, kShift * s_.H);
+    f(kShift * s_.H, 0, (kRows - kShift) * s_.H);
+  }
+
+  // Both directions add up in dx.
+  void input(const BackwardDirection& d, bool accumulate) {
+    each_input_run([&](int64_t column, int64_t row, int64_t count) {
+      products_.rows(at(p_.dx), at(d.dgates) + column, kWidth * s_.H, at(d.w_ih) + row * s_.I, s_.N, s_.I, count,
+                     accumulate || column > 0);
+    });
+  }
+
+  void input_weights(const BackwardDirection& d) {
+    each_input_run([&](int64_t column, int64_t row, int64_t count) {
+      products_.transposed(at(d.dw_ih) + row * s_.I, at(d.dgates) + column, kWidth * s_.H, at(d.x), s_.I, count, s_.I,
+                           s_.N);
+    });
+  }
+
+  void biases(const BackwardDirection& d) {
+    each_input_run(
+        [&](int64_t column, int64_t row, int64_t count) { sum(at(d.dgates) + column, count, at(d.db_ih) + row); });
+    sum(hidden_grads(d), kRows * s_.H, at(d.db_hh));
+  }
+
+  void sum(const T* columns, int64_t count, T* out) {
+    const int64_t lines = ceil_div(count, 16), begin = worker_.begin(lines) * 16;
+    const int64_t end = least(worker_.end(lines) * 16, count);
+    if (begin < end) column_sums(columns + begin, s_.N, end - begin, kWidth * s_.H, out + begin);
+  }
+
+  const BackwardParams& p_;
+  const LayerShape& s_;
+  const cpu::Worker& worker_;
+  Products<T> products_;
+};
+
+}  // namespace FUSED_RNN_ISA
+}  // namespace fused_rnn
