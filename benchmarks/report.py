@@ -1,198 +1,179 @@
-"""What a run of the examples leaves behind: a table, a CSV file and a picture.
+"""What a suite of measurements leaves behind for reading: a table, and a CSV file for comparing runs.
 
-The table and the picture are for reading, the CSV is for comparing runs: each of its lines carries
-the machine and the versions it was measured with, so lines of several runs can be put together.
+Each line of the CSV carries the machine and the versions it was measured with, so lines of several runs
+can be put together. The picture is in picture.py.
 """
 
 import csv
-import platform
-import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
-import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import fused_rnn
-from examples import Agreement
-from timing import InterleavedTiming
+from measurement import FUSED, TORCH, Measurement, mean_ratio
+from workload import CLASSES
 
-TORCH_COLOUR = "#f4a582"
-FUSED_COLOUR = "#0b4f8a"
-CURVES_PER_ROW = 5
+SCALES = {
+    "s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs")),
+    "B": ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")),
+}
 
-
-@dataclass(frozen=True)
-class ExampleResult:
-    """An example trained on both; torch.nn is the first side of the timing, fused_rnn the other."""
-
-    name: str
-    timing: InterleavedTiming
-    agreement: Agreement
-    torch_summary: str
-    fused_summary: str
-
-    @property
-    def torch_losses(self) -> list[float]:
-        return self.timing.first.results
-
-    @property
-    def fused_losses(self) -> list[float]:
-        return self.timing.second.results
+HEADINGS = {TORCH: "torch\n.nn", FUSED: "fused\n_rnn", "onnxruntime": "onnx\nruntime"}  # narrow
 
 
-def print_table(results: Sequence[ExampleResult], console: Console) -> None:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits a terminal of 80 columns
-    table.add_column("\nexample", no_wrap=True)
-    for heading in (
-        "torch\nloss",
-        "fused\nloss",
-        "largest\ndiff.",
-        "torch\nms/step",
-        "fused\nms/step",
-        "speed\n-up",
-    ):
+def amount(value: float | None, unit: str) -> str:
+    """Three digits or so, in the unit that suits the size: `1.23 ms`."""
+    if value is None:
+        return "-"
+    scale, name = next((each for each in SCALES[unit] if value >= each[0]), SCALES[unit][-1])
+    scaled = value / scale
+    return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {name}"
+
+
+def thread_count(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+def competitors_of(measurements: Sequence[Measurement]) -> list[str]:
+    """Every side but fused_rnn that a row has samples or a note of, torch.nn first."""
+    sides = dict.fromkeys([TORCH])
+    for measurement in measurements:
+        sides.update(dict.fromkeys([*measurement.samples, *measurement.notes]))
+    return [side for side in sides if side != FUSED]
+
+
+def conditions(measurements: Sequence[Measurement]) -> Iterator[tuple[int, str, list[Measurement]]]:
+    """Threads, mode, and what was measured under both."""
+    for (threads, mode), group in groupby(measurements, key=lambda each: (each.row.threads, each.row.mode)):
+        yield threads, mode, list(group)
+
+
+def print_table(measurements: Sequence[Measurement], console: Console) -> None:
+    """One line for each row; fits 100 columns, also with every competitor."""
+    others = competitors_of(measurements)[1:]
+    has_floor = any(each.floor is not None for each in measurements)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table.add_column("\nrow", max_width=18, overflow="fold")
+    table.add_column("\ncell", no_wrap=True)
+    table.add_column("\nmode", no_wrap=True)
+    headings = ["thr-\neads", HEADINGS[TORCH], HEADINGS[FUSED], "\nratio", "\nquartiles"]
+    headings += ["% of\nfloor"] if has_floor else []
+    headings += [HEADINGS.get(name, f"\n{name}") for name in others]
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("\nagree")
-    for result in results:
-        timing = result.timing
-        table.add_row(
-            result.name,
-            f"{result.torch_losses[-1]:.5f}",
-            f"{result.fused_losses[-1]:.5f}",
-            f"{result.agreement.largest_difference:.0e}",
-            f"{1000 * timing.first_median:.2f}",
-            f"{1000 * timing.second_median:.2f}",
-            f"{timing.speed_up:.2f}",
-            "[green]yes" if result.agreement.holds else "[bold red]NO",
-        )
+    for _, _, group in conditions(measurements):
+        for each in group:
+            row, ratio = each.row, each.ratio(TORCH)
+            cells = [row.name, row.cell, row.mode, str(row.threads)]
+            cells += [amount(each.typical(side), each.unit) for side in (TORCH, FUSED)]
+            cells += [coloured_ratio(each), f"{ratio.lower:.2f}-{ratio.upper:.2f}" if ratio else "-"]
+            if has_floor:
+                fraction = each.fraction_of_floor
+                cells.append("-" if fraction is None else f"{100 * fraction:.0f}")
+            cells += [ratio_of_other(each, name) for name in others]
+            table.add_row(*cells)
+        table.add_section()
+    console.print(table)
+    for side, note, names in notes(measurements):
+        rows = f"1 row ({names[0]})" if len(names) == 1 else f"{len(names)} rows ({names[0]} and others)"
+        console.print(f"{side} left out of {rows}: {note}", style="yellow", markup=False, soft_wrap=True)
+
+
+def coloured_ratio(measurement: Measurement) -> str:
+    """Red where fused_rnn is behind beyond noise, yellow where it is within noise."""
+    ratio = measurement.ratio(TORCH)
+    if ratio is None:
+        return "-"
+    colour = "bold red" if measurement.behind_torch else "yellow" if ratio.median < 1 else "green"
+    return f"[{colour}]{ratio.median:.2f}"
+
+
+def ratio_of_other(measurement: Measurement, competitor: str) -> str:
+    if competitor in measurement.notes:
+        return "failed"
+    ratio = measurement.ratio(competitor)
+    return "-" if ratio is None else f"{ratio.median:.2f}"
+
+
+def notes(measurements: Sequence[Measurement]) -> list[tuple[str, str, list[str]]]:
+    """Side, reason, and the names of the rows it was left out of."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for measurement in measurements:
+        for key in measurement.notes.items():
+            rows.setdefault(key, []).append(str(measurement.row))
+    return [(side, note, names) for (side, note), names in rows.items()]
+
+
+def print_means(measurements: Sequence[Measurement], quantity: str, console: Console) -> None:
+    """Geometric means of the ratios under every condition: by cell, of all rows, and against the others."""
+    cells = [cell for cell in CLASSES if any(each.row.cell == cell for each in measurements)]
+    others = competitors_of(measurements)[1:]
+    table = Table(title="Geometric means of the ratios", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("")
+    for heading in [*cells, "all", "rows", "behind", *others]:
+        table.add_column(heading, justify="right")
+    for threads, mode, group in conditions(measurements):
+        values = [mean_ratio([each for each in group if each.row.cell == cell], TORCH) for cell in cells]
+        values.append(mean_ratio(group, TORCH))
+        behind = sum(each.behind_torch for each in group)
+        counts = [str(len(group)), f"[bold red]{behind}" if behind else "0"]
+        shown = [two_digits(value) for value in values] + counts
+        shown += [two_digits(mean_ratio(group, name)) for name in others]
+        table.add_row(f"{mode}, {thread_count(threads)}", *shown)
     console.print(table)
     console.print(
-        "Loss: at the last step. Largest difference: relative, of the losses at any step.\n"
-        "Speed-up: median over the steps of (time of torch.nn / time of fused_rnn).",
+        f"Ratio: {quantity} of torch.nn (or of the competitor named) over that of fused_rnn, median and quartiles of "
+        "the pairs; above 1, fused_rnn is better. Behind: rows whose upper quartile is below 1.",
         style="dim",
     )
+    if any(each.floor is not None for each in measurements):
+        console.print("% of floor: the least time this machine needs (see roofline.py) over ours.", style="dim")
 
 
-def describe_machine() -> dict[str, str]:
-    """The circumstances of a run, as columns of the CSV."""
-    return {
-        "device": cpu_name(),
-        "threads": str(torch.get_num_threads()),
-        "torch_version": torch.__version__,
-        "fused_rnn_version": fused_rnn.__version__,
-        "git_commit": git_commit(),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
+def two_digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
-def cpu_name() -> str:
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists():
-        for line in cpu_info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def git_commit() -> str:
-    """The commit of the project, or nothing outside of a git repository or before a commit."""
-    try:
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        )
-    except FileNotFoundError:
-        return ""
-    return git.stdout.strip()
-
-
-def write_csv(results: Sequence[ExampleResult], machine: dict[str, str], path: Path) -> None:
+def write_csv(measurements: Sequence[Measurement], suite: str, machine: dict[str, str], path: Path) -> None:
+    """One line for each row; times in seconds, memory in bytes."""
+    competitors = competitors_of(measurements)
+    lines = [csv_line(each, suite, competitors) | machine | {"threads": each.row.threads} for each in measurements]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = None
-        for result in results:
-            timing, agreement = result.timing, result.agreement
-            line = {
-                "example": result.name,
-                "steps": len(result.torch_losses),
-                "torch_final_loss": result.torch_losses[-1],
-                "fused_final_loss": result.fused_losses[-1],
-                "start_difference": agreement.start_difference,
-                "final_difference": agreement.final_difference,
-                "largest_difference": agreement.largest_difference,
-                "same_predictions": agreement.same_predictions,
-                "agree": agreement.holds,
-                "torch_seconds": sum(timing.first.seconds),
-                "fused_seconds": sum(timing.second.seconds),
-                "torch_ms_per_step": 1000 * timing.first_median,
-                "fused_ms_per_step": 1000 * timing.second_median,
-                "speed_up": timing.speed_up,
-                "torch_summary": result.torch_summary,
-                "fused_summary": result.fused_summary,
-                **machine,
-            }
-            if writer is None:
-                writer = csv.DictWriter(file, fieldnames=line)
-                writer.writeheader()
-            writer.writerow(line)
+        writer = csv.DictWriter(file, fieldnames=lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
 
 
-def draw(results: Sequence[ExampleResult], machine: dict[str, str], path: Path) -> None:
-    """A small loss curve for each example on the left, the bars of the speed-ups on the right."""
-    columns = min(CURVES_PER_ROW, len(results))
-    rows = -(-len(results) // columns)
-    widths = (2.4 * columns, 5)  # inches
-    figure = Figure(figsize=(sum(widths), 2.2 * max(rows, 2) + 1), layout="constrained")
-    curves, bars = figure.subfigures(1, 2, width_ratios=widths, wspace=0.04)
-
-    cells = list(curves.subplots(rows, columns, squeeze=False).flat)
-    for result, axes in zip(results, cells, strict=False):
-        draw_losses(result, axes)
-    for axes in cells[len(results) :]:
-        axes.remove()
-    curves.suptitle("Loss at each step")
-    curves.legend(cells[0].get_lines(), ["torch.nn", "fused_rnn"], loc="outside lower center", ncols=2)
-
-    draw_speed_ups(results, bars.subplots())
-    bars.suptitle("Speed-up of fused_rnn")
-    figure.supxlabel(
-        "{device}, threads: {threads}, torch {torch_version}, fused_rnn {fused_rnn_version} "
-        "{git_commit}, {date}".format(**machine),
-        fontsize=7,
-        color="dimgray",
-    )
-    figure.savefig(path, dpi=120)
-
-
-def draw_losses(result: ExampleResult, axes: Axes) -> None:
-    """torch.nn as a broad light line, fused_rnn as a thin dark one on it: both stay visible."""
-    steps = range(1, len(result.torch_losses) + 1)
-    axes.plot(steps, result.torch_losses, color=TORCH_COLOUR, linewidth=4)
-    axes.plot(steps, result.fused_losses, color=FUSED_COLOUR, linewidth=1)
-    axes.set_title(result.name, fontsize=9)
-    axes.set_ylim(0, 1.08 * max(result.torch_losses + result.fused_losses))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-    axes.tick_params(labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def draw_speed_ups(results: Sequence[ExampleResult], axes: Axes) -> None:
-    names = [result.name for result in results]
-    speed_ups = [result.timing.speed_up for result in results]
-    bars = axes.barh(names, speed_ups, color=FUSED_COLOUR, height=0.6)
-    axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=9)
-    axes.axvline(1, color=TORCH_COLOUR, linewidth=2)
-    axes.set_xlim(0, 1.15 * max(*speed_ups, 1))
-    axes.set_xlabel("torch.nn = 1; longer is faster", fontsize=9)
-    axes.set_ylim(max(len(names), 5) - 0.4, -0.6)  # from the top, as in the table
-    axes.tick_params(labelsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
+def csv_line(measurement: Measurement, suite: str, competitors: Sequence[str]) -> dict[str, object]:
+    row, shape = measurement.row, measurement.row.shape
+    line: dict[str, object] = {
+        "suite": suite,
+        "row": row.name,
+        "cell": row.cell,
+        "mode": row.mode,
+        "T": shape.T,
+        "B": shape.B,
+        "I": shape.I,
+        "H": shape.H,
+        "L": shape.L,
+        "bidirectional": shape.bidirectional,
+        "dtype": row.dtype,
+        "rounds": len(measurement.samples.get(FUSED, [])),
+        "unit": measurement.unit,
+        FUSED: measurement.typical(FUSED),
+    }
+    for name in competitors:
+        ratio = measurement.ratio(name)
+        line[name] = measurement.typical(name)
+        line[f"{name} ratio"] = ratio and ratio.median
+        line[f"{name} ratio q1"] = ratio and ratio.lower
+        line[f"{name} ratio q3"] = ratio and ratio.upper
+    return line | {
+        "behind_torch": measurement.behind_torch,
+        "floor": measurement.floor,
+        "fraction_of_floor": measurement.fraction_of_floor,
+        "notes": "; ".join(f"{side}: {note}" for side, note in measurement.notes.items()),
+    }

@@ -1,90 +1,108 @@
-"""Train every example on torch.nn and on fused_rnn, check that they agree, and compare the times.
+"""Compare fused_rnn with torch.nn, and where asked for with ONNX Runtime and torch.compile.
 
-    python benchmarks/run.py                          all examples, about three minutes
-    python benchmarks/run.py --quick                  all examples, the first steps only
-    python benchmarks/run.py --only hello_rnn char_gru
+    python benchmarks/run.py                          train the examples on both; about three minutes
+    python benchmarks/run.py --suite grid             whole sequences in many shapes; about ten minutes
+    python benchmarks/run.py --suite cells            one step at a time in a Python loop
+    python benchmarks/run.py --suite memory           the peak of a training step, in processes of its own
+    python benchmarks/run.py --suite grid --shape 35,32,28,256,1 --cell gru --compare torch,onnxruntime
 
-Prints a table and writes examples.csv and examples.png into benchmarks/results. The exit status is
-not 0 when an example does not agree; the rule is in benchmarks/examples/agreement.py.
+Each suite prints a table and writes a CSV file and a picture of its name into benchmarks/results. The
+examples fail, with an exit status that is not 0, if the two libraries do not learn the same; the others
+fail with --check if fused_rnn is behind torch.nn beyond noise. With --quick, all of them give a first
+impression.
 
 Started like this, Python looks for modules in this folder and not in the project's, so
 `import fused_rnn` finds the installed package, the one that is to be measured.
 """
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    import sklearn  # noqa: F401 - for image_rows, which would only miss it after minutes
     import torch
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    import fused_rnn
-    from examples import (
-        EXAMPLES,
-        SEED,
-        TOUR_TOLERANCE,
-        TOURS,
-        Example,
-        Tour,
-        compare,
-        compare_tours,
-        seeded_model,
-        tour_results,
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
     )
-    from report import ExampleResult, describe_machine, draw, print_table, write_csv
+
+    import cells
+    import grid
+    import memory
+    import picture
+    import report
+    import training_examples
+    from competitors import COMPETITORS, require_packages
+    from machine import describe_machine
+    from measurement import Measurement, Row
+    from roofline import measure_ceilings
+    from shapes import named, parse_shape
+    from suite import Method, Suite
+    from workload import CLASSES, MODES
 except ModuleNotFoundError as error:
     sys.exit(f'{error.name} is not installed: run pip install ".[bench]" in the project folder')
 
-from timing import time_interleaved
-
-NAMES = [example.name for example in EXAMPLES]
+SUITES = {suite.name: suite for suite in (grid.SUITE, cells.SUITE, memory.SUITE)}
+EXAMPLES = "examples"
+EXAMPLES_OPTIONS = frozenset({"threads", "only"})
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 RESULTS = Path(__file__).parent / "results"
-QUICK_STEPS = 20
-WARM_UP = 3
+WIDTH = 100  # columns, where there is no terminal
+CEILING_SECONDS, QUICK_CEILING_SECONDS = 0.5, 0.1
+BUSY = 0.5  # running processes in the last minute, before there are ours
 
 
-def main() -> None:
-    options = parse_options()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    console = Console()
-    machine = describe_machine()
-    console.print("{device}, threads: {threads}, torch {torch_version}".format(**machine))
-
-    names = options.only or NAMES
-    failures = [] if options.only else check_tours(TOURS, console)
-    examples = [example for example in EXAMPLES if example.name in names]
-    results = train_examples(examples, options.quick, console)
-    failures += [f"{result.name}: {result.agreement}" for result in results if not result.agreement.holds]
-
-    print_table(results, console)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command_line()
+    options = parser.parse_args(arguments)
+    refuse_what_does_not_fit(options, parser)
     options.output.mkdir(parents=True, exist_ok=True)
-    csv_path, png_path = options.output / "examples.csv", options.output / "examples.png"
-    write_csv(results, machine, csv_path)
-    draw(results, machine, png_path)
-    console.print(f"Written: {csv_path} and {png_path}", soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    if options.suite == EXAMPLES:
+        training_examples.run_examples(options, console)
+        return
+    failing = [str(each.row) for each in run_suite(SUITES[options.suite], options, console) if each.behind_torch]
+    if options.check and failing:
+        sys.exit("\n".join(["fused_rnn is behind torch.nn on", *failing]))
 
-    if failures:
-        sys.exit("\n".join(["torch.nn and fused_rnn do not agree on", *failures]))
 
-
-def parse_options() -> argparse.Namespace:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=["examples"], default="examples")
+    parser.add_argument("--suite", choices=[EXAMPLES, *SUITES], default=EXAMPLES)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only the rows (or examples) with these names")
     parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=NAMES,
-        metavar="NAME",
-        help=f"train only these examples; the names are {', '.join(NAMES)}",
+        "--shape",
+        type=parse_shape,
+        action="append",
+        metavar="T,B,I,H,L[,bi]",
+        help="time steps, batch, input size, hidden size, layers, and bi for two directions: measure this instead of "
+        "the suite's own shapes; may be repeated",
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--quick", action="store_true", help=f"stop each training after {QUICK_STEPS} steps")
+    parser.add_argument("--cell", nargs="+", choices=CLASSES, help="default: all three")
+    parser.add_argument("--mode", nargs="+", choices=MODES, help="default: both")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32")
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="numbers of CPU threads (default: 1 and PyTorch's choice; the examples and memory: PyTorch's choice)",
+    )
+    parser.add_argument(
+        "--compare",
+        type=competitor_names,
+        metavar="NAMES",
+        help=f"comma-separated: torch, which is always there, {', '.join(COMPETITORS)}",
+    )
+    parser.add_argument("--check", action="store_true", help="fail if a row is behind torch.nn beyond noise")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, or steps of training")
     parser.add_argument(
         "--output",
         type=Path,
@@ -92,62 +110,101 @@ def parse_options() -> argparse.Namespace:
         metavar="DIR",
         help="the folder for the CSV and the picture (default: benchmarks/results)",
     )
-    return parser.parse_args()
+    return parser
 
 
-def check_tours(tours: Sequence[Tour], console: Console) -> list[str]:
-    """Compare what the tours, which train nothing, return on both; say which differ."""
-    failures = []
-    for tour in tours:
-        expected, found = (tour_results(tour, library, SEED) for library in (torch.nn, fused_rnn))
-        difference = compare_tours(expected, found)
-        report = f"{tour.name}: {len(expected)} results, largest difference {difference:.1e}"
-        console.print(report)
-        if difference > TOUR_TOLERANCE:
-            failures.append(f"{report} (allowed {TOUR_TOLERANCE:.0e})")
-    return failures
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return int(text)
 
 
-def train_examples(examples: Sequence[Example], quick: bool, console: Console) -> list[ExampleResult]:
+def competitor_names(text: str) -> list[str]:
+    """The competitors besides torch."""
+    names = text.split(",")
+    for name in names:
+        if name != "torch" and name not in COMPETITORS:
+            raise argparse.ArgumentTypeError(f"expected a list of torch, {', '.join(COMPETITORS)}; got {name}")
+    return [name for name in COMPETITORS if name in names]
+
+
+def refuse_what_does_not_fit(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """End with a usage error if an option does not apply to the suite, or to another option."""
+    known = EXAMPLES_OPTIONS if options.suite == EXAMPLES else SUITES[options.suite].options
+    for name in ("threads", "only", "shape", "cell", "mode", "dtype", "compare", "check"):
+        if getattr(options, name) not in (None, False) and name not in known:
+            parser.error(f"--{name} does not apply to --suite {options.suite}")
+    if options.suite == EXAMPLES:
+        if options.threads and len(options.threads) > 1:
+            parser.error("--suite examples takes one number of threads")
+        for name in options.only or ():
+            if name not in training_examples.NAMES:
+                parser.error(f"no example is called {name}; there are {', '.join(training_examples.NAMES)}")
+        return
+    suite = SUITES[options.suite]
+    if options.only and options.shape:
+        parser.error("--only chooses among the suite's own shapes: leave it out with --shape")
+    for shape in options.shape or ():
+        if reason := suite.refusal(shape):
+            parser.error(f"--shape {shape.name} does not fit --suite {suite.name}: {reason}")
+    try:
+        named(suite.shapes, options.only or ())
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run_suite(suite: Suite, options: argparse.Namespace, console: Console) -> list[Measurement]:
+    """Measure, print the table and the means, write the CSV file and the picture."""
+    competitors = options.compare or []
+    require_packages(competitors)
+    machine = describe_machine()
+    threads = list(dict.fromkeys(options.threads or suite.threads(torch.get_num_threads())))
+    dtype = options.dtype or "float32"
+    console.print("{device}, torch {torch_version}, fused_rnn {fused_rnn_version} {git_commit}".format(**machine))
+    if (load := os.getloadavg()[0]) > BUSY:
+        console.print(
+            f"This machine is busy (load {load:.1f}): with several threads, times will mislead", style="yellow"
+        )
+    if suite.note:
+        console.print(suite.note, style="yellow")
+
+    ceilings = {}
+    if suite.unit == "s":
+        for count in threads:
+            seconds = QUICK_CEILING_SECONDS if options.quick else CEILING_SECONDS
+            ceilings[count] = measure_ceilings(getattr(torch, dtype), count, seconds)
+            console.print(f"{report.thread_count(count)}: {ceilings[count]}")
+    shapes = options.shape or (named(suite.shapes, options.only) if options.only else suite.shapes)
+    rows = suite.rows(shapes, options.cell or CLASSES, options.mode or MODES, threads, dtype)
+    measurements = measure_rows(suite, rows, Method(options.quick, competitors, ceilings), console)
+
+    report.print_table(measurements, console)
+    report.print_means(measurements, suite.quantity, console)
+    csv_path, png_path = (options.output / f"{suite.name}.{ending}" for ending in ("csv", "png"))
+    report.write_csv(measurements, suite.name, machine, csv_path)
+    picture.draw(measurements, suite.name, suite.quantity, machine, png_path)
+    console.print(f"Written: {csv_path} and {png_path}", soft_wrap=True)
+    return measurements
+
+
+def measure_rows(suite: Suite, rows: Sequence[Row], method: Method, console: Console) -> list[Measurement]:
     columns = (
-        TextColumn("{task.description:<16}"),
-        BarColumn(),
+        TextColumn("{task.description:<48}"),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
-    results = []
-    with Progress(*columns, console=console) as progress:
-        for example in examples:
-            steps = min(QUICK_STEPS, example.steps) if quick else example.steps
-            bar = progress.add_task(example.name, total=steps)
-            results.append(train_on_both(example, steps, partial(progress.advance, bar)))
-    return results
-
-
-def train_on_both(example: Example, steps: int, after_step: Callable[[], None]) -> ExampleResult:
-    """Train the example on both libraries, step by step in turns."""
-    torch_model = seeded_model(example, torch.nn, SEED)
-    fused_model = seeded_model(example, fused_rnn, SEED)
-    timing = time_interleaved(
-        partial(next, example.train(torch_model)),
-        partial(next, example.train(fused_model)),
-        rounds=steps,
-        warm_up=WARM_UP,
-        after_round=after_step,
-    )
-    agreement = compare(
-        timing.first.results,
-        timing.second.results,
-        example.predict(torch_model),
-        example.predict(fused_model),
-    )
-    return ExampleResult(
-        example.name,
-        timing,
-        agreement,
-        torch_summary=example.summary(torch_model),
-        fused_summary=example.summary(fused_model),
-    )
+    measurements = []
+    with Progress(*columns, console=console, refresh_per_second=2) as progress:
+        bar = progress.add_task("", total=len(rows))
+        for row in rows:
+            progress.update(bar, description=str(row))
+            if torch.get_num_threads() != row.threads:
+                torch.set_num_threads(row.threads)
+            measurements.append(suite.measure(row, method))
+            progress.advance(bar)
+    return measurements
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
-"""Interleaved timing: two computations advance in turns, and each turn is timed.
+"""Interleaved timing: computations advance in turns, and each turn is timed.
 
 A computer does not run at one speed: its clock rate changes with heat, and other programs take
 their share of its caches and cores. Timing all of one side and then all of the other counts such
-changes for or against one side. In turns (A B A B ...) both sides meet the same conditions, and
+changes for or against one side. In turns (A B A B ...) all sides meet the same conditions, and
 the ratio of neighbouring turns is hardly disturbed; the median of these ratios ignores the few
 turns in which something did interrupt.
+
+`time_interleaved` is for trainings: every turn moves one on, returns something worth keeping and
+draws random numbers. `sample_in_turns` is for calls that do the same every time; it keeps nothing
+but the times, so that calls of microseconds can be timed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -75,3 +80,60 @@ def time_interleaved(
             random_states[side] = torch.get_rng_state()
         after_round()
     return InterleavedTiming(*sides, warm_up, torch.get_num_threads())
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long to sample: rounds until `budget` seconds are over, within the two bounds."""
+
+    budget: float
+    least_rounds: int
+    most_rounds: int = 101
+
+
+NORMAL = Pace(budget=1.5, least_rounds=5)
+QUICK = Pace(budget=0.3, least_rounds=3)
+LEAST_SAMPLE = 2e-3  # seconds; far above the clock's resolution and the interpreter's jitter
+WARM_UP_CALLS = 2
+
+
+def sample_in_turns(calls: Mapping[str, Callable[[], Any]], pace: Pace, rest: float = 0.0) -> dict[str, list[float]]:
+    """Sample every side in turns.
+
+    A sample is the mean of a batch of calls, so many that the slowest side needs LEAST_SAMPLE. All
+    sides get the same number. At the normal pace, 100 ms for a call of each side together make
+    15 rounds; slower ones have fewer.
+
+    Args:
+        calls: by side; each has been called before, so that what happens once has happened.
+        rest: seconds to sleep before each turn. Idle threads of a pool spin for some milliseconds
+            before they sleep, which would slow a side down that brings a pool of its own. Each
+            turn then starts with a call that does not count and wakes the side's own threads.
+
+    Returns:
+        By side, the seconds per call of every round.
+    """
+    batch = max(1, ceil(LEAST_SAMPLE / max(map(quickest_call, calls.values()))))
+    seconds: dict[str, list[float]] = {side: [] for side in calls}
+    began = perf_counter()
+    for finished in range(pace.most_rounds):
+        if finished >= pace.least_rounds and perf_counter() - began > pace.budget:
+            break
+        for side, call in calls.items():
+            if rest:
+                sleep(rest)
+                call()
+            seconds[side].append(seconds_per_call(call, batch))
+    return seconds
+
+
+def quickest_call(call: Callable[[], Any]) -> float:
+    """Seconds of the quickest of a few calls, which also warm up."""
+    return min(seconds_per_call(call, 1) for _ in range(WARM_UP_CALLS))
+
+
+def seconds_per_call(call: Callable[[], Any], batch: int) -> float:
+    start = perf_counter()
+    for _ in range(batch):
+        call()
+    return (perf_counter() - start) / batch

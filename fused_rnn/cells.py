@@ -19,12 +19,29 @@ _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
     """What the three cells share."""
 
+    def _usual_step(self, cell: str, input: Any, h0: Any = None, c0: Any = None) -> tuple[Tensor, Tensor] | None:
+        """h' and c' of batched plain tensors, checked by the operator alone; None if this is not that usual call."""
+        weights = [self._parameters.get(name) for name in _WEIGHTS]
+        for t in (input, *weights[:2]):
+            if type(t) not in ops.PLAIN_TYPES or t.dim() != 2:
+                return None
+        for t in (h0, c0, *weights[2:]):
+            if t is not None and type(t) not in ops.PLAIN_TYPES:
+                return None
+        if ops.watched() or (weights[2] is None and self.bias):
+            return None
+        try:
+            return ops.step(cell, input, h0, c0, *weights)
+        except RuntimeError:
+            return None  # something does not fit, or belongs to torch
+
     def _step(self, cell: str, input: Any, states: tuple[Any, ...]) -> tuple[Tensor, Tensor | None] | None:
         """h' and c' (None but for the LSTM); None if torch has to compute this call.
 
         Raises:
             RuntimeError: input and hidden differ in rank, where torch.nn would read past the end.
         """
+        self._check_ranks(input, states)
         parameters = self._parameters
         # A parametrised weight is no parameter, and an attribute of the module is slow to get.
         weights = [parameters[name] if name in parameters else getattr(self, name) for name in _WEIGHTS]
@@ -60,10 +77,10 @@ class RNNCell(FusedCellBase, torch.nn.RNNCell):
 
     def forward(self, input: Any, hx: Any = None) -> Tensor:
         """input ``(B, input_size)`` or ``(input_size)``, hx alike of hidden_size; returns h'."""
-        states = () if hx is None else (hx,)
-        self._check_ranks(input, states)
-        known = self.nonlinearity in ("tanh", "relu")
-        result = self._step(f"rnn_{self.nonlinearity}", input, states) if known else None
+        if self.nonlinearity not in ("tanh", "relu"):
+            return super().forward(input, hx)
+        cell = f"rnn_{self.nonlinearity}"
+        result = self._usual_step(cell, input, hx) or self._step(cell, input, () if hx is None else (hx,))
         return super().forward(input, hx) if result is None else result[0]
 
 
@@ -73,9 +90,7 @@ class GRUCell(FusedCellBase, torch.nn.GRUCell):
 
     def forward(self, input: Any, hx: Any = None) -> Tensor:
         """input ``(B, input_size)`` or ``(input_size)``, hx alike of hidden_size; returns h'."""
-        states = () if hx is None else (hx,)
-        self._check_ranks(input, states)
-        result = self._step("gru", input, states)
+        result = self._usual_step("gru", input, hx) or self._step("gru", input, () if hx is None else (hx,))
         return super().forward(input, hx) if result is None else result[0]
 
 
@@ -85,8 +100,8 @@ class LSTMCell(FusedCellBase, torch.nn.LSTMCell):
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Tensor, Tensor]:
         """input ``(B, input_size)`` or ``(input_size)``, hx a pair (h, c) alike of hidden_size; returns (h', c')."""
-        pair = isinstance(hx, (tuple, list)) and len(hx) == 2
-        states = tuple(hx) if pair else ()
-        self._check_ranks(input, states)
-        result = self._step("lstm", input, states) if pair or hx is None else None
+        if hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+            return super().forward(input, hx)
+        states = () if hx is None else tuple(hx)
+        result = self._usual_step("lstm", input, *states) or self._step("lstm", input, states)
         return super().forward(input, hx) if result is None else result  # type: ignore[return-value]

@@ -42,17 +42,15 @@ def stack(
     """
     D = 2 if bidirectional else 1
     h0, c0 = (*states, None)[:2]
-    per_direction = len(weights) // (num_layers * D)
+    count = len(weights) // (num_layers * D)  # of a direction
     h_n, c_n = [], []
     for index in range(num_layers):
         if index > 0 and train and dropout > 0:
             x = torch.dropout(x, dropout, True)
-        first = index * D * per_direction
-        of_layer = [
-            w
-            for start in range(first, first + D * per_direction, per_direction)
-            for w in _five(weights[start : start + per_direction], has_biases)
-        ]
+        start = index * D * count
+        of_layer = _five(weights[start : start + count], has_biases)
+        if bidirectional:
+            of_layer += _five(weights[start + count : start + 2 * count], has_biases)
         x, h, c = layer(
             cell, x, _of_layer(h0, index, num_layers), _of_layer(c0, index, num_layers), of_layer, batch_sizes
         )
@@ -63,9 +61,9 @@ def stack(
 
 def _five(weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor | None, ...]:
     """``w_ih, w_hh, b_ih, b_hh, w_hr``, None where absent."""
-    biases = weights[2:4] if has_biases else (None, None)
-    projection = weights[4 if has_biases else 2 :] or (None,)
-    return (*weights[:2], *biases, *projection)
+    if not has_biases:
+        weights = [*weights[:2], None, None, *weights[2:]]
+    return tuple(weights) if len(weights) == 5 else (*weights, None)
 
 
 def _of_layer(state: Tensor | None, index: int, num_layers: int) -> Tensor | None:

@@ -20,6 +20,12 @@ from fused_rnn.convert import TorchConvertible, fx_leaf
 class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
     """What RNN, LSTM and GRU share: the way from their arguments to `fused_rnn.functional.stack`."""
 
+    _checks_are_torchs = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._checks_are_torchs = cls.check_forward_args.__module__ == torch.nn.RNNBase.__module__
+
     @ops.runs_eagerly
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As torch.nn's class of the same name.
@@ -37,6 +43,90 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         Raises:
             ValueError, RuntimeError: as torch.nn, with its texts, if sizes or dtypes do not fit.
         """
+        if self._usual(input, 3, hx):
+            try:
+                return self._fused(input, hx)
+            except RuntimeError:
+                pass  # something does not fit, or belongs to torch: find out below, and raise torch's error
+        return self._checked(input, hx)
+
+    @ops.runs_eagerly
+    def step(self, input: Tensor, hx: Any = None) -> Any:
+        """One time step, for streaming and rollouts: equals `forward` on a sequence of length one.
+
+        Args:
+            input: ``(B, input_size)``, or ``(input_size,)`` unbatched.
+            hx: as in `forward`; None: zeros.
+
+        Returns:
+            output ``(B, proj_size or hidden_size)``, or unbatched without B, and the state(s) to pass to the next
+            step, shaped like hx.
+
+        Raises:
+            ValueError: the module is bidirectional: a step has no future to read.
+            RuntimeError: as `forward`.
+        """
+        if self.bidirectional:
+            raise ValueError(f"{self._get_name()}.step: expected bidirectional=False, got {self.bidirectional}")
+        if self._usual(input, 2, hx):
+            try:
+                y, *hidden = self._stack(input.unsqueeze(0), (None, None) if hx is None else self._given_states(hx))
+                return y.squeeze(0), self._pack_states(hidden)
+            except RuntimeError:
+                pass
+        if isinstance(input, PackedSequence) or input.dim() not in (1, 2):
+            got = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D tensor"
+            raise RuntimeError(f"{self._get_name()}.step: expected input to be 1-D or 2-D, got {got}")
+        time_dim = 1 if self.batch_first and input.dim() == 2 else 0
+        y, hidden = self(input.unsqueeze(time_dim), hx)
+        return y.squeeze(time_dim), hidden
+
+    def _fused(self, input: Tensor, hx: Any) -> Any:
+        """Batched plain tensors, checked by the operators alone: the usual call, short of what it can do without.
+
+        Raises:
+            RuntimeError: the operators cannot compute this.
+        """
+        x = input.transpose(0, 1) if self.batch_first else input
+        y, *hidden = self._stack(x, (None, None) if hx is None else self._given_states(hx))
+        return y.transpose(0, 1) if self.batch_first else y, self._pack_states(hidden)
+
+    def _usual(self, input: Any, dim: int, hx: Any) -> bool:
+        """Whether this is the usual call, where every check that is left is made by the operators."""
+        if ops.watched() or type(input) not in ops.PLAIN_TYPES or input.dim() != dim or not self._usual_weights():
+            return False
+        if hx is None:
+            return True
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        for state in self._given_states(hx) or (None,):
+            if type(state) not in ops.PLAIN_TYPES or state.dim() != 3 or state.size(0) != rows:
+                return False
+        return True
+
+    def _stack(self, x: Tensor, states: Any, batch_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+        return functional.stack(
+            self.mode.lower(),
+            x,
+            states,
+            self._flat_weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            batch_sizes,
+        )
+
+    def _usual_weights(self) -> bool:
+        """Whether the flat weights are up to date and plain."""
+        parameters, plain = self._parameters, ops.PLAIN_TYPES
+        for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=False):
+            if parameters.get(name) is not weight or type(weight) not in plain:
+                return False
+        return self._checks_are_torchs and type(self.bidirectional) is bool
+
+    def _checked(self, input: Any, hx: Any) -> Any:
+        """Any call: packed, unbatched, irregular or wrong; torch.nn itself takes what the kernels cannot."""
         self._refresh_flat_weights()
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
@@ -55,7 +145,7 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
                 data = data.unsqueeze(batch_dim)
                 states = tuple(s.unsqueeze(1) for s in states)
             batch = data.size(batch_dim)
-        if states or self._overrides_checks():
+        if states or not self._checks_are_torchs:
             hidden = self._pack_states(states or self._zero_states(data, batch))
             hidden = self.permute_hidden(hidden, sorted_indices) if states else hidden
             self.check_forward_args(data, hidden, batch_sizes)
@@ -65,18 +155,7 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
             states = (None,) * len(self._state_sizes())
 
         time_major = data.transpose(0, 1) if self.batch_first and not packed else data
-        output, *hidden = functional.stack(
-            self.mode.lower(),
-            time_major,
-            states,
-            self._flat_weights,
-            self.bias,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-            batch_sizes,
-        )
+        output, *hidden = self._stack(time_major, states, batch_sizes)
 
         if packed:
             output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
@@ -106,9 +185,6 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
 
     def _state_sizes(self) -> tuple[int, ...]:
         return (self.hidden_size,)
-
-    def _overrides_checks(self) -> bool:
-        return type(self).check_forward_args.__module__ != torch.nn.RNNBase.__module__
 
     def _zero_states(self, data: Tensor, batch: int) -> list[Tensor]:
         rows = self.num_layers * (2 if self.bidirectional else 1)

@@ -17,8 +17,11 @@ from fused_rnn import reference
 
 _forward = torch.ops.fused_rnn.forward.default
 _backward = torch.ops.fused_rnn.backward.default
+_step = torch.ops.fused_rnn.step.default
+_NUMBER = {cell: number for number, cell in enumerate(reference.GATES)}  # how the operators name a cell
+_NAMES = list(_NUMBER)
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
 _DTYPES = (torch.float32, torch.float64)
 _NO_WEIGHTS = (None,) * 5
 
@@ -43,6 +46,18 @@ def layer(
         y, h_n, c_n, _ = _call_forward(cell, batch_sizes, inputs, False)
     is_step = batch_sizes is None and x.dim() == 2
     return y, y if is_step else h_n, c_n if cell == "lstm" else None
+
+
+def step(cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One time step of one layer: ``[B, I]`` and states ``[B, ...]`` to h' and c' (empty but for the LSTM).
+
+    Raises:
+        RuntimeError: a tensor does not fit the others in shape, dtype or device.
+    """
+    if torch.is_grad_enabled() and _any_requires_grad((x, h0, c0, *weights)):
+        h, _, c = _apply(cell, None, x, h0, c0, *weights, *_NO_WEIGHTS[len(weights) :])
+        return h, c
+    return _step(x, h0, c0, _NUMBER[cell], *weights)
 
 
 def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
@@ -70,22 +85,24 @@ def fusible(x: Any, *others: Any) -> bool:
     They take plain tensors of one supported dtype on the CPU, and only while nothing watches or
     rewrites torch's operations: a compiler, a tracer, autocast, a mode, a functorch transform.
     """
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN_TYPES or _watched():
+    if type(x) not in PLAIN_TYPES or watched():
         return False
     dtype = x.dtype
     if dtype not in _DTYPES or x.is_nested:
         return False
     for t in (x, *others):
         if t is not None and (
-            type(t) not in _PLAIN_TYPES or t.dtype is not dtype or not t.is_cpu or t.layout is not torch.strided
+            type(t) not in PLAIN_TYPES or t.dtype is not dtype or not t.is_cpu or t.layout is not torch.strided
         ):
             return False
     return True
 
 
-def _watched() -> bool:
+def watched() -> bool:
+    """Whether a compiler, a tracer, autocast, a mode or a functorch transform looks at torch's operations."""
     return (
-        torch._C._get_tracing_state() is not None
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -105,9 +122,12 @@ def _function_mode_matters() -> bool:
 def _call_forward(
     cell: str, batch_sizes: Tensor | None, inputs: Sequence[Tensor | None], train: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if len(inputs) == 8:
-        return _forward(*inputs, *_NO_WEIGHTS, batch_sizes, cell, train)
-    return _forward(*inputs, batch_sizes, cell, train)
+    x, h0, c0, *weights = inputs
+    if batch_sizes is None:
+        return _forward(x, h0, c0, _NUMBER[cell], train, *weights)
+    if len(weights) == 5:
+        weights += _NO_WEIGHTS
+    return _forward(x, h0, c0, _NUMBER[cell], train, *weights, batch_sizes)
 
 
 class _Layer(torch.autograd.Function):
@@ -158,21 +178,21 @@ class _Layer(torch.autograd.Function):
             dh_n,
             dc_n,
             x,
-            w_ih,
-            w_hh,
-            w_hr,
-            w_ih_reverse,
-            w_hh_reverse,
-            w_hr_reverse,
             reserve,
-            ctx.batch_sizes,
-            ctx.cell,
+            _NUMBER[ctx.cell],
             needs[0],
             needs[1] or needs[2],
             needs[3] or (two and needs[8]),
             needs[4] or (two and needs[9]),
             needs[5] or needs[6] or (two and (needs[10] or needs[11])),
             needs[7] or (two and needs[12]),
+            w_ih,
+            w_hh,
+            w_hr,
+            w_ih_reverse,
+            w_hh_reverse,
+            w_hr_reverse,
+            ctx.batch_sizes,
         )
         return None, None, *[g if need else None for g, need in zip(grads, needs, strict=False)]
 
@@ -233,9 +253,10 @@ def _differentiable_backward(
 
 @torch.library.register_fake("fused_rnn::forward")
 def _fake_forward(  # type: ignore[no-untyped-def]
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse,
-    w_hr_reverse, batch_sizes, cell, train,
+    x, h0, c0, cell, train, w_ih, w_hh, b_ih=None, b_hh=None, w_hr=None, w_ih_reverse=None, w_hh_reverse=None,
+    b_ih_reverse=None, b_hh_reverse=None, w_hr_reverse=None, batch_sizes=None,
 ):  # fmt: skip
+    cell = _NAMES[cell]
     H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
     D = 1 if w_ih_reverse is None else 2
     is_step = x.dim() == 2 and batch_sizes is None
@@ -248,11 +269,18 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     return y, h_n, c_n, reserve
 
 
+@torch.library.register_fake("fused_rnn::step")
+def _fake_step(x, h0, c0, cell, w_ih, w_hh, b_ih=None, b_hh=None, w_hr=None):  # type: ignore[no-untyped-def]
+    h = x.new_empty((x.size(0), w_hh.size(1)))
+    return h, x.new_empty((x.size(0), w_hh.size(0) // 4) if _NAMES[cell] == "lstm" else (0,))
+
+
 @torch.library.register_fake("fused_rnn::backward")
 def _fake_backward(  # type: ignore[no-untyped-def]
-    dy, dh_n, dc_n, x, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse, reserve, batch_sizes, cell,
-    need_dx, need_dstate, need_dw_ih, need_dw_hh, need_db, need_dw_hr,
+    dy, dh_n, dc_n, x, reserve, cell, need_dx, need_dstate, need_dw_ih, need_dw_hh, need_db, need_dw_hr,
+    w_ih, w_hh, w_hr=None, w_ih_reverse=None, w_hh_reverse=None, w_hr_reverse=None, batch_sizes=None,
 ):  # fmt: skip
+    cell = _NAMES[cell]
     H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
     D = 1 if w_ih_reverse is None else 2
     is_step = x.dim() == 2 and batch_sizes is None

@@ -363,6 +363,9 @@ def no_python_checks_in_a_process():
         gradients(module, good, hx)
 
 
+CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]  # as the operators number them
+
+
 def operator_arguments(cell, time, batch):
     """Valid arguments of torch.ops.fused_rnn.forward by name, for one direction."""
     rows = {"lstm": 4, "gru": 3}.get(cell, 1) * HIDDEN
@@ -372,12 +375,12 @@ def operator_arguments(cell, time, batch):
         shapes["c0"] = shapes["h0"]
     given = {name: torch.zeros(shape) for name, shape in shapes.items()}
     names = [argument.name for argument in torch.ops.fused_rnn.forward.default._schema.arguments]
-    return dict.fromkeys(names) | given | {"cell": cell, "train": True}
+    return dict.fromkeys(names) | given | {"cell": CELLS.index(cell), "train": True}
 
 
 def raw_operator_in_a_process():
     forward = torch.ops.fused_rnn.forward
-    for cell in ("rnn_tanh", "rnn_relu", "lstm", "gru"):
+    for cell in CELLS:
         good = operator_arguments(cell, TIME, BATCH)
         forward(**good)
         tensor_names = [name for name, value in good.items() if isinstance(value, torch.Tensor)]
@@ -389,7 +392,7 @@ def raw_operator_in_a_process():
             for changed in wrong:
                 with suppress(Exception):
                     forward(**{**good, name: changed})
-        for changes in ({"x": None}, {"w_hh": None}, {"cell": "other"}, {"batch_sizes": good["x"]}):
+        for changes in ({"x": None}, {"w_hh": None}, {"cell": 4}, {"batch_sizes": good["x"]}):
             error_of(forward, **{**good, **changes})
         for sizes in ([], [-1], [BATCH + 1], [2**40], [1, 2]):
             error_of(forward, **{**good, "batch_sizes": torch.tensor(sizes)})

@@ -1,7 +1,7 @@
 """The examples in benchmarks/: every model trains on fused_rnn as it does on torch.nn.
 
 Also the machinery that the comparison rests on: the rule of agreement, the interleaved timing, the
-data of the examples, and the two command lines.
+data of the examples, and the two command lines. The other suites are in test_benchmarks.py.
 """
 
 import csv
@@ -20,6 +20,7 @@ import torch
 
 import fused_rnn
 import run
+import training_examples
 from examples import (
     EXAMPLES,
     SEED,
@@ -244,7 +245,7 @@ def test_the_run_fails_with_a_sentence_when_an_example_does_not_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = SimpleNamespace(RNN=partial(torch.nn.RNN, nonlinearity="relu"))
-    monkeypatch.setattr(run, "fused_rnn", wrong)
+    monkeypatch.setattr(training_examples, "fused_rnn", wrong)
     arguments = ["run.py", "--quick", "--only", "hello_rnn", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit, match="do not agree on\nhello_rnn: the losses of the first"):

@@ -16,7 +16,7 @@ from torch import Tensor
 import fused_rnn
 from cases import CASES, Case
 from contract import survives
-from fused_rnn import _C
+from fused_rnn import _C, reference
 
 ISAS = _C.supported_cpu_isas()
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
@@ -164,7 +164,7 @@ def test_the_interpreter_runs_on_during_a_call() -> None:
     def call() -> None:
         with torch.no_grad():
             span.append(time.perf_counter())
-            torch.ops.fused_rnn.forward(x, None, None, *module._flat_weights, *[None] * 7, cell="lstm", train=False)
+            torch.ops.fused_rnn.forward(x, None, None, reference.CELLS.index("lstm"), False, *module._flat_weights)
             span.append(time.perf_counter())
 
     ticks = []

@@ -126,11 +126,12 @@ def test_no_file_for_odds_and_ends() -> None:
 
 def test_the_extension_knows_the_cells_of_the_specification() -> None:
     H = 3
-    for cell in reference.CELLS:
+    names = []
+    for number, cell in enumerate(reference.CELLS):
         rows = reference.GATES[cell] * H
-        y, *_ = torch.ops.fused_rnn.forward(
-            torch.zeros(2, 1, 4), None, None, torch.zeros(rows, 4), torch.zeros(rows, H), *[None] * 9, cell, False
-        )
+        weights = torch.zeros(rows, 4), torch.zeros(rows, H)
+        y, *_ = torch.ops.fused_rnn.forward(torch.zeros(2, 1, 4), None, None, number, False, *weights)
         assert y.shape == (2, 1, H)
-    with pytest.raises(RuntimeError, match=f"unknown cell 'no'; the cells are: {', '.join(reference.CELLS)}$"):
-        torch.ops.fused_rnn.forward(torch.zeros(2, 1, 4), None, None, y, y, *[None] * 9, "no", False)
+        names.append(f"{number} ({cell})")
+    with pytest.raises(RuntimeError, match=re.escape(f"unknown cell 4; the cells are: {', '.join(names)}") + "$"):
+        torch.ops.fused_rnn.forward(torch.zeros(2, 1, 4), None, None, len(names), False, *weights)

@@ -35,7 +35,7 @@ def forward_arguments(
             given = present and (name != "w_hr" or kind == "projected")
             arguments[name + suffix] = torch.randn(shape, dtype=dtype) if given else None
     arguments["batch_sizes"] = torch.tensor([2, 2, 1]) if kind == "packed" else None
-    return arguments | dict(cell=cell, train=True)
+    return arguments | dict(cell=CELLS.index(cell), train=True)
 
 
 def backward_arguments(forward: dict[str, Any]) -> dict[str, Any]:
@@ -115,10 +115,12 @@ HOSTILE_FORWARD = [
     (dict(w_ih_reverse=torch.randn(20, 4)), "reverse direction needs w_ih and w_hh"),
     (dict(w_ih_reverse=torch.randn(20, 4), w_hh_reverse=torch.randn(20, 5)), r"h0 must have shape \[2, 2, 5\]"),
     (dict(batch_sizes=torch.tensor([2, 2, 1])), "x must be"),
-    (dict(cell="elman"), "unknown cell 'elman'; the cells are: rnn_tanh, rnn_relu, lstm, gru"),
-    (dict(cell="gru"), "multiple of 3 rows"),
-    (dict(cell="rnn_tanh"), "w_hh must have shape"),
-    (dict(cell=3), "."),
+    (dict(cell=4), r"unknown cell 4; the cells are: 0 \(rnn_tanh\), 1 \(rnn_relu\), 2 \(lstm\), 3 \(gru\)"),
+    (dict(cell=-1), "unknown cell -1"),
+    (dict(cell=2**40 + 2), "unknown cell"),
+    (dict(cell=3), "multiple of 3 rows"),
+    (dict(cell=0), "w_hh must have shape"),
+    (dict(cell="lstm"), "."),
 ]
 
 

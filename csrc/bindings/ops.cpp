@@ -18,24 +18,27 @@ namespace {
 // What the operators need to know of a cell; from the policies, which say it once.
 struct CellInfo {
   CellKind kind;
-  int64_t gates, saved, grads, input_shift, hidden_grads;
+  int64_t gates, saved, grads;
   bool has_c, uses_h;
 };
 
-CellInfo cell_info(const std::string& name) {
-#define FUSED_RNN_INFO(kind, policy, label)                                     \
-  if (name == label) {                                                          \
-    using Cell = policy;                                                        \
-    return {CellKind::kind,    Cell::kGates,       Cell::kSaved, Cell::kGrads,  \
-            Cell::kInputShift, Cell::kHiddenGrads, Cell::kHasC,  Cell::kUsesH}; \
+// `cell` is a place in the list of cells, which costs an operator call less than a name.
+CellInfo cell_info(int64_t cell) {
+  switch (cell) {
+#define FUSED_RNN_INFO(kind, policy, label)                                                       \
+  case static_cast<int64_t>(CellKind::kind): {                                                    \
+    using Cell = policy;                                                                          \
+    return {CellKind::kind, Cell::kGates, Cell::kSaved, Cell::kGrads, Cell::kHasC, Cell::kUsesH}; \
   }
-  FUSED_RNN_CELLS(FUSED_RNN_INFO)
+    FUSED_RNN_CELLS(FUSED_RNN_INFO)
 #undef FUSED_RNN_INFO
+  }
   std::string names;
-#define FUSED_RNN_NAME(kind, policy, label) names += (names.empty() ? "" : ", ") + std::string(label);
+#define FUSED_RNN_NAME(kind, policy, label) \
+  names += (names.empty() ? "" : ", ") + std::to_string(static_cast<int64_t>(CellKind::kind)) + " (" label ")";
   FUSED_RNN_CELLS(FUSED_RNN_NAME)
 #undef FUSED_RNN_NAME
-  fail("unknown cell '", name, "'; the cells are: ", names);
+  fail("unknown cell ", cell, "; the cells are: ", names);
 }
 
 struct Weights {
@@ -54,9 +57,9 @@ class Layer {
   std::vector<int64_t> row_offsets;
 
   // x: [T, B, I]; [N, I] with batch_sizes; [B, I] for a single step. w_hh: [G*H, P].
-  Layer(const std::string& name, torch::headeronly::IntHeaderOnlyArrayRef x, ScalarType type, const Tensor& w_hh,
+  Layer(int64_t kind, torch::headeronly::IntHeaderOnlyArrayRef x, ScalarType type, const Tensor& w_hh,
         const OptionalTensor& w_hr, bool two_directions, const OptionalTensor& sizes)
-      : cell(cell_info(name)), dtype(type) {
+      : cell(cell_info(kind)), dtype(type) {
     FUSED_RNN_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "x must be float32 or float64");
     FUSED_RNN_CHECK(w_hh.dim() == 2, "w_hh must have 2 dimensions, got ", w_hh.dim());
     FUSED_RNN_CHECK(w_hh.size(0) % cell.gates == 0, "w_hh must have a multiple of ", cell.gates, " rows, got ",
@@ -127,6 +130,20 @@ class Layer {
   Tensor new_state(int64_t width) const {
     return step ? empty({shape.B, width}, dtype) : empty({shape.directions, shape.B, width}, dtype);
   }
+  // What the kernels turn from c0 into c_n; empty without c.
+  Tensor first_c(const OptionalTensor& c0) const {
+    FUSED_RNN_CHECK(cell.has_c || !c0, "only the LSTM has c0");
+    if (!cell.has_c) return empty({0}, dtype);
+    return copy_or_zeros(checked_state(c0, "c0", shape.H), new_state(shape.H));
+  }
+  Tensor copy_or_zeros(const OptionalTensor& from, const Tensor& to) const {
+    if (from) {
+      std::memcpy(to.data_ptr(), from->data_ptr(), to.numel() * element());
+    } else {
+      std::memset(to.data_ptr(), 0, to.numel() * element());
+    }
+    return to;
+  }
   // x, y and their gradients.
   Tensor new_sequence(int64_t width) const {
     if (step) return empty({shape.B, width}, dtype);
@@ -165,12 +182,12 @@ int64_t whole_lines(int64_t elements) { return (elements + 15) / 16 * 16; }
 int64_t threads() { return torch::stable::get_num_threads(); }
 
 // y, h_n, c_n, reserve. c_n is empty without c, h_n for a single step (it would be y), reserve without `train`.
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
-                                                   Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
-                                                   OptionalTensor w_hr, OptionalTensor w_ih_reverse,
-                                                   OptionalTensor w_hh_reverse, OptionalTensor b_ih_reverse,
-                                                   OptionalTensor b_hh_reverse, OptionalTensor w_hr_reverse,
-                                                   OptionalTensor batch_sizes, std::string cell, bool train) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
+                                                   bool train, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
+                                                   OptionalTensor b_hh, OptionalTensor w_hr,
+                                                   OptionalTensor w_ih_reverse, OptionalTensor w_hh_reverse,
+                                                   OptionalTensor b_ih_reverse, OptionalTensor b_hh_reverse,
+                                                   OptionalTensor w_hr_reverse, OptionalTensor batch_sizes) {
   FUSED_RNN_CHECK(w_ih_reverse.has_value() == w_hh_reverse.has_value(), "the reverse direction needs w_ih and w_hh");
   Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_ih_reverse.has_value(), batch_sizes);
   layer.shape.train = train;
@@ -178,27 +195,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, 
   const int64_t D = s.directions;
   x = layer.checked_sequence(x, "x", s.I);
   h0 = layer.checked_state(h0, "h0", s.P);
-  FUSED_RNN_CHECK(layer.cell.has_c || !c0, "only the LSTM has c0");
-  c0 = layer.checked_state(c0, "c0", s.H);
   std::vector<Weights> weights{layer.checked_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
   if (D == 2) {
     weights.push_back(layer.checked_weights(*w_ih_reverse, *w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
   }
 
-  const bool no_h_n = layer.step, no_c_n = !layer.cell.has_c;
   const Tensor y = layer.new_sequence(D * s.P);
-  const Tensor h_n = no_h_n ? empty({0}, layer.dtype) : layer.new_state(s.P);
-  Tensor c_n = no_c_n ? empty({0}, layer.dtype) : layer.new_state(s.H);
+  const Tensor h_n = layer.step ? empty({0}, layer.dtype) : layer.new_state(s.P);
+  const Tensor c_n = layer.first_c(c0);
   const Tensor reserve = empty({train ? D : 0, s.N, layer.reserve_width()}, layer.dtype);
   const int64_t workspace = whole_lines(cpu::kernels().forward_workspace(s));
   const Scratch scratch(D * workspace * layer.element());
-  if (layer.cell.has_c) {
-    if (c0) {
-      torch::stable::copy_(c_n, *c0);
-    } else {
-      torch::stable::zero_(c_n);
-    }
-  }
 
   if (s.N > 0 && s.P > 0) {
     ForwardParams params{s, {}};
@@ -224,14 +231,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, 
   return {y, h_n, c_n, reserve};
 }
 
+// One step in inference: h and c of [B, ...]. forward's T == 1, short of all that a step has no need of.
+std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, Tensor w_ih, Tensor w_hh,
+                                OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr) {
+  FUSED_RNN_CHECK(x.dim() == 2, "x must be [B, I], got ", shape_text(x.sizes()));
+  const Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, false, std::nullopt);
+  const LayerShape& s = layer.shape;
+  x = layer.checked_sequence(x, "x", s.I);
+  h0 = layer.checked_state(h0, "h0", s.P);
+  const Weights w = layer.checked_weights(w_ih, w_hh, b_ih, b_hh, w_hr);
+  const Tensor h = layer.new_state(s.P);
+  const Tensor c = layer.first_c(c0);
+  const Scratch scratch(cpu::kernels().forward_workspace(s) * layer.element());
+  if (s.N > 0 && s.P > 0) {
+    ForwardParams params{s, {}};
+    ForwardDirection& p = params.direction[0];
+    p.x = x.data_ptr();
+    p.w_ih = data(w.w_ih);
+    p.w_hh = data(w.w_hh);
+    p.b_ih = data(w.b_ih);
+    p.b_hh = data(w.b_hh);
+    p.w_hr = data(w.w_hr);
+    p.h0 = data(h0);
+    p.y = h.data_ptr();
+    p.y_stride = s.P;
+    p.c = layer.cell.has_c ? c.data_ptr() : nullptr;
+    p.workspace = scratch.data();
+    cpu::forward(params, threads());
+  }
+  return {h, c};
+}
+
 using Gradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // dx, dh0, dc0, then dw_ih, dw_hh, db_ih, db_hh, dw_hr of each direction; what was not asked for is empty.
-Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor w_ih, Tensor w_hh,
-                   OptionalTensor w_hr, OptionalTensor w_ih_reverse, OptionalTensor w_hh_reverse,
-                   OptionalTensor w_hr_reverse, Tensor reserve, OptionalTensor batch_sizes, std::string cell,
-                   bool need_dx, bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr) {
+Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor reserve, int64_t cell,
+                   bool need_dx, bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr,
+                   Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
+                   OptionalTensor w_hh_reverse, OptionalTensor w_hr_reverse, OptionalTensor batch_sizes) {
   FUSED_RNN_CHECK(w_ih_reverse.has_value() == w_hh_reverse.has_value(), "the reverse direction needs w_ih and w_hh");
   const Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_ih_reverse.has_value(), batch_sizes);
   const LayerShape& s = layer.shape;
@@ -252,13 +290,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   Tensor dx = need_dx ? layer.new_sequence(s.I) : none();
   Tensor dh0 = need_dstate ? layer.new_state(s.P) : none();
   Tensor dc = layer.cell.has_c ? layer.new_state(s.H) : none();
-  if (layer.cell.has_c) {
-    if (dc_n) {
-      torch::stable::copy_(dc, *dc_n);
-    } else {
-      torch::stable::zero_(dc);
-    }
-  }
+  if (layer.cell.has_c) layer.copy_or_zeros(dc_n, dc);
   const int64_t rows = layer.cell.gates * s.H;
   struct OfWeights {
     Tensor w_ih, w_hh, b_ih, b_hh, w_hr;
@@ -315,23 +347,30 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
 
 }  // namespace
 
+// `cell` as in cells.h: 0 rnn_tanh, 1 rnn_relu, 2 lstm, 3 gru.
 STABLE_TORCH_LIBRARY(fused_rnn, m) {
   m.def(
-      "forward(Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
-      "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse, Tensor? w_hr_reverse, "
-      "Tensor? batch_sizes, str cell, bool train) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor reserve)");
+      "forward(Tensor x, Tensor? h0, Tensor? c0, int cell, bool train, Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, "
+      "Tensor? b_hh=None, Tensor? w_hr=None, Tensor? w_ih_reverse=None, Tensor? w_hh_reverse=None, "
+      "Tensor? b_ih_reverse=None, Tensor? b_hh_reverse=None, Tensor? w_hr_reverse=None, Tensor? batch_sizes=None) -> "
+      "(Tensor y, Tensor h_n, Tensor c_n, Tensor reserve)");
   m.def(
-      "backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? w_hr, "
-      "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? w_hr_reverse, Tensor reserve, Tensor? batch_sizes, "
-      "str cell, bool need_dx, bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr) -> "
+      "backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor reserve, int cell, bool need_dx, "
+      "bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr, Tensor w_ih, Tensor w_hh, "
+      "Tensor? w_hr=None, Tensor? w_ih_reverse=None, Tensor? w_hh_reverse=None, Tensor? w_hr_reverse=None, "
+      "Tensor? batch_sizes=None) -> "
       "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
       "Tensor dw_ih_reverse, Tensor dw_hh_reverse, Tensor db_ih_reverse, Tensor db_hh_reverse, "
       "Tensor dw_hr_reverse)");
+  m.def(
+      "step(Tensor x, Tensor? h0, Tensor? c0, int cell, Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, "
+      "Tensor? b_hh=None, Tensor? w_hr=None) -> (Tensor h, Tensor c)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("step", TORCH_BOX(&step));
 }
 
 }  // namespace bindings

@@ -1,0 +1,89 @@
+"""The suite `cells`: one step at a time in a Python loop, as reinforcement learning and streaming do.
+
+torch.nn's RNNCell, LSTMCell or GRUCell in the loop is the competitor of two: of fused_rnn's cell of
+the same name ("cell" in the name of the row), and of `step` of fused_rnn's RNN, LSTM or GRU. The state
+is given; training goes back through the whole loop.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import fused_rnn
+from measurement import FUSED, TORCH, Measurement, Row
+from shapes import Shape
+from speed import measure_time
+from suite import Method, Suite, one_and_all
+from workload import CLASSES, build_cell, build_module, one_call, random_input, random_state, state_sizes
+
+STEPS = 32
+SHAPES = [Shape(f"b{B}_h{H}", T=STEPS, B=B, I=H, H=H, L=1) for B in (1, 16, 64) for H in (16, 64, 256)]
+
+
+def cell_loop(row: Row, side: str) -> Callable[[], Tensor]:
+    """A cell called for one step after the other."""
+    cell = build_cell(side, row)
+    steps = random_input(row).unbind(0)
+    state = random_state(row, state_sizes(row.shape)[1:])
+    is_lstm = row.cell == "lstm"
+
+    def loop() -> Tensor:
+        hx = state
+        outputs = []
+        for x_t in steps:
+            hx = cell(x_t, hx)
+            outputs.append(hx[0] if is_lstm else hx)
+        return torch.stack(outputs)
+
+    return one_call(row, cell, loop)
+
+
+def step_loop(row: Row) -> Callable[[], Tensor]:
+    """`step` of fused_rnn's module called for one step after the other."""
+    module = build_module(FUSED, row)
+    give_weights_of_cell(module, build_cell(TORCH, row))
+    steps = random_input(row).unbind(0)
+    state = random_state(row, state_sizes(row.shape))
+
+    def loop() -> Tensor:
+        hx = state
+        outputs = []
+        for x_t in steps:
+            y, hx = module.step(x_t, hx)
+            outputs.append(y)
+        return torch.stack(outputs)
+
+    return one_call(row, module, loop)
+
+
+def give_weights_of_cell(module: nn.Module, cell: nn.Module) -> None:
+    """Copy a cell's weights into a module of one layer, whose parameters are called weight_ih_l0 and so on."""
+    module.load_state_dict({f"{name}_l0": weight for name, weight in cell.state_dict().items()})
+
+
+def measure(row: Row, method: Method) -> Measurement:
+    fused = partial(cell_loop, row, FUSED) if row.call == "cell" else partial(step_loop, row)
+    return measure_time(row, {TORCH: partial(cell_loop, row, TORCH), FUSED: fused}, method)
+
+
+def refusal(shape: Shape) -> str | None:
+    """Why a shape of the user's cannot be measured; None if it can."""
+    return "a cell has one layer and one direction" if shape.L > 1 or shape.bidirectional else None
+
+
+HAS_STEP = all(hasattr(getattr(fused_rnn, name), "step") for name in CLASSES.values())
+
+SUITE = Suite(
+    name="cells",
+    quantity="time",
+    unit="s",
+    shapes=SHAPES,
+    measure=measure,
+    options=frozenset({"threads", "dtype", "cell", "mode", "only", "check", "shape"}),
+    threads=one_and_all,
+    calls=("cell", "step") if HAS_STEP else ("cell",),
+    refusal=refusal,
+    note="" if HAS_STEP else "this version of fused_rnn has no step(): only its cells are measured",
+)

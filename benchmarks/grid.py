@@ -1,0 +1,33 @@
+"""The suite `grid`: RNN, LSTM and GRU on whole sequences, in the shapes of shapes.py."""
+
+from functools import partial
+
+from competitors import COMPETITORS
+from measurement import FUSED, TORCH, Measurement, Row
+from shapes import cpu_shapes
+from speed import measure_time
+from suite import Method, Suite, one_and_all
+from workload import build_module, module_call
+
+
+def measure(row: Row, method: Method) -> Measurement:
+    torch_module, fused_module = (build_module(side, row) for side in (TORCH, FUSED))
+    prepare = {
+        TORCH: partial(module_call, row, torch_module),
+        FUSED: partial(module_call, row, fused_module),
+    }
+    for name in method.competitors:
+        if row.mode in COMPETITORS[name].modes:
+            prepare[name] = partial(COMPETITORS[name].prepare, row, torch_module)
+    return measure_time(row, prepare, method)
+
+
+SUITE = Suite(
+    name="grid",
+    quantity="time",
+    unit="s",
+    shapes=cpu_shapes(),
+    measure=measure,
+    options=frozenset({"threads", "dtype", "cell", "mode", "only", "compare", "check", "shape"}),
+    threads=one_and_all,
+)

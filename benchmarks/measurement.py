@@ -1,0 +1,123 @@
+"""What is measured and what came out: the one notion behind the table, the CSV file and the picture.
+
+A row is one configuration. A measurement holds the samples of every side of it, taken in turns, in
+seconds per call or in bytes. Less is better in both, so a ratio is always a competitor's sample over
+fused_rnn's: above 1, fused_rnn is better.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import exp, fsum, log
+from statistics import median, quantiles
+
+from shapes import Shape
+
+FUSED = "fused_rnn"
+TORCH = "torch.nn"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration.
+
+    Attributes:
+        call: what is called: the whole "module", a "cell" in a loop, or "step" in a loop.
+        cell: "rnn", "lstm" or "gru".
+        mode: "inference" or "training".
+        dtype: the name of a torch dtype.
+    """
+
+    shape: Shape
+    call: str
+    cell: str
+    mode: str
+    threads: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return self.shape.name if self.call == "module" else f"{self.shape.name} {self.call}"
+
+    @property
+    def given_state(self) -> bool:
+        """Whether the call starts from a given state: single steps do, sequences start from zeros."""
+        return self.call != "module" or self.shape.T == 1
+
+    def __str__(self) -> str:
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{self.name}, {self.cell}, {self.mode}, {threads}"
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """The median of some samples, and between which values the middle half of them lies."""
+
+    lower: float
+    median: float
+    upper: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Quartiles":
+        if len(samples) == 1:
+            return cls(*samples * 3)
+        return cls(*quantiles(samples, n=4, method="inclusive"))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The samples of a row's sides.
+
+    Attributes:
+        unit: of the samples, "s" or "B".
+        samples: by side, one value per round. Sample n of every side was taken in round n.
+        floor: the least that the hardware allows, in the same unit; None where it is unknown.
+        notes: by side, why it has no samples.
+        resolution: differences up to this are the measuring method's, not the sides'.
+    """
+
+    row: Row
+    unit: str
+    samples: dict[str, list[float]]
+    floor: float | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+    resolution: float = 0.0
+
+    def typical(self, side: str) -> float | None:
+        """The median of a side's samples."""
+        return median(self.samples[side]) if self.samples.get(side) else None
+
+    def ratio(self, competitor: str) -> Quartiles | None:
+        """The competitor over fused_rnn, pair by pair; None if one of them could not be measured."""
+        theirs, ours = self.samples.get(competitor), self.samples.get(FUSED)
+        if not theirs or not ours:
+            return None
+        return Quartiles.of([their / our for their, our in zip(theirs, ours, strict=True)])
+
+    @property
+    def fraction_of_floor(self) -> float | None:
+        """The floor over fused_rnn's time: 1 would be as fast as the hardware allows."""
+        ours = self.typical(FUSED)
+        return None if ours is None or self.floor is None else self.floor / ours
+
+    @property
+    def behind_torch(self) -> bool:
+        """Whether fused_rnn is worse than torch.nn beyond noise.
+
+        Beyond noise: even the upper quartile of the ratios is below 1, so that three of four pairs
+        agree, and the typical difference is above the resolution.
+        """
+        ratio = self.ratio(TORCH)
+        if ratio is None or ratio.upper >= 1:
+            return False
+        return self.typical(FUSED) - self.typical(TORCH) > self.resolution
+
+
+def geometric_mean(values: Sequence[float]) -> float | None:
+    """The mean for ratios: twice as fast and half as fast make 1. None without values."""
+    return exp(fsum(map(log, values)) / len(values)) if values else None
+
+
+def mean_ratio(measurements: Sequence[Measurement], competitor: str) -> float | None:
+    """The geometric mean of the ratios against a competitor, over the rows that have one."""
+    ratios = [ratio.median for each in measurements if (ratio := each.ratio(competitor))]
+    return geometric_mean(ratios)

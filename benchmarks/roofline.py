@@ -1,0 +1,143 @@
+"""The roofline: how fast a row could be on this machine, whoever computed it.
+
+Two things bound a recurrent layer. Its products cannot run faster than a large matrix product does.
+And every time step needs all of W_hh, which depends on the step before it and so cannot be merged
+into one product: with a narrow batch, the time goes into bringing the weights from the caches to the
+cores. The floor of a row is the larger of the two times. Activations, element-wise functions and the
+cost of a call are not in it, so it is a bound, not a prediction.
+
+Both rates are measured, not looked up: clock rates, cores and caches differ from what is printed on
+the box. The bandwidth is what torch's own operations reach, a little less than the hardware could do;
+weights that fit a core's innermost cache can beat it, too, so a row may come out above 100 %.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from measurement import Row
+from shapes import Shape
+from workload import GATES, dtype_of
+
+MATRIX = 1024  # rows and columns of the matrix product
+MIB = 2**20
+SMALL, LARGE = 1 * MIB, 16 * MIB  # bytes of weights: from a core's own cache, and from the shared one
+BETWEEN = 4 * MIB  # in the middle of the two, on a logarithmic scale
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine can do with a number of threads.
+
+    Attributes:
+        flops: operations per second of a large matrix product in the run's dtype.
+        small_bandwidth: bytes per second that 1 MiB for each thread is read with, over and over.
+        large_bandwidth: the same for 16 MiB in all.
+    """
+
+    flops: float
+    small_bandwidth: float
+    large_bandwidth: float
+
+    def __str__(self) -> str:
+        return (
+            f"matrix product {self.flops / 1e9:.0f} GFLOP/s, "
+            f"reading from own caches {self.small_bandwidth / 1e9:.0f} GB/s, from the shared one "
+            f"{self.large_bandwidth / 1e9:.0f} GB/s"
+        )
+
+
+def measure_ceilings(dtype: torch.dtype, threads: int, seconds: float) -> Ceilings:
+    """Measure with so many threads, about `seconds` for each rate; sets torch's number of threads.
+
+    1 MiB is read by one thread, and the rate is taken times the threads: every core has a cache of its
+    own, and starting the threads would take longer than the reading.
+    """
+    torch.set_num_threads(1)
+    of_one_core = read_bandwidth(SMALL, seconds)
+    torch.set_num_threads(threads)
+    large = read_bandwidth(LARGE, seconds)
+    a, b = torch.randn(2, MATRIX, MATRIX).to(dtype)
+    product = torch.empty_like(a)
+    flops = 2 * MATRIX**3 / least_seconds(lambda: torch.mm(a, b, out=product), seconds)
+    # A call costs more of the time of 1 MiB than of 16: what the shared cache gives, a core's own gives, too.
+    return Ceilings(flops, max(threads * of_one_core, large), large)
+
+
+def read_bandwidth(size: int, seconds: float) -> float:
+    """Bytes per second of the quicker of a matrix-vector product and a sum, over `size` bytes of float32."""
+    columns = 512
+    matrix = torch.randn(size // (4 * columns), columns)
+    vector, product = torch.randn(columns), torch.empty(matrix.size(0))
+    by_product = least_seconds(lambda: torch.mv(matrix, vector, out=product), seconds / 2)
+    by_sum = least_seconds(matrix.sum, seconds / 2)
+    return size / min(by_product, by_sum)
+
+
+def least_seconds(call: Callable[[], object], budget: float) -> float:
+    """The quickest of two or more calls: what nothing interrupted."""
+    least = float("inf")
+    began = perf_counter()
+    calls = 0
+    while calls < 2 or perf_counter() - began < budget:
+        start = perf_counter()
+        call()
+        least = min(least, perf_counter() - start)
+        calls += 1
+    return least
+
+
+def operations(row: Row) -> int:
+    """Multiplications and additions in the products with W_ih and W_hh.
+
+    Backward has two products of the same size for each one of forward: the gradient of the weights,
+    and that of what they were multiplied with. Not counted is what nobody needs: products with
+    zero states, and the gradients of x and of the given state.
+    """
+    shape, training = row.shape, row.mode == "training"
+    total = 0
+    for layer, input_size in layers(shape):
+        inputs, states = shape.T, recurrent_steps(row)
+        if training:
+            inputs += shape.T + (shape.T if layer > 0 else 0)
+            states += recurrent_steps(row) + shape.T - 1
+        total += 2 * shape.B * GATES[row.cell] * shape.H * (inputs * input_size + states * shape.H)
+    return total
+
+
+def streamed_bytes(row: Row) -> int:
+    """Bytes of weights that must be read.
+
+    W_hh comes in every step, W_ih once, but in a loop over a cell in every step, too. Training reads
+    both again in backward, to go on to the step and the layer before.
+    """
+    shape, training = row.shape, row.mode == "training"
+    once = shape.T if row.call != "module" else 1
+    total = 0
+    for layer, input_size in layers(shape):
+        reads_of_w_ih, reads_of_w_hh = once, recurrent_steps(row)
+        if training:
+            reads_of_w_ih += once if layer > 0 else 0
+            reads_of_w_hh += shape.T - 1
+        total += GATES[row.cell] * shape.H * (reads_of_w_ih * input_size + reads_of_w_hh * shape.H)
+    return total * dtype_of(row).itemsize
+
+
+def layers(shape: Shape) -> list[tuple[int, int]]:
+    """(index, input size) of every layer, and of every direction of it."""
+    sizes = [shape.I] + [shape.directions * shape.H] * (shape.L - 1)
+    return [layer for layer in enumerate(sizes) for _ in range(shape.directions)]
+
+
+def recurrent_steps(row: Row) -> int:
+    """The steps that have a state to multiply with W_hh: the first one only if it is given."""
+    return row.shape.T if row.given_state else row.shape.T - 1
+
+
+def floor_seconds(row: Row, ceilings: Ceilings) -> float:
+    """The least time for one call of the row, in seconds."""
+    weights = GATES[row.cell] * row.shape.H**2 * dtype_of(row).itemsize  # W_hh, what is read over and over
+    bandwidth = ceilings.small_bandwidth if weights <= BETWEEN else ceilings.large_bandwidth
+    return max(operations(row) / ceilings.flops, streamed_bytes(row) / bandwidth)

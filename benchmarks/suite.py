@@ -1,0 +1,73 @@
+"""A suite of measurements: which rows it has, what applies to it, and how one row is measured."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from measurement import Measurement, Row
+from roofline import Ceilings
+from shapes import Shape
+from workload import CLASSES, MODES
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a run measures its rows.
+
+    Attributes:
+        quick: for a first impression.
+        competitors: besides torch.nn, names of `competitors.COMPETITORS`.
+        ceilings: the machine's, by number of threads; empty where time is not measured.
+    """
+
+    quick: bool
+    competitors: Sequence[str]
+    ceilings: Mapping[int, Ceilings]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What to measure.
+
+    Attributes:
+        quantity: what a ratio compares, for headings, and in which unit it is measured (see Measurement).
+        shapes: what is measured if nobody asks for other shapes.
+        options: the command line's options that only some suites take, and this one does.
+        threads: the default numbers of threads, as a function of PyTorch's choice.
+        calls: of fused_rnn; see Row.
+        refusal: why a shape cannot be measured, or None if it can.
+        note: what a reader has to know before the run.
+    """
+
+    name: str
+    quantity: str
+    unit: str
+    shapes: Sequence[Shape]
+    measure: Callable[[Row, Method], Measurement]
+    options: frozenset[str]
+    threads: Callable[[int], list[int]]
+    calls: Sequence[str] = ("module",)
+    modes: Sequence[str] = MODES
+    refusal: Callable[[Shape], str | None] = lambda shape: None
+    note: str = ""
+
+    def rows(
+        self,
+        shapes: Sequence[Shape],
+        cells: Sequence[str],
+        modes: Sequence[str],
+        threads: Sequence[int],
+        dtype: str,
+    ) -> list[Row]:
+        """Every combination; the number of threads changes least often, because a change is slow."""
+        cells = [cell for cell in CLASSES if cell in cells]
+        modes = [mode for mode in self.modes if mode in modes]
+        return [
+            Row(shape, call, cell, mode, count, dtype)
+            for count, mode, shape, call, cell in product(threads, modes, shapes, self.calls, cells)
+        ]
+
+
+def one_and_all(default: int) -> list[int]:
+    """One thread, and as many as PyTorch chooses."""
+    return [1] if default == 1 else [1, default]

@@ -1,0 +1,336 @@
+"""The suites of benchmarks/run.py that measure: their arithmetic, their options, and a small run of each.
+
+The suite that trains the examples is in test_examples.py.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain, repeat
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import cells
+import competitors
+import grid
+import memory
+import picture
+import report
+import roofline
+import run
+import speed
+import timing
+from measurement import FUSED, TORCH, Measurement, Quartiles, Row, geometric_mean, mean_ratio
+from roofline import Ceilings
+from shapes import CPU_GROUPS, GROUPS, Shape, cpu_shapes, parse_shape
+from suite import Method, one_and_all
+
+SHAPE = Shape("small", T=3, B=2, I=4, H=5, L=1)
+ROW = Row(SHAPE, "module", "gru", "training", 1, "float32")
+CEILINGS = Ceilings(flops=1e10, small_bandwidth=2e9, large_bandwidth=1e9)
+METHOD = Method(quick=True, competitors=(), ceilings={1: CEILINGS})
+MACHINE = {
+    "device": "a CPU",
+    "threads": "1",
+    "torch_version": "2",
+    "fused_rnn_version": "0",
+    "git_commit": "abc",
+    "date": "today",
+}
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def measured(theirs: list[float], ours: list[float], row: Row = ROW, **fields: object) -> Measurement:
+    return Measurement(row, "s", {TORCH: theirs, FUSED: ours}, **fields)
+
+
+# What comes out of samples
+
+
+def test_quartiles_are_those_of_the_pairs() -> None:
+    ratio = measured([2, 6, 12, 20, 30], [2, 3, 4, 5, 6]).ratio(TORCH)
+    assert ratio == Quartiles(lower=2, median=3, upper=4)
+    assert Quartiles.of([7.0]) == Quartiles(7, 7, 7)
+
+
+def test_a_ratio_needs_both_sides() -> None:
+    measurement = Measurement(ROW, "s", {}, notes={TORCH: "RuntimeError: no"})
+    assert measurement.ratio(TORCH) is None
+    assert measurement.typical(FUSED) is None
+    assert measurement.fraction_of_floor is None
+    assert not measurement.behind_torch
+    assert mean_ratio([measurement, measured([8], [2])], TORCH) == pytest.approx(4)
+
+
+def test_geometric_mean() -> None:
+    assert geometric_mean([2, 0.5]) == pytest.approx(1)
+    assert geometric_mean([1, 2, 4]) == pytest.approx(2)
+    assert geometric_mean([]) is None
+
+
+def test_behind_torch_means_beyond_noise() -> None:
+    assert measured([8, 9, 9, 9, 9], [10] * 5).behind_torch
+    assert not measured([8, 9, 9, 11, 11], [10] * 5).behind_torch  # median 0.9, upper quartile 1.1
+    assert not measured([12] * 5, [10] * 5).behind_torch
+    assert not measured([9] * 5, [10] * 5, resolution=2).behind_torch
+    assert measured([7] * 5, [10] * 5, resolution=2).behind_torch
+
+
+def test_amounts_have_three_digits() -> None:
+    shown = [report.amount(value, "s") for value in (1.5, 0.0123, 1.234e-3, 4.56e-4, 2e-9)]
+    assert shown == ["1.50 s", "12.3 ms", "1.23 ms", "456 µs", "0.00 µs"]
+    assert report.amount(3 * 2**20, "B") == "3.00 MiB"
+
+
+# The samples themselves
+
+
+def test_sides_are_sampled_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = []
+    monkeypatch.setattr(timing, "LEAST_SAMPLE", 0)
+    pace = timing.Pace(budget=0, least_rounds=4)
+    seconds = timing.sample_in_turns({side: lambda side=side: turns.append(side) for side in "ABC"}, pace)
+    assert "".join(turns).endswith("ABC" * 4)
+    assert {side: len(samples) for side, samples in seconds.items()} == {"A": 4, "B": 4, "C": 4}
+
+
+def test_a_sample_of_short_calls_is_the_mean_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = chain.from_iterable(repeat((0.0, 1e-4)))  # every pair of readings is 0.1 ms apart
+    monkeypatch.setattr(timing, "perf_counter", lambda: next(clock))
+    calls = []
+    monkeypatch.setattr(timing, "seconds_per_call", lambda call, batch: calls.append(batch) or 1e-4)
+    timing.sample_in_turns({"A": int}, timing.Pace(budget=1, least_rounds=3, most_rounds=3))
+    assert calls == [1] * timing.WARM_UP_CALLS + [20] * 3  # 2 ms
+
+
+def test_a_row_whose_results_differ_is_refused() -> None:
+    sides = {TORCH: lambda: lambda: torch.zeros(3), FUSED: lambda: lambda: torch.ones(3)}
+    with pytest.raises(RuntimeError, match=r"small, gru, training, 1 thread: .* differ by 1"):
+        speed.measure_time(ROW, sides, METHOD)
+
+
+def test_a_competitor_that_fails_leaves_a_note() -> None:
+    def zeros() -> torch.Tensor:
+        return torch.zeros(3)
+
+    def failing() -> None:
+        raise NotImplementedError("not for this dtype\nand more")
+
+    sides = {TORCH: lambda: zeros, FUSED: lambda: zeros, "compile": failing, "onnxruntime": lambda: lambda: zeros() + 1}
+    measurement = speed.measure_time(ROW, sides, METHOD)
+    assert set(measurement.samples) == {TORCH, FUSED}
+    assert measurement.notes == {
+        "compile": "NotImplementedError: not for this dtype",
+        "onnxruntime": "differs from torch.nn by 1",
+    }
+    assert speed.measure_time(ROW, {TORCH: failing}, METHOD).samples == {}
+
+
+# The roofline
+
+
+def test_operations_by_hand() -> None:
+    # A GRU of T=3, B=2, I=4, H=5 from zero states: W_ih is 15x4 for 3 steps, W_hh is 15x5 for 2.
+    inference = replace(ROW, mode="inference")
+    assert roofline.operations(inference) == 2 * 2 * (3 * 15 * 4 + 2 * 15 * 5)
+    # Backward: the weights' gradients alike; the gradient of x is not needed, that of h for 2 steps.
+    assert roofline.operations(ROW) == 2 * 2 * (2 * 3 * 15 * 4 + 3 * 2 * 15 * 5)
+
+
+def test_operations_of_two_layers_and_directions() -> None:
+    row = replace(ROW, cell="lstm", shape=replace(SHAPE, L=2, bidirectional=True))
+    first, second = 20 * (2 * 3 * 4 + 3 * 2 * 5), 20 * (3 * 3 * 10 + 3 * 2 * 5)
+    assert roofline.operations(row) == 2 * 2 * 2 * (first + second)
+
+
+def test_operations_of_a_loop_start_from_a_given_state() -> None:
+    row = replace(ROW, call="cell", mode="inference")
+    assert roofline.operations(row) == 2 * 2 * (3 * 15 * 4 + 3 * 15 * 5)
+
+
+def test_streamed_bytes_by_hand() -> None:
+    inference = replace(ROW, mode="inference")
+    assert roofline.streamed_bytes(inference) == 4 * (15 * 4 + 2 * 15 * 5)
+    assert roofline.streamed_bytes(ROW) == 4 * (15 * 4 + 4 * 15 * 5)
+    assert roofline.streamed_bytes(replace(inference, call="cell", dtype="float64")) == 8 * (3 * 15 * 4 + 3 * 15 * 5)
+
+
+def test_the_floor_is_the_larger_of_both_times() -> None:
+    narrow = replace(ROW, shape=replace(SHAPE, B=1), mode="inference")
+    assert roofline.floor_seconds(narrow, CEILINGS) == pytest.approx(4 * 210 / 2e9)
+    wide = replace(ROW, shape=replace(SHAPE, B=100), mode="inference")
+    assert roofline.floor_seconds(wide, CEILINGS) == pytest.approx(2 * 100 * 330 / 1e10)
+    assert measured([8e-6], [4e-6], floor=1e-6).fraction_of_floor == pytest.approx(0.25)
+
+
+def test_ceilings_are_measured() -> None:
+    ceilings = roofline.measure_ceilings(torch.float32, threads=1, seconds=0.02)
+    assert ceilings.flops > 1e8
+    assert ceilings.small_bandwidth >= ceilings.large_bandwidth > 1e8
+
+
+# Rows, shapes and options
+
+
+def test_shapes() -> None:
+    assert parse_shape("3,2,4,5,1") == Shape("T3_B2_I4_H5_L1", 3, 2, 4, 5, 1)
+    assert parse_shape("3,2,4,5,2,bi") == Shape("T3_B2_I4_H5_L2_bi", 3, 2, 4, 5, 2, bidirectional=True)
+    names = [shape.name for group in GROUPS.values() for shape in group]
+    assert len(set(names)) == len(names)
+    assert len(cpu_shapes()) == sum(len(GROUPS[group]) for group in CPU_GROUPS) == 21
+
+
+def test_rows_are_all_combinations() -> None:
+    rows = grid.SUITE.rows([SHAPE], ["gru", "rnn"], ["training", "inference"], one_and_all(2), "float64")
+    assert [(row.threads, row.mode, row.cell) for row in rows][:3] == [
+        (1, "inference", "rnn"),
+        (1, "inference", "gru"),
+        (1, "training", "rnn"),
+    ]
+    assert len(rows) == 8
+    assert one_and_all(1) == [1]
+    assert {row.mode for row in memory.SUITE.rows([SHAPE], ["rnn"], ["training", "inference"], [1], "float32")} == {
+        "training"
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--cell gru", "--cell does not apply to --suite examples"),
+        ("--check", "--check does not apply to --suite examples"),
+        ("--threads 1 2", "--suite examples takes one number of threads"),
+        ("--only no_such", "no example is called no_such; there are hello_cell"),
+        ("--suite grid --only no_such", "no row is called no_such; the rows are hello"),
+        ("--suite grid --only hello --shape 1,1,1,1,1", "leave it out with --shape"),
+        ("--suite grid --shape 1,2,3,4", "expected five positive numbers T,B,I,H,L and perhaps ,bi; got 1,2,3,4"),
+        ("--suite grid --shape 1,2,3,0,1", "expected five positive numbers"),
+        ("--suite grid --threads 0", "expected a positive number, got 0"),
+        ("--suite grid --compare tensorflow", "expected a list of torch, onnxruntime, compile; got tensorflow"),
+        ("--suite cells --compare compile", "--compare does not apply to --suite cells"),
+        ("--suite cells --shape 1,2,3,4,2", "a cell has one layer and one direction"),
+        ("--suite memory --mode inference", "--mode does not apply to --suite memory"),
+    ],
+)
+def test_options_that_do_not_fit(arguments: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run.main(arguments.split())
+    assert exit_.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(competitors, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    with pytest.raises(SystemExit, match="onnxruntime is not installed: run pip install onnx onnxruntime"):
+        competitors.require_packages(["onnxruntime"])
+    competitors.require_packages(["compile"])
+
+
+# Runs
+
+
+def csv_lines(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_grid_writes_its_table_and_its_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--suite grid --quick --shape 3,2,4,5,1 --cell gru --threads 1 --output"
+    run.main([*arguments.split(), str(tmp_path)])
+    inference, training = csv_lines(tmp_path / "grid.csv")
+    assert (inference["mode"], training["mode"]) == ("inference", "training")
+    assert inference["row"] == "T3_B2_I4_H5_L1"
+    assert (inference["suite"], inference["cell"], inference["threads"]) == ("grid", "gru", "1")
+    assert (inference["dtype"], inference["torch_version"]) == ("float32", torch.__version__)
+    assert float(training["torch.nn ratio q1"]) <= float(training["torch.nn ratio"])
+    assert 0 < float(training["fraction_of_floor"]) < 1
+    assert int(training["rounds"]) >= 3
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    output = capsys.readouterr().out
+    assert "Geometric means" in output
+    assert max(map(len, output.split("Written:")[0].splitlines())) <= 100
+
+
+def test_check_fails_on_a_row_that_is_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_in_training(row: Row, method: Method) -> Measurement:
+        ours = 2e-3 if row.mode == "training" else 5e-4
+        return measured([1e-3] * 5, [ours] * 5, row)
+
+    monkeypatch.setitem(run.SUITES, "grid", replace(grid.SUITE, measure=slow_in_training))
+    monkeypatch.setattr(run, "measure_ceilings", lambda dtype, threads, seconds: CEILINGS)
+    arguments = ["--suite", "grid", "--only", "hello", "--cell", "gru", "--threads", "1", "--output", str(tmp_path)]
+    run.main(arguments)
+    with pytest.raises(SystemExit, match=r"behind torch\.nn on\nhello, gru, training, 1 thread$"):
+        run.main([*arguments, "--check"])
+    assert [line["behind_torch"] for line in csv_lines(tmp_path / "grid.csv")] == ["False", "True"]
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("call", cells.SUITE.calls)
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_loops_over_cells_compute_the_same(cell: str, call: str, mode: str) -> None:
+    """The measurement itself compares the results."""
+    measurement = cells.measure(Row(SHAPE, call, cell, mode, 1, "float64"), METHOD)
+    assert measurement.ratio(TORCH).median > 0
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_onnxruntime_computes_the_same(cell: str, T: int) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    row = Row(replace(SHAPE, T=T, L=2, bidirectional=True), "module", cell, "inference", 1, "float32")
+    measurement = grid.measure(row, replace(METHOD, competitors=["onnxruntime"]))
+    assert not measurement.notes
+    assert measurement.ratio("onnxruntime").median > 0
+
+
+def test_a_step_takes_at_least_its_output() -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peaks are read from Linux's /proc")
+    shape = Shape("wide", T=64, B=64, I=16, H=128, L=1)
+    output = 4 * shape.T * shape.B * shape.H
+    peak = memory.peak_bytes(FUSED, replace(ROW, shape=shape))
+    assert output < peak < 20 * output
+
+
+# The table and the picture with everything in them
+
+
+@pytest.fixture
+def full() -> list[Measurement]:
+    samples = {TORCH: [2e-4, 3e-4], FUSED: [1e-4, 2e-4], "onnxruntime": [1e-4, 1e-4], "compile": [2e-3, 2e-3]}
+    names = ("shapes_tour_lstm", "hello")
+    shapes = [shape for shape in cpu_shapes() if shape.name in names]
+    rows = grid.SUITE.rows(shapes, ["rnn", "lstm", "gru"], ["inference", "training"], [1, 16], "float32")
+    return [
+        *[Measurement(row, "s", samples, floor=3e-5) for row in rows[:-1]],
+        Measurement(rows[-1], "s", {}, notes={TORCH: "RuntimeError: no", "compile": "TimeoutError: too long"}),
+    ]
+
+
+def test_the_table_fits_100_columns(full: list[Measurement], capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(width=100, color_system=None)
+    report.print_table(full, console)
+    report.print_means(full, "time", console)
+    output = capsys.readouterr().out
+    assert sum("shapes_tour_lstm" in line for line in output.splitlines()) >= 11  # no name is broken
+    assert "torch.nn left out of 1 row (shapes_tour_lstm, gru, training, 16 threads): RuntimeError: no" in output
+    assert "…" not in output
+
+
+def test_the_picture_has_a_panel_for_every_condition_and_competitor(full: list[Measurement], tmp_path: Path) -> None:
+    path = tmp_path / "ratios.png"
+    picture.draw(full, "grid", "time", MACHINE, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
