@@ -26,10 +26,13 @@ struct LayerShape {
   const int64_t* row_offsets;  // [T] rows before step t; null with batch_sizes
 
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
+  bool chains_h(bool saves_h) const { return saves_h && !batch_sizes; }
   int64_t row(int64_t t) const { return row_offsets ? row_offsets[t] : t * B; }
 };
 
 // What forward keeps for backward, one row per (t, b), `stride` apart. All null in inference.
+// Where a cell keeps h' itself and every step has B rows, `gates` is `h_prev` moved by one step: one buffer of N + B
+// rows.
 struct Reserve {
   void* gates;     // [N, kSaved * H] what the cell saves
   void* h_prev;    // [N, P] h as the step consumed it

@@ -22,13 +22,14 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
     def _usual_step(self, cell: str, input: Any, h0: Any = None, c0: Any = None) -> tuple[Tensor, Tensor] | None:
         """h' and c' of batched plain tensors, checked by the operator alone; None if this is not that usual call."""
         weights = [self._parameters.get(name) for name in _WEIGHTS]
-        for t in (input, *weights[:2]):
-            if type(t) not in ops.PLAIN_TYPES or t.dim() != 2:
-                return None
-        for t in (h0, c0, *weights[2:]):
-            if t is not None and type(t) not in ops.PLAIN_TYPES:
-                return None
-        if ops.watched() or (weights[2] is None and self.bias):
+        w_ih, w_hh, b_ih, b_hh = weights
+        if (
+            ops.watched()
+            or not (ops.plain(input, 2) and input.dtype in ops.DTYPES and ops.plain(w_ih, 2) and ops.plain(w_hh, 2))
+            or (self.bias and not (ops.plain(b_ih, 1) and ops.plain(b_hh, 1)))
+            or (h0 is not None and not ops.plain(h0, 2))
+            or (c0 is not None and not ops.plain(c0, 2))
+        ):
             return None
         try:
             return ops.step(cell, input, h0, c0, *weights)
@@ -100,7 +101,8 @@ class LSTMCell(FusedCellBase, torch.nn.LSTMCell):
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Tensor, Tensor]:
         """input ``(B, input_size)`` or ``(input_size)``, hx a pair (h, c) alike of hidden_size; returns (h', c')."""
-        if hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+        pair = isinstance(hx, (tuple, list)) and len(hx) == 2 and hx[0] is not None and hx[1] is not None
+        if not (pair or hx is None):
             return super().forward(input, hx)
         states = () if hx is None else tuple(hx)
         result = self._usual_step("lstm", input, *states) or self._step("lstm", input, states)

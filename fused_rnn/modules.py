@@ -93,13 +93,13 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
 
     def _usual(self, input: Any, dim: int, hx: Any) -> bool:
         """Whether this is the usual call, where every check that is left is made by the operators."""
-        if ops.watched() or type(input) not in ops.PLAIN_TYPES or input.dim() != dim or not self._usual_weights():
+        if ops.watched() or not ops.plain(input, dim) or input.dtype not in ops.DTYPES or not self._usual_weights():
             return False
         if hx is None:
             return True
         rows = self.num_layers * (2 if self.bidirectional else 1)
         for state in self._given_states(hx) or (None,):
-            if type(state) not in ops.PLAIN_TYPES or state.dim() != 3 or state.size(0) != rows:
+            if not ops.plain(state, 3) or state.size(0) != rows:
                 return False
         return True
 
@@ -118,10 +118,10 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         )
 
     def _usual_weights(self) -> bool:
-        """Whether the flat weights are up to date and plain."""
+        """Whether the flat weights are up to date, plain, and on the CPU."""
         parameters, plain = self._parameters, ops.PLAIN_TYPES
         for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=False):
-            if parameters.get(name) is not weight or type(weight) not in plain:
+            if parameters.get(name) is not weight or type(weight) not in plain or not weight.is_cpu:
                 return False
         return self._checks_are_torchs and type(self.bidirectional) is bool
 

@@ -22,7 +22,7 @@ _NUMBER = {cell: number for number, cell in enumerate(reference.GATES)}  # how t
 _NAMES = list(_NUMBER)
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
-_DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NO_WEIGHTS = (None,) * 5
 
 
@@ -79,6 +79,11 @@ def runs_eagerly(function: Callable) -> Callable:
     return function
 
 
+def plain(tensor: Any, dim: int) -> bool:
+    """Whether this is a tensor of so many dimensions on the CPU, and no subclass of torch's."""
+    return type(tensor) in PLAIN_TYPES and tensor.dim() == dim and tensor.is_cpu
+
+
 def fusible(x: Any, *others: Any) -> bool:
     """Whether the kernels may compute with these; if not, torch does.
 
@@ -88,7 +93,7 @@ def fusible(x: Any, *others: Any) -> bool:
     if type(x) not in PLAIN_TYPES or watched():
         return False
     dtype = x.dtype
-    if dtype not in _DTYPES or x.is_nested:
+    if dtype not in DTYPES or x.is_nested:
         return False
     for t in (x, *others):
         if t is not None and (
@@ -265,7 +270,9 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     y = x.new_empty((*x.shape[:-1], D * P))
     h_n = x.new_empty((0,) if is_step else (*state, P))
     c_n = x.new_empty((*state, H) if cell == "lstm" else (0,))
-    reserve = x.new_empty((D if train else 0, rows, _reserve_width(cell, H, P, w_hr)))
+    reserve = x.new_empty((D if train else 0, *_reserve_shape(cell, H, P, rows, batch, w_hr, batch_sizes)))
+    if x.dtype in (torch.bfloat16, torch.float16):
+        reserve = reserve.float()
     return y, h_n, c_n, reserve
 
 
@@ -316,6 +323,10 @@ def _batch_and_rows(x: Tensor, state: Tensor | None, batch_sizes: Tensor | None)
     return x.size(1), x.size(0) * x.size(1)
 
 
-def _reserve_width(cell: str, H: int, P: int, w_hr: Tensor | None) -> int:
+def _reserve_shape(  # type: ignore[no-untyped-def]
+    cell: str, H: int, P: int, rows, batch, w_hr: Tensor | None, batch_sizes: Tensor | None
+) -> tuple[Any, int]:
+    if reference.GATES[cell] == 1 and batch_sizes is None:
+        return rows + batch, H
     saved = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4}[cell]
-    return saved * H + P + (H if cell == "lstm" else 0) + (H if w_hr is not None else 0)
+    return rows, saved * H + P + (H if cell == "lstm" else 0) + (H if w_hr is not None else 0)

@@ -272,8 +272,6 @@ def test_x01_checks_are_torchs_own(key):
 
 
 UNSUPPORTED = {
-    "half": (torch.float16, nullcontext),
-    "bfloat16": (torch.bfloat16, nullcontext),
     "complex": (torch.complex64, nullcontext),
     "autocast": (torch.float32, lambda: torch.autocast("cpu", torch.bfloat16)),
     "function_mode": (torch.float32, FunctionLog),

@@ -19,16 +19,16 @@ namespace {
 struct CellInfo {
   CellKind kind;
   int64_t gates, saved, grads;
-  bool has_c, uses_h;
+  bool has_c, saves_h;
 };
 
 // `cell` is a place in the list of cells, which costs an operator call less than a name.
 CellInfo cell_info(int64_t cell) {
   switch (cell) {
-#define FUSED_RNN_INFO(kind, policy, label)                                                       \
-  case static_cast<int64_t>(CellKind::kind): {                                                    \
-    using Cell = policy;                                                                          \
-    return {CellKind::kind, Cell::kGates, Cell::kSaved, Cell::kGrads, Cell::kHasC, Cell::kUsesH}; \
+#define FUSED_RNN_INFO(kind, policy, label)                                                        \
+  case static_cast<int64_t>(CellKind::kind): {                                                     \
+    using Cell = policy;                                                                           \
+    return {CellKind::kind, Cell::kGates, Cell::kSaved, Cell::kGrads, Cell::kHasC, Cell::kSavesH}; \
   }
     FUSED_RNN_CELLS(FUSED_RNN_INFO)
 #undef FUSED_RNN_INFO
@@ -52,15 +52,17 @@ class Layer {
   CellInfo cell;
   LayerShape shape{};
   bool step = false;  // x is [B, I], states [B, ...]: one time step, no time dimension in the results
-  ScalarType dtype = ScalarType::Float;
+  ScalarType stored = ScalarType::Float;  // dtype of x and of all that comes in or goes out
+  ScalarType dtype = ScalarType::Float;   // that the kernels compute in: 16-bit tensors are widened for them
   OptionalTensor batch_sizes;
   std::vector<int64_t> row_offsets;
 
   // x: [T, B, I]; [N, I] with batch_sizes; [B, I] for a single step. w_hh: [G*H, P].
   Layer(int64_t kind, torch::headeronly::IntHeaderOnlyArrayRef x, ScalarType type, const Tensor& w_hh,
         const OptionalTensor& w_hr, bool two_directions, const OptionalTensor& sizes)
-      : cell(cell_info(kind)), dtype(type) {
-    FUSED_RNN_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "x must be float32 or float64");
+      : cell(cell_info(kind)), stored(type), dtype(type == ScalarType::Double ? type : ScalarType::Float) {
+    FUSED_RNN_CHECK(stored == dtype || stored == ScalarType::BFloat16 || stored == ScalarType::Half,
+                    "x must be float32, float64, bfloat16 or float16");
     FUSED_RNN_CHECK(w_hh.dim() == 2, "w_hh must have 2 dimensions, got ", w_hh.dim());
     FUSED_RNN_CHECK(w_hh.size(0) % cell.gates == 0, "w_hh must have a multiple of ", cell.gates, " rows, got ",
                     w_hh.size(0));
@@ -89,14 +91,21 @@ class Layer {
     FUSED_RNN_CHECK(shape.T > 0, "Expected sequence length to be larger than 0 in RNN");
   }
 
+  bool chains_h() const { return shape.chains_h(cell.saves_h); }
+  int64_t reserve_rows() const { return chains_h() ? shape.N + shape.B : shape.N; }
   int64_t reserve_width() const {
+    if (chains_h()) return shape.H;
     return cell.saved * shape.H + shape.P + (cell.has_c ? shape.H : 0) + (shape.projected ? shape.H : 0);
   }
 
-  // Where forward in training keeps a direction's values: [D, N, reserve_width()].
+  // Where forward in training keeps a direction's values: [D, reserve_rows(), reserve_width()].
   Reserve reserve(void* base, int64_t direction) const {
     const int64_t width = reserve_width();
-    char* at = static_cast<char*>(base) + direction * shape.N * width * element();
+    char* at = static_cast<char*>(base) + direction * reserve_rows() * width * element();
+    if (chains_h()) {
+      char* next = at + shape.B * width * element();
+      return direction == 0 ? Reserve{next, at, nullptr, nullptr, width} : Reserve{at, next, nullptr, nullptr, width};
+    }
     const int64_t after_gates = cell.saved * shape.H, after_h = after_gates + shape.P;
     Reserve r{at, at + after_gates * element(), nullptr, nullptr, width};
     if (cell.has_c) r.c_prev = at + after_h * element();
@@ -109,23 +118,26 @@ class Layer {
     return static_cast<char*>(tensor.data_ptr()) + elements * element();
   }
 
+  // What the kernels read: contiguous, in their dtype.
+  Tensor readable(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
+    return converted(checked(tensor, name, sizes, stored), dtype);
+  }
+  OptionalTensor readable(const OptionalTensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
+    if (!tensor) return std::nullopt;
+    return readable(*tensor, name, sizes);
+  }
+
   Weights checked_weights(const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
                           const OptionalTensor& b_hh, const OptionalTensor& w_hr) const {
     const int64_t rows = cell.gates * shape.H;
     FUSED_RNN_CHECK(w_hr.has_value() == shape.projected, "both directions need w_hr, or neither");
-    return {checked(w_ih, "w_ih", {rows, shape.I}, dtype), checked(w_hh, "w_hh", {rows, shape.P}, dtype),
-            checked(b_ih, "b_ih", {rows}, dtype), checked(b_hh, "b_hh", {rows}, dtype),
-            checked(w_hr, "w_hr", {shape.P, shape.H}, dtype)};
+    return {readable(w_ih, "w_ih", {rows, shape.I}), readable(w_hh, "w_hh", {rows, shape.P}),
+            readable(b_ih, "b_ih", {rows}), readable(b_hh, "b_hh", {rows}), readable(w_hr, "w_hr", {shape.P, shape.H})};
   }
 
   // [D, B, width], or [B, width] of a single step.
-  Tensor checked_state(const Tensor& state, const char* name, int64_t width) const {
-    return step ? checked(state, name, {shape.B, width}, dtype)
-                : checked(state, name, {shape.directions, shape.B, width}, dtype);
-  }
   OptionalTensor checked_state(const OptionalTensor& state, const char* name, int64_t width) const {
-    if (!state) return std::nullopt;
-    return checked_state(*state, name, width);
+    return step ? readable(state, name, {shape.B, width}) : readable(state, name, {shape.directions, shape.B, width});
   }
   Tensor new_state(int64_t width) const {
     return step ? empty({shape.B, width}, dtype) : empty({shape.directions, shape.B, width}, dtype);
@@ -150,9 +162,9 @@ class Layer {
     return shape.batch_sizes ? empty({shape.N, width}, dtype) : empty({shape.T, shape.B, width}, dtype);
   }
   Tensor checked_sequence(const Tensor& sequence, const char* name, int64_t width) const {
-    if (step) return checked(sequence, name, {shape.B, width}, dtype);
-    return shape.batch_sizes ? checked(sequence, name, {shape.N, width}, dtype)
-                             : checked(sequence, name, {shape.T, shape.B, width}, dtype);
+    if (step) return readable(sequence, name, {shape.B, width});
+    return shape.batch_sizes ? readable(sequence, name, {shape.N, width})
+                             : readable(sequence, name, {shape.T, shape.B, width});
   }
 
  private:
@@ -203,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, 
   const Tensor y = layer.new_sequence(D * s.P);
   const Tensor h_n = layer.step ? empty({0}, layer.dtype) : layer.new_state(s.P);
   const Tensor c_n = layer.first_c(c0);
-  const Tensor reserve = empty({train ? D : 0, s.N, layer.reserve_width()}, layer.dtype);
+  const Tensor reserve = empty({train ? D : 0, layer.reserve_rows(), layer.reserve_width()}, layer.dtype);
   const int64_t workspace = whole_lines(cpu::kernels().forward_workspace(s));
   const Scratch scratch(D * workspace * layer.element());
 
@@ -228,7 +240,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, 
     }
     cpu::forward(params, threads());
   }
-  return {y, h_n, c_n, reserve};
+  const ScalarType out = layer.stored;
+  return {converted(y, out), converted(h_n, out), converted(c_n, out), reserve};
 }
 
 // One step in inference: h and c of [B, ...]. forward's T == 1, short of all that a step has no need of.
@@ -259,7 +272,7 @@ std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, 
     p.workspace = scratch.data();
     cpu::forward(params, threads());
   }
-  return {h, c};
+  return {converted(h, layer.stored), converted(c, layer.stored)};
 }
 
 using Gradients =
@@ -280,7 +293,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   dh_n = layer.checked_state(dh_n, "dh_n", s.P);
   FUSED_RNN_CHECK(layer.cell.has_c || !dc_n, "only the LSTM has dc_n");
   dc_n = layer.checked_state(dc_n, "dc_n", s.H);
-  reserve = checked(reserve, "reserve", {D, s.N, layer.reserve_width()}, layer.dtype);
+  reserve = checked(reserve, "reserve", {D, layer.reserve_rows(), layer.reserve_width()}, layer.dtype);
   std::vector<Weights> weights{layer.checked_weights(w_ih, w_hh, std::nullopt, std::nullopt, w_hr)};
   if (D == 2) {
     weights.push_back(layer.checked_weights(*w_ih_reverse, *w_hh_reverse, std::nullopt, std::nullopt, w_hr_reverse));
@@ -341,8 +354,12 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   }
   cpu::backward(params, threads(), workers);
   const auto& [w, r] = dw;
-  return {dx,     dh0,   need_dstate ? dc : none(), w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr, r.w_ih, r.w_hh, r.b_ih,
-          r.b_hh, r.w_hr};
+  const auto out = [&](const Tensor& t) { return converted(t, layer.stored); };
+  return {out(dx),     out(dh0),    out(need_dstate ? dc : none()),
+          out(w.w_ih), out(w.w_hh), out(w.b_ih),
+          out(w.b_hh), out(w.w_hr), out(r.w_ih),
+          out(r.w_hh), out(r.b_ih), out(r.b_hh),
+          out(r.w_hr)};
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ std::string shape_text(const Sizes& sizes) {
   return text.str();
 }
 
-// `tensor`, contiguous, after checking that a kernel may read it as [sizes] of x's dtype.
+// `tensor`, contiguous, after checking that it has these sizes and x's dtype.
 inline Tensor checked(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   FUSED_RNN_CHECK(tensor.is_cpu(), name, " must be on the CPU");
   FUSED_RNN_CHECK(tensor.scalar_type() == dtype, name, " must have the dtype of x");
@@ -70,22 +70,41 @@ inline OptionalTensor checked(const OptionalTensor& tensor, const char* name, st
 inline const void* data(const Tensor& tensor) { return tensor.data_ptr(); }
 inline const void* data(const OptionalTensor& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
 
+inline int32_t type_number(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    default:
+      return aoti_torch_dtype_float32();
+  }
+}
+
 // Straight through the C shim: torch::stable::empty boxes its arguments.
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   int64_t strides[3];
   int64_t stride = 1;
   for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
     strides[i] = stride;
-    const int64_t size = sizes.begin()[i];
+    const int64_t size = sizes[i];
     FUSED_RNN_CHECK(size >= 0 && !__builtin_mul_overflow(stride, size > 1 ? size : 1, &stride), "a buffer of shape ",
                     shape_text(sizes), " is too large");
   }
-  const int32_t type = dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
   AtenTensorHandle handle;
-  const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                                                        type, aoti_torch_device_type_cpu(), 0, &handle);
+  const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+                                                        type_number(dtype), aoti_torch_device_type_cpu(), 0, &handle);
   FUSED_RNN_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for a buffer of shape ", shape_text(sizes));
   return Tensor(handle);
+}
+
+inline Tensor converted(const Tensor& tensor, ScalarType dtype) {
+  if (tensor.scalar_type() == dtype) return tensor;
+  Tensor out = empty(tensor.sizes(), dtype);
+  torch::stable::copy_(out, tensor);
+  return out;
 }
 
 // Memory for the length of one call: on the stack if it is little, which spares small layers an allocation.

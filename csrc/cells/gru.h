@@ -20,6 +20,7 @@ struct GruCell {
   static constexpr int kHiddenGrads = 1;
   static constexpr bool kHasC = false;
   static constexpr bool kUsesH = true;
+  static constexpr bool kSavesH = false;
 
   template <class V>
   static FUSED_RNN_INLINE void forward(const V (&x)[3], const V (&r_)[3], const V& h_prev, V&, V (&saved)[4], V& h) {

@@ -17,6 +17,7 @@ struct LstmCell {
   static constexpr int kHiddenGrads = 0;
   static constexpr bool kHasC = true;
   static constexpr bool kUsesH = false;
+  static constexpr bool kSavesH = false;
 
   template <class V>
   static FUSED_RNN_INLINE void forward(const V (&x)[4], const V (&r)[4], const V&, V& c, V (&saved)[4], V& h) {

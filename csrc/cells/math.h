@@ -1,8 +1,9 @@
-// sigmoid and tanh for any lane type V: a SIMD vector, a float or a double; at most 2.5 ulp from the exact value.
+// sigmoid and tanh for any lane type V: a SIMD vector, a float or a double; at most 2 ulp from the exact value.
 //
 // Both come from one exponential, e^t = 2^n (1 + p) with n = round(t / ln 2): a polynomial of
 // |r| <= ln(2) / 2, no table, no branch, so a vector costs what a scalar costs. Keeping p apart from the 1 is what
-// lets tanh be exact for small arguments. NaN stays NaN, +-inf saturate; a subnormal sigmoid is 0, as torch's.
+// lets tanh be exact for small arguments; what a sum with 1 or 2 rounds off is added later. NaN stays NaN, +-inf
+// saturate; a subnormal sigmoid is 0, as torch's.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,8 @@ struct Ieee<float> {
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   static constexpr float kExpLimit = 88.0f;  // |t| up to which 2^n neither overflows nor counts
-  static constexpr int kTerms = 8;           // Taylor terms of e^r - 1: the next is far below an ulp
+  // (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2, as a polynomial: minimax, 2^-30 off.
+  static constexpr float kExp[] = {0.5f, 0.16666666f, 0.04166636f, 0.0083333924f, 0.0013940848f, 0.00019843827f};
 };
 template <>
 struct Ieee<double> {
@@ -46,7 +48,9 @@ struct Ieee<double> {
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kExpLimit = 709.0;
-  static constexpr int kTerms = 13;
+  static constexpr double kExp[] = {1.0 / 2,       1.0 / 6,         1.0 / 24,        1.0 / 120,
+                                    1.0 / 720,     1.0 / 5040,      1.0 / 40320,     1.0 / 362880,
+                                    1.0 / 3628800, 1.0 / 39916800., 1.0 / 479001600, 1.0 / 6227020800};  // Taylor
 };
 
 template <class To, class From>
@@ -57,8 +61,6 @@ FUSED_RNN_INLINE To bits(const From& from) {
   return to;
 }
 
-constexpr double factorial(int n) { return n < 2 ? 1.0 : n * factorial(n - 1); }
-
 // e^t = 2^n (1 + p). `n` comes as the bits of 1.5 * 2^mantissa + n.
 template <class V>
 struct Exponential {
@@ -66,14 +68,13 @@ struct Exponential {
   V p;
 };
 
-template <int kTerm, class V>
-FUSED_RNN_INLINE V taylor(const V& r) {  // sum over k >= kTerm of r^(k - kTerm) / k!
-  using T = typename Lane<V>::Scalar;
-  constexpr T coefficient = T(1.0 / factorial(kTerm));
-  if constexpr (kTerm == Ieee<T>::kTerms) {
-    return V{} + coefficient;
+template <int kTerm = 0, class V>
+FUSED_RNN_INLINE V exp_polynomial(const V& r) {  // kExp from term kTerm on
+  using F = Ieee<typename Lane<V>::Scalar>;
+  if constexpr (kTerm + 1 == sizeof(F::kExp) / sizeof(F::kExp[0])) {
+    return V{} + F::kExp[kTerm];
   } else {
-    return taylor<kTerm + 1>(r) * r + coefficient;
+    return exp_polynomial<kTerm + 1>(r) * r + F::kExp[kTerm];
   }
 }
 
@@ -84,7 +85,7 @@ FUSED_RNN_INLINE Exponential<V> exponential(const V& t) {
   const V shifted = t * T(1.4426950408889634) + F::kRound;
   const V n = shifted - F::kRound;
   const V r = (t - n * F::kLn2High) - n * F::kLn2Low;
-  return {bits<typename Lane<V>::Int>(shifted), r + (r * r) * taylor<2>(r)};
+  return {bits<typename Lane<V>::Int>(shifted), r + (r * r) * exp_polynomial(r)};
 }
 
 template <class V, class I>
@@ -93,19 +94,23 @@ FUSED_RNN_INLINE V power_of_two(const I& n) {  // n as in Exponential; the const
   return bits<V>((n << F::kMantissa) + F::kOne);
 }
 
+// The larger and the smaller of a and b; b if one of them is NaN, as x86's instructions have it.
 template <class V>
-FUSED_RNN_INLINE V clamp(const V& x, typename Lane<V>::Scalar lowest, typename Lane<V>::Scalar highest) {
-  const V y = x < lowest ? V{} + lowest : x;  // NaN fails both comparisons and stays
-  return y > highest ? V{} + highest : y;
-}
+struct Extremes {
+  static FUSED_RNN_INLINE V larger(const V& a, const V& b) { return a > b ? a : b; }
+  static FUSED_RNN_INLINE V smaller(const V& a, const V& b) { return a < b ? a : b; }
+};
 
 template <class V>
 FUSED_RNN_INLINE V sigmoid(const V& x) {
   using T = typename Lane<V>::Scalar;
   constexpr T kLimit = Ieee<T>::kExpLimit;
-  const Exponential<V> e = exponential(clamp(-x, -kLimit, kLimit));
+  const V t = Extremes<V>::smaller(V{} + kLimit, Extremes<V>::larger(V{} - kLimit, -x));
+  const Exponential<V> e = exponential(t);
   const V scale = power_of_two<V>(e.n);
-  const V one_plus_exp = scale * e.p + (scale + T(1));
+  const V rounded = scale + T(1);
+  const V lost = (scale - rounded) + T(1);  // not 0 where 2^n has no bit left for the 1
+  const V one_plus_exp = (scale * e.p + lost) + rounded;
   return x < -kLimit ? V{} : T(1) / one_plus_exp;
 }
 
@@ -115,10 +120,15 @@ FUSED_RNN_INLINE V tanh(const V& x) {
   using I = typename Lane<V>::Int;
   using F = Ieee<T>;
   const V magnitude = bits<V>(bits<I>(x) & ~F::kSign);
-  const Exponential<V> e = exponential(clamp(magnitude * T(2), T(0), T(40)));  // |tanh| rounds to 1 long before 20
+  const V t = Extremes<V>::smaller(V{} + T(40), magnitude * T(2));  // |tanh| rounds to 1 long before 20
+  const Exponential<V> e = exponential(t);
   const V scale = power_of_two<V>(e.n);
   const V expm1 = scale * e.p + (scale - T(1));
-  const V y = expm1 / (expm1 + T(2));
+  const V rounded = expm1 + T(2);
+  const V lost = expm1 - (rounded - T(2));  // as long as expm1 < 2^23; beyond, there is nothing to correct
+  const V quotient = expm1 / rounded;
+  const V inverse = Extremes<V>::larger(V{}, T(0.5) - T(0.6) * quotient);  // about 1 / rounded where that counts
+  const V y = quotient - (quotient * lost) * inverse;
   return bits<V>(bits<I>(y) | (bits<I>(x) & F::kSign));
 }
 

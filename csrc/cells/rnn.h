@@ -37,6 +37,7 @@ struct RnnCell {
   static constexpr int kHiddenGrads = 0;  // first gradient block that belongs to W_hh h
   static constexpr bool kHasC = false;    // a second state c
   static constexpr bool kUsesH = false;   // h enters other than through W_hh h
+  static constexpr bool kSavesH = true;   // what is kept is h' itself
 
   template <class V>
   static FUSED_RNN_INLINE void forward(const V (&x)[1], const V (&r)[1], const V&, V&, V (&saved)[1], V& h) {

@@ -2,8 +2,8 @@
 #include "dispatch.h"
 
 #include <omp.h>
+#include <pthread.h>
 #include <sched.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -62,16 +62,13 @@ const Kernels& choose() {
 
 // OpenMP's threads do not survive a fork, and waiting for them would hang: in a child process the kernels use one.
 // (torch's BLAS waits for them nevertheless unless torch.set_num_threads(1) is called, as data-loader workers do.)
-bool forked() {
-  static const pid_t loaded_in = getpid();
-  return getpid() != loaded_in;
-}
-const bool pid_recorded = forked();
+bool forked = false;
+const int fork_watched = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 // Runs work(direction, worker) for every direction and worker of the plan.
 template <class Work>
 void run(const LayerShape& shape, int64_t threads, const Work& work) {
-  if (omp_in_parallel() || forked()) threads = 1;
+  if (omp_in_parallel() || forked) threads = 1;
   const Plan wanted = plan(shape, threads);
   if (wanted.teams * wanted.workers == 1) {
     for (int64_t d = 0; d < shape.directions; ++d) work(d, Worker{0, 1, false, nullptr});
@@ -128,7 +125,7 @@ void forward(const ForwardParams& params, int64_t threads) {
 }
 
 int64_t gradient_workers(const LayerShape& shape, int64_t threads) {
-  if (omp_in_parallel() || forked()) return 1;
+  if (omp_in_parallel() || forked) return 1;
   // A product is worth a parallel region, and each thread a part that is worth packing for.
   const double work = double(shape.N) * double(shape.H) * double(shape.I + shape.P) * double(shape.directions);
   return std::max<int64_t>(1, std::min<int64_t>(threads, int64_t(work / 1e5)));

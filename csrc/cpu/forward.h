@@ -191,7 +191,7 @@ class Forward {
     const int64_t row_end = least(row_end_, rows_);
     const int64_t blocks = ceil_div(s_.H, kBlock);
     cover<C>(row_begin_, row_end, first(blocks), last(blocks), narrow_end(), [&](const Part& part) { gates(part); });
-    if (d_.reserve.h_prev) keep_h_prev(row_end);
+    if (s_.train && !(s_.chains_h(Cell::kSavesH) && carried_ > 0)) keep_h_prev(row_end);
     if (s_.projected) {
       if (worker_.splits_units) worker_.wait();
       const int64_t outputs = ceil_div(s_.P, kProjectionBlock);

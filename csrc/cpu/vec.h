@@ -103,6 +103,30 @@ FUSED_RNN_INLINE void store(T* p, const Vec<T>& v, int64_t n) {
   }
 }
 
+}  // namespace FUSED_RNN_ISA
+
+#if FUSED_RNN_VEC_BYTES >= 32
+namespace math {
+#define FUSED_RNN_EXTREMES(T, prefix, suffix)                                              \
+  template <>                                                                              \
+  struct Extremes<FUSED_RNN_ISA::Vec<T> > {                                                \
+    using V = FUSED_RNN_ISA::Vec<T>;                                                       \
+    static FUSED_RNN_INLINE V larger(V a, V b) { return (V)prefix##_max_##suffix(a, b); }  \
+    static FUSED_RNN_INLINE V smaller(V a, V b) { return (V)prefix##_min_##suffix(a, b); } \
+  };
+#if FUSED_RNN_VEC_BYTES == 64
+FUSED_RNN_EXTREMES(float, _mm512, ps)
+FUSED_RNN_EXTREMES(double, _mm512, pd)
+#else
+FUSED_RNN_EXTREMES(float, _mm256, ps)
+FUSED_RNN_EXTREMES(double, _mm256, pd)
+#endif
+#undef FUSED_RNN_EXTREMES
+}  // namespace math
+#endif
+
+namespace FUSED_RNN_ISA {
+
 // a[offset], b[offset], a[offset + 1], b[offset + 1], ...
 template <int offset, class T>
 FUSED_RNN_INLINE Vec<T> interleave(const Vec<T>& a, const Vec<T>& b) {
