@@ -41,7 +41,7 @@ def stack(
         y ``[T, B, D*P]`` (or ``[N, D*P]``), h_n ``[L*D, B, P]`` and for the LSTM c_n ``[L*D, B, H]``.
     """
     D = 2 if bidirectional else 1
-    h0, c0 = (*states, None)[:2]
+    h0, c0 = (_by_layer(state, num_layers) for state in (*states, None)[:2])
     count = len(weights) // (num_layers * D)  # of a direction
     h_n, c_n = [], []
     for index in range(num_layers):
@@ -51,9 +51,7 @@ def stack(
         of_layer = _five(weights[start : start + count], has_biases)
         if bidirectional:
             of_layer += _five(weights[start + count : start + 2 * count], has_biases)
-        x, h, c = layer(
-            cell, x, _of_layer(h0, index, num_layers), _of_layer(c0, index, num_layers), of_layer, batch_sizes
-        )
+        x, h, c = layer(cell, x, h0[index], c0[index], of_layer, batch_sizes)
         h_n.append(h)
         c_n.append(c)
     return (x, _join(h_n), _join(c_n)) if cell == "lstm" else (x, _join(h_n))
@@ -66,11 +64,9 @@ def _five(weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor | None, .
     return tuple(weights) if len(weights) == 5 else (*weights, None)
 
 
-def _of_layer(state: Tensor | None, index: int, num_layers: int) -> Tensor | None:
-    if state is None or num_layers == 1:
-        return state
-    D = state.size(0) // num_layers
-    return state.narrow(0, index * D, D)
+def _by_layer(state: Tensor | None, num_layers: int) -> Sequence[Tensor | None]:
+    """``[D, B, ...]`` of every layer."""
+    return (state,) * num_layers if state is None or num_layers == 1 else state.chunk(num_layers)
 
 
 def _join(states: list[Tensor]) -> Tensor:

@@ -32,7 +32,7 @@ class Backward {
   Backward(const LayerShape& shape, const BackwardDirection& direction, bool reverse, const cpu::Worker& worker)
       : s_(shape),
         d_(direction),
-        packed_(shape.N >= kRowsWorthPacking),
+        packed_(shape.N >= kRowsWorthPacking && shape.B > 1),
         reverse_(reverse),
         worker_(worker),
         row_begin_(worker.splits_units ? 0 : worker.begin(shape.B)),
@@ -151,7 +151,7 @@ class Backward {
       for (int r = 0; r < part.rows; ++r) rows[r] = next_dgates(part.row + r);
       add_product(sums, part, rows, recurrent_, d_.w_hh, gates(), s_.P);
     }
-    each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) {
+    each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) FUSED_RNN_INLINED {
       const int64_t b = part.row_of(slot), unit = units.unit, n = units.count;
       Vec<T> dh = sums[slot][u];
       if (const T* more = beside(b)) dh += load(more + unit, n);

@@ -2,7 +2,8 @@
 //
 // A step multiplies x and the previous h by the packed weights and runs the cell on the sums while they are in the
 // first-level cache; h goes to y, where the next step reads it. Small batches multiply x of all steps beforehand, so
-// that its weights are read for more than a few rows at a time; a handful of rows in all takes the weights as they lie.
+// that its weights are read for more than a few rows at a time. A single row per step reads W_hh as it lies, and a
+// handful of rows in all W_ih, too.
 // With a projection the cell's output goes to `hidden` and a second product makes h.
 #pragma once
 
@@ -15,11 +16,13 @@ namespace FUSED_RNN_ISA {
 
 // How forward multiplies by each weight.
 struct ForwardProducts {
-  bool packed;        // weights in panels, not as they lie
-  bool x_beforehand;  // x W_ih^T of all steps before the first
+  bool packed_x, packed_h;  // W_ih, W_hh (and W_hr) in panels, not as they lie
+  bool x_beforehand;        // x W_ih^T of all steps before the first
 
   explicit ForwardProducts(const LayerShape& s)
-      : packed(s.N >= kRowsWorthPacking), x_beforehand(packed && s.T > 1 && s.B < kTileRows<4>) {}
+      : packed_x(s.N >= kRowsWorthPacking),
+        packed_h(packed_x && s.B > 1),
+        x_beforehand(packed_x && s.T > 1 && s.B < kTileRows<4>) {}
 };
 
 // Where the parts of a direction's workspace begin, in elements.
@@ -31,12 +34,11 @@ struct ForwardWorkspace {
     const ForwardProducts products(s);
     const int64_t blocks = ceil_div(s.H, kUnitVectors<Cell::kGates> * kLanes<T>);
     const int64_t columns = Cell::kGates * kUnitVectors<Cell::kGates> * kLanes<T>;
-    const int64_t packed = products.packed ? blocks * columns : 0;
     const int64_t block = kUnitVectors<1> * kLanes<T>;
-    const int64_t outputs = s.projected && products.packed ? ceil_div(s.P, block) * block : 0;
+    const int64_t outputs = s.projected && products.packed_h ? ceil_div(s.P, block) * block : 0;
     recurrent = 0;
-    input = recurrent + packed * s.P;
-    bias = input + packed * s.I;
+    input = recurrent + (products.packed_h ? blocks * columns * s.P : 0);
+    bias = input + (products.packed_x ? blocks * columns * s.I : 0);
     projection = bias + blocks * columns * 2;
     hidden = projection + outputs * s.H;
     zeros = hidden + (s.projected ? s.B * s.H : 0);
@@ -97,14 +99,16 @@ class Forward {
   void pack() {
     const int64_t blocks = ceil_div(s_.H, kBlock);
     for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
-      if (products_.packed) {
+      if (products_.packed_h) {
         pack_rows<T, G>(recurrent_ + b * s_.P * C * kLanes<T>, at(d_.w_hh), s_.H, s_.P, b * kBlock);
+      }
+      if (products_.packed_x) {
         pack_rows<T, G>(input_ + b * s_.I * C * kLanes<T>, at(d_.w_ih), s_.H, s_.I, b * kBlock);
       }
       pack_bias(bias_ + b * 2 * C * kLanes<T>, at(d_.b_ih), b * kBlock);
       pack_bias(bias_ + (b * 2 + 1) * C * kLanes<T>, at(d_.b_hh), b * kBlock);
     }
-    if (s_.projected && products_.packed) {
+    if (s_.projected && products_.packed_h) {
       const int64_t outputs = ceil_div(s_.P, kProjectionBlock);
       for (int64_t b = worker_.begin(outputs); b < worker_.end(outputs); ++b) {
         T* panel = projection_ + b * s_.H * kProjectionBlock;
@@ -128,10 +132,10 @@ class Forward {
 
   // sums += rows x W for a part, with the weights packed or as they lie.
   template <int Gates>
-  void add_product(Sums<T, Gates * kUnitVectors<Gates>>& sums, const Part& part, const T* const* rows, const T* packed,
-                   const void* W, int64_t H, int64_t K) const {
+  void add_product(Sums<T, Gates * kUnitVectors<Gates>>& sums, const Part& part, const T* const* rows, bool is_packed,
+                   const T* packed, const void* W, int64_t H, int64_t K) const {
     constexpr int64_t kVectors = kUnitVectors<Gates>, kColumns = Gates * kVectors;
-    if (products_.packed) {
+    if (is_packed) {
       const int64_t distance = K * kColumns * kLanes<T>;
       const int64_t units = ceil_div(H - part.block * kVectors * kLanes<T>, kLanes<T>);
       const int vectors = Gates > 1 ? kColumns : int(least(units, kVectors));
@@ -153,7 +157,7 @@ class Forward {
       for (int slot = 0; slot < part.slots(); ++slot) {
         for (int c = 0; c < C; ++c) sums[slot][c] = Vec<T>{};
       }
-      add_product<G>(sums, part, rows, input_, d_.w_ih, s_.H, s_.I);
+      add_product<G>(sums, part, rows, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
       each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) {
         T* out = x_product_ + part.row_of(slot) * x_product_stride_ + units.unit;
         for (int g = 0; g < G; ++g) store(out + g * s_.H, sums[slot][g * U + u], units.count);
@@ -234,9 +238,9 @@ class Forward {
       for (int c = 0; c < C; ++c) from_x[slot][c] = load(bias + c * kLanes<T>);
       for (int c = 0; c < C; ++c) from_h[slot][c] = load(bias + (C + c) * kLanes<T>);
     }
-    if (!products_.x_beforehand) add_product<G>(from_x, part, x, input_, d_.w_ih, s_.H, s_.I);
-    if (carried_ > 0 || d_.h0) add_product<G>(from_h, part, h, recurrent_, d_.w_hh, s_.H, s_.P);
-    each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) {
+    if (!products_.x_beforehand) add_product<G>(from_x, part, x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
+    if (carried_ > 0 || d_.h0) add_product<G>(from_h, part, h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P);
+    each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) FUSED_RNN_INLINED {
       const int64_t b = part.row_of(slot);
       Vec<T> input[G], recurrent[G];
       for (int g = 0; g < G; ++g) {
@@ -280,7 +284,7 @@ class Forward {
     for (int slot = 0; slot < part.slots(); ++slot) {
       for (int u = 0; u < UP; ++u) sums[slot][u] = Vec<T>{};
     }
-    add_product<1>(sums, part, rows, projection_, d_.w_hr, s_.P, s_.H);
+    add_product<1>(sums, part, rows, products_.packed_h, projection_, d_.w_hr, s_.P, s_.H);
     each_vector<T, UP>(part, s_.P, [&](int slot, int u, Units units) {
       T* h = at(d_.y) + (s_.row(t_) + part.row_of(slot)) * d_.y_stride;
       store(h + units.unit, sums[slot][u], units.count);

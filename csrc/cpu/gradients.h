@@ -46,17 +46,20 @@ class Products {
   void rows(T* out, const T* a, int64_t a_stride, const T* b, int64_t M, int64_t N, int64_t K, bool accumulate) {
     const Share share(M, N, kBlock, worker_);
     const bool packed = M >= kRowsWorthPacking;
-    for (int64_t block = share.block; block < share.block_end; ++block) {
+    for (int64_t block = share.block; block < share.block_end;) {
       // What is not packed is read as it lies, but for a last block that would end beyond a row.
-      const bool in_place = !packed && (block + 1) * kBlock <= N;
+      const int64_t whole = least(N / kBlock, share.block_end) - block;
+      const bool in_place = !packed && whole > 0;
       if (!in_place) pack_columns(workspace_, b, K, N, N, block * kBlock);
-      const Panel<T> panel = in_place ? Panel<T>{b + block * kBlock, N, 0, U} : own_panel(workspace_, block, N);
+      const Panel<T> panel = in_place ? Panel<T>{b + block * kBlock, N, kBlock, U} : own_panel(workspace_, block, N);
+      const int blocks = in_place && M == 1 && whole >= kRowBlocks<U> ? kRowBlocks<U> : 1;
       for (int64_t row = share.row; row < share.row_end; row += kChunk) {
         const T* from[kChunk];
-        const Part part{row, block, int(least(kChunk, share.row_end - row)), 1};
+        const Part part{row, block, int(least(kChunk, share.row_end - row)), blocks};
         for (int r = 0; r < part.rows; ++r) from[r] = a + (row + r) * a_stride;
         add(out, part, from, panel, K, N, accumulate);
       }
+      block += blocks;
     }
   }
 
@@ -64,6 +67,7 @@ class Products {
   void transposed(T* out, const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t M, int64_t N, int64_t K) {
     const Share share(M, N, kBlock, worker_);
     if (share.row == share.row_end) return;
+    if (K < kRowsWorthPacking) return add_outer_products(out, a, a_stride, b, b_stride, share, N, K);
     const int64_t depth = least(K, kDepth);
     T* panels = workspace_ + kChunk * depth;
     for (int64_t k = 0; k < K || k == 0; k += kDepth) {
@@ -90,6 +94,20 @@ class Products {
   static constexpr int U = kUnitVectors<1>;
   static constexpr int64_t kBlock = U * kLanes<T>;
 
+  // A few rows: nothing to gain from packing, and the result is all there is to write.
+  static void add_outer_products(T* out, const T* a, int64_t a_stride, const T* b, int64_t b_stride, const Share& share,
+                                 int64_t N, int64_t K) {
+    const int64_t end = least(share.block_end * kBlock, N);
+    for (int64_t m = share.row; m < share.row_end; ++m) {
+      for (int64_t n = share.block * kBlock; n < end; n += kLanes<T>) {
+        const int64_t count = least(end - n, kLanes<T>);
+        Vec<T> sum{};
+        for (int64_t k = 0; k < K; ++k) sum += a[k * a_stride + m] * load(b + k * b_stride + n, count);
+        store(out + m * N + n, sum, count);
+      }
+    }
+  }
+
   static Panel<T> own_panel(const T* data, int64_t block, int64_t N) {
     return {data, kBlock, 0, int(least(ceil_div(N - block * kBlock, kLanes<T>), U))};
   }
@@ -97,8 +115,8 @@ class Products {
   static void add(T* out, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K, int64_t N,
                   bool accumulate) {
     Sums<T, U> sums;
-    for (int r = 0; r < part.rows; ++r) {
-      for (int u = 0; u < U; ++u) sums[r][u] = Vec<T>{};
+    for (int slot = 0; slot < part.slots(); ++slot) {
+      for (int u = 0; u < U; ++u) sums[slot][u] = Vec<T>{};
     }
     multiply<T, U>(sums, part, rows, panel, K);
     each_vector<T, U>(part, N, [&](int slot, int u, Units units) {

@@ -20,9 +20,10 @@ constexpr int kUnitVectors = G > 1                              ? 1
 // would not fit the scalar ones.
 template <int C>
 constexpr int kTileRows = FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C < 8 ? FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C : 8;
-// Column blocks that a single row takes at once: 8 independent sums hide the latency of a multiply-add.
+// Column blocks that a single row takes at once: many sums hide the latency of a multiply-add, and long runs of weights
+// are read as they come.
 template <int C>
-constexpr int kRowBlocks = C >= 8 ? 1 : 8 / C;
+constexpr int kRowBlocks = FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C;
 // Rows between two visits of the same part of a panel, and how many k such a part has: what fits a second-level cache.
 constexpr int kChunk = 24;
 constexpr int64_t kDepth = 1024;
@@ -168,6 +169,9 @@ struct Units {
   int64_t unit, count;
 };
 
+// For a lambda whose constants are to stay in registers from one vector to the next.
+#define FUSED_RNN_INLINED __attribute__((always_inline))
+
 // Calls f(slot, u, units) for each of a part's vectors of up to `limit` units, U vectors a block.
 template <class T, int U, class F>
 FUSED_RNN_INLINE void each_vector(const Part& part, int64_t limit, const F& f) {
@@ -199,18 +203,15 @@ FUSED_RNN_INLINE void cover(int64_t row, int64_t row_end, int64_t block, int64_t
 template <class T, int G>
 void pack_rows(T* panel, const T* W, int64_t H, int64_t K, int64_t unit) {
   constexpr int U = kUnitVectors<G>, n = kLanes<T>;
-  for (int g = 0; g < G; ++g) {
-    for (int u = 0; u < U; ++u) {
-      const int64_t first = unit + u * n;
-      for (int64_t k = 0; k < K; k += n) {
-        const int64_t width = least(K - k, n);
-        Vec<T> square[n];
-        for (int j = 0; j < n; ++j) {
-          square[j] = first + j < H ? load(W + (g * H + first + j) * K + k, width) : Vec<T>{};
-        }
-        transpose<T>(square);
-        for (int64_t i = 0; i < width; ++i) store(panel + ((k + i) * G * U + g * U + u) * n, square[i]);
-      }
+  for (int c = 0; c < G * U; ++c) {
+    const int64_t first = unit + c % U * n, units = least(H - first, n);
+    const T* row = W + (c / U * H + first) * K;
+    for (int64_t k = 0; k < K; k += n) {
+      const int64_t width = least(K - k, n);
+      Vec<T> square[n];
+      for (int j = 0; j < n; ++j) square[j] = j < units ? load(row + j * K + k, width) : Vec<T>{};
+      transpose<T>(square);
+      for (int64_t i = 0; i < width; ++i) store(panel + ((k + i) * G * U + c) * n, square[i]);
     }
   }
 }
