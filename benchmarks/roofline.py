@@ -3,8 +3,9 @@
 Two things bound a recurrent layer. Its products cannot run faster than a large matrix product does.
 And every time step needs all of W_hh, which depends on the step before it and so cannot be merged
 into one product: with a narrow batch, the time goes into bringing the weights from the caches to the
-cores. The floor of a row is the larger of the two times. Activations, element-wise functions and the
-cost of a call are not in it, so it is a bound, not a prediction.
+cores. The floor of a row is the time of the merged products, and after it, for the steps, the larger
+of the two. Activations, element-wise functions and the cost of a call are not in it, so it is a
+bound, not a prediction.
 
 Both rates are measured, not looked up: clock rates, cores and caches differ from what is printed on
 the box. The bandwidth is what torch's own operations reach, a little less than the hardware could do;
@@ -89,40 +90,47 @@ def least_seconds(call: Callable[[], object], budget: float) -> float:
     return least
 
 
-def operations(row: Row) -> int:
-    """Multiplications and additions in the products with W_ih and W_hh.
+@dataclass(frozen=True)
+class Work:
+    """What one call of a row has to do at least; see `work`.
 
-    Backward has two products of the same size for each one of forward: the gradient of the weights,
-    and that of what they were multiplied with. Not counted is what nobody needs: products with
-    zero states, and the gradients of x and of the given state.
+    Attributes:
+        merged: operations (multiplications and additions) of the products over all time steps at once.
+        stepwise: operations of the products that each wait for the step before.
+        streamed: bytes of weights that the stepwise products read.
+    """
+
+    merged: int
+    stepwise: int
+    streamed: int
+
+
+def work(row: Row) -> Work:
+    """The products with W_ih and W_hh, forward and in training backward.
+
+    A sequence multiplies all of x by W_ih at once; a loop over a cell cannot. Backward has two products
+    of the same size for each one of forward: the gradient of what the weights were multiplied with, and
+    that of the weights, which again is one product over all steps. Not counted is what nobody needs:
+    products with zero states, and the gradients of x and of the given state.
     """
     shape, training = row.shape, row.mode == "training"
-    total = 0
+    itemsize = dtype_of(row).itemsize
+    merged = stepwise = streamed = 0
     for layer, input_size in layers(shape):
-        inputs, states = shape.T, recurrent_steps(row)
+        rows = GATES[row.cell] * shape.H  # of both weights
+        of_x, of_h = 2 * shape.B * rows * input_size, 2 * shape.B * rows * shape.H  # operations of a step
+        steps = recurrent_steps(row) + (shape.T - 1 if training else 0)
+        stepwise += steps * of_h
+        streamed += steps * rows * shape.H * itemsize
+        passes = 1 + (layer > 0 if training else 0)  # over x: forward, and the gradient that goes to the layer before
+        if row.call == "module":
+            merged += passes * shape.T * of_x
+        else:
+            stepwise += passes * shape.T * of_x
+            streamed += passes * shape.T * rows * input_size * itemsize
         if training:
-            inputs += shape.T + (shape.T if layer > 0 else 0)
-            states += recurrent_steps(row) + shape.T - 1
-        total += 2 * shape.B * GATES[row.cell] * shape.H * (inputs * input_size + states * shape.H)
-    return total
-
-
-def streamed_bytes(row: Row) -> int:
-    """Bytes of weights that must be read.
-
-    W_hh comes in every step, W_ih once, but in a loop over a cell in every step, too. Training reads
-    both again in backward, to go on to the step and the layer before.
-    """
-    shape, training = row.shape, row.mode == "training"
-    once = shape.T if row.call != "module" else 1
-    total = 0
-    for layer, input_size in layers(shape):
-        reads_of_w_ih, reads_of_w_hh = once, recurrent_steps(row)
-        if training:
-            reads_of_w_ih += once if layer > 0 else 0
-            reads_of_w_hh += shape.T - 1
-        total += GATES[row.cell] * shape.H * (reads_of_w_ih * input_size + reads_of_w_hh * shape.H)
-    return total * dtype_of(row).itemsize
+            merged += shape.T * of_x + recurrent_steps(row) * of_h
+    return Work(merged, stepwise, streamed)
 
 
 def layers(shape: Shape) -> list[tuple[int, int]]:
@@ -138,6 +146,7 @@ def recurrent_steps(row: Row) -> int:
 
 def floor_seconds(row: Row, ceilings: Ceilings) -> float:
     """The least time for one call of the row, in seconds."""
+    needed = work(row)
     weights = GATES[row.cell] * row.shape.H**2 * dtype_of(row).itemsize  # W_hh, what is read over and over
     bandwidth = ceilings.small_bandwidth if weights <= BETWEEN else ceilings.large_bandwidth
-    return max(operations(row) / ceilings.flops, streamed_bytes(row) / bandwidth)
+    return needed.merged / ceilings.flops + max(needed.stepwise / ceilings.flops, needed.streamed / bandwidth)

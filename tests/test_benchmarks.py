@@ -140,35 +140,28 @@ def test_a_competitor_that_fails_leaves_a_note() -> None:
 # The roofline
 
 
-def test_operations_by_hand() -> None:
+def test_work_by_hand() -> None:
     # A GRU of T=3, B=2, I=4, H=5 from zero states: W_ih is 15x4 for 3 steps, W_hh is 15x5 for 2.
-    inference = replace(ROW, mode="inference")
-    assert roofline.operations(inference) == 2 * 2 * (3 * 15 * 4 + 2 * 15 * 5)
+    of_x, of_h = 2 * 2 * 15 * 4, 2 * 2 * 15 * 5
+    assert roofline.work(replace(ROW, mode="inference")) == roofline.Work(3 * of_x, 2 * of_h, 4 * 2 * 75)
     # Backward: the weights' gradients alike; the gradient of x is not needed, that of h for 2 steps.
-    assert roofline.operations(ROW) == 2 * 2 * (2 * 3 * 15 * 4 + 3 * 2 * 15 * 5)
+    assert roofline.work(ROW) == roofline.Work(2 * 3 * of_x + 2 * of_h, 4 * of_h, 4 * 4 * 75)
 
 
-def test_operations_of_two_layers_and_directions() -> None:
+def test_work_of_two_layers_and_directions() -> None:
     row = replace(ROW, cell="lstm", shape=replace(SHAPE, L=2, bidirectional=True))
-    first, second = 20 * (2 * 3 * 4 + 3 * 2 * 5), 20 * (3 * 3 * 10 + 3 * 2 * 5)
-    assert roofline.operations(row) == 2 * 2 * 2 * (first + second)
+    merged = 2 * 3 * 20 * 4 + 2 * 20 * 5 + 3 * 3 * 20 * 10 + 2 * 20 * 5
+    assert roofline.work(row) == roofline.Work(2 * 2 * 2 * merged, 2 * 2 * 2 * 2 * 4 * 20 * 5, 2 * 2 * 4 * 4 * 100)
 
 
-def test_operations_of_a_loop_start_from_a_given_state() -> None:
-    row = replace(ROW, call="cell", mode="inference")
-    assert roofline.operations(row) == 2 * 2 * (3 * 15 * 4 + 3 * 15 * 5)
+def test_a_loop_starts_from_a_given_state_and_reads_all_weights_in_every_step() -> None:
+    row = replace(ROW, call="cell", mode="inference", dtype="float64")
+    assert roofline.work(row) == roofline.Work(0, 2 * 2 * 3 * (60 + 75), 8 * 3 * (60 + 75))
 
 
-def test_streamed_bytes_by_hand() -> None:
-    inference = replace(ROW, mode="inference")
-    assert roofline.streamed_bytes(inference) == 4 * (15 * 4 + 2 * 15 * 5)
-    assert roofline.streamed_bytes(ROW) == 4 * (15 * 4 + 4 * 15 * 5)
-    assert roofline.streamed_bytes(replace(inference, call="cell", dtype="float64")) == 8 * (3 * 15 * 4 + 3 * 15 * 5)
-
-
-def test_the_floor_is_the_larger_of_both_times() -> None:
+def test_the_floor_adds_the_steps_to_what_is_merged() -> None:
     narrow = replace(ROW, shape=replace(SHAPE, B=1), mode="inference")
-    assert roofline.floor_seconds(narrow, CEILINGS) == pytest.approx(4 * 210 / 2e9)
+    assert roofline.floor_seconds(narrow, CEILINGS) == pytest.approx(2 * 180 / 1e10 + 4 * 150 / 2e9)
     wide = replace(ROW, shape=replace(SHAPE, B=100), mode="inference")
     assert roofline.floor_seconds(wide, CEILINGS) == pytest.approx(2 * 100 * 330 / 1e10)
     assert measured([8e-6], [4e-6], floor=1e-6).fraction_of_floor == pytest.approx(0.25)

@@ -22,7 +22,10 @@ def _results(case: Case, module: torch.nn.Module, data: list[Tensor]) -> dict[st
     return results | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_torch(case: Case, dtype: torch.dtype) -> None:
     theirs, ours, exact = case.modules(dtype)
@@ -32,6 +35,8 @@ def test_matches_torch(case: Case, dtype: torch.dtype) -> None:
     # In float64 torch.nn's error is zero by this measure: one more unit per step stands in for it.
     slack = 1e-12 if dtype == torch.float64 else 0.0
     for name, value in _results(case, exact, [t.double() for t in data]).items():
+        if name.startswith("d") and case.nonlinearity == "relu" and dtype.itemsize == 2:
+            continue  # on which side of relu's kink a value lies is a matter of rounding, and the gradient jumps
         if slack:
             torch.testing.assert_close(actual[name], value, rtol=slack, atol=slack * 10, msg=name)
         else:
