@@ -87,7 +87,7 @@ struct BackwardParams {
   LayerShape shape;
   BackwardDirection direction[2];
   void* dx;         // [N, I] out: the sum over directions; may be null: not wanted
-  void* workspace;  // gradients_workspace(shape) elements for each thread, 64-byte aligned
+  void* workspace;  // gradients_workspace(shape) elements for each thread, 64-byte aligned; may be the directions' own
 };
 
 }  // namespace fused_rnn

@@ -95,6 +95,9 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         """Whether this is the usual call, where every check that is left is made by the operators."""
         if ops.watched() or not ops.plain(input, dim) or input.dtype not in ops.DTYPES or not self._usual_weights():
             return False
+        batch = input.size(0 if dim == 2 or self.batch_first else 1)
+        if ops.torch_is_faster(self.mode, input.dtype, batch, self.hidden_size):
+            return False
         if hx is None:
             return True
         rows = self.num_layers * (2 if self.bidirectional else 1)
@@ -197,8 +200,10 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
             return False
         dim = data.dim()
         time_dim = 1 if self.batch_first and dim == 3 else 0
+        batch = 1 if packed or dim != 3 else data.size(1 - time_dim)
         return (
             isinstance(self.bidirectional, bool)
+            and not ops.torch_is_faster(self.mode, data.dtype, batch, self.hidden_size)
             and (packed or (dim in (2, 3) and data.size(time_dim) > 0))
             and (packed or all(s.dim() == dim for s in states))
         )

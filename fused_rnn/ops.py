@@ -79,6 +79,20 @@ def runs_eagerly(function: Callable) -> Callable:
     return function
 
 
+_HAS_BF16_PRODUCTS = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def torch_is_faster(mode: str, dtype: torch.dtype, batch: int, hidden_size: int) -> bool:
+    """Whether torch.nn beats the kernels on this processor (measured; benchmarks/NOTES.md).
+
+    The kernels widen bfloat16 to float32. Where the processor multiplies bfloat16 at twice the speed,
+    torch.nn's LSTM gains from it unless it runs row by row, its RNN and GRU where their products are large.
+    """
+    if dtype is not torch.bfloat16 or not _HAS_BF16_PRODUCTS:
+        return False
+    return batch >= 3 if mode == "LSTM" else batch >= 8 and hidden_size >= 384
+
+
 def plain(tensor: Any, dim: int) -> bool:
     """Whether this is a tensor of so many dimensions on the CPU, and no subclass of torch's."""
     return type(tensor) in PLAIN_TYPES and tensor.dim() == dim and tensor.is_cpu

@@ -121,3 +121,24 @@ def test_gradcheck(cell: str, kind: str, D: int) -> None:
 
     assert torch.autograd.gradcheck(call, present, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, present, fast_mode=True)
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("cell, B, H", [("LSTM", 4, 20), ("GRU", 9, 400), ("RNN", 9, 400)])
+def test_bfloat16_where_torch_is_faster(
+    cell: str, B: int, H: int, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever computes it, the result is as accurate; on a processor that multiplies bfloat16, torch does."""
+    monkeypatch.setattr(ops, "_HAS_BF16_PRODUCTS", not kernels)
+    calls = []
+    layer = ops.layer
+    monkeypatch.setattr(ops, "layer", lambda *args: calls.append(args) or layer(*args))
+    monkeypatch.setattr(functional.stack, "__defaults__", (*functional.stack.__defaults__[:-1], ops.layer))
+    case = Case(cell, T=3, B=B, I=5, H=H)
+    theirs, ours, exact = case.modules(torch.bfloat16)
+    data = case.data(torch.bfloat16)
+    with torch.no_grad():
+        results = (case.run(module, data) for module in (theirs, ours))
+        for expected, actual, value in zip(*results, case.run(exact, [t.double() for t in data]), strict=True):
+            assert_as_accurate(actual, expected, value, "result")
+    assert bool(calls) == kernels

@@ -317,12 +317,13 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   };
   const OfWeights dw[2] = {of_weights(true), of_weights(D == 2)};
 
-  // Scratch: the workspaces of directions and of threads, gates' gradients, gradients of h behind a projection.
+  // Scratch: the workspaces of directions, then of threads, gates' gradients, gradients of h behind a projection.
   const int64_t workers = cpu::gradient_workers(s, threads());
   const int64_t workspace = whole_lines(cpu::kernels().backward_workspace(s));
   const int64_t of_workers = workers * cpu::kernels().gradients_workspace(s);
   const int64_t grads = s.N * layer.cell.grads * s.H, dh_total = s.projected ? s.N * s.P : 0;
-  const Scratch scratch((D * (workspace + grads + dh_total) + of_workers) * layer.element());
+  const int64_t workspaces = whole_lines(std::max(D * workspace, of_workers));
+  const Scratch scratch((workspaces + D * (grads + dh_total)) * layer.element());
   char* next = scratch.data();
   const auto take = [&](int64_t elements) {
     char* taken = next;
@@ -330,10 +331,10 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
     return taken;
   };
 
-  BackwardParams params{s, {}, need_dx ? dx.data_ptr() : nullptr, take(of_workers)};
-  for (int64_t d = 0; d < D; ++d) params.direction[d].workspace = take(workspace);
+  BackwardParams params{s, {}, need_dx ? dx.data_ptr() : nullptr, take(workspaces)};
   for (int64_t d = 0; d < D; ++d) {
     BackwardDirection& p = params.direction[d];
+    p.workspace = static_cast<char*>(params.workspace) + d * workspace * layer.element();
     p.x = need_dw_ih ? x.data_ptr() : nullptr;
     p.w_ih = data(weights[d].w_ih);
     p.w_hh = data(weights[d].w_hh);

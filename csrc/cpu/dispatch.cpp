@@ -104,7 +104,7 @@ const Kernels& kernels() {
 Plan plan(const LayerShape& shape, int64_t threads) {
   // Multiply-adds of a step and of the whole, in one direction. An activation counts as some tens of them.
   const int64_t gates = shape.cell == CellKind::kLstm ? 4 : shape.cell == CellKind::kGru ? 3 : 1;
-  const double step = double(gates) * shape.H * double(shape.B) * (shape.P + 32);
+  const double step = double(gates) * shape.H * double(shape.B) * (shape.P + shape.I + 32);
   const double total = step * shape.T;
   constexpr double kRegion = 4e5;  // below it a parallel region costs more than it saves
   constexpr double kStep = 3e4;    // the same for a barrier after every step

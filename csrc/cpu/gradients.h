@@ -39,7 +39,7 @@ class Products {
   // Workspace of the two products below, in elements.
   static int64_t rows_workspace(int64_t K) { return K * kBlock; }
   static int64_t transposed_workspace(int64_t N, int64_t K) {
-    return least(K, kDepth) * (ceil_div(N, kBlock) * kBlock + kChunk);
+    return least(K, kRowsAtOnce) * (least(ceil_div(N, kBlock), kBlocksAtOnce) * kBlock + kChunk);
   }
 
   // out [M, N] = a b or out += a b, for row-major a [M, K] and b [K, N].
@@ -68,23 +68,24 @@ class Products {
     const Share share(M, N, kBlock, worker_);
     if (share.row == share.row_end) return;
     if (K < kRowsWorthPacking) return add_outer_products(out, a, a_stride, b, b_stride, share, N, K);
-    const int64_t depth = least(K, kDepth);
-    T* panels = workspace_ + kChunk * depth;
-    for (int64_t k = 0; k < K || k == 0; k += kDepth) {
-      const int64_t count = least(depth, K - k);
-      for (int64_t block = share.block; block < share.block_end; ++block) {
-        pack_columns(panels + (block - share.block) * count * kBlock, b + k * b_stride, count, N, b_stride,
-                     block * kBlock);
-      }
-      for (int64_t row = share.row; row < share.row_end; row += kChunk) {
-        const int rows = int(least(kChunk, share.row_end - row));
-        pack_transposed(workspace_, count, a + k * a_stride + row, a_stride, rows, count);
-        const T* from[kChunk];
-        for (int r = 0; r < rows; ++r) from[r] = workspace_ + r * count;
-        for (int64_t block = share.block; block < share.block_end; ++block) {
-          const Part part{row, block, rows, 1};
-          const Panel<T> panel = own_panel(panels + (block - share.block) * count * kBlock, block, N);
-          add(out, part, from, panel, count, N, k > 0);
+    T* const columns = workspace_;
+    T* const panels = columns + kChunk * least(K, kRowsAtOnce);
+    for (int64_t begin = share.block; begin < share.block_end; begin += kBlocksAtOnce) {
+      const int64_t end = least(begin + kBlocksAtOnce, share.block_end);
+      for (int64_t k = 0; k < K; k += kRowsAtOnce) {
+        const int64_t count = least(kRowsAtOnce, K - k), panel = count * kBlock;
+        for (int64_t block = begin; block < end; ++block) {
+          pack_columns(panels + (block - begin) * panel, b + k * b_stride, count, N, b_stride, block * kBlock);
+        }
+        for (int64_t row = share.row; row < share.row_end; row += kChunk) {
+          const int rows = int(least(kChunk, share.row_end - row));
+          pack_transposed(columns, count, a + k * a_stride + row, a_stride, rows, count);
+          const T* from[kChunk];
+          for (int r = 0; r < rows; ++r) from[r] = columns + r * count;
+          for (int64_t block = begin; block < end; ++block) {
+            const Panel<T> of_block = own_panel(panels + (block - begin) * panel, block, N);
+            add(out, Part{row, block, rows, 1}, from, of_block, count, N, k > 0);
+          }
         }
       }
     }
@@ -93,6 +94,8 @@ class Products {
  private:
   static constexpr int U = kUnitVectors<1>;
   static constexpr int64_t kBlock = U * kLanes<T>;
+  // What `transposed` packs of b at once: little enough for a second-level cache and for memory, enough to pay off.
+  static constexpr int64_t kRowsAtOnce = 512, kBlocksAtOnce = 8;
 
   // A few rows: nothing to gain from packing, and the result is all there is to write.
   static void add_outer_products(T* out, const T* a, int64_t a_stride, const T* b, int64_t b_stride, const Share& share,
