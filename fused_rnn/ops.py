@@ -6,7 +6,7 @@ The operators are plain (no autograd kernel): ``autograd.Function`` outside them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -159,16 +159,15 @@ class _Layer(torch.autograd.Function):
         ctx.cell, ctx.batch_sizes = cell, batch_sizes
         # What a first derivative reads is saved for it, and so guarded against writing in place. What only a
         # second derivative reads is kept aside, with its version, so that writing to it stays allowed until then.
-        needs = ctx.needs_input_grad
         x, h0, c0, *weights = inputs
-        saved, aside = [reserve, h0, c0], []
-        for index, (tensor, read) in enumerate(_read_or_not(x, weights, needs)):
-            if tensor is not None and not read:
-                aside.append((index, tensor, tensor._version))
-                tensor = None
-            saved.append(tensor)
-        ctx.save_for_backward(*saved)
-        ctx.aside = aside
+        read = _what_a_derivative_reads(ctx.needs_input_grad)
+        tensors = (x, *weights)
+        ctx.save_for_backward(
+            reserve, h0, c0, *[t if is_read else None for t, is_read in zip(tensors, read, strict=True)]
+        )
+        ctx.aside = [
+            None if is_read or t is None else (t, t._version) for t, is_read in zip(tensors, read, strict=True)
+        ]
         if cell != "lstm":
             ctx.mark_non_differentiable(c_n)
         return y, h_n, c_n
@@ -178,13 +177,9 @@ class _Layer(torch.autograd.Function):
         needs = ctx.needs_input_grad[2:]
         reserve, h0, c0, *others = ctx.saved_tensors
         again = torch.is_grad_enabled() or _any_batched(dy, dh_n, dc_n)
-        for index, tensor, version in ctx.aside:
-            if again and tensor._version != version:
-                raise RuntimeError(
-                    "one of the variables needed for the second derivative has been modified by an inplace operation: "
-                    f"it is at version {tensor._version}; expected version {version} instead"
-                )
-            others[index] = tensor
+        for index, kept in enumerate(ctx.aside):
+            if kept is not None:
+                others[index] = _unchanged(*kept) if again else kept[0]
         if again:
             inputs = (others[0], h0, c0, *others[1:])
             grads = _differentiable_backward(ctx.cell, ctx.batch_sizes, inputs, needs, (dy, dh_n, dc_n))
@@ -220,20 +215,21 @@ class _Layer(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Layer).apply
 
 
-def _read_or_not(
-    x: Tensor, weights: Sequence[Tensor | None], needs: Sequence[bool]
-) -> Iterator[tuple[Tensor | None, bool]]:
-    """x and the weights, each with whether a first derivative reads it; `needs` as autograd's needs_input_grad."""
+def _what_a_derivative_reads(needs: Sequence[bool]) -> list[bool]:
+    """Of x and the weights, what the first derivative reads; `needs` is `_Layer`'s needs_input_grad."""
     # x and w_ih meet in one product: each is read for the other's gradient. Biases are never read.
-    two = len(weights) > 5
-    yield x, needs[5] or (two and needs[10])
-    for start in range(0, len(weights), 5):
-        w_ih, w_hh, b_ih, b_hh, w_hr = weights[start : start + 5]
-        yield w_ih, needs[2]
-        yield w_hh, True
-        yield b_ih, False
-        yield b_hh, False
-        yield w_hr, True
+    dx, dw_ih = needs[2], needs[5]
+    weights = [dx, True, False, False, True]
+    return [dw_ih, *weights] if len(needs) == 10 else [dw_ih or needs[10], *weights, *weights]
+
+
+def _unchanged(tensor: Tensor, version: int) -> Tensor:
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for the second derivative has been modified by an inplace operation: "
+            f"it is at version {tensor._version}; expected version {version} instead"
+        )
+    return tensor
 
 
 def _any_batched(*grads: Tensor | None) -> bool:

@@ -130,7 +130,7 @@ class Scratch {
   char* data() const { return data_; }
 
  private:
-  static constexpr int64_t kKept = 4 << 20;
+  static constexpr int64_t kKept = 64 << 20;
 
   struct Kept {
     int64_t size = 0;
