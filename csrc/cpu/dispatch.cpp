@@ -1,11 +1,14 @@
 // Choice of instruction set and of threads, and the parallel region that the workers run in.
 #include "dispatch.h"
 
+#include <linux/futex.h>
 #include <omp.h>
 #include <pthread.h>
-#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -13,22 +16,28 @@ namespace fused_rnn {
 namespace cpu {
 
 void Barrier::wait() {
-  const int64_t generation = __atomic_load_n(&generation_, __ATOMIC_ACQUIRE);
+  const int32_t generation = __atomic_load_n(&generation_, __ATOMIC_ACQUIRE);
   if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == count_) {
     __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(&generation_, generation + 1, __ATOMIC_RELEASE);
+    // Sequentially consistent, as the sleepers' accesses below: one of the two sides sees the other.
+    __atomic_store_n(&generation_, generation + 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&sleepers_, __ATOMIC_SEQ_CST) > 0) {
+      syscall(SYS_futex, &generation_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+    }
     return;
   }
-  constexpr int kSpins = 2000;  // some microseconds: longer than a step's imbalance, far shorter than a time slice
-  for (int spins = 0; __atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == generation; ++spins) {
-    if (spins < kSpins) {
+  constexpr int kSpins = 500;  // about 10 microseconds: a step's imbalance
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (__atomic_load_n(&generation_, __ATOMIC_ACQUIRE) != generation) return;
 #if defined(__x86_64__)
-      __builtin_ia32_pause();
+    __builtin_ia32_pause();
 #endif
-    } else {
-      sched_yield();
-    }
   }
+  __atomic_add_fetch(&sleepers_, 1, __ATOMIC_SEQ_CST);
+  while (__atomic_load_n(&generation_, __ATOMIC_SEQ_CST) == generation) {
+    syscall(SYS_futex, &generation_, FUTEX_WAIT_PRIVATE, generation, nullptr, nullptr, 0);
+  }
+  __atomic_sub_fetch(&sleepers_, 1, __ATOMIC_SEQ_CST);
 }
 
 std::vector<const Kernels*> supported() {

@@ -6,7 +6,8 @@
 namespace fused_rnn {
 namespace cpu {
 
-// Spins for a moment, then gives the processor away: a descheduled thread must not cost its team a time slice.
+// Spins for a moment, then sleeps until it is woken. Beside other processes on the same cores both extremes are slow:
+// who spins keeps the core from the thread it waits for; who yields gets it back only after a stranger's time slice.
 class Barrier {
  public:
   explicit Barrier(int64_t count) : count_(count) {}
@@ -15,7 +16,8 @@ class Barrier {
  private:
   const int64_t count_;
   alignas(64) int64_t arrived_ = 0;
-  alignas(64) int64_t generation_ = 0;
+  alignas(64) int32_t generation_ = 0;  // what the sleepers' futex watches
+  int32_t sleepers_ = 0;
 };
 
 // The team of a direction splits either the batch (no thread waits for another after packing) or the hidden units

@@ -1,0 +1,116 @@
+"""The kernels without torch: `kernel_check.cpp` against its own reference, natively, under the thread sanitizer and for
+64-bit Arm in an emulator.
+
+The instruction sets that torch's tests see are those of this machine, and libgomp hides from the thread sanitizer what
+orders its threads. Here the kernels run on std::thread and their own barrier, which it understands, and the portable
+ones on NEON.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+CSRC = TESTS.parent / "csrc"
+SOURCES = [TESTS / "kernel_check.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]
+FLAGS = [  # setup.py's, short of -O3 (it compiles for longer) and of the warnings that a build of the package shows
+    *("-std=c++17", "-O2", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w"),
+]
+NATIVE = shlex.split(os.environ.get("CXX", "g++"))
+ARM = ["aarch64-linux-gnu-g++", "-static"]
+
+pytestmark = pytest.mark.skipif(not CSRC.is_dir(), reason=f"the C++ sources are not beside the tests, in {CSRC}")
+
+
+def require(tool: str, package: str) -> None:
+    if shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not installed (Debian, Ubuntu: apt install {package})")
+
+
+def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(word) for word in command], text=True, capture_output=True, timeout=600, **options)
+
+
+def build(folder: Path, compiler: list[str], *flags: str) -> Path:
+    """The program, its files compiled side by side."""
+
+    def compiled(source: Path) -> Path:
+        target = folder / f"{source.stem}.o"
+        done = run(*compiler, *FLAGS, *flags, "-c", source, "-o", target)
+        assert done.returncode == 0, done.stderr
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, SOURCES))
+    program = folder / "kernel_check"
+    done = run(*compiler, "-fopenmp", *flags, *objects, "-o", program)
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+def assert_agrees(done: subprocess.CompletedProcess[str]) -> None:
+    print(done.stdout)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert done.stdout.rstrip().endswith(" 0 failures")
+
+
+@pytest.fixture(scope="session")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require(NATIVE[0], "g++")
+    return build(tmp_path_factory.mktemp("native"), NATIVE)
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command that runs the program under the thread sanitizer."""
+    require(NATIVE[0], "g++")
+    folder = tmp_path_factory.mktemp("sanitized")
+    (folder / "empty.cpp").write_text("int main() {}")
+    if run(*NATIVE, "-fsanitize=thread", folder / "empty.cpp", "-o", folder / "empty").returncode:
+        pytest.skip(f"{NATIVE[0]} has no thread sanitizer (Debian, Ubuntu: it comes with g++; Fedora: libtsan)")
+    # The sanitizer's map of the memory does not bear every system's random addresses.
+    for prefix in ([], ["setarch", platform.machine(), "-R"]):
+        if (not prefix or shutil.which("setarch")) and run(*prefix, folder / "empty").returncode == 0:
+            return [*prefix, str(build(folder, NATIVE, "-fsanitize=thread", "-g1"))]
+    pytest.skip("the thread sanitizer does not start here, with or without `setarch -R` (package util-linux)")
+
+
+def test_every_instruction_set_agrees_with_the_reference(native: Path) -> None:
+    assert_agrees(run(native))
+
+
+def test_the_check_sees_a_missing_barrier(native: Path) -> None:
+    """The proof that the check can fail: without a barrier, workers read what is still the buffers' NaN."""
+    done = run(native, "--quick", "--without-barrier", "portable")
+    assert done.returncode == 1
+    assert "FAILED: portable float32" in done.stdout
+
+
+def under_thread_sanitizer(command: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(*command, "--quick", *arguments, env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"})
+
+
+def test_no_data_race(sanitized: list[str]) -> None:
+    done = under_thread_sanitizer(sanitized)
+    assert "WARNING: ThreadSanitizer" not in done.stderr, done.stderr[:4000]
+    assert_agrees(done)
+
+
+def test_the_thread_sanitizer_sees_a_missing_barrier(sanitized: list[str]) -> None:
+    done = under_thread_sanitizer(sanitized, "--without-barrier")
+    assert done.returncode != 0
+    assert "WARNING: ThreadSanitizer: data race" in done.stderr
+
+
+def test_arm_agrees_with_the_reference(tmp_path: Path) -> None:
+    require(ARM[0], "g++-aarch64-linux-gnu")
+    require("qemu-aarch64", "qemu-user")
+    assert_agrees(run("qemu-aarch64", build(tmp_path, ARM), "--quick"))
