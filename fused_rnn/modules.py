@@ -1,6 +1,6 @@
 """RNN, LSTM and GRU: torch.nn's classes with a forward on the fused kernels.
 
-Everything but `forward` is inherited: constructor, parameters, initialisation, state_dict, repr, pickling. What the
+Everything but `forward` and `step` is inherited: constructor, parameters, initialisation, state_dict, repr, pickling. What the
 kernels do not take (another dtype or device, a compiler or a mode watching, irregular arguments) goes to torch.nn's
 own forward, which computes it or raises.
 """
@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import functional, ops
 from fused_rnn.convert import TorchConvertible, fx_leaf
 
+_CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "permute_hidden")  # a subclass may override
+
 
 class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
     """What RNN, LSTM and GRU share: the way from their arguments to `fused_rnn.functional.stack`."""
@@ -24,7 +26,7 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._checks_are_torchs = cls.check_forward_args.__module__ == torch.nn.RNNBase.__module__
+        cls._checks_are_torchs = all(getattr(cls, name).__module__ == torch.nn.RNNBase.__module__ for name in _CHECKS)
 
     @ops.runs_eagerly
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -52,7 +54,7 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
 
     @ops.runs_eagerly
     def step(self, input: Tensor, hx: Any = None) -> Any:
-        """One time step, for streaming and rollouts: equals `forward` on a sequence of length one.
+        """One time step, for streaming and rollouts: equals `forward` on a sequence of length one, without hooks.
 
         Args:
             input: ``(B, input_size)``, or ``(input_size,)`` unbatched.
@@ -78,7 +80,7 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
             got = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D tensor"
             raise RuntimeError(f"{self._get_name()}.step: expected input to be 1-D or 2-D, got {got}")
         time_dim = 1 if self.batch_first and input.dim() == 2 else 0
-        y, hidden = self(input.unsqueeze(time_dim), hx)
+        y, hidden = FusedRNNBase.forward(self, input.unsqueeze(time_dim), hx)
         return y.squeeze(time_dim), hidden
 
     def _fused(self, input: Tensor, hx: Any) -> Any:
@@ -200,7 +202,7 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
             return False
         dim = data.dim()
         time_dim = 1 if self.batch_first and dim == 3 else 0
-        batch = 1 if packed or dim != 3 else data.size(1 - time_dim)
+        batch = 1 if packed or dim != 3 else data.size(1 - time_dim)  # torch runs packed data step by step
         return (
             isinstance(self.bidirectional, bool)
             and not ops.torch_is_faster(self.mode, data.dtype, batch, self.hidden_size)

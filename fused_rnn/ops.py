@@ -18,7 +18,7 @@ from fused_rnn import reference
 _forward = torch.ops.fused_rnn.forward.default
 _backward = torch.ops.fused_rnn.backward.default
 _step = torch.ops.fused_rnn.step.default
-_NUMBER = {cell: number for number, cell in enumerate(reference.GATES)}  # how the operators name a cell
+_NUMBER = {cell: number for number, cell in enumerate(reference.CELLS)}  # how the operators name a cell
 _NAMES = list(_NUMBER)
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation

@@ -202,3 +202,13 @@ def test_large_sizes_are_refused_not_attempted() -> None:
     )
     with pytest.raises(RuntimeError):
         torch.ops.fused_rnn.forward(**arguments)
+
+
+def test_an_empty_batch() -> None:
+    forward = forward_arguments("lstm")
+    forward |= {name: forward[name][:, :0] for name in ("x", "h0", "c0")}
+    y, h_n, c_n, _ = torch.ops.fused_rnn.forward(**forward)
+    assert y.shape == (3, 0, 5)
+    assert h_n.shape == c_n.shape == (1, 0, 5)
+    gradients = torch.ops.fused_rnn.backward(**backward_arguments(forward))
+    assert all(not gradient.any() for gradient in gradients)

@@ -146,3 +146,37 @@ def test_two_directions_have_no_step() -> None:
     module = fused_rnn.GRU(4, 5, bidirectional=True)
     with pytest.raises(ValueError, match=r"GRU.step: expected bidirectional=False, got True"):
         module.step(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("name", ["check_input", "check_forward_args", "check_hidden_size", "permute_hidden"])
+def test_a_subclass_may_check_more(name: str) -> None:
+    def refuse(self: Any, *args: Any) -> None:
+        raise ValueError("refused")
+
+    module = type("Strict", (fused_rnn.LSTM,), {name: refuse})(4, 5)
+    hx = (torch.zeros(1, 3, 5), torch.zeros(1, 3, 5))
+    with pytest.raises(ValueError, match="refused"):
+        module(torch.randn(2, 3, 4), hx)
+    with pytest.raises(ValueError, match="refused"):
+        module.step(torch.randn(3, 4), hx)
+
+
+def test_the_usual_call_needs_no_second_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What falls back silently would only be seen as slow."""
+    monkeypatch.setattr(fused_rnn.modules.FusedRNNBase, "_checked", None)
+    for cell, options in CELLS:
+        for size in SIZES:
+            module = build(cell, options, size)
+            x = torch.randn(2, size["B"], size["I"], dtype=torch.float64)
+            _, hx = module(x.transpose(0, 1) if module.batch_first else x)
+            module(x.transpose(0, 1) if module.batch_first else x, hx)
+            module.step(x[0], hx)
+
+
+def test_hooks_are_forwards_alone() -> None:
+    module = fused_rnn.GRU(4, 5)
+    calls: list[Any] = []
+    module.register_forward_hook(lambda *args: calls.append(args))
+    module.step(torch.randn(3, 4))
+    module.step(torch.randn(4))
+    assert not calls

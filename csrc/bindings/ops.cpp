@@ -149,6 +149,7 @@ class Layer {
     return copy_or_zeros(checked_state(c0, "c0", shape.H), new_state(shape.H));
   }
   Tensor copy_or_zeros(const OptionalTensor& from, const Tensor& to) const {
+    if (to.numel() == 0) return to;
     if (from) {
       std::memcpy(to.data_ptr(), from->data_ptr(), to.numel() * element());
     } else {
@@ -193,6 +194,17 @@ int64_t whole_lines(int64_t elements) { return (elements + 15) / 16 * 16; }
 
 int64_t threads() { return torch::stable::get_num_threads(); }
 
+ForwardDirection inputs_of_forward(const Tensor& x, const Weights& w) {
+  ForwardDirection p{};
+  p.x = data(x);
+  p.w_ih = data(w.w_ih);
+  p.w_hh = data(w.w_hh);
+  p.b_ih = data(w.b_ih);
+  p.b_hh = data(w.b_hh);
+  p.w_hr = data(w.w_hr);
+  return p;
+}
+
 // y, h_n, c_n, reserve. c_n is empty without c, h_n for a single step (it would be y), reserve without `train`.
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
                                                    bool train, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
@@ -222,14 +234,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, 
   if (s.N > 0 && s.P > 0) {
     ForwardParams params{s, {}};
     for (int64_t d = 0; d < D; ++d) {
-      ForwardDirection& p = params.direction[d];
-      const Weights& w = weights[d];
-      p.x = x.data_ptr();
-      p.w_ih = data(w.w_ih);
-      p.w_hh = data(w.w_hh);
-      p.b_ih = data(w.b_ih);
-      p.b_hh = data(w.b_hh);
-      p.w_hr = data(w.w_hr);
+      ForwardDirection& p = params.direction[d] = inputs_of_forward(x, weights[d]);
       p.h0 = h0 ? layer.offset(*h0, d * s.B * s.P) : nullptr;
       p.reserve = train ? layer.reserve(reserve.data_ptr(), d) : Reserve{};
       p.y = layer.offset(y, d * s.P);
@@ -258,13 +263,7 @@ std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, 
   const Scratch scratch(cpu::kernels().forward_workspace(s) * layer.element());
   if (s.N > 0 && s.P > 0) {
     ForwardParams params{s, {}};
-    ForwardDirection& p = params.direction[0];
-    p.x = x.data_ptr();
-    p.w_ih = data(w.w_ih);
-    p.w_hh = data(w.w_hh);
-    p.b_ih = data(w.b_ih);
-    p.b_hh = data(w.b_hh);
-    p.w_hr = data(w.w_hr);
+    ForwardDirection& p = params.direction[0] = inputs_of_forward(x, w);
     p.h0 = data(h0);
     p.y = h.data_ptr();
     p.y_stride = s.P;

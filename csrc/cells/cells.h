@@ -6,7 +6,7 @@
 #include "lstm.h"
 #include "rnn.h"
 
-// X(kind, policy, name in the operator schema)
+// X(kind, policy, name for messages)
 #define FUSED_RNN_CELLS(X)               \
   X(kRnnTanh, RnnCell<Tanh>, "rnn_tanh") \
   X(kRnnRelu, RnnCell<Relu>, "rnn_relu") \

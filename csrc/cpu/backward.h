@@ -1,6 +1,6 @@
 // Backward of one layer in one direction: the steps in the opposite order of forward, by the same team.
 //
-// A step multiplies the gates' gradients of the step after it by the packed W_hh, adds what comes from outside, and
+// A step multiplies the gates' gradients of the step after it by W_hh, adds what comes from outside, and
 // runs the cell's backward on the accumulators. The weights' gradients are left to one product over all steps.
 #pragma once
 

@@ -3,7 +3,8 @@
 // Weights lie in panels: for each block of columns [K][C] vectors, so that one step of k reads C consecutive vectors
 // and one scalar of each of R rows for R * C multiply-adds. Forward's columns are all gates of one vector of units, so
 // that the cell's equations find a unit's sums side by side. Few rows are not worth packing for: they take the weights
-// as they lie. Each sum runs over k in the same order whatever R is: a row's result does not depend on its neighbours.
+// as they lie. Each sum over a panel runs over k in the same order whatever R is: a row's result does not depend on its
+// neighbours, but for the choice between packed and not.
 #pragma once
 
 #include "vec.h"

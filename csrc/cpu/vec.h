@@ -1,8 +1,9 @@
 // The SIMD vector of one instruction set: GCC/Clang vector extensions, FUSED_RNN_VEC_BYTES wide.
 //
 // Arithmetic, comparison and selection are the compiler's own operators; here stand only loads and stores (whole and
-// partial, for the last units of a row) and the transpose that packing needs. Everything lies in the namespace of the
-// instruction set, so that the linker can never mix code compiled for different machines.
+// partial, for the last units of a row), minimum and maximum, and what packing and dot products need: transpose and
+// sums of lanes. Everything lies in the namespace of the instruction set, or is keyed by its vector type, so that the
+// linker can never mix code compiled for different machines (no two instruction sets have vectors of the same width).
 #pragma once
 
 #include <cstdint>
