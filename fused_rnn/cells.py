@@ -1,6 +1,6 @@
 """RNNCell, LSTMCell and GRUCell: torch.nn's classes, one fused step each.
 
-As in `fused_rnn.modules`, only `forward` is new, and what the kernels do not take goes to torch.nn's own.
+Only `forward` is new; as in `fused_rnn.modules`, what the kernels do not take goes to torch.nn's own.
 """
 
 from __future__ import annotations
