@@ -19,7 +19,6 @@ _forward = torch.ops.fused_rnn.forward.default
 _backward = torch.ops.fused_rnn.backward.default
 _step = torch.ops.fused_rnn.step.default
 _NUMBER = {cell: number for number, cell in enumerate(reference.CELLS)}  # how the operators name a cell
-_NAMES = list(_NUMBER)
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -271,7 +270,7 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     x, h0, c0, cell, train, w_ih, w_hh, b_ih=None, b_hh=None, w_hr=None, w_ih_reverse=None, w_hh_reverse=None,
     b_ih_reverse=None, b_hh_reverse=None, w_hr_reverse=None, batch_sizes=None,
 ):  # fmt: skip
-    cell = _NAMES[cell]
+    cell = reference.CELLS[cell]
     H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
     D = 1 if w_ih_reverse is None else 2
     is_step = x.dim() == 2 and batch_sizes is None
@@ -289,7 +288,7 @@ def _fake_forward(  # type: ignore[no-untyped-def]
 @torch.library.register_fake("fused_rnn::step")
 def _fake_step(x, h0, c0, cell, w_ih, w_hh, b_ih=None, b_hh=None, w_hr=None):  # type: ignore[no-untyped-def]
     h = x.new_empty((x.size(0), w_hh.size(1)))
-    return h, x.new_empty((x.size(0), w_hh.size(0) // 4) if _NAMES[cell] == "lstm" else (0,))
+    return h, x.new_empty((x.size(0), w_hh.size(0) // 4) if reference.CELLS[cell] == "lstm" else (0,))
 
 
 @torch.library.register_fake("fused_rnn::backward")
@@ -297,7 +296,7 @@ def _fake_backward(  # type: ignore[no-untyped-def]
     dy, dh_n, dc_n, x, reserve, cell, need_dx, need_dstate, need_dw_ih, need_dw_hh, need_db, need_dw_hr,
     w_ih, w_hh, w_hr=None, w_ih_reverse=None, w_hh_reverse=None, w_hr_reverse=None, batch_sizes=None,
 ):  # fmt: skip
-    cell = _NAMES[cell]
+    cell = reference.CELLS[cell]
     H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
     D = 1 if w_ih_reverse is None else 2
     is_step = x.dim() == 2 and batch_sizes is None
