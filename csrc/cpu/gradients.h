@@ -45,21 +45,23 @@ class Products {
   // out [M, N] = a b or out += a b, for row-major a [M, K] and b [K, N].
   void rows(T* out, const T* a, int64_t a_stride, const T* b, int64_t M, int64_t N, int64_t K, bool accumulate) {
     const Share share(M, N, kBlock, worker_);
-    const bool packed = M >= kRowsWorthPacking;
-    for (int64_t block = share.block; block < share.block_end;) {
-      // What is not packed is read as it lies, but for a last block that would end beyond a row.
-      const int64_t whole = least(N / kBlock, share.block_end) - block;
-      const bool in_place = !packed && whole > 0;
-      if (!in_place) pack_columns(workspace_, b, K, N, N, block * kBlock);
-      const Panel<T> panel = in_place ? Panel<T>{b + block * kBlock, N, kBlock, U} : own_panel(workspace_, block, N);
-      const int blocks = in_place && M == 1 && whole >= kRowBlocks<U> ? kRowBlocks<U> : 1;
-      for (int64_t row = share.row; row < share.row_end; row += kChunk) {
-        const T* from[kChunk];
-        const Part part{row, block, int(least(kChunk, share.row_end - row)), blocks};
-        for (int r = 0; r < part.rows; ++r) from[r] = a + (row + r) * a_stride;
-        add(out, part, from, panel, K, N, accumulate);
-      }
-      block += blocks;
+    const auto add_part = [&](const Part& part, const Panel<T>& panel) {
+      const T* from[kChunk];
+      for (int r = 0; r < part.rows; ++r) from[r] = a + (part.row + r) * a_stride;
+      add(out, part, from, panel, K, N, accumulate);
+    };
+    int64_t block = share.block;
+    if (M < kRowsWorthPacking) {
+      // b as it lies, but for a last block that would end beyond a row.
+      const int64_t whole = least(N / kBlock, share.block_end);
+      cover<U>(share.row, share.row_end, block, whole, false,
+               [&](const Part& part) { add_part(part, {b + part.block * kBlock, N, kBlock, U}); });
+      if (whole > block) block = whole;
+    }
+    for (; block < share.block_end; ++block) {
+      pack_columns(workspace_, b, K, N, N, block * kBlock);
+      const Panel<T> panel = own_panel(workspace_, block, N);
+      cover<U>(share.row, share.row_end, block, block + 1, true, [&](const Part& part) { add_part(part, panel); });
     }
   }
 

@@ -9,7 +9,6 @@ namespace cpu {
 
 struct Kernels {
   const char* name;
-  int64_t vector_bytes;
   // One worker's part of one direction (0, or 1 for the reverse one).
   void (*forward)(const ForwardParams& params, int64_t direction, const Worker& worker);
   void (*backward)(const BackwardParams& params, int64_t direction, const Worker& worker);

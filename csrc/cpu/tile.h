@@ -127,7 +127,7 @@ void multiply(Sums<T, C>& sums, const Part& part, const T* const* rows, const Pa
             multiply_rows<T, C, 2>(of_tile, from_k, n, deep, depth);
             continue;
           case 3:
-            multiply_rows < T, C, C<3 ? 2 : 3>(of_tile, from_k, n, deep, depth);
+            multiply_rows<T, C, least(C, 3)>(of_tile, from_k, n, deep, depth);
             continue;
         }
       }
