@@ -1,18 +1,26 @@
-"""Builds fused_rnn._C: the CPU kernels, the operators and their bindings.
+"""Builds fused_rnn._C, the CPU kernels, the operators and their bindings, and, where nvcc is found, fused_rnn._cuda.
 
 Only LibTorch's stable ABI is used and only libtorch_cpu is linked, so the result runs on torch 2.10 or newer,
-whatever version it was built against. FUSED_RNN_SANITIZE=1 adds the address and undefined-behaviour sanitizers.
+whatever version it was built against, and the CUDA kernels are built against a torch without CUDA just as well.
+
+Environment: FUSED_RNN_CUDA=0 leaves the CUDA kernels out, =1 fails without nvcc; TORCH_CUDA_ARCH_LIST and MAX_JOBS as
+in torch; FUSED_RNN_SANITIZE=1 adds the address and undefined-behaviour sanitizers to the CPU kernels, for tests.
 """
 
 import os
 import shlex
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
+CUDA_ONLY = ("cuda_ops.cpp", "recurrence.cpp")
+ARCHITECTURES = "8.0 9.0a 10.0a+PTX"
+STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000ULL")  # of torch 2.10
 
 
 def require_compiler() -> None:
@@ -51,7 +59,9 @@ def extension() -> Extension:
         ]
         flags = [*flags, *sanitizers, "-O1", "-g", "-fno-omit-frame-pointer"]
         link += sanitizers
-    sources = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*/*.cpp"))
+    sources = sorted(
+        path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*/*.cpp") if path.name not in CUDA_ONLY
+    )
     return Extension(
         "fused_rnn._C",
         sources=sources,
@@ -60,13 +70,72 @@ def extension() -> Extension:
         library_dirs=library_paths(),
         libraries=["torch_cpu"],
         define_macros=[
-            ("TORCH_TARGET_VERSION", "0x020a000000000000ULL"),
+            STABLE_ABI,
             ("FUSED_RNN_BUILT_WITH_TORCH", f'"{torch.__version__}"'),
         ],
         extra_compile_args=flags,
         extra_link_args=link,
         language="c++",
     )
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler to build with; None: leave the CUDA kernels out."""
+    wish = os.environ.get("FUSED_RNN_CUDA", "")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=f"{home}/bin") if home else None
+    found = found or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if wish == "1" and found is None:
+        sys.exit("FUSED_RNN_CUDA=1, but there is no nvcc: put it on PATH or name its folder in CUDA_HOME.")
+    return None if wish == "0" or os.environ.get("FUSED_RNN_SANITIZE") == "1" else found
+
+
+def code_generation() -> list[str]:
+    """nvcc's options for the architectures, written as torch writes them: "8.0 9.0a 10.0a+PTX"."""
+    options = []
+    for name in (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES).replace(";", " ").split():
+        number = name.removesuffix("+PTX").replace(".", "")
+        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return options
+
+
+def build_cuda(compiler: str, folder: Path, output: Path) -> None:
+    """A plain shared library of operators, no Python module, so that one file serves every Python."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    cxx = shlex.split(os.environ.get("CXX", "c++"))
+    include = [f"-I{path}" for path in include_paths()]
+    shared = ["-std=c++17", "-O3", "-c", "-D{}={}".format(*STABLE_ABI), *include]
+    device = [
+        compiler,
+        *shared,
+        *code_generation(),
+        "-prec-div=false",
+        "--expt-relaxed-constexpr",
+        "-Xcompiler",
+        "-fPIC",
+    ]
+    device += ["-Xcompiler", "-fvisibility=hidden", "-ccbin", cxx[0]]
+    host = [*cxx, *shared, "-fPIC", "-fvisibility=hidden"]
+    sources = [ROOT / "csrc/bindings/cuda_ops.cpp", *sorted((ROOT / "csrc/cuda").glob("*.c*"))]
+    sources = [path for path in sources if path.suffix in (".cpp", ".cu")]
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = [folder / f"{path.name}.o" for path in sources]
+
+    def compile_one(source: Path, result: Path) -> None:
+        print(f"building {source.relative_to(ROOT)}", flush=True)
+        subprocess.run([*(device if source.suffix == ".cu" else host), source, "-o", result], check=True)
+
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(compile_one, sources, objects))
+    runtime = Path(compiler).resolve().parent.parent
+    libraries = [f"-L{path}" for path in (*library_paths(), runtime / "lib64", runtime / "lib")]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    link = [*cxx, "-shared", *objects, "-o", output, *libraries, "-ltorch_cpu", "-lcudart_static", "-ldl", "-lrt"]
+    subprocess.run([*link, "-lpthread", "-Wl,--as-needed"], check=True)
 
 
 def build_command() -> type:
@@ -76,6 +145,9 @@ def build_command() -> type:
         def build_extensions(self) -> None:
             require_compiler()
             super().build_extensions()
+            if compiler := nvcc():
+                package = Path(self.get_ext_fullpath("fused_rnn._C")).parent
+                build_cuda(compiler, Path(self.build_temp).resolve() / "cuda", package / "_cuda.so")
 
     return Build
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import functional, ops
+from fused_rnn import cuda, functional, ops
 from fused_rnn.convert import TorchConvertible, fx_leaf
 
+BACKENDS = ("auto", "fused", "torch")
 _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "permute_hidden")  # a subclass may override
 
 
@@ -23,6 +24,16 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
     """What RNN, LSTM and GRU share: the way from their arguments to `fused_rnn.functional.stack`."""
 
     _checks_are_torchs = True
+
+    backend = "auto"
+    """Who computes: "fused", "torch" (torch.nn's own forward), or "auto", the faster one by what is measured."""
+
+    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        super().__init__(*args, **kwargs)
+        if backend != "auto":
+            self.backend = backend
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -98,7 +109,7 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         if ops.watched() or not ops.plain(input, dim) or input.dtype not in ops.DTYPES or not self._usual_weights():
             return False
         batch = input.size(0 if dim == 2 or self.batch_first else 1)
-        if ops.torch_is_faster(self.mode, input.dtype, batch, self.hidden_size):
+        if self.backend != "auto" or ops.torch_is_faster(self.mode, input.dtype, batch, self.hidden_size):
             return False
         if hx is None:
             return True
@@ -202,12 +213,27 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
             return False
         dim = data.dim()
         time_dim = 1 if self.batch_first and dim == 3 else 0
-        batch = 1 if packed or dim != 3 else data.size(1 - time_dim)  # torch runs packed data step by step
         return (
             isinstance(self.bidirectional, bool)
-            and not ops.torch_is_faster(self.mode, data.dtype, batch, self.hidden_size)
+            and not self._torch_computes(data, packed)
             and (packed or (dim in (2, 3) and data.size(time_dim) > 0))
             and (packed or all(s.dim() == dim for s in states))
+        )
+
+    def _torch_computes(self, data: Tensor, packed: bool) -> bool:
+        if ops.on_cuda(data) and (data.numel() == 0 or getattr(self, "proj_size", 0) > 0):
+            return True  # the CUDA kernels have no projection
+        if self.backend != "auto":
+            return self.backend == "torch"
+        batched = not packed and data.dim() == 3
+        batch = data.size(0 if self.batch_first else 1) if batched else 1
+        if not ops.on_cuda(data):
+            return ops.torch_is_faster(self.mode, data.dtype, batch, self.hidden_size)
+        steps = data.size(1 if batched and self.batch_first else 0)
+        directions = 2 if self.bidirectional else 1
+        shape = (steps, batch, data.size(-1))
+        return cuda.torch_is_faster(
+            self.mode, data.dtype, shape, self.hidden_size, self.num_layers, directions, data.device
         )
 
 

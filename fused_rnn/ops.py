@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_rnn import reference
+from fused_rnn import cuda, reference
 
 _forward = torch.ops.fused_rnn.forward.default
 _backward = torch.ops.fused_rnn.backward.default
@@ -42,7 +42,7 @@ def layer(
     if torch.is_grad_enabled() and _any_requires_grad(inputs):
         y, h_n, c_n = _apply(cell, batch_sizes, *inputs)
     else:
-        y, h_n, c_n, _ = _call_forward(cell, batch_sizes, inputs, False)
+        y, h_n, c_n, *_ = _call_forward(cell, batch_sizes, inputs, False)
     is_step = batch_sizes is None and x.dim() == 2
     return y, y if is_step else h_n, c_n if cell == "lstm" else None
 
@@ -100,28 +100,28 @@ def plain(tensor: Any, dim: int) -> bool:
 def fusible(x: Any, *others: Any) -> bool:
     """Whether the kernels may compute with these; if not, torch does.
 
-    They take plain tensors of one supported dtype on the CPU, and only while nothing watches or
+    They take plain tensors of one supported dtype on one CPU or CUDA device, and only while nothing watches or
     rewrites torch's operations: a compiler, a tracer, autocast, a mode, a functorch transform.
     """
-    if type(x) not in PLAIN_TYPES or watched():
+    if type(x) not in PLAIN_TYPES or watched(x.device.type):
         return False
-    dtype = x.dtype
-    if dtype not in DTYPES or x.is_nested:
+    dtype, device = x.dtype, x.device
+    if dtype not in DTYPES or x.is_nested or not (x.is_cpu or (on_cuda(x) and cuda.available())):
         return False
     for t in (x, *others):
         if t is not None and (
-            type(t) not in PLAIN_TYPES or t.dtype is not dtype or not t.is_cpu or t.layout is not torch.strided
+            type(t) not in PLAIN_TYPES or t.dtype is not dtype or t.device != device or t.layout is not torch.strided
         ):
             return False
     return True
 
 
-def watched() -> bool:
+def watched(device: str = "cpu") -> bool:
     """Whether a compiler, a tracer, autocast, a mode or a functorch transform looks at torch's operations."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled(device)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
@@ -137,10 +137,17 @@ def _function_mode_matters() -> bool:
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
+def on_cuda(x: Tensor | None) -> bool:
+    """Whether the CUDA kernels compute with such tensors."""
+    return x is not None and x.is_cuda
+
+
 def _call_forward(
     cell: str, batch_sizes: Tensor | None, inputs: Sequence[Tensor | None], train: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     x, h0, c0, *weights = inputs
+    if on_cuda(x):
+        return cuda.forward(cell, batch_sizes, inputs, train)
     if batch_sizes is None:
         return _forward(x, h0, c0, _NUMBER[cell], train, *weights)
     if len(weights) == 5:
@@ -148,12 +155,45 @@ def _call_forward(
     return _forward(x, h0, c0, _NUMBER[cell], train, *weights, batch_sizes)
 
 
+def _call_backward(
+    cell: str,
+    batch_sizes: Tensor | None,
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    kept: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> Sequence[Tensor]:
+    w_ih, w_hh, _, _, w_hr, *reverse = weights
+    w_ih_reverse, w_hh_reverse, _, _, w_hr_reverse = reverse or _NO_WEIGHTS
+    two = len(needs) > 8
+    return _backward(
+        *grads,
+        x,
+        *kept,
+        _NUMBER[cell],
+        needs[0],
+        needs[1] or needs[2],
+        needs[3] or (two and needs[8]),
+        needs[4] or (two and needs[9]),
+        needs[5] or needs[6] or (two and (needs[10] or needs[11])),
+        needs[7] or (two and needs[12]),
+        w_ih,
+        w_hh,
+        w_hr,
+        w_ih_reverse,
+        w_hh_reverse,
+        w_hr_reverse,
+        batch_sizes,
+    )
+
+
 class _Layer(torch.autograd.Function):
     """Inputs are x, h0, c0 and then five weights per direction, in the operator's order."""
 
     @staticmethod
     def forward(ctx, cell, batch_sizes, *inputs):  # type: ignore[no-untyped-def]
-        y, h_n, c_n, reserve = _call_forward(cell, batch_sizes, inputs, True)
+        y, h_n, c_n, *kept = _call_forward(cell, batch_sizes, inputs, True)
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.batch_sizes = cell, batch_sizes
         # What a first derivative reads is saved for it, and so guarded against writing in place. What only a
@@ -161,8 +201,9 @@ class _Layer(torch.autograd.Function):
         x, h0, c0, *weights = inputs
         read = _what_a_derivative_reads(ctx.needs_input_grad)
         tensors = (x, *weights)
+        ctx.kept = len(kept)
         ctx.save_for_backward(
-            reserve, h0, c0, *[t if is_read else None for t, is_read in zip(tensors, read, strict=True)]
+            *kept, h0, c0, *[t if is_read else None for t, is_read in zip(tensors, read, strict=True)]
         )
         ctx.aside = [
             None if is_read or t is None else (t, t._version) for t, is_read in zip(tensors, read, strict=True)
@@ -174,39 +215,19 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n):  # type: ignore[no-untyped-def]
         needs = ctx.needs_input_grad[2:]
-        reserve, h0, c0, *others = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        kept, (h0, c0, *others) = saved[: ctx.kept], saved[ctx.kept :]
         again = torch.is_grad_enabled() or _any_batched(dy, dh_n, dc_n)
-        for index, kept in enumerate(ctx.aside):
-            if kept is not None:
-                others[index] = _unchanged(*kept) if again else kept[0]
+        for index, of_aside in enumerate(ctx.aside):
+            if of_aside is not None:
+                others[index] = _unchanged(*of_aside) if again else of_aside[0]
         if again:
             inputs = (others[0], h0, c0, *others[1:])
             grads = _differentiable_backward(ctx.cell, ctx.batch_sizes, inputs, needs, (dy, dh_n, dc_n))
             return None, None, *grads
-        x, w_ih, w_hh, _, _, w_hr, *reverse = others
-        w_ih_reverse, w_hh_reverse, _, _, w_hr_reverse = reverse or _NO_WEIGHTS
-        two = len(needs) > 8
-        grads = _backward(
-            dy,
-            dh_n,
-            dc_n,
-            x,
-            reserve,
-            _NUMBER[ctx.cell],
-            needs[0],
-            needs[1] or needs[2],
-            needs[3] or (two and needs[8]),
-            needs[4] or (two and needs[9]),
-            needs[5] or needs[6] or (two and (needs[10] or needs[11])),
-            needs[7] or (two and needs[12]),
-            w_ih,
-            w_hh,
-            w_hr,
-            w_ih_reverse,
-            w_hh_reverse,
-            w_hr_reverse,
-            ctx.batch_sizes,
-        )
+        x, *weights = others
+        call_backward = cuda.backward if on_cuda(x) else _call_backward
+        grads = call_backward(ctx.cell, ctx.batch_sizes, (dy, dh_n, dc_n), x, weights, kept, needs)
         return None, None, *[g if need else None for g, need in zip(grads, needs, strict=False)]
 
 

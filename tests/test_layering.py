@@ -14,7 +14,8 @@ from fused_rnn import reference
 
 PACKAGE = Path(fused_rnn.__file__).parent
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-LAYERS = ("cells", "cpu", "bindings")  # each may use those before it; csrc/rnn_params.h is everyone's
+# What each folder may use beside itself; csrc/rnn_params.h is everyone's.
+LAYERS = {"cells": [], "cpu": ["cells"], "cuda": ["cells"], "bindings": ["cells", "cpu", "cuda"]}
 
 needs_sources = pytest.mark.skipif(not CSRC.is_dir(), reason=f"the C++ sources are not beside the tests, in {CSRC}")
 
@@ -44,18 +45,20 @@ def test_the_sources_are_found() -> None:
 def test_kernels_know_nothing_of_torch() -> None:
     """They could be built, tested and ported without it."""
     foreign = re.compile(r"torch|aten|c10|caffe2|pybind|python", re.IGNORECASE)
-    for path in [*cpp_files("cells", "cpu"), CSRC / "rnn_params.h"]:
+    for path in [*cpp_files("cells", "cpu", "cuda"), CSRC / "rnn_params.h"]:
         assert not [name for name in includes(path) if foreign.search(name)], path
         assert not re.search(r"\b(torch|at|c10|pybind11|py)::", code(path)), path
 
 
 @needs_sources
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_layer_uses_only_those_before_it(layer: str) -> None:
-    allowed = [CSRC / name for name in LAYERS[: LAYERS.index(layer) + 1]]
+def test_a_layer_uses_only_those_below_it(layer: str) -> None:
+    allowed = [CSRC / name for name in (layer, *LAYERS[layer])]
     for path in cpp_files(layer):
         for name in includes(path):
-            if name.startswith('"'):
+            if name == '"emulator.h"':  # what stands for the GPU in tests
+                assert path == CSRC / "cuda" / "device.h"
+            elif name.startswith('"'):
                 target = (path.parent / name.strip('"')).resolve()
                 assert target.is_file(), (path, name)
                 assert target.parent in allowed or target == CSRC / "rnn_params.h", (path, name)

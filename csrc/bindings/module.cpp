@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../cpu/dispatch.h"
+#include "../cuda/plan.h"
 
 namespace py = pybind11;
 using fused_rnn::cpu::Kernels;
@@ -48,6 +49,34 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "What the extension was built with.");
+  m.def(
+      "cuda_plans",
+      [](int cell, int element_bytes, int64_t batch, int hidden_size, int directions, bool backward, int sms,
+         int shared_bytes, int capability) {
+        using namespace fused_rnn::cuda;
+        const auto element = element_bytes == 4 ? Element::kTf32 : Element::kBf16;
+        const Problem problem{
+            static_cast<fused_rnn::CellKind>(cell), element, batch, hidden_size, directions, backward};
+        py::list all;
+        for (const Plan& p : plans(problem, {sms, shared_bytes, capability})) {
+          py::dict d;
+          d["kernel"] = p.instance.exchange == Exchange::kAlone ? "alone" : "through_l2";
+          d["unit_warps"] = p.instance.unit_warps;
+          d["depth_warps"] = p.instance.depth_warps;
+          d["row_tiles"] = p.instance.row_tiles;
+          d["parts"] = p.division.parts;
+          d["teams"] = p.division.teams;
+          d["tiles"] = p.division.tiles;
+          d["rows"] = p.rows;
+          d["blocks"] = p.blocks(directions);
+          d["threads"] = p.instance.threads();
+          d["shared_bytes"] = p.shared_bytes;
+          d["microseconds"] = p.microseconds;
+          all.append(d);
+        }
+        return all;
+      },
+      "The CUDA kernels that keep a layer's recurrent weights on the chip and fit the device, best first.");
   m.def(
       "map_function",
       [](const std::string& function, const std::string& isa, const py::buffer& values) {

@@ -1,0 +1,230 @@
+#!/usr/bin/env bash
+# Build, test and measure on a machine with an NVIDIA GPU, in one command that ends within ten minutes:
+#
+#     benchmarks/gpu_run.sh [--phase NAME[,NAME...]] [--output DIR] [--quick]
+#
+#     facts        what machine this is                                  gpu_facts.json
+#     build        the library, into build/gpu                           gpu_run.log
+#     correctness  tests/test_gpu.py, or what stands in without pytest   gpu_correctness.log
+#     baselines    torch.nn alone, and the kernels that cuDNN runs       gpu_baselines.jsonl, .csv
+#     grid         fused_rnn against torch.nn                            gpu_grid.jsonl, .csv, .png
+#     sanitizer    compute-sanitizer on tiny shapes                      gpu_run.log
+#
+# Needs torch with CUDA, nvcc and a C++ compiler, and no network. Every phase has its own time limit, writes its results
+# as it goes, and does not stop the later ones if it fails, unless it is the build. The exit status is 0 if every phase
+# that ran has passed. The GPU is used as it is found: nothing of its settings is changed. A later call without the phase
+# `build` uses the library that an earlier one built.
+#
+# PYTHON names the interpreter, GPU_RUN_COMMIT the commit where there is no git, TORCH_CUDA_ARCH_LIST the architectures
+# to build for (default: this device's), SANITIZER_KERNELS a part of the kernels' names.
+set -uo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+self=$root/benchmarks/gpu_run.sh
+python=${PYTHON:-python3}
+target=$root/build/gpu
+total=570 # seconds for everything; the rest of ten minutes is for starting and stopping
+export PYTHONUNBUFFERED=1 PYTHONPATH="$target${PYTHONPATH:+:$PYTHONPATH}"
+export MAX_JOBS=${MAX_JOBS:-$(nproc)}
+
+has_module() { "$python" -c "import $1" 2> /dev/null; }
+
+build() {
+  local module
+  for module in torch setuptools; do
+    has_module "$module" || { echo "the Python module $module is needed to build, and is not installed"; return 1; }
+  done
+  has_module wheel || echo "wheel is not installed: setuptools before 70.1 needs it"
+  has_module pybind11 || echo "pybind11 is not installed: the headers that come with torch have to do"
+  has_module ninja || command -v ninja || echo "ninja is not installed: the files are compiled one after the other"
+  command -v nvcc || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] || { echo "there is no nvcc"; return 1; }
+  echo "TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST MAX_JOBS=$MAX_JOBS"
+  rm -rf "$target"
+  mkdir -p "$target"
+  if has_module pip && "$python" -m pip install -v --no-build-isolation --no-deps --no-index --no-cache-dir \
+    --disable-pip-version-check --target "$target" .; then
+    return 0
+  fi
+  echo "pip could not install it: setup.py build_ext instead"
+  rm -rf "$target"
+  "$python" setup.py build_ext --build-lib "$target" && mkdir -p "$target/fused_rnn" \
+    && cp -r fused_rnn/. "$target/fused_rnn/"
+}
+
+# Only our kernels are checked: those of torch and cuDNN are many, and each would be slow.
+sanitize() {
+  local tool filter=--kernel-name
+  compute-sanitizer --help | grep -q -e "$filter" || filter=--kernel-regex
+  for tool in memcheck racecheck; do
+    echo "-- compute-sanitizer --tool $tool"
+    compute-sanitizer --tool "$tool" --error-exitcode 86 "$filter" "kns=${SANITIZER_KERNELS:-fused_rnn}" \
+      "$python" benchmarks/gpu.py --errors --shape 4,3,8,16,1 --shape 3,9,20,33,1,bi --cell lstm gru \
+      --dtype bfloat16 float32 --mode training --output "$scratch" || return
+  done
+}
+
+cd "$root" || exit 1
+# These two are more than one command, and `timeout` starts only programs: this script, for one of them.
+case ${GPU_RUN_FUNCTION:-} in
+  build | sanitize) "$GPU_RUN_FUNCTION"; exit ;;
+esac
+
+output=${OUT:-$root/benchmarks/results/gpu}
+all_phases=facts,build,correctness,baselines,grid,sanitizer
+phases=$all_phases
+quick=()
+
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
+
+while [ $# -gt 0 ]; do
+  case $1 in
+    --phase | --output)
+      [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
+      if [ "$1" = --phase ]; then phases=$2; else output=$2; fi
+      shift 2
+      ;;
+    --quick) quick=(--quick); shift ;;
+    --help | -h) usage; exit 0 ;;
+    *) echo "unknown option $1; --help lists them" >&2; exit 2 ;;
+  esac
+done
+for phase in ${phases//,/ }; do
+  [[ ",$all_phases," == *",$phase,"* ]] || { echo "no phase is called $phase; there are $all_phases" >&2; exit 2; }
+done
+
+mkdir -p "$output" || exit 1
+output=$(cd "$output" && pwd)
+scratch=$(mktemp -d)
+export scratch
+trap 'rm -rf "$scratch"' EXIT
+log=$output/gpu_run.log
+: > "$log"
+summary=()
+failed=0
+
+wanted() { [[ ",$phases," == *",$1,"* ]]; }
+
+# limit_of SECONDS: these, or what is left of the whole
+limit_of() {
+  local left=$((total - SECONDS))
+  [ ${#quick[@]} -eq 0 ] || [ "$1" -gt 200 ] || set -- $(($1 / 2))
+  echo $(($1 < left ? $1 : left))
+}
+
+# run_phase NAME SECONDS FILE COMMAND...: everything it prints goes to FILE; sets `status`
+run_phase() {
+  local name=$1 limit file=$3 began=$SECONDS
+  limit=$(limit_of "$2")
+  shift 3
+  printf '\n== %s (%d s so far, limit %d s)\n' "$name" "$SECONDS" "$limit"
+  if [ "$limit" -lt 5 ]; then
+    echo "no time is left for it" | tee -a "$file"
+    status=124
+  else
+    timeout --kill-after=5 "$limit" "$@" >> "$file" 2>&1
+    status=$?
+  fi
+  local verdict
+  case $status in
+    0) verdict=passed ;;
+    124 | 137) verdict="STOPPED at its limit of $limit s" ;;
+    *) verdict="FAILED (exit status $status)" ;;
+  esac
+  [ "$status" -eq 0 ] || failed=1
+  summary+=("$(printf '%-12s %4d s  %s' "$name" $((SECONDS - began)) "$verdict")")
+}
+
+# show FILE LINES: the end of a file
+show() { [ ! -f "$1" ] || tail -n "$2" "$1" | cut -c1-240; }
+
+# show_summary FILE LINES: what follows the first empty line, or the end of a file that has none because it was stopped
+show_summary() {
+  if grep -q '^$' "$1"; then
+    sed '1,/^$/d' "$1" | cut -c1-240 | tail -n "$2"
+  else
+    show "$1" 20
+  fi
+}
+
+finish() {
+  printf '\n== phases\n'
+  printf '%s\n' "${summary[@]}"
+  echo "Results: $output"
+  exit "$failed"
+}
+
+library_is_built() { (cd "$target" 2> /dev/null && ls fused_rnn/_C*.so > /dev/null 2>&1); }
+
+device_arch() {
+  "$python" - << 'PYTHON'
+import torch
+
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}.{minor}{'a' if major >= 9 else ''}")  # from Hopper on, some instructions are this architecture's alone
+PYTHON
+}
+
+has_module torch || { echo "torch is not installed for $python"; exit 1; }
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "torch sees no CUDA GPU"; exit 1; }
+
+if wanted facts; then
+  run_phase facts 30 "$log" "$python" benchmarks/gpu.py --facts --output "$output"
+  [ "$status" -ne 0 ] || show "$output/gpu_facts.json" 60
+fi
+
+if wanted build || { ! library_is_built && [[ "$phases" =~ correctness|grid|sanitizer ]]; }; then
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(device_arch)}
+  export TORCH_CUDA_ARCH_LIST
+  GPU_RUN_FUNCTION=build run_phase build 240 "$log" bash "$self"
+  if [ "$status" -ne 0 ]; then
+    show "$log" 60
+    finish
+  fi
+  ls -l "$target"/fused_rnn/*.so
+fi
+
+if wanted correctness; then
+  report=$output/gpu_correctness.log
+  : > "$report"
+  if has_module pytest; then
+    run_phase correctness 90 "$report" "$python" -m pytest tests/test_gpu.py -m gpu -v --tb=short --maxfail=40 -rf \
+      -p no:cacheprovider --durations=8
+    echo "$(grep -c ' PASSED' "$report") passed, $(grep -c '^tests.* FAILED' "$report") failed," \
+      "$(grep -c '^tests.* SKIPPED' "$report") skipped"
+    [ "$status" -eq 0 ] || grep -E '^(FAILED|ERROR)' "$report" | cut -c1-200 | head -n 25
+    show "$report" 1
+  else
+    echo "pytest is not installed: results are compared on a few shapes only"
+    run_phase correctness 90 "$report" "$python" benchmarks/gpu.py --errors --budget 70 --output "$scratch" \
+      --shape 5,3,7,20,2 --shape 7,17,10,77,1,bi --shape 1,1,1,1,1 --shape 12,64,256,256,1 --shape 6,16,512,1024,1
+    show "$report" 20
+  fi
+fi
+
+if wanted baselines; then
+  run_phase baselines 60 "$scratch/baselines.log" "$python" benchmarks/gpu.py --baselines --quick \
+    --budget $(($(limit_of 60) - 15)) --output "$output"
+  cat "$scratch/baselines.log" >> "$log"
+  show_summary "$scratch/baselines.log" 45
+fi
+
+if wanted grid; then
+  run_phase grid 120 "$scratch/grid.log" "$python" benchmarks/gpu.py "${quick[@]}" --budget $(($(limit_of 120) - 18)) \
+    --output "$output"
+  cat "$scratch/grid.log" >> "$log"
+fi
+
+if wanted sanitizer; then
+  if command -v compute-sanitizer > /dev/null; then
+    GPU_RUN_FUNCTION=sanitize run_phase sanitizer 40 "$log" bash "$self"
+    grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|^-- compute-sanitizer' "$log" | tail -n 6
+  else
+    summary+=("sanitizer    left out: compute-sanitizer is not installed")
+  fi
+fi
+
+if [ -f "$scratch/grid.log" ]; then # last, because only the end of a long output may be seen
+  printf '\n== fused_rnn against torch.nn\n'
+  show_summary "$scratch/grid.log" 70
+fi
+finish

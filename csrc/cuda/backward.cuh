@@ -1,0 +1,116 @@
+// A layer's recurrence backward, all time steps in one launch: the gradients of the gates before their activations.
+//
+// Shared out as forward is, with the transposed weights: a block adds up what the gradients of all units at the step
+// after pass back to its own units' states, applies the cell's derivative, and publishes its units' gradients. They
+// stay, and after the last step are multiplied into the gradients of weights and input. One more product gives dh0.
+#pragma once
+
+#include "../cells/cells.h"
+#include "block.cuh"
+
+namespace fused_rnn {
+namespace cuda {
+
+template <class Cell, class E, class Shape>
+FUSED_RNN_KERNEL(Shape::kThreads)
+backward(const BackwardParams params) {
+  using Weights = ResidentProduct<E, 1, Shape>;
+  const Sequence& q = params.sequence;
+  const Block<Shape> block(q);
+  const BackwardDirection& d = params.direction[block.direction()];
+  const int H = q.H, Hp = padded<E>(H), unit = block.unit(), columns = Cell::kGates * Hp;
+  const bool is_unit = unit < H;
+  const Layout layout(Shape::instance(), {1, columns, sizeof(typename E::Stored)}, q.division.tiles);
+  const Shared<float> sums = shared_memory<float>(layout.sums), states = shared_memory<float>(layout.state);
+  typename ExchangeOf<E, Shape::kExchange>::Type exchange(
+      Rows<E>{static_cast<typename E::Stored*>(d.dgates), q.B, Cell::kGrads * Hp, Cell::kHiddenGrads * Hp, columns}, q,
+      layout, Shape::kRows);
+  Weights weights(static_cast<const typename E::Stored*>(d.w_hh_t), H, columns, block.first_unit(),
+                  shared_memory<Words>(layout.weights));
+
+  // State 0 is what reaches h other than through the product, state 1 the gradient of c.
+  for (int j = 0; j < q.division.tiles; ++j) {
+    const Tile tile = block.tile(j);
+    const State<Shape> state(states, block, tile);
+    for (int i = 0; i < Shape::kRowsOfThread; ++i) {
+      const int row = block.row(i);
+      if (row >= Shape::kRows) break;
+      const bool present = is_unit && row < tile.rows;
+      const int64_t at = (tile.first + row) * H + unit;
+      state.store(0, i, present ? value_or_zero<E>(d.dh_n, at) : 0.0f);
+      state.store(1, i, present ? value_or_zero<E>(d.dc_n, at) : 0.0f);
+    }
+  }
+  sync_block();
+
+  for (int64_t step = 0; step <= q.T; ++step) {  // the last one only multiplies
+    const int64_t t = step < q.T ? block.time(step, true) : -1;
+    for (int j = 0; j < q.division.tiles; ++j) {
+      const Tile tile = block.tile(j);
+      float saved[Shape::kRowsOfThread][Cell::kSaved] = {}, h_prev[Shape::kRowsOfThread] = {},
+            c_prev[Shape::kRowsOfThread] = {}, dy[Shape::kRowsOfThread] = {};
+      bool active[Shape::kRowsOfThread];
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < Shape::kRowsOfThread; ++i) {
+        const int64_t b = tile.first + block.row(i), of_row = t * q.B + b;
+        active[i] = t >= 0 && is_unit && block.row(i) < tile.rows && block.active(t, b);
+        if (!active[i]) continue;
+        FUSED_RNN_UNROLL
+        for (int k = 0; k < Cell::kSaved; ++k) {
+          saved[i][k] = value_or_zero<E>(d.saved, (of_row * Cell::kSaved + k) * H + unit);
+        }
+        if constexpr (Cell::kUsesH) h_prev[i] = value_or_zero<E>(d.h_prev, of_row * Hp + unit);
+        if constexpr (Cell::kHasC) c_prev[i] = d.c_prev[of_row * H + unit];
+        dy[i] = value_or_zero<E>(d.dy, of_row * d.dy_stride + unit);
+      }
+
+      if (step > 0) {
+        const int64_t after = block.time(step - 1, true);
+        weights.multiply(exchange.source(after, tile, weights.lane_row(), weights.lane_column()), sums);
+      }
+      sync_block();
+
+      const State<Shape> state(states, block, tile);
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < Shape::kRowsOfThread; ++i) {
+        const int row = block.row(i);
+        if (row >= Shape::kRows) break;
+        float dh = state.load(0, i) + dy[i], dc = state.load(1, i), dh_prev = 0.0f;
+        if (step > 0) dh += Weights::sum(sums, 0, row, block.unit_of_block());
+        float grads[Cell::kGrads];
+        Cell::backward(saved[i], h_prev[i], c_prev[i], dh, dc, grads, dh_prev);
+        if (active[i]) {
+          state.store(0, i, dh_prev);
+          state.store(1, i, dc);
+        } else {
+          state.store(0, i, dh);
+        }
+        if (t < 0) continue;
+        FUSED_RNN_UNROLL
+        for (int k = 0; k < Cell::kGrads; ++k) {
+          in_words<E>(active[i] ? grads[k] : 0.0f, [&](uint32_t word) {
+            if (row < tile.rows && unit < Hp) exchange.publish(t, tile, row, k * Hp + unit, word);
+          });
+        }
+      }
+      sync_block();
+    }
+  }
+
+  for (int j = 0; j < q.division.tiles; ++j) {
+    const Tile tile = block.tile(j);
+    const State<Shape> state(states, block, tile);
+    for (int i = 0; i < Shape::kRowsOfThread; ++i) {
+      const int row = block.row(i);
+      if (row >= tile.rows || !is_unit) break;
+      const int64_t at = (tile.first + row) * H + unit;
+      if (d.dh0) store_value<E>(d.dh0, at, state.load(0, i));
+      if constexpr (Cell::kHasC) {
+        if (d.dc0) store_value<E>(d.dc0, at, state.load(1, i));
+      }
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace fused_rnn

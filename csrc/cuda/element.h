@@ -1,0 +1,87 @@
+// Element types: what is stored, what is computed in, and how the tensor cores multiply it: bf16 and fp16 as they are
+// stored, float32 as TF32, with float32 sums.
+//
+// A block publishes its results for other blocks as 32-bit words, one or two elements each.
+#pragma once
+
+#include "../cells/math.h"
+#include "device.h"
+
+namespace fused_rnn {
+namespace cuda {
+
+// No element rounds to this: it is a NaN, and every NaN that is stored has its sign bit clear.
+constexpr uint32_t kNotYet = 0xffffffffu;
+
+struct Bf16 {
+  using Stored = uint16_t;
+  using Arithmetic = float;
+  FUSED_RNN_DEVICE static float value(Stored bits) { return from_bf16(bits); }
+  FUSED_RNN_DEVICE static Stored stored(float value) { return bf16_bits(value); }
+  FUSED_RNN_DEVICE static uint32_t operand(uint32_t word) { return word; }
+  FUSED_RNN_DEVICE static void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_bf16(sums, a, b0, b1);
+  }
+};
+
+struct Fp16 {
+  using Stored = uint16_t;
+  using Arithmetic = float;
+  FUSED_RNN_DEVICE static float value(Stored bits) { return from_fp16(bits); }
+  FUSED_RNN_DEVICE static Stored stored(float value) { return fp16_bits(value); }
+  FUSED_RNN_DEVICE static uint32_t operand(uint32_t word) { return word; }
+  FUSED_RNN_DEVICE static void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_fp16(sums, a, b0, b1);
+  }
+};
+
+struct Tf32 {
+  using Stored = float;
+  using Arithmetic = float;
+  FUSED_RNN_DEVICE static float value(Stored value) { return value; }
+  FUSED_RNN_DEVICE static Stored stored(float value) { return value; }
+  FUSED_RNN_DEVICE static uint32_t operand(uint32_t word) { return tf32_bits(math::bits<float>(word)); }
+  FUSED_RNN_DEVICE static void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_tf32(sums, a, b0, b1);
+  }
+};
+
+struct Float32 {  // without tensor cores
+  using Stored = float;
+  using Arithmetic = float;
+  FUSED_RNN_DEVICE static float value(Stored value) { return value; }
+  FUSED_RNN_DEVICE static Stored stored(float value) { return value; }
+};
+
+struct Float64 {
+  using Stored = double;
+  using Arithmetic = double;
+  FUSED_RNN_DEVICE static double value(Stored value) { return value; }
+  FUSED_RNN_DEVICE static Stored stored(double value) { return value; }
+};
+
+template <class E>
+FUSED_RNN_DEVICE typename E::Arithmetic value_or_zero(const void* at, int64_t index) {
+  return at ? E::value(static_cast<const typename E::Stored*>(at)[index]) : typename E::Arithmetic(0);
+}
+template <class E>
+FUSED_RNN_DEVICE void store_value(void* at, int64_t index, typename E::Arithmetic value) {
+  static_cast<typename E::Stored*>(at)[index] = E::stored(value);
+}
+
+template <class E>
+constexpr int kElementsPerWord = 4 / sizeof(typename E::Stored);
+
+// Calls store(word) in the lanes that own one; all lanes of a warp take part, neighbours hold neighbouring units.
+template <class E, class Store>
+FUSED_RNN_DEVICE void in_words(float value, const Store& store) {
+  if constexpr (kElementsPerWord<E> == 2) {
+    const float next = shuffle_xor(value, 1);
+    if ((thread_index() & 1) == 0) store(E::stored(value) | static_cast<uint32_t>(E::stored(next)) << 16);
+  } else {
+    store(tf32_bits(value));
+  }
+}
+
+}  // namespace cuda
+}  // namespace fused_rnn

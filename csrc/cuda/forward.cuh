@@ -1,0 +1,126 @@
+// A layer's recurrence forward, all time steps in one launch.
+//
+// Parallel over directions, teams (batch rows) and parts (units). A block keeps the recurrent weights of its units for
+// the whole sequence; at every step it multiplies them with the state that all parts have published, applies the cell
+// to its own units, and publishes their new state. With several tiles of rows in turn, one tile's state travels while
+// the others are computed.
+#pragma once
+
+#include "../cells/cells.h"
+#include "block.cuh"
+
+namespace fused_rnn {
+namespace cuda {
+
+template <class Cell, class E, class Shape>
+FUSED_RNN_KERNEL(Shape::kThreads)
+forward(const ForwardParams params) {
+  constexpr int G = Cell::kGates;
+  using Weights = ResidentProduct<E, G, Shape>;
+  const Sequence& q = params.sequence;
+  const Block<Shape> block(q);
+  const ForwardDirection& d = params.direction[block.direction()];
+  const int H = q.H, Hp = padded<E>(H), unit = block.unit();
+  const bool is_unit = unit < H;
+  const Layout layout(Shape::instance(), {G, Hp, sizeof(typename E::Stored)}, q.division.tiles);
+  const Shared<float> sums = shared_memory<float>(layout.sums), states = shared_memory<float>(layout.state);
+  typename ExchangeOf<E, Shape::kExchange>::Type exchange(
+      Rows<E>{static_cast<typename E::Stored*>(d.h_prev), q.B, Hp, 0, Hp}, q, layout, Shape::kRows);
+  Weights weights(static_cast<const typename E::Stored*>(d.w_hh), H, Hp, block.first_unit(),
+                  shared_memory<Words>(layout.weights));
+
+  float b_ih[G], b_hh[G];
+  FUSED_RNN_UNROLL
+  for (int gate = 0; gate < G; ++gate) {
+    b_ih[gate] = is_unit ? value_or_zero<E>(d.b_ih, gate * H + unit) : 0.0f;
+    b_hh[gate] = is_unit ? value_or_zero<E>(d.b_hh, gate * H + unit) : 0.0f;
+  }
+
+  const auto publish = [&](int64_t t, const Tile& tile, int row, float h) {
+    in_words<E>(h, [&](uint32_t word) {
+      if (row < tile.rows && unit < Hp) exchange.publish(t, tile, row, unit, word);
+    });
+  };
+
+  for (int j = 0; j < q.division.tiles; ++j) {
+    const Tile tile = block.tile(j);
+    const State<Shape> state(states, block, tile);
+    for (int i = 0; i < Shape::kRowsOfThread; ++i) {
+      const int row = block.row(i);
+      if (row >= Shape::kRows) break;
+      const bool present = is_unit && row < tile.rows;
+      const int64_t at = (tile.first + row) * H + unit;
+      const float h = present ? value_or_zero<E>(d.h0, at) : 0.0f;
+      state.store(0, i, h);
+      state.store(1, i, present ? value_or_zero<E>(d.c0, at) : 0.0f);
+      publish(block.time(0, false), tile, row, h);
+    }
+  }
+  sync_block();
+
+  for (int64_t step = 0; step < q.T; ++step) {
+    const int64_t t = block.time(step, false);
+    for (int j = 0; j < q.division.tiles; ++j) {
+      const Tile tile = block.tile(j);
+      float x[Shape::kRowsOfThread][G];  // read early: the product hides the way from memory
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < Shape::kRowsOfThread; ++i) {
+        const bool present = is_unit && block.row(i) < tile.rows;
+        const int64_t at = (t * q.B + tile.first + block.row(i)) * (G * static_cast<int64_t>(H)) + unit;
+        FUSED_RNN_UNROLL
+        for (int gate = 0; gate < G; ++gate) x[i][gate] = present ? value_or_zero<E>(d.x_gates, at + gate * H) : 0.0f;
+      }
+
+      weights.multiply(exchange.source(t, tile, weights.lane_row(), weights.lane_column()), sums);
+      sync_block();
+
+      const State<Shape> state(states, block, tile);
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < Shape::kRowsOfThread; ++i) {
+        const int row = block.row(i);
+        if (row >= Shape::kRows) break;
+        const int64_t b = tile.first + row, at = (t * q.B + b) * H + unit;
+        const bool present = is_unit && row < tile.rows;
+        const float h_prev = state.load(0, i), c_prev = state.load(1, i);
+        float r[G], saved[Cell::kSaved], h, c = c_prev;
+        FUSED_RNN_UNROLL
+        for (int gate = 0; gate < G; ++gate) {
+          r[gate] = Weights::sum(sums, gate, row, block.unit_of_block()) + b_hh[gate];
+          x[i][gate] += b_ih[gate];
+        }
+        Cell::forward(x[i], r, h_prev, c, saved, h);
+        const bool active = present && block.active(t, b);
+        if (!active) h = h_prev, c = c_prev;
+        if (step + 1 < q.T) publish(block.time(step + 1, false), tile, row, is_unit ? h : 0.0f);
+        if (present) store_value<E>(d.y, (t * q.B + b) * d.y_stride + unit, active ? h : 0.0f);
+        if (active) {
+          state.store(0, i, h);
+          state.store(1, i, c);
+          if (d.saved) {
+            FUSED_RNN_UNROLL
+            for (int k = 0; k < Cell::kSaved; ++k) {
+              store_value<E>(d.saved, ((t * q.B + b) * Cell::kSaved + k) * H + unit, saved[k]);
+            }
+            if constexpr (Cell::kHasC) d.c_prev[at] = c_prev;
+          }
+        }
+      }
+      sync_block();
+    }
+  }
+
+  for (int j = 0; j < q.division.tiles; ++j) {
+    const Tile tile = block.tile(j);
+    const State<Shape> state(states, block, tile);
+    for (int i = 0; i < Shape::kRowsOfThread; ++i) {
+      const int row = block.row(i);
+      if (row >= tile.rows || !is_unit) break;
+      const int64_t at = (tile.first + row) * H + unit;
+      store_value<E>(d.h_n, at, state.load(0, i));
+      if constexpr (Cell::kHasC) store_value<E>(d.c_n, at, state.load(1, i));
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace fused_rnn

@@ -1,0 +1,99 @@
+// The body of every cell's .cu file: from run-time values to the template instance, and its launch.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "backward.cuh"
+#include "forward.cuh"
+#include "pointwise.cuh"
+#include "recurrence.h"
+
+namespace fused_rnn {
+namespace cuda {
+
+template <class F>
+void with_element(Element element, const F& f) {
+  switch (element) {
+    case Element::kBf16:
+      return f(Bf16{});
+    case Element::kFp16:
+      return f(Fp16{});
+    case Element::kTf32:
+      return f(Tf32{});
+  }
+}
+
+template <class F>
+void with_stored_type(StoredType type, const F& f) {
+  switch (type) {
+    case StoredType::kBf16:
+      return f(Bf16{});
+    case StoredType::kFp16:
+      return f(Fp16{});
+    case StoredType::kFloat32:
+      return f(Float32{});
+    case StoredType::kFloat64:
+      return f(Float64{});
+  }
+}
+
+template <class F>
+void with_shape(const Instance& i, const F& f) {
+#define FUSED_RNN_CASE(exchange_, unit, depth, row)                                                              \
+  if (i.exchange == Exchange::exchange_ && i.unit_warps == unit && i.depth_warps == depth && i.row_tiles == row) \
+    return f(Shape<Exchange::exchange_, unit, depth, row>{});
+  FUSED_RNN_INSTANCES(FUSED_RNN_CASE)
+#undef FUSED_RNN_CASE
+  throw std::logic_error("fused_rnn: there is no such kernel instance");
+}
+
+// Launches for every part of the batch that the plan's blocks hold at a time.
+template <class Params>
+void launch_parts(void (*kernel)(Params), const Plan& plan, Params params, void* stream) {
+  Sequence& q = params.sequence;
+  q.division = plan.division;
+  const Grid grid{plan.blocks(q.directions), plan.instance.threads(), plan.shared_bytes,
+                  plan.instance.exchange != Exchange::kAlone};
+  for (int64_t row = 0; row < q.B; row += plan.rows) {
+    q.first_row = row;
+    q.last_row = std::min(q.B, row + plan.rows);
+    launch(kernel, grid, stream, params);
+  }
+}
+
+inline Grid pointwise_grid(int64_t values) {
+  const int64_t blocks = (values + kPointwiseThreads - 1) / kPointwiseThreads;
+  return {static_cast<int>(std::min<int64_t>(blocks, 4 * current_device().sms)), kPointwiseThreads, 0, false};
+}
+
+template <class Cell>
+struct Instances {
+  static void run_forward(Element element, const Plan& plan, ForwardParams params, void* stream) {
+    with_element(element, [&](auto e) {
+      with_shape(plan.instance,
+                 [&](auto shape) { launch_parts(&forward<Cell, decltype(e), decltype(shape)>, plan, params, stream); });
+    });
+  }
+  static void run_backward(Element element, const Plan& plan, BackwardParams params, void* stream) {
+    with_element(element, [&](auto e) {
+      with_shape(plan.instance, [&](auto shape) {
+        launch_parts(&backward<Cell, decltype(e), decltype(shape)>, plan, params, stream);
+      });
+    });
+  }
+  static void run_step_forward(StoredType type, const StepForwardParams& params, void* stream) {
+    with_stored_type(type, [&](auto e) {
+      launch(&step_forward<Cell, decltype(e)>, pointwise_grid(params.B * params.H), stream, params);
+    });
+  }
+  static void run_step_backward(StoredType type, const StepBackwardParams& params, void* stream) {
+    with_stored_type(type, [&](auto e) {
+      launch(&step_backward<Cell, decltype(e)>, pointwise_grid(params.B * params.H), stream, params);
+    });
+  }
+  static constexpr Recurrence table() { return {run_forward, run_backward, run_step_forward, run_step_backward}; }
+};
+
+}  // namespace cuda
+}  // namespace fused_rnn

@@ -1,0 +1,90 @@
+// How one block is built: its warps, its tile of the layer, and what lies where in its shared memory. The planner
+// computes with it on the host, the kernels on the device.
+#pragma once
+
+#include "../cells/math.h"
+
+namespace fused_rnn {
+namespace cuda {
+
+constexpr int kTileUnits = 16;   // units of a warp: the rows of one tensor-core tile
+constexpr int kTileRows = 8;     // batch rows of one tensor-core tile
+constexpr int kSumsStride = 20;  // of kTileUnits sums: the lanes of a warp then write to different banks
+constexpr int kRegistersOfWeights = 96;
+
+enum class Exchange : int { kAlone, kThroughL2 };
+
+// A kernel instance: `unit_warps` warps side by side over the units of the block, each unit's products split over
+// `depth_warps` warps along the columns of the weights; `row_tiles` tiles of batch rows at a time.
+struct Instance {
+  Exchange exchange;
+  int unit_warps, depth_warps, row_tiles;
+
+  FUSED_RNN_INLINE constexpr int threads() const { return 32 * unit_warps * depth_warps; }
+  FUSED_RNN_INLINE constexpr int units() const { return kTileUnits * unit_warps; }
+  FUSED_RNN_INLINE constexpr int rows() const { return kTileRows * row_tiles; }
+};
+
+// The ahead-of-time instances, of every cell and element: X(exchange, unit_warps, depth_warps, row_tiles)
+#define FUSED_RNN_INSTANCES(X) \
+  X(kAlone, 8, 1, 1)           \
+  X(kThroughL2, 1, 8, 1)       \
+  X(kThroughL2, 1, 8, 2)       \
+  X(kThroughL2, 1, 8, 4)       \
+  X(kThroughL2, 2, 4, 1)       \
+  X(kThroughL2, 2, 4, 2)       \
+  X(kThroughL2, 2, 4, 4)
+
+// 16-byte loads of weights come in pairs of tensor-core steps; this many pairs of each gate stay in registers.
+FUSED_RNN_INLINE constexpr int register_pairs(int gates) { return kRegistersOfWeights / (8 * gates); }
+
+// What a kernel multiplies: `gates` products per unit with `columns` columns of `element` bytes.
+struct Product {
+  int gates, columns, element;
+
+  FUSED_RNN_INLINE constexpr int pair_columns() const { return 64 / element; }
+  // Pairs of each depth warp.
+  FUSED_RNN_INLINE constexpr int pairs(int depth_warps) const {
+    return (columns + depth_warps * pair_columns() - 1) / (depth_warps * pair_columns());
+  }
+  FUSED_RNN_INLINE constexpr int shared_pairs(int depth_warps) const {
+    const int rest = pairs(depth_warps) - register_pairs(gates);
+    return rest > 0 ? rest : 0;
+  }
+};
+
+// Byte offsets in shared memory.
+struct Layout {
+  int weights;  // pairs that found no place in registers: [warp, pair, gate, 2, lane] of 16 bytes
+  int sums;     // [depth warp, unit warp, gate, row, kSumsStride] floats
+  int state;    // [tile, 2, row, unit] floats: what a unit carries from step to step
+  int slots;    // [tile, row, slot_stride] bytes: the exchange of a block that is alone
+  int slot_stride;
+  int total;
+
+  FUSED_RNN_INLINE constexpr Layout(Instance instance, Product product, int tiles)
+      : weights(0), sums(0), state(0), slots(0), slot_stride(0), total(0) {
+    const int warps = instance.unit_warps * instance.depth_warps;
+    sums = weights + warps * product.shared_pairs(instance.depth_warps) * product.gates * 2 * 32 * 16;
+    state = sums + warps * product.gates * instance.rows() * kSumsStride * 4;
+    slots = state + tiles * 2 * instance.rows() * instance.units() * 4;
+    // 64 bytes behind a multiple of 128: the eight lanes that load together then use different banks.
+    slot_stride = (product.columns * product.element + 127) / 128 * 128 + 64;
+    total = slots + (instance.exchange == Exchange::kAlone ? tiles * instance.rows() * slot_stride : 0);
+  }
+};
+
+// An Instance as the template argument of a kernel.
+template <Exchange exchange, int unit_warps, int depth_warps, int row_tiles>
+struct Shape {
+  static constexpr Exchange kExchange = exchange;
+  static constexpr int kUnitWarps = unit_warps, kDepthWarps = depth_warps, kRowTiles = row_tiles;
+  static constexpr int kThreads = 32 * unit_warps * depth_warps;
+  static constexpr int kUnits = kTileUnits * unit_warps, kRows = kTileRows * row_tiles;
+  static constexpr int kRowStep = kThreads / kUnits;  // a thread has one unit, and every so manieth row
+  static constexpr int kRowsOfThread = (kRows + kRowStep - 1) / kRowStep;
+  FUSED_RNN_INLINE static constexpr Instance instance() { return {exchange, unit_warps, depth_warps, row_tiles}; }
+};
+
+}  // namespace cuda
+}  // namespace fused_rnn

@@ -1,0 +1,110 @@
+// The contract between the host and the CUDA kernels: plain structs, no torch, no ownership.
+//
+// Dimension letters as in rnn_params.h. `Stored` is uint16_t (bf16, fp16) or float (TF32). Hp is H rounded up to whole
+// 16-byte loads: rows of what blocks exchange are Hp wide, and what lies between H and Hp is zero. Everything is
+// row-major and contiguous unless a stride says otherwise; no two pointers alias.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_rnn {
+namespace cuda {
+
+// How blocks share a layer. Blocks are numbered part fastest, then team, then direction. A team holds one copy of the
+// recurrent weights, each part the rows of some units, and takes every teams-th tile of batch rows.
+struct Division {
+  int parts;
+  int teams;  // of each direction
+  int tiles;  // of batch rows that one team takes in turn at every step
+};
+
+struct Sequence {
+  int64_t T, B;
+  int64_t first_row, last_row;  // this launch's part of the batch
+  int H;
+  int directions;
+  Division division;
+  const int32_t* lengths;  // [B] steps of each row, 0..T; null: all T
+  int32_t* error;          // in host memory; set to 1 by a block that has waited in vain
+  uint64_t patience;       // nanoseconds after which waiting is in vain
+};
+
+struct ForwardDirection {
+  const void* x_gates;  // [T, B, G*H] W_ih x
+  const void* w_hh;     // [G*H, Hp]
+  const void* b_ih;     // [G*H], may be null: zeros
+  const void* b_hh;     // [G*H], may be null: zeros
+  const void* h0;       // [B, H], may be null: zeros
+  const void* c0;       // [B, H], may be null: zeros; LSTM
+  void* h_prev;         // [T, B, Hp] out: h as each step consumed it; the exchange, all kNotYet before. May be null
+                        // where one part holds all units
+  void* y;              // [T, B, H] out, zero behind a row's end
+  int64_t y_stride;     // of a row of y: D * H
+  void* h_n;            // [B, H] out
+  void* c_n;            // [B, H] out; LSTM
+  void* saved;          // [T, B, kSaved*H] out, for backward; null in inference
+  float* c_prev;        // [T, B, H] out, for backward; null in inference or without c
+};
+
+struct ForwardParams {
+  Sequence sequence;
+  ForwardDirection direction[2];  // [1] runs from each row's last step to its first
+};
+
+struct BackwardDirection {
+  const void* w_hh_t;   // [H, G*Hp] columns as in dgates
+  const void* h_prev;   // as forward left it; GRU, else may be null
+  const void* saved;    // as forward left it
+  const float* c_prev;  // as forward left it
+  const void* dy;       // [T, B, H], may be null: zeros
+  int64_t dy_stride;    // of a row of dy: D * H
+  const void* dh_n;     // [B, H], may be null: zeros
+  const void* dc_n;     // [B, H], may be null: zeros
+  void* dgates;         // [T, B, kGrads*Hp] out; the exchange, all kNotYet before
+  void* dh0;            // [B, H] out, may be null: not wanted
+  void* dc0;            // [B, H] out, may be null: not wanted
+};
+
+struct BackwardParams {
+  Sequence sequence;
+  BackwardDirection direction[2];
+};
+
+// One time step of one direction where the weights do not stay: their product is a library's, the rest is these. H is
+// not padded; `Arithmetic` is double for float64, else float. Rows that have ended keep h, c and their gradients.
+
+struct StepForwardParams {
+  int64_t t, B;
+  int H;
+  const int32_t* lengths;  // as in Sequence
+  const void* x_gates;     // [B, G*H]
+  const void* h_gates;     // [B, G*H] W_hh h
+  const void* b_ih;        // [G*H], may be null
+  const void* b_hh;        // [G*H], may be null
+  const void* h_prev;      // [B, H]
+  void* h;                 // [B, H] out
+  void* c;                 // [B, H] Arithmetic, in and out; LSTM
+  void* y;                 // [B, H] out, zero behind a row's end
+  int64_t y_stride;
+  void* saved;   // [B, kSaved*H] out, may be null
+  void* c_prev;  // [B, H] Arithmetic out, may be null
+};
+
+struct StepBackwardParams {
+  int64_t t, B;
+  int H;
+  const int32_t* lengths;
+  const void* saved;   // [B, kSaved*H]
+  const void* h_prev;  // [B, H]
+  const void* c_prev;  // [B, H] Arithmetic; LSTM
+  const void* dy;      // [B, H], may be null
+  int64_t dy_stride;
+  const void* product;  // [B, H] W_hh^T times the gates' gradients of the step after; null at the last step
+  void* dh;             // [B, H] Arithmetic, in and out: what reaches h other than through the product
+  void* dc;             // [B, H] Arithmetic, in and out; LSTM
+  void* dgates;         // [B, kGrads*H] out
+  void* dh0;            // [B, H] out, behind the last step: then all that is done; else null
+};
+
+}  // namespace cuda
+}  // namespace fused_rnn

@@ -1,0 +1,94 @@
+#include "plan.h"
+
+#include <algorithm>
+
+#include "../cells/cells.h"
+
+namespace fused_rnn {
+namespace cuda {
+
+namespace {
+
+// One H200 (sm_90), clock cycles of one multiprocessor unless said. None was measured by this project yet.
+struct Rates {
+  double per_microsecond = 1900;  // cycles
+  double product = 1.66;          // one tensor-core step of one warp, mma.sync
+  double shared_bytes = 128;      // read per cycle
+  double l2_bytes = 32;           // read per cycle with every multiprocessor reading
+  double per_value = 25;          // instructions of the cell for one unit and row, a warp's share
+  double sum = 2;                 // one partial sum read from shared memory, a warp's share
+  double barriers = 120;          // two barriers, the way of a value through shared memory
+  double travel_l2 = 1100;        // from a store to its being read in another multiprocessor
+  double travel_alone = 60;
+};
+constexpr Rates kRates;
+
+int gates_of(CellKind cell) {
+  switch (cell) {
+#define FUSED_RNN_GATES(kind, policy, label) \
+  case CellKind::kind:                       \
+    return policy::kGates;
+    FUSED_RNN_CELLS(FUSED_RNN_GATES)
+#undef FUSED_RNN_GATES
+  }
+  return 0;
+}
+
+double cycles_per_step(const Instance& in, const Product& product, int tiles) {
+  const Rates& r = kRates;
+  const double warps = in.unit_warps * in.depth_warps;
+  const double products = warps * in.row_tiles * product.pairs(in.depth_warps) * 2 * product.gates * r.product;
+  const double weights =
+      warps * in.row_tiles * product.shared_pairs(in.depth_warps) * product.gates * 1024. / r.shared_bytes;
+  const double rows = double(in.rows()) * product.columns * product.element * in.unit_warps;
+  const double read = rows / (in.exchange == Exchange::kAlone ? r.shared_bytes : r.l2_bytes);
+  const double values = double(in.rows()) * in.units() / 32;
+  const double cell = values * (r.per_value + r.sum * product.gates * in.depth_warps);
+  const double tile = std::max({products, weights, read}) + cell + r.barriers;
+  const double travel = in.exchange == Exchange::kAlone ? r.travel_alone : r.travel_l2;
+  return tile * tiles + std::max(0., travel - tile * (tiles - 1));
+}
+
+}  // namespace
+
+std::vector<Plan> plans(const Problem& p, const Device& device) {
+  std::vector<Plan> found;
+  const int gates = gates_of(p.cell), Hp = padded(p.H, p.element);
+  const Product product =
+      p.backward ? Product{1, gates * Hp, element_bytes(p.element)} : Product{gates, Hp, element_bytes(p.element)};
+  int index = 0;
+  const auto consider = [&](Instance in) {
+    if (p.instance >= 0 && p.instance != index++) return;
+    const int parts = (p.H + in.units() - 1) / in.units();
+    if (in.exchange == Exchange::kAlone && parts > 1) return;
+    const int64_t most_teams = device.sms / (int64_t{p.directions} * parts);
+    const int64_t all_tiles = std::max<int64_t>(1, (p.B + in.rows() - 1) / in.rows());
+    if (most_teams == 0 || Layout(in, product, 1).total > device.shared_bytes) return;
+    const int64_t teams = std::min(most_teams, all_tiles);
+    const int64_t wanted = (all_tiles + teams - 1) / teams;
+    int tiles = 1;
+    while (tiles < wanted && Layout(in, product, tiles + 1).total <= device.shared_bytes) ++tiles;
+    const int64_t rows = teams * tiles * in.rows();
+    const int64_t launches = std::max<int64_t>(1, (p.B + rows - 1) / rows);
+    found.push_back({in,
+                     {parts, static_cast<int>(teams), tiles},
+                     rows,
+                     Layout(in, product, tiles).total,
+                     launches * cycles_per_step(in, product, tiles) / kRates.per_microsecond});
+  };
+#define FUSED_RNN_CONSIDER(exchange, unit_warps, depth_warps, row_tiles) \
+  consider({Exchange::exchange, unit_warps, depth_warps, row_tiles});
+  FUSED_RNN_INSTANCES(FUSED_RNN_CONSIDER)
+#undef FUSED_RNN_CONSIDER
+  std::stable_sort(found.begin(), found.end(),
+                   [](const Plan& a, const Plan& b) { return a.microseconds < b.microseconds; });
+  return found;
+}
+
+std::optional<Plan> plan(const Problem& problem, const Device& device) {
+  const std::vector<Plan> all = plans(problem, device);
+  return all.empty() ? std::nullopt : std::optional<Plan>(all.front());
+}
+
+}  // namespace cuda
+}  // namespace fused_rnn

@@ -1,0 +1,173 @@
+// The product of a block's recurrent weights with what other units have published: weights stay where they are, in
+// registers and, what does not fit there, in shared memory, for the whole sequence.
+//
+// Weights are the tensor cores' operand a (16 units by columns), the state is b (columns by 8 batch rows). Lane l
+// loads 16 bytes of row l / 4 at once and uses them in two steps; both operands are loaded alike, so the order of
+// columns inside a pair of steps does not matter.
+#pragma once
+
+#include "element.h"
+#include "layout.h"
+
+namespace fused_rnn {
+namespace cuda {
+
+template <class E, int kGates, class Shape>
+class ResidentProduct {
+ public:
+  using Stored = typename E::Stored;
+
+  // weights: [kGates * H, columns]; this block's units begin at first_unit.
+  FUSED_RNN_DEVICE ResidentProduct(const Stored* weights, int H, int columns, int first_unit, Shared<Words> shared)
+      : columns_(columns),
+        pairs_(Product{kGates, columns, sizeof(Stored)}.pairs(Shape::kDepthWarps)),
+        first_column_(warp() / Shape::kUnitWarps * pairs_ * kPairColumns + lane() % 4 * kLaneColumns),
+        shared_(shared) {
+    const int shared_pairs = Product{kGates, columns, sizeof(Stored)}.shared_pairs(Shape::kDepthWarps);
+    first_shared_ = warp() * shared_pairs * kGates * 2 * 32 + lane();
+    const int unit = first_unit + warp() % Shape::kUnitWarps * kTileUnits + lane() / 4;
+    FUSED_RNN_UNROLL
+    for (int pair = 0; pair < kRegisterPairs; ++pair) {
+      FUSED_RNN_UNROLL
+      for (int gate = 0; gate < kGates; ++gate) load_pair(weights, H, unit, gate, pair, registers_[pair][gate]);
+    }
+    for (int pair = kRegisterPairs; pair < pairs_; ++pair) {
+      FUSED_RNN_UNROLL
+      for (int gate = 0; gate < kGates; ++gate) {
+        Words a[2];
+        load_pair(weights, H, unit, gate, pair, a);
+        FUSED_RNN_UNROLL
+        for (int step = 0; step < 2; ++step) shared_[shared_index(pair, gate, step)] = a[step];
+      }
+    }
+    sync_warp();
+  }
+
+  // The row of a tile and the first column that this lane loads.
+  FUSED_RNN_DEVICE int lane_row() const { return lane() / 4; }
+  FUSED_RNN_DEVICE int lane_column() const { return first_column_; }
+
+  // weights * what `source` gives, for kRowTiles tiles of rows, over this warp's columns: left in shared memory for
+  // `sum`, behind a barrier. A chunk's loads are on their way while the chunk before is multiplied.
+  template <class Source>
+  FUSED_RNN_DEVICE void multiply(const Source& source, Shared<float> shared) const {
+    Words b[kChunk];
+    start(source, 0, 0, b);
+    for (int tile = 0; tile < Shape::kRowTiles; ++tile) {
+      float sums[kGates * kSplit][4] = {};
+      const auto in_shared = [&](int pair, int gate, int step) -> Words {
+        return shared_[shared_index(pair, gate, step)];
+      };
+      FUSED_RNN_UNROLL
+      for (int first = 0; first < kRegisterPairs; first += kChunk) {
+        if (first >= pairs_) break;
+        multiply_chunk(source, tile, first, b, sums, [&](int pair, int gate, int step) -> Words {
+          return pair < kRegisterPairs ? registers_[pair][gate][step] : in_shared(pair, gate, step);
+        });
+      }
+      for (int first = kRegisterChunks * kChunk; first < pairs_; first += kChunk) {
+        multiply_chunk(source, tile, first, b, sums, in_shared);
+      }
+      store(shared, tile, sums);
+    }
+  }
+
+  FUSED_RNN_DEVICE static float sum(Shared<float> shared, int gate, int row, int unit) {
+    float total = 0;
+    FUSED_RNN_UNROLL
+    for (int depth = 0; depth < Shape::kDepthWarps; ++depth) {
+      const int warp = depth * Shape::kUnitWarps + unit / kTileUnits;
+      total += shared[((warp * kGates + gate) * Shape::kRows + row) * kSumsStride + unit % kTileUnits];
+    }
+    return total;
+  }
+
+ private:
+  static constexpr int kRegisterPairs = register_pairs(kGates);
+  static constexpr int kRegisterChunks = (kRegisterPairs + 3) / 4;
+  static constexpr int kChunk = 4;                    // pairs whose loads are on their way together
+  static constexpr int kSplit = kGates == 1 ? 4 : 1;  // sums of one gate: enough independent ones to hide their latency
+  static constexpr int kLaneColumns = 16 / sizeof(Stored);
+  static constexpr int kPairColumns = 4 * kLaneColumns;
+
+  FUSED_RNN_DEVICE static int lane() { return thread_index() % 32; }
+  FUSED_RNN_DEVICE static int warp() { return thread_index() / 32; }
+
+  FUSED_RNN_DEVICE int column(int pair) const { return first_column_ + pair * kPairColumns; }
+  FUSED_RNN_DEVICE int shared_index(int pair, int gate, int step) const {
+    return first_shared_ + (((pair - kRegisterPairs) * kGates + gate) * 2 + step) * 32;
+  }
+
+  FUSED_RNN_DEVICE void load_pair(const Stored* weights, int H, int unit, int gate, int pair, Words (&a)[2]) const {
+    FUSED_RNN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = unit + half * 8;
+      Words v{};
+      if (pair < pairs_ && row < H && column(pair) < columns_) {
+        v = *reinterpret_cast<const Words*>(weights + (static_cast<int64_t>(gate) * H + row) * columns_ + column(pair));
+      }
+      FUSED_RNN_UNROLL
+      for (int step = 0; step < 2; ++step) {
+        a[step].w[half] = E::operand(v.w[2 * step]);
+        a[step].w[half + 2] = E::operand(v.w[2 * step + 1]);
+      }
+    }
+  }
+
+  template <class Source>
+  FUSED_RNN_DEVICE void start(const Source& source, int tile, int first, Words (&b)[kChunk]) const {
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kChunk; ++i) {
+      if (first + i < pairs_) b[i] = source.load(tile, (first + i) * kPairColumns);
+    }
+  }
+
+  // Multiplies the chunk in b and fills b with the next one. weight(pair, gate, step) is an operand.
+  template <class Source, class Weight>
+  FUSED_RNN_DEVICE void multiply_chunk(const Source& source, int tile, int first, Words (&b)[kChunk],
+                                       float (&sums)[kGates * kSplit][4], const Weight& weight) const {
+    Words next[kChunk];
+    if (first + kChunk < pairs_) {
+      start(source, tile, first + kChunk, next);
+    } else if (tile + 1 < Shape::kRowTiles) {
+      start(source, tile + 1, 0, next);
+    }
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kChunk; ++i) {
+      if (first + i >= pairs_) break;
+      source.wait(b[i], tile, (first + i) * kPairColumns);
+      sync_warp();
+      FUSED_RNN_UNROLL
+      for (int step = 0; step < 2; ++step) {
+        FUSED_RNN_UNROLL
+        for (int gate = 0; gate < kGates; ++gate) {
+          const Words a = weight(first + i, gate, step);
+          E::multiply(sums[gate * kSplit + (2 * i + step) % kSplit], a.w, b[i].w[2 * step], b[i].w[2 * step + 1]);
+        }
+      }
+    }
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kChunk; ++i) b[i] = next[i];
+  }
+
+  FUSED_RNN_DEVICE static void store(Shared<float> shared, int tile, const float (&sums)[kGates * kSplit][4]) {
+    FUSED_RNN_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) {
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        float total = sums[gate * kSplit][i];
+        FUSED_RNN_UNROLL
+        for (int k = 1; k < kSplit; ++k) total += sums[gate * kSplit + k][i];
+        const int row = kTileRows * tile + lane() % 4 * 2 + i % 2, unit = lane() / 4 + i / 2 * 8;
+        shared[((warp() * kGates + gate) * Shape::kRows + row) * kSumsStride + unit] = total;
+      }
+    }
+  }
+
+  int columns_, pairs_, first_column_, first_shared_;
+  Shared<Words> shared_;
+  Words registers_[kRegisterPairs][kGates][2];
+};
+
+}  // namespace cuda
+}  // namespace fused_rnn

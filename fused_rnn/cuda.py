@@ -1,0 +1,357 @@
+"""One layer on a CUDA device: the recurrence operators, and torch's own products over all time steps around them.
+
+Forward:  x_gates = x W_ih^T  ->  recurrence  ->  y.
+Backward: recurrence in reverse  ->  dgates  ->  one product each for dx, dW_ih and dW_hh, sums for the biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fused_rnn import _C, reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_NUMBER = {cell: number for number, cell in enumerate(reference.CELLS)}
+# Of the gates' gradients: how many blocks of H there are, and which gates come first among those of W_ih x
+# (kGrads and kInputShift in csrc/cells/; the blocks of W_hh h are the last ones).
+_BLOCKS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4}
+_SHIFT = {"rnn_tanh": 0, "rnn_relu": 0, "lstm": 0, "gru": 1}
+
+
+@lru_cache(maxsize=1)
+def available() -> bool:
+    """Whether the CUDA library was built, and this torch can use it. Loads it, which registers its operators."""
+    libraries = sorted(Path(__file__).parent.glob("_cuda.so"))
+    if torch.version.cuda is None or not libraries:
+        return False
+    torch.ops.load_library(libraries[0])
+    register_fakes("fused_rnn")
+    return True
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 layers may multiply in TF32: torch's switch for cuDNN's recurrent layers."""
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
+def is_resident(cell: str, dtype: torch.dtype, batch: int, hidden_size: int, directions: int, device: Any) -> bool:
+    """Whether the kernels that keep the recurrent weights on the chip take such a layer."""
+    if dtype is torch.float64 or (dtype is torch.float32 and not tf32_allowed()):
+        return False
+    properties = device_properties(device)
+    return bool(
+        plans(cell, dtype, batch, hidden_size, directions, False, properties)
+        and plans(cell, dtype, batch, hidden_size, directions, True, properties)
+    )
+
+
+@lru_cache(maxsize=4096)
+def plans(
+    cell: str,
+    dtype: torch.dtype,
+    batch: int,
+    hidden_size: int,
+    directions: int,
+    backward: bool,
+    properties: tuple[int, int, int],
+) -> list[dict[str, Any]]:
+    """The resident kernels that could run a layer's recurrence, best first; `properties` as `device_properties`."""
+    return _C.cuda_plans(_NUMBER[cell], dtype.itemsize, batch, hidden_size, directions, backward, *properties)
+
+
+def device_properties(device: torch.device) -> tuple[int, int, int]:
+    """Multiprocessors, bytes of shared memory that a block may have, and 10 * major + minor compute capability."""
+    return _properties(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache(maxsize=64)
+def _properties(index: int) -> tuple[int, int, int]:
+    p = torch.cuda.get_device_properties(index)
+    return p.multi_processor_count, p.shared_memory_per_block_optin, 10 * p.major + p.minor
+
+
+def torch_is_faster(
+    mode: str, dtype: torch.dtype, x: Sequence[int], hidden_size: int, num_layers: int, directions: int, device: Any
+) -> bool:
+    """Whether cuDNN should run a module, by what is known of it; `x` is the input's shape, time first.
+
+    It keeps the weights on the chip only for a float16 LSTM of one layer and direction whose sizes suit it
+    (torch's cudnn/RNN.cpp). Nothing else wins where a step is a product of its own, or there are few steps.
+    """
+    T, batch, input_size = x
+    if T < 8 or not is_resident(mode.lower(), dtype, batch, hidden_size, directions, device):
+        return True
+    return (
+        mode == "LSTM"
+        and dtype is torch.float16
+        and num_layers == directions == 1
+        and hidden_size % 128 == input_size % 128 == batch % 8 == 0
+        and hidden_size <= 1024
+        and batch <= 128
+    )
+
+
+def forward(cell: str, batch_sizes: Tensor | None, inputs: Sequence[Tensor | None], train: bool) -> tuple[Tensor, ...]:
+    """y, h_n, c_n as the operator ``fused_rnn::forward``'s, and what `backward` needs of them."""
+    x, h0, c0, *weights = inputs
+    assert x is not None and weights[1] is not None
+    call = _Call(x, batch_sizes)
+    layer = _layer(cell, call, weights)
+    y, h_n, c_n, *kept = layer.forward(
+        call.padded(x), call.with_direction(h0), call.with_direction(c0), call.lengths, train
+    )
+    h_n = h_n.new_empty(0) if call.is_step else h_n
+    c_n = c_n.squeeze(0) if call.is_step and cell == "lstm" else c_n
+    return call.unpadded(y), h_n, c_n, *kept
+
+
+def backward(
+    cell: str,
+    batch_sizes: Tensor | None,
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    kept: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of x, h0, c0 and the weights; `grads` are those of y, h_n and c_n, None for zeros."""
+    call = _Call(x, batch_sizes)
+    layer = _layer(cell, call, weights)
+    dy, dh_n, dc_n = grads
+    dx, dh0, dc0, *rest = layer.backward(
+        None if dy is None else call.padded(dy),
+        None if dh_n is None or call.is_step else dh_n,
+        call.with_direction(dc_n) if cell == "lstm" else None,
+        call.padded(x),
+        kept,
+        call.lengths,
+        needs,
+    )
+    if call.is_step:
+        dh0, dc0 = (None if g is None else g.squeeze(0) for g in (dh0, dc0))
+    return [None if dx is None else call.unpadded(dx), dh0, dc0, *rest]
+
+
+def _layer(cell: str, call: _Call, weights: Sequence[Tensor | None]) -> Layer:
+    w_hh: Any = weights[1]
+    directions = len(weights) // 5
+    resident = call.steps > 1 and (
+        not w_hh.is_cuda or is_resident(cell, w_hh.dtype, call.batch, w_hh.size(1), directions, w_hh.device)
+    )
+    return Layer(cell, weights, resident, tf32_allowed())
+
+
+class _Call:
+    """The shape of one call: a sequence ``[T, B, I]``, one step ``[B, I]``, or packed rows ``[N, I]``.
+
+    The kernels take padded sequences; rows that have ended are left out by `lengths`.
+    """
+
+    def __init__(self, x: Tensor, batch_sizes: Tensor | None) -> None:
+        self.batch_sizes = batch_sizes
+        self.is_step = batch_sizes is None and x.dim() == 2
+        self.lengths = self.rows = None
+        if batch_sizes is None:
+            self.steps, self.batch = (1, x.size(0)) if self.is_step else x.shape[:2]
+            return
+        self.steps, self.batch = batch_sizes.size(0), int(batch_sizes[0])
+        present = torch.arange(self.batch) < batch_sizes.unsqueeze(1)  # [T, B]
+        self.lengths = present.sum(0, dtype=torch.int32).to(x.device, non_blocking=True)
+        self.rows = present.flatten().nonzero().squeeze(1).to(x.device, non_blocking=True)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """``[T, B, width]``; zeros where a row has ended."""
+        if self.is_step:
+            return x.unsqueeze(0)
+        if self.rows is None:
+            return x
+        out = x.new_zeros(self.steps * self.batch, x.size(1))
+        return out.index_copy_(0, self.rows, x).view(self.steps, self.batch, -1)
+
+    def unpadded(self, y: Tensor) -> Tensor:
+        if self.is_step:
+            return y.squeeze(0)
+        return y if self.rows is None else y.flatten(0, 1).index_select(0, self.rows)
+
+    def with_direction(self, state: Tensor | None) -> Tensor | None:
+        return state.unsqueeze(0) if self.is_step and state is not None else state
+
+
+class Layer:
+    """A layer's sizes and weights, arranged as the recurrence operators take them.
+
+    Args:
+        weights: as in `fused_rnn.reference.layer`, without projections.
+        resident: by the kernels that keep the recurrent weights on the chip; else a product at every step.
+        tf32: whether float32 products may be computed in TF32.
+        instance: of the resident kernels, in the order of FUSED_RNN_INSTANCES; -1: the planner's choice.
+    """
+
+    def __init__(
+        self, cell: str, weights: Sequence[Tensor | None], resident: bool, tf32: bool, instance: int = -1
+    ) -> None:
+        self.cell, self.resident, self.instance = cell, resident, instance
+        self.directions = [weights[first : first + 5] for first in range(0, len(weights), 5)]
+        w_hh: Any = weights[1]
+        self.G, self.H = reference.GATES[cell], w_hh.size(1)
+        # Rows that the resident kernels exchange are whole 16-byte loads.
+        whole = 16 // w_hh.dtype.itemsize
+        self.padded = -(-self.H // whole) * whole if resident else self.H
+        self.tf32 = tf32 and w_hh.dtype is torch.float32 and w_hh.is_cuda
+
+    def forward(
+        self, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, train: bool
+    ) -> tuple[Tensor, ...]:
+        """y ``[T, B, D*H]``, h_n, c_n ``[D, B, H]``, then h_prev, saved and c_prev for `backward`."""
+        T, B, _ = x.shape
+        with _products_in_tf32(self.tf32):
+            flat = x.reshape(T * B, -1)
+            x_gates = [torch.mm(flat, w[0].t()) for w in self.directions]  # type: ignore[union-attr]
+        w_hh = self._stacked(1)
+        if self.padded != self.H:
+            w_hh = pad(w_hh, (0, self.padded - self.H))
+        return _operators(x).recurrence_forward(
+            _stack(x_gates).view(len(self.directions), T, B, -1),
+            None if h0 is None else h0.contiguous(),
+            None if c0 is None else c0.contiguous(),
+            _NUMBER[self.cell],
+            train,
+            self.resident,
+            self.instance,
+            w_hh,
+            None if self.directions[0][2] is None else self._stacked(2),
+            None if self.directions[0][3] is None else self._stacked(3),
+            lengths,
+        )
+
+    def backward(
+        self,
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        dc_n: Tensor | None,
+        x: Tensor,
+        kept: Sequence[Tensor],
+        lengths: Tensor | None,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of x, h0, c0 and of each direction's five weights; `needs` says which are wanted."""
+        h_prev, saved, c_prev = kept
+        w_hh_t = [self._arranged(w[1], 0).t() for w in self.directions]
+        dgates, dh0, dc0 = _operators(x).recurrence_backward(
+            *(None if g is None else g.contiguous() for g in (dy, dh_n, dc_n)),
+            h_prev,
+            saved,
+            c_prev,
+            _NUMBER[self.cell],
+            self.resident,
+            self.instance,
+            _stack(w_hh_t).contiguous(),
+            lengths,
+        )
+        grads: list[Tensor | None] = [None, dh0 if needs[1] else None, dc0 if needs[2] else None]
+        T, B, _ = x.shape
+        flat, width = x.reshape(T * B, -1), self.G * self.padded
+        shift, dx = _SHIFT[self.cell], None
+        with _products_in_tf32(self.tf32):
+            for d, (w_ih, *_) in enumerate(self.directions):
+                need_w_ih, need_w_hh, need_b_ih, need_b_hh, _ = needs[3 + 5 * d : 8 + 5 * d]
+                all_gates = dgates[d].view(T * B, -1)
+                of_input, of_hidden = all_gates[:, :width], all_gates[:, -width:]
+                if needs[0]:
+                    part = torch.mm(of_input, self._arranged(w_ih, shift))
+                    dx = part if dx is None else dx.add_(part)
+                # Where steps are products of their own, the reverse direction's states begin one further.
+                before = h_prev[d].narrow(0, d * (h_prev.size(1) - T), T).reshape(T * B, -1)
+                grads += [
+                    self._restored(torch.mm(of_input.t(), flat), shift) if need_w_ih else None,
+                    self._restored(torch.mm(of_hidden.t(), before), 0)[:, : self.H] if need_w_hh else None,
+                    self._restored(of_input.sum(0), shift) if need_b_ih else None,
+                    self._restored(of_hidden.sum(0), 0) if need_b_hh else None,
+                    None,
+                ]
+        grads[0] = None if dx is None else dx.view_as(x)
+        return grads
+
+    def _stacked(self, which: int) -> Tensor:
+        return _stack([w[which] for w in self.directions]).contiguous()  # type: ignore[misc]
+
+    def _arranged(self, weight: Any, shift: int) -> Tensor:
+        """Rows ``[G*H, ...]`` in the order and padding of the gates' gradients, ``[G*padded, ...]``."""
+        if shift == 0 and self.padded == self.H:
+            return weight
+        gates = weight.view(self.G, self.H, -1).roll(shift, 0)
+        return pad(gates, (0, 0, 0, self.padded - self.H)).view(self.G * self.padded, -1)
+
+    def _restored(self, rows: Tensor, shift: int) -> Tensor:
+        """The inverse of `_arranged`."""
+        if shift == 0 and self.padded == self.H:
+            return rows
+        gates = rows.view(self.G, self.padded, *rows.shape[1:])[:, : self.H].roll(-shift, 0)
+        return gates.reshape(self.G * self.H, *rows.shape[1:])
+
+
+def _stack(of_directions: list[Tensor]) -> Tensor:
+    return of_directions[0].unsqueeze(0) if len(of_directions) == 1 else torch.stack(of_directions)
+
+
+def _operators(tensor: Tensor) -> Any:
+    # The emulator of the test suite registers the same operators for tensors on the CPU.
+    return torch.ops.fused_rnn if tensor.is_cuda else torch.ops.fused_rnn_emulator
+
+
+@contextmanager
+def _products_in_tf32(on: bool) -> Iterator[None]:
+    """torch.mm in TF32, as cuDNN computes these products; otherwise as torch's switch for products says."""
+    if not on or torch.backends.cuda.matmul.fp32_precision == "tf32":
+        yield
+        return
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def register_fakes(namespace: str) -> None:
+    """Tells torch's compilers the shapes of the recurrence operators' results."""
+
+    def recurrence_forward(x_gates, h0, c0, cell, train, resident, instance, w_hh, b_ih, b_hh, lengths):  # type: ignore[no-untyped-def]
+        cell = reference.CELLS[cell]
+        D, T, B, width = x_gates.shape
+        H, kept = width // reference.GATES[cell], D if train else 0
+        of_c = D if cell == "lstm" else 0
+        slots = T if resident else T + 1
+        return (
+            x_gates.new_empty((T, B, D * H)),
+            x_gates.new_empty((D, B, H)),
+            x_gates.new_empty((of_c, B, H)),
+            x_gates.new_empty((kept, slots if train else T, B, w_hh.size(2))),
+            x_gates.new_empty((kept, T, B, _BLOCKS[cell] * H)),
+            x_gates.new_empty((of_c if train else 0, T, B, H), dtype=_arithmetic(x_gates.dtype)),
+        )
+
+    def recurrence_backward(dy, dh_n, dc_n, h_prev, saved, c_prev, cell, resident, instance, w_hh_t, lengths):  # type: ignore[no-untyped-def]
+        cell = reference.CELLS[cell]
+        D, T, B, _ = saved.shape
+        H, padded = w_hh_t.size(1), w_hh_t.size(2) // reference.GATES[cell]
+        return (
+            saved.new_empty((D, T, B, _BLOCKS[cell] * padded)),
+            saved.new_empty((D, B, H)),
+            saved.new_empty((D if cell == "lstm" else 0, B, H)),
+        )
+
+    torch.library.register_fake(f"{namespace}::recurrence_forward")(recurrence_forward)
+    torch.library.register_fake(f"{namespace}::recurrence_backward")(recurrence_backward)
+
+
+def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32

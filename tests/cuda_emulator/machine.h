@@ -1,0 +1,120 @@
+// The emulated GPU: what runs, who waits where, and what a running thread can ask for.
+//
+// A warp runs until each of its lanes waits. Whoever arrives last at a meeting of a warp does the work for all lanes
+// (they are suspended, so it may write their registers) and makes them ready again: one switch per lane and meeting.
+// Whoever polls is ready again in the next round.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "emulator.h"
+#include "exchange.h"
+#include "fiber.h"
+#include "fragments.h"
+#include "shared_check.h"
+
+namespace fused_rnn {
+namespace cuda {
+namespace emulation {
+
+constexpr int kPollsPerTurn = 256;  // then a thread waits a round although it has not asked to
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+enum class Meeting { kSyncBlock, kSyncWarp, kShuffle, kBf16, kFp16, kTf32 };
+
+struct Warp {
+  int block;  // which of Emulator::blocks_
+  int first;  // thread
+  uint32_t time;
+  uint32_t ready, polling, arrived, left;  // lanes
+  Meeting meeting;                         // of those that have arrived
+  Operands operands[kLanes];
+};
+
+struct Block {
+  int index;
+  uint32_t time = 0;      // advanced by every barrier of the block or of one of its warps; never set back
+  uint32_t interval = 0;  // when the last barrier of the block was
+  int waiting, left;      // threads
+  std::vector<Warp> warps;
+  SharedMemory shared;
+};
+
+class Random {  // xorshift64*
+ public:
+  explicit Random(uint64_t seed) : state_((seed + 1) * 0x9e3779b97f4a7c15u | 1) {}
+  uint32_t below(uint32_t limit) {
+    state_ ^= state_ >> 12;
+    state_ ^= state_ << 25;
+    state_ ^= state_ >> 27;
+    return static_cast<uint32_t>((((state_ * 0x2545f4914f6cdd1du) >> 32) * limit) >> 32);
+  }
+
+ private:
+  uint64_t state_;
+};
+
+class Emulator {
+ public:
+  void run(const Grid& grid, const std::function<void()>& kernel);
+
+  // Called by the running thread.
+  void meet(Meeting kind, const Operands& operands);
+  void relax();
+  void count_poll() {
+    if (++polls_ > kPollsPerTurn) relax();
+  }
+  Words load_exchanged(const void* from);
+  void store_exchanged(void* to, uint32_t word);
+  void store_to_host(int32_t* to, int32_t value);
+  unsigned char* shared_bytes(int64_t offset, int bytes, int alignment, Access access);
+  int thread() const { return warp_->first + lane_; }
+  int block_index() const { return blocks_[warp_->block].index; }
+  int block_count() const { return grid_.blocks; }
+  uint64_t clock() const { return clock_; }
+
+  Random random{0};
+  uint64_t nanoseconds_per_round = 1000;
+  Device device = {132, 232448, 90};
+  int32_t error_word = 0;
+
+ private:
+  static void thread_main();
+  void leave();
+  void run_together(const int* indices, int count);
+  void begin(Block& block, int index, int slot);
+  void unwind();
+  bool visit(Warp& warp);
+  void resume(Warp& warp, int lane);
+  void suspend();
+  void advance_clock();
+  [[noreturn]] void fail(const std::string& what) const;
+  std::string who_waits() const;
+  Fiber& fiber() { return fibers_[warp_->block * grid_.threads + thread()]; }
+
+  Grid grid_{};
+  const std::function<void()>* kernel_ = nullptr;
+  std::deque<Block> blocks_;  // those that run at the same time, and their memory for later launches
+  std::deque<Fiber> fibers_;
+  Stacks stacks_;
+  std::vector<Warp*> order_;  // of the warps that still run
+  Exchange exchange_;
+
+  Warp* warp_ = nullptr;  // of the running thread
+  int lane_ = 0;
+  int polls_ = 0;
+  bool progress_ = false, stopping_ = false;
+  std::string error_, first_race_;
+  uint64_t races_ = 0;
+  uint64_t visits_ = 0;  // the time in which words arrive
+  uint64_t clock_ = 1, step_ = 0, idle_time_ = 0;
+  int idle_rounds_ = 0;
+};
+
+}  // namespace emulation
+}  // namespace cuda
+}  // namespace fused_rnn

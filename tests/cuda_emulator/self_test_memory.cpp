@@ -1,0 +1,96 @@
+// Checks how the emulator judges accesses to memory, one access after another: kernels alone would not show which of
+// two checks has found a race, nor which of two orders a word has taken.
+#include <vector>
+
+#include "exchange.h"
+#include "self_test.h"
+#include "shared_check.h"
+
+namespace self_test {
+namespace {
+
+using emulation::Access;
+using emulation::SharedMemory;
+
+struct Step {
+  Access access;
+  int thread;
+  uint32_t warp_time, block_time;
+};
+
+// Whether the last of some accesses to the same word is a race, having expected that no earlier one is.
+bool last_races(const std::vector<Step>& steps) {
+  SharedMemory memory;
+  memory.begin(64);
+  bool races = false;
+  for (const Step& step : steps) {
+    expect(!races, "no race before the last step");
+    races = !memory.check(8, 4, step.access, {step.thread, step.warp_time, step.block_time}).empty();
+  }
+  return races;
+}
+
+}  // namespace
+
+void test_races() {
+  const Access read = Access::kRead, write = Access::kWrite;
+  // Threads 1 and 2 are of one warp, 33 (the same lane as 1) and 70 of two others. Times: no barrier since 1.
+  for (const int other : {2, 33}) {
+    expect(last_races({{write, 1, 1, 1}, {read, other, 1, 1}}), "read after write");
+    expect(last_races({{read, 1, 1, 1}, {write, other, 1, 1}}), "write after read");
+    expect(last_races({{write, 1, 1, 1}, {write, other, 1, 1}}), "write after write");
+    expect(!last_races({{read, 1, 1, 1}, {read, other, 1, 1}}), "read after read");
+    // The same with a barrier of the block.
+    expect(!last_races({{write, 1, 1, 1}, {read, other, 2, 2}}), "read after write, barrier");
+    expect(!last_races({{read, 1, 1, 1}, {write, other, 2, 2}}), "write after read, barrier");
+    expect(!last_races({{write, 1, 1, 1}, {write, other, 2, 2}}), "write after write, barrier");
+    // The same with a barrier of the first thread's warp.
+    const bool races = other == 33;
+    const uint32_t time = races ? 1 : 2;
+    expect(last_races({{write, 1, 1, 1}, {read, other, time, 1}}) == races, "read after write, warp");
+    expect(last_races({{read, 1, 1, 1}, {write, other, time, 1}}) == races, "write after read, warp");
+    expect(last_races({{write, 1, 1, 1}, {write, other, time, 1}}) == races, "write after write, warp");
+    // A barrier of a warp that comes later does not order what another warp did before it.
+    expect(last_races({{write, 1, 1, 1}, {read, other, 5, 1}}) == races, "read after write, later");
+    expect(last_races({{read, 1, 1, 1}, {write, other, 5, 1}}) == races, "write after read, later");
+  }
+  for (const Access first : {read, write}) {
+    for (const Access second : {read, write}) {
+      expect(!last_races({{first, 1, 1, 1}, {second, 1, 1, 1}}), "a thread with itself");
+    }
+  }
+  expect(last_races({{read, 1, 1, 1}, {read, 33, 1, 1}, {write, 1, 1, 1}}), "the earlier of two readers writes");
+  expect(last_races({{read, 1, 1, 1}, {read, 33, 1, 1}, {write, 33, 1, 1}}), "the later of two readers writes");
+  expect(last_races({{read, 1, 1, 1}, {read, 33, 1, 1}, {write, 70, 1, 1}}), "who has not read writes");
+  expect(last_races({{read, 1, 1, 1}, {read, 2, 1, 1}, {write, 2, 1, 1}}), "one of two lanes writes");
+  expect(!last_races({{read, 1, 1, 1}, {read, 2, 1, 1}, {write, 2, 3, 1}}), "one of two lanes, barrier");
+  expect(!last_races({{read, 1, 1, 1}, {read, 33, 1, 1}, {read, 1, 2, 2}, {write, 1, 2, 2}}), "alone after a barrier");
+  expect(!last_races({{read, 33, 1, 1}, {read, 1, 2, 2}, {write, 1, 2, 2}}), "another reader before the barrier");
+  expect(last_races({{read, 1, 1, 1}, {read, 2, 2, 1}, {write, 33, 1, 1}}),
+         "readers before and after a warp's barrier");
+  expect(last_races({{read, 1, 1, 1}, {write, 1, 1, 1}, {read, 2, 1, 1}}), "read, written, read by another");
+}
+
+void test_words_on_their_way() {
+  emulation::Exchange exchange;
+  Words memory[2] = {};
+  const emulation::Exchange::Author author{3, 7, 1};
+  const auto nobody = [](const emulation::Exchange::Author&) { return false; };
+  const auto block_3 = [](const emulation::Exchange::Author& by) { return by.block == 3; };
+  const auto seen = [&](int i) { return exchange.load(&memory[1], nobody).w[i]; };
+  exchange.store(&memory[1].w[2], 10, author, 5);
+  exchange.store(&memory[1].w[1], 20, author, 4);
+  expect(!exchange.deliver(3) && seen(1) == 0 && seen(2) == 0, "nothing arrives early");
+  const Words own = exchange.load(&memory[1], block_3);
+  expect(own.w[0] == 0 && own.w[1] == 20 && own.w[2] == 10 && own.w[3] == 0, "who may sees words on their way");
+  expect(exchange.deliver(4) && seen(1) == 20 && seen(2) == 0, "a later word overtakes an earlier one");
+  exchange.store(&memory[1].w[2], 11, author, 9);
+  expect(seen(2) == 10, "the earlier word of an address arrives before the later");
+  expect(!exchange.deliver(5) && seen(2) == 10, "the later word keeps its own time");
+  expect(!exchange.empty() && exchange.deliver(9) && seen(2) == 11 && exchange.empty(), "and then arrives");
+  exchange.store(&memory[0].w[3], 12, author, 1000);
+  exchange.deliver_all();
+  expect(memory[0].w[3] == 12 && exchange.empty(), "all arrive in the end");
+}
+
+}  // namespace self_test
