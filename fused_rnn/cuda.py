@@ -143,9 +143,7 @@ def backward(
 def _layer(cell: str, call: _Call, weights: Sequence[Tensor | None]) -> Layer:
     w_hh: Any = weights[1]
     directions = len(weights) // 5
-    resident = call.steps > 1 and (
-        not w_hh.is_cuda or is_resident(cell, w_hh.dtype, call.batch, w_hh.size(1), directions, w_hh.device)
-    )
+    resident = call.steps > 1 and is_resident(cell, w_hh.dtype, call.batch, w_hh.size(1), directions, w_hh.device)
     return Layer(cell, weights, resident, tf32_allowed())
 
 

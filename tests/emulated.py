@@ -1,0 +1,49 @@
+"""The CUDA operators on tensors of the CPU: bindings and kernels compiled for the emulator, as torch operators."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from fused_rnn import cuda
+
+ROOT = Path(__file__).resolve().parent.parent
+H200 = (132, 232448, 90)  # what the emulator says it is; see cuda.device_properties
+
+
+def missing() -> str | None:
+    """What the emulator lacks here."""
+    if not (ROOT / "csrc" / "cuda").is_dir():
+        return "the C++ sources are not beside the tests"
+    return None if shutil.which("g++") else "no C++ compiler (g++)"
+
+
+def build(folder: Path, *options: str) -> Path:
+    """Compiles the library; `options` go to every call of the compiler."""
+    flags = ["-std=c++17", "-O1", "-fPIC", "-DFUSED_RNN_EMULATOR", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
+    flags += [f"-I{path}" for path in (ROOT / "csrc/cuda", ROOT / "tests/cuda_emulator", *include_paths())]
+    sources = [*(ROOT / "csrc/cuda").glob("*.c*"), ROOT / "csrc/bindings/cuda_ops.cpp"]
+    sources = [path for path in sources if path.suffix in (".cpp", ".cu") and path.name != "launch.cu"]
+    sources.append(ROOT / "tests/cuda_emulator/emulator.cpp")
+    objects = [folder / f"{path.name}.o" for path in sources]
+
+    def compile_one(source: Path, result: Path) -> None:
+        command = ["g++", *flags, *options, "-c", "-x", "c++", source, "-o", result]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, sources, objects))
+    library = folder / "libfused_rnn_emulator.so"
+    where = [f"-L{path}" for path in library_paths()]
+    subprocess.run(["g++", "-shared", *options, *objects, "-o", library, *where, "-ltorch_cpu"], check=True)
+    return library
+
+
+def load(library: Path) -> None:
+    torch.ops.load_library(library)
+    cuda.register_fakes("fused_rnn_emulator")

@@ -1,0 +1,170 @@
+"""The CUDA path from the modules down to the kernels, on the CPU: the emulator stands for the GPU.
+
+Everything between is the real thing: bindings, planner, launchers, kernels, autograd, packing. What is left to a GPU is
+in test_gpu.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import emulated
+from cases import CASES, Case
+from fused_rnn import cuda, ops, reference
+from test_gpu import PRECISIONS, Precision, farther, results, rounded_to_tf32, tf32_results
+from test_modules import GRADCHECKS, test_gradcheck as gradcheck_a_layer
+from tolerances import assert_as_accurate
+
+pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
+
+# Several blocks and teams, more rows than a launch's first tiles, columns beyond the registers', odd everything.
+_LARGER = [
+    dict(T=4, B=1, I=5, H=300),
+    dict(T=3, B=70, I=5, H=130),
+    dict(T=3, B=9, I=5, H=150, bidirectional=True, L=2),
+    dict(T=5, B=6, I=7, H=137, bidirectional=True, lengths=(5, 1, 3, 3, 5, 2)),
+    dict(T=2, B=3, I=4, H=610),
+]
+_CELLS = [dict(cell="RNN"), dict(cell="LSTM"), dict(cell="GRU")]
+EMULATED = [case for case in CASES if case.T * case.B * case.H < 4000 and not case.proj_size]
+EMULATED += [Case(**cell, **size) for cell in _CELLS for size in _LARGER]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> None:
+    emulated.load(emulated.build(tmp_path_factory.mktemp("emulator")))
+
+
+@pytest.fixture(autouse=True)
+def gpu(library: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has every layer computed by the CUDA operators."""
+    monkeypatch.setattr(ops, "on_cuda", lambda x: True)
+    monkeypatch.setattr(cuda, "device_properties", lambda device: emulated.H200)
+    monkeypatch.setattr(cuda, "tf32_allowed", lambda: True)
+    yield
+
+
+def with_precision(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "tf32_allowed", lambda: precision.tf32)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+@pytest.mark.parametrize("case", EMULATED, ids=str)
+def test_matches_torch(case: Case, precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_precision(precision, monkeypatch)
+    dtype = precision.dtype
+    theirs, ours, exact = case.modules(dtype)
+    ours.backend = "fused"
+    data = case.data(dtype)
+    expected = results(case, theirs, data, dtype)
+    actual = results(case, ours, data, dtype)
+    rounded = tf32_results(case, exact, data) if precision.tf32 else None
+    for name, value in results(case, exact, [t.double() for t in data], dtype).items():
+        if name.startswith("d") and case.nonlinearity == "relu" and (dtype.itemsize == 2 or precision.tf32):
+            continue  # on which side of relu's kink a value lies is a matter of rounding, and the gradient jumps
+        if dtype is torch.float64:
+            torch.testing.assert_close(actual[name], value, rtol=1e-12, atol=1e-11, msg=name)
+        else:
+            yardstick = expected[name] if rounded is None else farther(expected[name], rounded[name], value)
+            assert_as_accurate(actual[name], yardstick, value, name)
+
+
+@pytest.mark.parametrize("case", EMULATED[::3], ids=str)
+def test_inference_equals_training(case: Case) -> None:
+    _, ours, _ = case.modules(torch.bfloat16)
+    ours.backend = "fused"
+    data = case.data(torch.bfloat16)
+    with torch.no_grad():
+        inference = case.run(ours, data)
+    for a, b in zip(case.run(ours, data), inference, strict=True):
+        assert not b.requires_grad
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("cell", "kind", "D"), [case for case in GRADCHECKS if case[1] != "projected"])
+def test_gradcheck(cell: str, kind: str, D: int) -> None:
+    gradcheck_a_layer(cell, kind, D)
+
+
+def kernels() -> int:
+    """How many resident kernels there are."""
+    return sum(line.startswith("  X(k") for line in (emulated.ROOT / "csrc/cuda/layout.h").read_text().splitlines())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "f16", "tf32"])
+@pytest.mark.parametrize("cell", reference.CELLS)
+def test_every_kernel(cell: str, dtype: torch.dtype) -> None:
+    """Each instance computes the same layer, also those that the planner would not take for it."""
+    torch.manual_seed(0)
+    T, B, size, H, G = 3, 21, 6, 41, reference.GATES[cell]
+    weights = [
+        w
+        for _ in range(2)
+        for w in (
+            torch.randn(G * H, size),
+            torch.randn(G * H, H) / H**0.5,
+            torch.randn(G * H),
+            torch.randn(G * H),
+            None,
+        )
+    ]
+    x, h0, c0 = torch.randn(T, B, size), torch.randn(2, B, H), torch.randn(2, B, H) if cell == "lstm" else None
+    lengths = torch.randint(0, T + 1, (B,), dtype=torch.int32)
+    x, h0, c0, *weights = [None if t is None else t.to(dtype) for t in (x, h0, c0, *weights)]
+    # Operands exactly as the matrix units read them, so that only sums differ.
+    if dtype is torch.float32:
+        weights = [None if w is None else rounded_to_tf32(w) for w in weights]
+
+    def run(instance: int) -> list[Tensor]:
+        layer = cuda.Layer(cell, weights, True, True, instance)
+        y, h_n, c_n, *kept = layer.forward(x, h0, c0, lengths, True)
+        grads = [torch.ones_like(y), torch.ones_like(h_n), torch.ones_like(c_n) if cell == "lstm" else None]
+        found = layer.backward(*grads, x, kept, lengths, [True] * 13)
+        return [y, h_n, c_n, *(g for g in found if g is not None)]
+
+    assert kernels() >= 7
+    first = run(0)
+    for instance in range(1, kernels()):
+        for a, b in zip(run(instance), first, strict=True):
+            assert a.isfinite().all()
+            scale = max(b.abs().max().item(), 1.0) if b.numel() else 1.0
+            step = 2.0**-10 if dtype is torch.float32 else torch.finfo(dtype).eps
+            torch.testing.assert_close(a, b, rtol=0, atol=8 * step * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "tf32"])
+@pytest.mark.parametrize("cell", reference.CELLS)
+def test_not_a_number(cell: str, dtype: torch.dtype) -> None:
+    """NaN comes out as NaN, in its row alone, and is not taken for a word that is still to come."""
+    torch.manual_seed(0)
+    G, H = reference.GATES[cell], 150
+    weights = [t.to(dtype) for t in (torch.randn(G * H, 4), torch.randn(G * H, H) / 12)] + [None] * 3
+    x = torch.randn(4, 3, 4).to(dtype)
+    x[1, 1] = torch.nan
+    y, h_n, _ = ops.layer(cell, x, None, None, weights)
+    assert y[1:, 1].isnan().all() or cell == "rnn_relu"
+    assert y[:, [0, 2]].isfinite().all() and y[0].isfinite().all()
+
+
+def test_bad_calls_raise() -> None:
+    forward = torch.ops.fused_rnn_emulator.recurrence_forward
+    x, w = torch.randn(1, 2, 3, 20).bfloat16(), torch.randn(1, 20, 8).bfloat16()
+    forward(x, None, None, 2, True, True, -1, w, None, None, None)
+    bad = [
+        (x, None, None, 9, True, True, -1, w, None, None, None),  # no such cell
+        (x, None, None, 2, True, True, -1, w[:, :, :5], None, None, None),  # not padded
+        (x, None, None, 2, True, True, 99, w, None, None, None),  # no such kernel
+        (x, x[0, 0], None, 2, True, True, -1, w, None, None, None),  # h0 of another shape
+        (x, None, None, 2, True, True, -1, w.float(), None, None, None),  # another dtype
+        (x.double(), None, None, 2, True, True, -1, w.double(), None, None, None),  # no float64 in the kernels
+        (x, None, None, 2, True, True, -1, w, None, None, torch.tensor([1, 2, 3])),  # int64 lengths
+        (x[:, :0], None, None, 2, True, True, -1, w, None, None, None),  # no steps
+        (x, None, torch.zeros(1, 3, 5).bfloat16(), 0, True, True, -1, w, None, None, None),  # the RNN has no c
+    ]
+    for arguments in bad:
+        with pytest.raises(RuntimeError):
+            forward(*arguments)
