@@ -26,6 +26,7 @@ from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
 from fused_rnn.convert import from_torch, replace
 from fused_rnn.modules import GRU, LSTM, RNN
 from fused_rnn.patch import patched
+from fused_rnn.planning import plan
 
 try:
     __version__ = version("fused_rnn")
@@ -41,5 +42,6 @@ __all__ = [
     "RNNCell",
     "from_torch",
     "patched",
+    "plan",
     "replace",
 ]

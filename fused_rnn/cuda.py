@@ -42,11 +42,12 @@ def tf32_allowed() -> bool:
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"
 
 
-def is_resident(cell: str, dtype: torch.dtype, batch: int, hidden_size: int, directions: int, device: Any) -> bool:
+def is_resident(
+    cell: str, dtype: torch.dtype, batch: int, hidden_size: int, directions: int, properties: tuple[int, int, int]
+) -> bool:
     """Whether the kernels that keep the recurrent weights on the chip take such a layer."""
     if dtype is torch.float64 or (dtype is torch.float32 and not tf32_allowed()):
         return False
-    properties = device_properties(device)
     return bool(
         plans(cell, dtype, batch, hidden_size, directions, False, properties)
         and plans(cell, dtype, batch, hidden_size, directions, True, properties)
@@ -79,7 +80,13 @@ def _properties(index: int) -> tuple[int, int, int]:
 
 
 def torch_is_faster(
-    mode: str, dtype: torch.dtype, x: Sequence[int], hidden_size: int, num_layers: int, directions: int, device: Any
+    mode: str,
+    dtype: torch.dtype,
+    x: Sequence[int],
+    hidden_size: int,
+    num_layers: int,
+    directions: int,
+    properties: tuple[int, int, int],
 ) -> bool:
     """Whether cuDNN should run a module, by what is known of it; `x` is the input's shape, time first.
 
@@ -87,7 +94,7 @@ def torch_is_faster(
     (torch's cudnn/RNN.cpp). Nothing else wins where a step is a product of its own, or there are few steps.
     """
     T, batch, input_size = x
-    if T < 8 or not is_resident(mode.lower(), dtype, batch, hidden_size, directions, device):
+    if T < 8 or not is_resident(mode.lower(), dtype, batch, hidden_size, directions, properties):
         return True
     return (
         mode == "LSTM"
@@ -143,7 +150,8 @@ def backward(
 def _layer(cell: str, call: _Call, weights: Sequence[Tensor | None]) -> Layer:
     w_hh: Any = weights[1]
     directions = len(weights) // 5
-    resident = call.steps > 1 and is_resident(cell, w_hh.dtype, call.batch, w_hh.size(1), directions, w_hh.device)
+    properties = device_properties(w_hh.device)
+    resident = call.steps > 1 and is_resident(cell, w_hh.dtype, call.batch, w_hh.size(1), directions, properties)
     return Layer(cell, weights, resident, tf32_allowed())
 
 

@@ -7,6 +7,7 @@ torch.nn's own forward, which computes it or raises.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import cuda, functional, ops
 from fused_rnn.convert import TorchConvertible, fx_leaf
 
-BACKENDS = ("auto", "fused", "torch")
 _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "permute_hidden")  # a subclass may override
 
 
@@ -28,9 +28,11 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
     backend = "auto"
     """Who computes: "fused", "torch" (torch.nn's own forward), or "auto", the faster one by what is measured."""
 
-    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As torch.nn's class, and ``backend="auto"``, keyword only."""
+        backend = kwargs.pop("backend", "auto")
+        if backend not in ops.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, ops.BACKENDS))}, got {backend!r}")
         super().__init__(*args, **kwargs)
         if backend != "auto":
             self.backend = backend
@@ -106,7 +108,13 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
 
     def _usual(self, input: Any, dim: int, hx: Any) -> bool:
         """Whether this is the usual call, where every check that is left is made by the operators."""
-        if ops.watched() or not ops.plain(input, dim) or input.dtype not in ops.DTYPES or not self._usual_weights():
+        if (
+            ops.watched()
+            or torch.is_autocast_enabled("cpu")
+            or not ops.plain(input, dim)
+            or input.dtype not in ops.DTYPES
+            or not self._usual_weights()
+        ):
             return False
         batch = input.size(0 if dim == 2 or self.batch_first else 1)
         if self.backend != "auto" or ops.torch_is_faster(self.mode, input.dtype, batch, self.hidden_size):
@@ -119,12 +127,14 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
                 return False
         return True
 
-    def _stack(self, x: Tensor, states: Any, batch_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+    def _stack(
+        self, x: Tensor, states: Any, batch_sizes: Tensor | None = None, weights: Any = None
+    ) -> tuple[Tensor, ...]:
         return functional.stack(
             self.mode.lower(),
             x,
             states,
-            self._flat_weights,
+            weights or self._flat_weights,
             self.bias,
             self.num_layers,
             self.dropout,
@@ -146,8 +156,10 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         self._refresh_flat_weights()
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
-        states = self._given_states(hx)
-        if states is None or not self._regular(data, states, packed):
+        states, weights = self._given_states(hx), self._flat_weights
+        if states is not None and isinstance(data, Tensor) and ops.on_cuda(data) and ops.autocast_dtype(data):
+            data, states, weights = (_autocast(t) for t in (data, states, weights))
+        if states is None or not self._regular(data, states, weights, packed):
             return super().forward(input, hx)
 
         batch_sizes = sorted_indices = unsorted_indices = None
@@ -171,7 +183,7 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
             states = (None,) * len(self._state_sizes())
 
         time_major = data.transpose(0, 1) if self.batch_first and not packed else data
-        output, *hidden = self._stack(time_major, states, batch_sizes)
+        output, *hidden = self._stack(time_major, states, batch_sizes, weights)
 
         if packed:
             output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
@@ -206,9 +218,9 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         rows = self.num_layers * (2 if self.bidirectional else 1)
         return [torch.zeros(rows, batch, size, dtype=data.dtype, device=data.device) for size in self._state_sizes()]
 
-    def _regular(self, data: Any, states: tuple[Any, ...], packed: bool) -> bool:
+    def _regular(self, data: Any, states: tuple[Any, ...], weights: Sequence[Any], packed: bool) -> bool:
         """Whether the kernels may take these arguments, as far as torch's own checks do not tell."""
-        tensors = (data, *states, *self._flat_weights)
+        tensors = (data, *states, *weights)
         if any(t is None for t in tensors) or not ops.fusible(*tensors):
             return False
         dim = data.dim()
@@ -232,9 +244,18 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         steps = data.size(1 if batched and self.batch_first else 0)
         directions = 2 if self.bidirectional else 1
         shape = (steps, batch, data.size(-1))
+        properties = cuda.device_properties(data.device)
         return cuda.torch_is_faster(
-            self.mode, data.dtype, shape, self.hidden_size, self.num_layers, directions, data.device
+            self.mode, data.dtype, shape, self.hidden_size, self.num_layers, directions, properties
         )
+
+
+def _autocast(tensors: Any) -> Any:
+    """A tensor, or each of several, as autocast gives them to torch.nn's layers."""
+    if not isinstance(tensors, Tensor):
+        return tuple(_autocast(t) for t in tensors)
+    eligible = tensors.is_floating_point() and tensors.dtype is not torch.float64
+    return tensors.to(ops.autocast_dtype(tensors)) if eligible else tensors
 
 
 @fx_leaf

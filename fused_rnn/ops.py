@@ -20,6 +20,7 @@ _backward = torch.ops.fused_rnn.backward.default
 _step = torch.ops.fused_rnn.step.default
 _NUMBER = {cell: number for number, cell in enumerate(reference.CELLS)}  # how the operators name a cell
 
+BACKENDS = ("auto", "fused", "torch")
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NO_WEIGHTS = (None,) * 5
@@ -101,9 +102,10 @@ def fusible(x: Any, *others: Any) -> bool:
     """Whether the kernels may compute with these; if not, torch does.
 
     They take plain tensors of one supported dtype on one CPU or CUDA device, and only while nothing watches or
-    rewrites torch's operations: a compiler, a tracer, autocast, a mode, a functorch transform.
+    rewrites torch's operations: a compiler, a tracer, autocast (but on CUDA, where the caller casts), a mode, a
+    functorch transform.
     """
-    if type(x) not in PLAIN_TYPES or watched(x.device.type):
+    if type(x) not in PLAIN_TYPES or watched(autocast=not on_cuda(x)):
         return False
     dtype, device = x.dtype, x.device
     if dtype not in DTYPES or x.is_nested or not (x.is_cpu or (on_cuda(x) and cuda.available())):
@@ -116,12 +118,18 @@ def fusible(x: Any, *others: Any) -> bool:
     return True
 
 
-def watched(device: str = "cpu") -> bool:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast has recurrent layers compute in on x's device; None outside of it."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def watched(autocast: bool = True) -> bool:
     """Whether a compiler, a tracer, autocast, a mode or a functorch transform looks at torch's operations."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or torch.is_autocast_enabled(device)
+        or (autocast and torch.is_autocast_enabled("cpu"))
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0

@@ -16,7 +16,8 @@ import emulated
 from cases import CASES, Case
 from fused_rnn import cuda, ops, reference
 from test_gpu import PRECISIONS, Precision, farther, results, rounded_to_tf32, tf32_results
-from test_modules import GRADCHECKS, test_gradcheck as gradcheck_a_layer
+from test_modules import GRADCHECKS
+from test_modules import test_gradcheck as gradcheck_a_layer
 from tolerances import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
@@ -145,7 +146,7 @@ def test_not_a_number(cell: str, dtype: torch.dtype) -> None:
     weights = [t.to(dtype) for t in (torch.randn(G * H, 4), torch.randn(G * H, H) / 12)] + [None] * 3
     x = torch.randn(4, 3, 4).to(dtype)
     x[1, 1] = torch.nan
-    y, h_n, _ = ops.layer(cell, x, None, None, weights)
+    y, _, _ = ops.layer(cell, x, None, None, weights)
     assert y[1:, 1].isnan().all() or cell == "rnn_relu"
     assert y[:, [0, 2]].isfinite().all() and y[0].isfinite().all()
 
@@ -168,3 +169,20 @@ def test_bad_calls_raise() -> None:
     for arguments in bad:
         with pytest.raises(RuntimeError):
             forward(*arguments)
+
+
+def test_autocast_casts_as_for_torch() -> None:
+    """Inputs, states and weights go to autocast's type, results are of it, gradients of the parameters' own."""
+    case = Case("LSTM", T=4, B=3, I=5, H=12, L=2)
+    theirs, ours, exact = case.modules(torch.float32)
+    ours.backend = "fused"
+    data = case.data(torch.float32)
+    found = []
+    for module in (theirs, ours):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(case.run(module, data))
+    for expected, actual, value in zip(*found, case.run(exact, [t.double() for t in data]), strict=True):
+        assert actual.dtype is torch.bfloat16
+        assert_as_accurate(actual, expected, value, "result")
+    found[1][0].float().sum().backward()
+    assert all(p.grad.dtype is torch.float32 for p in ours.parameters())

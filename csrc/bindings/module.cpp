@@ -50,6 +50,21 @@ PYBIND11_MODULE(_C, m) {
       },
       "What the extension was built with.");
   m.def(
+      "cpu_plan",
+      [](int cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t directions, int64_t threads) {
+        fused_rnn::LayerShape shape{};
+        shape.cell = static_cast<fused_rnn::CellKind>(cell);
+        shape.T = T, shape.B = B, shape.I = I, shape.H = H, shape.P = P, shape.N = T * B, shape.directions = directions;
+        const fused_rnn::cpu::Plan plan = fused_rnn::cpu::plan(shape, threads);
+        py::dict d;
+        d["instruction_set"] = fused_rnn::cpu::kernels().name;
+        d["teams"] = plan.teams;
+        d["workers"] = plan.workers;
+        d["splits_units"] = plan.splits_units;
+        return d;
+      },
+      "How many threads take a layer on the CPU, and how they share it.");
+  m.def(
       "cuda_plans",
       [](int cell, int element_bytes, int64_t batch, int hidden_size, int directions, bool backward, int sms,
          int shared_bytes, int capability) {

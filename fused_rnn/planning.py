@@ -1,0 +1,84 @@
+"""What would run: the planners' choice for a layer, to look at and to test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fused_rnn import _C, cuda, ops, reference
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who computes a layer, and how.
+
+    Attributes:
+        backend: "fused" or "torch" (torch.nn's own forward).
+        way: on the CPU "cpu"; on CUDA "resident" (the recurrent weights stay on the chip for the whole sequence) or
+            "steps" (a product and a pointwise kernel per step); "torch" without fused kernels.
+        forward, backward: the kernel of each, its share of the work and, on CUDA, the estimated microseconds of a
+            time step. Empty where nothing is to be said.
+    """
+
+    backend: str
+    way: str
+    forward: dict[str, Any] = field(default_factory=dict)
+    backward: dict[str, Any] = field(default_factory=dict)
+
+
+def plan(
+    cell: str,
+    dtype: torch.dtype = torch.float32,
+    T: int = 1,
+    B: int = 1,
+    I: int = 1,  # noqa: E741 - the field's letter
+    H: int = 1,
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    backend: str = "auto",
+    device: torch.device | str | None = None,
+    properties: tuple[int, int, int] | None = None,
+) -> Plan:
+    """The plan for one layer of a module.
+
+    Args:
+        cell: "rnn" ("rnn_tanh", "rnn_relu"), "lstm" or "gru".
+        dtype: of x and the weights.
+        T, B, I, H: time steps, batch rows, input size, hidden size.
+        num_layers, bidirectional, backend: of the module.
+        device: "cpu" or a CUDA device; None: CUDA where there is one.
+        properties: of a CUDA device that need not be here: multiprocessors, bytes of shared memory that a block may
+            have, 10 * major + minor compute capability. An H200: ``(132, 232448, 90)``.
+
+    Raises:
+        ValueError: cell or backend is unknown.
+    """
+    cell = "rnn_tanh" if cell == "rnn" else cell
+    if cell not in reference.CELLS:
+        raise ValueError(f"unknown cell {cell!r}; the cells are: rnn, {', '.join(reference.CELLS)}")
+    if backend not in ops.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, ops.BACKENDS))}, got {backend!r}")
+    directions = 2 if bidirectional else 1
+    mode = cell.upper()
+    if device is None:
+        device = "cuda" if properties is not None or torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cpu":
+        if backend == "torch" or (backend == "auto" and ops.torch_is_faster(mode, dtype, B, H)):
+            return Plan("torch", "torch")
+        shared = _C.cpu_plan(reference.CELLS.index(cell), T, B, I, H, H, directions, torch.get_num_threads())
+        return Plan("fused", "cpu", shared, shared)
+
+    properties = properties or cuda.device_properties(device)
+    shape = (T, B, I)
+    if backend == "torch" or (
+        backend == "auto" and cuda.torch_is_faster(mode, dtype, shape, H, num_layers, directions, properties)
+    ):
+        return Plan("torch", "torch")
+    if T == 1 or not cuda.is_resident(cell, dtype, B, H, directions, properties):
+        return Plan("fused", "steps")
+    chosen = (cuda.plans(cell, dtype, B, H, directions, backward, properties)[0] for backward in (False, True))
+    return Plan("fused", "resident", *chosen)

@@ -1,0 +1,423 @@
+// Checks the CUDA kernels, run by the emulator, against a plain loop in double precision; without torch, without a GPU.
+//
+//   cuda_check [--cell NAME] [--element bf16|fp16|tf32] [--seeds N] [--quick]
+//
+// Without -DCHECK_CELL and -DCHECK_ELEMENT all instances are checked, those of the .cu files; with them only a few of
+// one cell and element, compiled here: so that a program with a fault put in is built in seconds.
+// Exits with 1 at the first case that fails, having printed what.
+
+#include "cuda_check.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace fused_rnn {
+namespace cuda {
+namespace check {
+namespace {
+
+constexpr uint64_t kPatience = 10'000'000'000;
+
+// ---- What is checked ------------------------------------------------------------------------------------------------
+
+// Instances of --quick: alone, and through L2 with one and with several tiles of rows, one and several warps of units.
+#define CHECK_INSTANCES(X) \
+  X(kAlone, 8, 1, 1)       \
+  X(kThroughL2, 1, 8, 1)   \
+  X(kThroughL2, 2, 4, 2)
+
+// Batch: `tiles_of_rows` whole tiles and some rows; `teams` and `tiles` are what the device has room for.
+// instances: 'a'lone, 'o'ne and 't'wo or more warps of units, 'r': only without more tiles of rows than one.
+// flags: 'b'iases, 's'tates given and their gradients wanted, 'd'y given, 'l'engths, 'n'aN in one row, 'q'uick.
+struct Case {
+  int64_t H, T;
+  int directions, teams, tiles;
+  int64_t tiles_of_rows, rows;
+  const char *instances, *flags;
+  bool has(char flag) const { return std::strchr(flags, flag) != nullptr; }
+  bool runs(const Instance& i) const {
+    const char kind = i.exchange == Exchange::kAlone ? 'a' : i.unit_warps == 1 ? 'o' : 't';
+    return std::strchr(instances, kind) && (i.row_tiles == 1 || !std::strchr(instances, 'r'));
+  }
+};
+
+const Case kCases[] = {
+    {37, 4, 2, 2, 2, 2, 5, "aot", "bsdlq"},  // two directions, two teams, one of which has an empty tile
+    {21, 3, 1, 2, 2, 4, 3, "aor", "bsdq"},   // a second launch
+    {103, 3, 1, 1, 1, 1, 2, "a", "sdlq"},    // a second launch; columns in shared memory
+    {37, 3, 1, 1, 1, 0, 6, "aot", "bdnlq"},  // NaN
+    {1, 1, 1, 1, 1, 0, 1, "aot", "d"},      {17, 5, 1, 1, 1, 0, 1, "aot", "s"},
+    {128, 2, 2, 1, 2, 2, 3, "a", "bsdl"},   {64, 3, 2, 2, 3, 5, 0, "aot", "sdl"},  // nothing to pad
+    {403, 2, 1, 1, 1, 0, 3, "tr", "bsd"},  // columns in shared memory, split over several warps
+};
+
+const char* const kElementNames[] = {"bf16", "fp16", "tf32"};
+
+#define CHECK_CELL_INFO(kind, policy, name) \
+  {CellKind::kind, name, policy::kGates, policy::kSaved, policy::kGrads, policy::kHiddenGrads, policy::kHasC},
+const CellInfo kCells[] = {FUSED_RNN_CELLS(CHECK_CELL_INFO)};
+
+#define CHECK_INSTANCE(exchange, unit_warps, depth_warps, row_tiles) \
+  {Exchange::exchange, unit_warps, depth_warps, row_tiles},
+const Instance kAllInstances[] = {FUSED_RNN_INSTANCES(CHECK_INSTANCE)};
+const Instance kQuickInstances[] = {CHECK_INSTANCES(CHECK_INSTANCE)};
+
+bool same(const Instance& a, const Instance& b) { return std::memcmp(&a, &b, sizeof a) == 0; }
+bool is_quick(const Instance& instance) {
+  return std::any_of(std::begin(kQuickInstances), std::end(kQuickInstances),
+                     [&](const Instance& i) { return same(i, instance); });
+}
+
+#if defined(CHECK_CELL)
+template <class F>
+void with_compiled_shape(const Instance& instance, const F& f) {
+#define CHECK_SHAPE(exchange, unit_warps, depth_warps, row_tiles)                 \
+  if (same(instance, {Exchange::exchange, unit_warps, depth_warps, row_tiles})) { \
+    return f(Shape<Exchange::exchange, unit_warps, depth_warps, row_tiles>{});    \
+  }
+  CHECK_INSTANCES(CHECK_SHAPE)
+}
+void run_forward(const CellInfo&, Element, const Plan& plan, const ForwardParams& params) {
+  with_compiled_shape(plan.instance, [&](auto shape) {
+    launch_parts(&forward<CHECK_CELL, CHECK_ELEMENT, decltype(shape)>, plan, params, nullptr);
+  });
+}
+void run_backward(const CellInfo&, Element, const Plan& plan, const BackwardParams& params) {
+  with_compiled_shape(plan.instance, [&](auto shape) {
+    launch_parts(&backward<CHECK_CELL, CHECK_ELEMENT, decltype(shape)>, plan, params, nullptr);
+  });
+}
+bool is_compiled(const CellInfo& cell, Element element) {
+#define CHECK_IS_CELL(kind_, policy, name) \
+  if (std::is_same<CHECK_CELL, policy>::value && cell.kind != CellKind::kind_) return false;
+  FUSED_RNN_CELLS(CHECK_IS_CELL)
+  return element == (std::is_same<CHECK_ELEMENT, Bf16>::value   ? Element::kBf16
+                     : std::is_same<CHECK_ELEMENT, Fp16>::value ? Element::kFp16
+                                                                : Element::kTf32);
+}
+constexpr bool kFewInstances = true;
+#else
+void run_forward(const CellInfo& cell, Element element, const Plan& plan, const ForwardParams& params) {
+  recurrence(cell.kind).forward(element, plan, params, nullptr);
+}
+void run_backward(const CellInfo& cell, Element element, const Plan& plan, const BackwardParams& params) {
+  recurrence(cell.kind).backward(element, plan, params, nullptr);
+}
+bool is_compiled(const CellInfo&, Element) { return true; }
+constexpr bool kFewInstances = false;
+#endif
+
+// ---- Runs
+// ------------------------------------------------------------------------------------------------------------
+
+void require(bool condition, const std::string& what) {
+  if (!condition) throw std::runtime_error(what);
+}
+
+Product product(const Layer& l, bool backward) {
+  const int gates = static_cast<int>(l.cell.gates), Hp = static_cast<int>(l.Hp), bytes = element_bytes(l.element);
+  return backward ? Product{1, gates * Hp, bytes} : Product{gates, Hp, bytes};
+}
+
+Problem problem(const Layer& l, int instance, bool backward) {
+  return {l.cell.kind, l.element, l.B, static_cast<int>(l.H), static_cast<int>(l.D), backward, instance};
+}
+
+// How a launch came about: the check must have seen each.
+enum { kAloneOnChip, kParts, kTeams, kTiles, kEmptyTile, kLaunches, kSharedColumns, kMechanisms };
+const char* const kMechanismNames[] = {"a block alone",           "several parts",       "several teams",
+                                       "several tiles",           "a tile without rows", "several launches",
+                                       "columns in shared memory"};
+int reached[kMechanisms];
+
+void count_mechanisms(const Layer& l, const Plan& p, bool backward) {
+  const Division& d = p.division;
+  const int64_t tiles = (l.B + p.instance.rows() - 1) / p.instance.rows(), launches = (l.B + p.rows - 1) / p.rows;
+  reached[kAloneOnChip] += p.instance.exchange == Exchange::kAlone;
+  reached[kParts] += d.parts > 1, reached[kTeams] += d.teams > 1, reached[kTiles] += d.tiles > 1;
+  reached[kEmptyTile] += launches == 1 && tiles < d.teams * d.tiles, reached[kLaunches] += launches > 1;
+  reached[kSharedColumns] += product(l, backward).shared_pairs(p.instance.depth_warps) > 0;
+}
+
+// The planner's way on a device with room for exactly so many teams and tiles.
+Plan planned(const Layer& l, int instance, int teams, int tiles, bool backward) {
+  const Instance& in = kAllInstances[instance];
+  Device device = current_device();
+  device.sms = static_cast<int>(l.D * teams * ((l.H + in.units() - 1) / in.units()));
+  device.shared_bytes = Layout(in, product(l, backward), tiles).total;
+  const std::optional<Plan> found = plan(problem(l, instance, backward), device);
+  require(found.has_value(), "no plan");
+  count_mechanisms(l, *found, backward);
+  return *found;
+}
+
+// Of a device that has no more than the plan counts on.
+Sequence sequence(const Layer& l, const Plan& plan, uint64_t patience) {
+  Device device = current_device();
+  device.sms = plan.blocks(static_cast<int>(l.D)), device.shared_bytes = plan.shared_bytes;
+  set_current_device(device);
+  Sequence q{};
+  q.T = l.T, q.B = l.B, q.H = static_cast<int>(l.H), q.directions = static_cast<int>(l.D);
+  q.lengths = l.lengths.empty() ? nullptr : l.lengths.data();
+  q.error = error_word(), q.patience = patience;
+  return q;
+}
+
+void forward_pass(const Layer& l, Inputs& in, Results& out, const Plan& plan, bool train, uint64_t patience) {
+  ForwardParams params{sequence(l, plan, patience), {}};
+  for (int d = 0; d < l.D; ++d) {
+    ForwardDirection& p = params.direction[d];
+    Buffer *const i = in[d], *const o = out.of[d];
+    p.x_gates = i[kX].data(), p.w_hh = i[kW].data(), p.b_ih = i[kBih].data(), p.b_hh = i[kBhh].data();
+    p.h0 = i[kH0].data(), p.c0 = i[kC0].data(), p.h_n = o[kHn].data(), p.c_n = o[kCn].data();
+    p.y = out.of[0][kY].data(d * l.H), p.y_stride = l.D * l.H;
+    p.h_prev = train || plan.instance.exchange != Exchange::kAlone ? o[kHPrev].data() : nullptr;
+    p.saved = train ? o[kSaved].data() : nullptr;
+    p.c_prev = train ? static_cast<float*>(o[kCPrev].data()) : nullptr;
+  }
+  run_forward(l.cell, l.element, plan, params);
+}
+
+void backward_pass(const Layer& l, Inputs& in, Results& out, const Plan& plan, uint64_t patience) {
+  BackwardParams params{sequence(l, plan, patience), {}};
+  for (int d = 0; d < l.D; ++d) {
+    BackwardDirection& p = params.direction[d];
+    Buffer *const i = in[d], *const o = out.of[d];
+    p.w_hh_t = i[kWt].data(), p.h_prev = o[kHPrev].data(), p.saved = o[kSaved].data();
+    p.c_prev = static_cast<const float*>(o[kCPrev].data());
+    p.dy = in[0][kDy].data(d * l.H), p.dy_stride = l.D * l.H, p.dh_n = i[kDhN].data(), p.dc_n = i[kDcN].data();
+    p.dgates = o[kDgates].data(), p.dh0 = o[kDh0].data(), p.dc0 = o[kDc0].data();
+  }
+  run_backward(l.cell, l.element, plan, params);
+}
+
+// ---- Comparison -----------------------------------------------------------------------------------------------------
+
+struct Largest {
+  double error = 0;
+  std::string where = "nowhere";
+};
+Largest largest[3];  // of each element, relative to the tolerance
+
+// A value is rounded when it is stored, and may have been rounded the other way when it was exchanged.
+double tolerance(Element e) { return e == Element::kBf16 ? 0x1p-7 : 0x1p-10; }
+
+void compare(const Layer& l, const std::string& what, const Buffer& found, const Values& expected) {
+  double magnitude = 0;
+  for (double v : expected) magnitude = std::isfinite(v) ? std::max(magnitude, std::abs(v)) : magnitude;
+  for (int64_t i = 0; i < found.size(); ++i) {
+    const std::string where = what + " at " + std::to_string(i);
+    if (expected[i] == kUntouched) {
+      require(found.is_untouched(i), where + ": written");
+    } else if (std::isnan(expected[i])) {
+      require(std::isnan(found[i]), where + ": " + std::to_string(found[i]) + " instead of NaN");
+    } else {
+      const double error = std::abs(found[i] - expected[i]), limit = tolerance(l.element) * magnitude;
+      require(error <= limit, where + ": " + std::to_string(found[i]) + ", not " + std::to_string(expected[i]));
+      Largest& most = largest[static_cast<int>(l.element)];
+      if (limit > 0 && error / limit > most.error) most = {error / limit, what};
+    }
+  }
+}
+
+template <class F>
+void each_output(const Layer& l, const F& f) {
+  for (int d = 0; d < l.D; ++d) {
+    for (int k = 0; k < kOutputs; ++k) f(d, k, std::string(kOutputNames[k]) + (d ? " reverse" : ""));
+  }
+}
+
+void check_memory(const Layer& l, const Results& out, Inputs& in, const Inputs& before) {
+  require(*error_word() == 0, "a block has waited in vain");
+  each_output(l, [&](int d, int k, const std::string& name) {
+    require(out.of[d][k].guards_hold(), name + ": written beyond its memory");
+    require((k != kHPrev && k != kDgates) || !out.of[d][k].holds_sentinel(), name + ": not all is published");
+  });
+  for (int i = 0; i < 2 * kInputs; ++i) {
+    require(!(in[i / kInputs][i % kInputs] != before[i / kInputs][i % kInputs]), "an operand has changed");
+  }
+}
+
+void check(const Layer& l, const Plan& forward, const Plan& backward, int seeds) {
+  Inputs in, before;
+  draw(l, in);
+  draw(l, before);
+  Expected expected;
+  expect(l, in, expected);
+  Results first(l);
+  for (int seed = 0; seed < seeds; ++seed) {
+    set_schedule_seed(seed);
+    Results out(l);
+    forward_pass(l, in, out, forward, true, kPatience);
+    require(*error_word() == 0, "forward: a block has waited in vain");
+    backward_pass(l, in, out, backward, kPatience);
+    check_memory(l, out, in, before);
+    each_output(l, [&](int d, int k, const std::string& name) {
+      if (seed == 0) return compare(l, name, out.of[d][k], expected[d][k]);
+      require(!(out.of[d][k] != first.of[d][k]), name + " depends on the schedule, seed " + std::to_string(seed));
+    });
+    if (seed == 0) first = out;
+  }
+  Results inference(l);
+  forward_pass(l, in, inference, forward, false, kPatience);
+  require(*error_word() == 0, "inference: a block has waited in vain");
+  each_output(l, [&](int d, int k, const std::string& name) {
+    if (k > kCn) return;
+    require(!(inference.of[d][k] != first.of[d][k]), name + " is another in inference");
+  });
+}
+
+// ---- The watchdog
+// ----------------------------------------------------------------------------------------------------
+
+void require_gone(const Buffer& found, int64_t H, int64_t units, const std::string& what) {
+  for (int64_t i = 0; i < found.size(); ++i) {
+    if (i % H < units) require(std::isnan(found[i]), what + " is not NaN although a part was missing");
+    if (i % H >= units) require(found.is_untouched(i), what + " of a part that is missing");
+  }
+}
+
+// A part's block is missing: the others must give up, say so, and leave NaN.
+void check_missing_part(const CellInfo& cell, Element element, int instance) {
+  const Layer l(cell, element, 3, 2, 2 * kAllInstances[instance].units() + 5, 1, "bsd");
+  Inputs in;
+  draw(l, in);
+  Plan forward = planned(l, instance, 1, 1, false), backward = planned(l, instance, 1, 1, true);
+  Results whole(l);
+  forward_pass(l, in, whole, forward, true, kPatience);
+  require(*error_word() == 0, "a block has waited in vain");
+
+  set_nanoseconds_per_round(1'000'000);
+  const uint64_t patience = 5'000'000;
+  const int64_t units = --forward.division.parts * kAllInstances[instance].units();
+  --backward.division.parts;
+  Results out(l);
+  forward_pass(l, in, out, forward, true, patience);
+  require(*error_word() == 1, "forward has not noticed that a part is missing");
+  require_gone(out.of[0][kY], l.H, units, "y");
+  require_gone(out.of[0][kHn], l.H, units, "h_n");
+  *error_word() = 0;
+  backward_pass(l, in, whole, backward, patience);
+  require(*error_word() == 1, "backward has not noticed that a part is missing");
+  require_gone(whole.of[0][kDh0], l.H, units, "dh0");
+  *error_word() = 0;
+  set_nanoseconds_per_round(1000);
+}
+
+// Many short waits, together far longer than the patience, are none in vain.
+void check_short_waits(const CellInfo& cell, Element element, int instance) {
+  const Layer l(cell, element, 150, 1, kAllInstances[instance].units() + 1, 1, "sd");
+  Inputs in;
+  draw(l, in);
+  Results out(l);
+  forward_pass(l, in, out, planned(l, instance, 1, 1, false), true, 50'000);
+  backward_pass(l, in, out, planned(l, instance, 1, 1, true), 50'000);
+  require(*error_word() == 0, "the watchdog has taken many short waits for a long one");
+}
+
+// ---- The program
+// -----------------------------------------------------------------------------------------------------
+
+struct Options {
+  std::string cell = "all", element = "all";
+  int seeds = 2;
+  bool quick = false;
+};
+
+std::string text(const Instance& i) {
+  return (i.exchange == Exchange::kAlone ? "alone " : "shared out ") + std::to_string(i.unit_warps) + "x" +
+         std::to_string(i.depth_warps) + "x" + std::to_string(i.row_tiles);
+}
+
+// Calls f(), which throws if something is wrong.
+template <class F>
+void named(const std::string& what, const F& f) {
+  try {
+    f();
+  } catch (const std::exception& error) {
+    throw std::runtime_error(what + ": " + error.what());
+  }
+}
+
+// All cases of one cell and element; returns how many.
+int check_all(const CellInfo& cell, Element element, const Options& options) {
+  const bool few = options.quick || kFewInstances;
+  const std::string prefix = std::string(cell.name) + " " + kElementNames[static_cast<int>(element)] + " ";
+  int cases = 0;
+  for (int instance = 0; instance < static_cast<int>(std::size(kAllInstances)); ++instance) {
+    const Instance& in = kAllInstances[instance];
+    if (few && !is_quick(in)) continue;
+    for (const Case& c : kCases) {
+      if (!c.runs(in) || (options.quick && !c.has('q'))) continue;
+      const Layer l(cell, element, c.T, c.tiles_of_rows * in.rows() + c.rows, c.H, c.directions, c.flags);
+      named(prefix + text(in) + " H=" + std::to_string(l.H) + " B=" + std::to_string(l.B), [&] {
+        const Plan forward = planned(l, instance, c.teams, c.tiles, false);
+        check(l, forward, planned(l, instance, c.teams, c.tiles, true), options.seeds);
+      });
+      ++cases;
+    }
+    if (in.exchange != Exchange::kThroughL2 || in.row_tiles > 1) continue;
+    named(prefix + text(in) + ", a part missing", [&] { check_missing_part(cell, element, instance); });
+    named(prefix + text(in) + ", short waits", [&] { check_short_waits(cell, element, instance); });
+  }
+  return cases;
+}
+
+Options parse(int argc, char** argv) {
+  Options options;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i], value = i + 1 < argc ? argv[i + 1] : "";
+    if (argument == "--quick") {
+      options.quick = true;
+      continue;
+    }
+    ++i;
+    if (argument == "--cell") options.cell = value;
+    if (argument == "--element") options.element = value;
+    if (argument == "--seeds") options.seeds = std::atoi(value.c_str());
+  }
+  return options;
+}
+
+int run(const Options& options) {
+  const auto chosen = [](const std::string& option, const char* name) { return option == "all" || option == name; };
+  int cases = 0;
+  bool lstm = false;
+  try {
+    for (const CellInfo& cell : kCells) {
+      for (const Element element : {Element::kBf16, Element::kFp16, Element::kTf32}) {
+        const char* const name = kElementNames[static_cast<int>(element)];
+        if (!chosen(options.cell, cell.name) || !chosen(options.element, name) || !is_compiled(cell, element)) continue;
+        cases += check_all(cell, element, options);
+        lstm = lstm || cell.kind == CellKind::kLstm;
+      }
+    }
+    require(cases > 0, "nothing to check");
+    for (int i = 0; i < kMechanisms; ++i) {  // other cells need larger layers for all
+      require(reached[i] > 0 || !lstm, std::string("no case has ") + kMechanismNames[i]);
+    }
+  } catch (const std::exception& error) {
+    std::printf("FAILED: %s\n", error.what());
+    return 1;
+  }
+  for (const Largest& l : largest) {
+    if (l.error > 0) std::printf("largest error %.2f of the tolerance, in %s\n", l.error, l.where.c_str());
+  }
+  std::printf("%d cases, 0 failures\n", cases);
+  return 0;
+}
+
+}  // namespace
+}  // namespace check
+}  // namespace cuda
+}  // namespace fused_rnn
+
+int main(int argc, char** argv) { return fused_rnn::cuda::check::run(fused_rnn::cuda::check::parse(argc, argv)); }

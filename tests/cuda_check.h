@@ -1,0 +1,280 @@
+// What cuda_check.cpp compares the CUDA kernels with: a layer's operands in guarded memory and a plain loop in double
+// precision.
+//
+// The reference rounds where the contract (csrc/cuda/params.h) has values stored or exchanged, so that little more than
+// float32's errors remains between it and the kernels. It knows nothing of tiles, parts, warps or launches.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "element.h"
+#include "instances.cuh"
+
+namespace fused_rnn {
+namespace cuda {
+namespace check {
+
+using Values = std::vector<double>;
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr double kUntouched = std::numeric_limits<double>::infinity();  // expected: what was there before
+
+// ---- Numbers and memory ---------------------------------------------------------------------------------------------
+
+inline double as_stored(Element e, double v) {
+  const float value = static_cast<float>(v);
+  return e == Element::kBf16 ? from_bf16(bf16_bits(value)) : e == Element::kFp16 ? from_fp16(fp16_bits(value)) : value;
+}
+inline double as_exchanged(Element e, double v) {
+  return e == Element::kTf32 ? math::bits<float>(tf32_bits(static_cast<float>(v))) : as_stored(e, v);
+}
+
+// Elements as a kernel sees them, all `fill` (a NaN) at first, between guards: or, under the address sanitizer, of
+// exact size. Nothing is null.
+class Buffer {
+ public:
+  static constexpr uint16_t kPoison = 0x7fa5, kOnes = 0xffff;
+
+  Buffer() = default;
+  Buffer(Element element, int64_t size, uint16_t fill = kPoison)
+      : element_(element), fill_(fill), size_(size), halves_(size * width() + 2 * kGuard, kPoison) {
+    std::fill(halves_.begin() + kGuard, halves_.end() - kGuard, fill);
+  }
+
+  int64_t size() const { return size_; }
+  void* data() { return size_ == 0 ? nullptr : halves_.data() + kGuard; }
+  void* data(int64_t element) { return size_ == 0 ? nullptr : halves_.data() + kGuard + element * width(); }
+  double operator[](int64_t i) const {
+    const uint16_t* const at = &halves_[kGuard + i * width()];
+    if (element_ == Element::kTf32) return math::bits<float>(at[0] | static_cast<uint32_t>(at[1]) << 16);
+    return element_ == Element::kBf16 ? from_bf16(*at) : from_fp16(*at);
+  }
+  void set(int64_t i, double v) {
+    const float value = static_cast<float>(v);
+    uint16_t* const at = &halves_[kGuard + i * width()];
+    if (element_ == Element::kTf32) {
+      std::memcpy(at, &value, sizeof value);
+    } else {
+      *at = element_ == Element::kBf16 ? bf16_bits(value) : fp16_bits(value);
+    }
+  }
+  void set_ones(int64_t i) { std::memset(&halves_[kGuard + i * width()], 0xff, width() * 2); }
+  bool is_untouched(int64_t i) const {
+    const uint16_t* const at = &halves_[kGuard + i * width()];
+    return at[0] == fill_ && at[width() - 1] == fill_;
+  }
+  bool guards_hold() const {
+    const auto holds = [](uint16_t half) { return half == kPoison; };
+    return std::all_of(halves_.begin(), halves_.begin() + kGuard, holds) &&
+           std::all_of(halves_.end() - kGuard, halves_.end(), holds);
+  }
+  bool holds_sentinel() const {
+    for (size_t i = kGuard; i + 1 < halves_.size() - kGuard; i += 2) {
+      if (halves_[i] == kOnes && halves_[i + 1] == kOnes) return true;
+    }
+    return false;
+  }
+  bool operator!=(const Buffer& other) const { return halves_ != other.halves_; }
+
+ private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr int kGuard = 0;
+#else
+  static constexpr int kGuard = 64;
+#endif
+  int width() const { return element_ == Element::kTf32 ? 2 : 1; }
+
+  Element element_{};
+  uint16_t fill_ = kPoison;
+  int64_t size_ = 0;
+  std::vector<uint16_t> halves_;
+};
+
+inline Values values(const Buffer& buffer, int64_t begin, int64_t count) {  // zeros where nothing is given
+  Values v(count);
+  for (int64_t i = 0; i < count && buffer.size() > 0; ++i) v[i] = buffer[begin + i];
+  return v;
+}
+
+// ---- A layer, what it is given, what it gives -----------------------------------------------------------------------
+
+enum { kX, kW, kWt, kBih, kBhh, kH0, kC0, kDhN, kDcN, kDy, kInputs };
+enum { kY, kHn, kCn, kHPrev, kSaved, kCPrev, kDgates, kDh0, kDc0, kOutputs };
+const char* const kOutputNames[] = {"y", "h_n", "c_n", "h_prev", "saved", "c_prev", "dgates", "dh0", "dc0"};
+
+struct CellInfo {
+  CellKind kind;
+  const char* name;
+  int64_t gates, saved, grads, hidden_grads;
+  bool has_c;
+};
+
+struct Layer {
+  CellInfo cell;
+  Element element;
+  int64_t T, B, H, Hp, D;
+  bool biases, states, with_dy, nan;
+  std::vector<int32_t> lengths;
+
+  // flags: 'b'iases, 's'tates given and their gradients wanted, 'd'y given, 'l'engths, 'n'aN in one row.
+  Layer(const CellInfo& cell_, Element element_, int64_t T_, int64_t B_, int64_t H_, int directions,
+        const std::string& flags)
+      : cell(cell_), element(element_), T(T_), B(B_), H(H_), Hp(padded(static_cast<int>(H), element)), D(directions) {
+    const auto has = [&](char flag) { return flags.find(flag) != std::string::npos; };
+    biases = has('b'), states = has('s'), with_dy = has('d'), nan = has('n');
+    for (int64_t b = 0; has('l') && b < B; ++b) {
+      const int64_t of_row[] = {T, 0, T - 1, T / 2};
+      lengths.push_back(static_cast<int32_t>(of_row[b % 4]));
+    }
+  }
+
+  bool active(int64_t t, int64_t b) const { return lengths.empty() || t < lengths[b]; }
+  int64_t time(int d, int64_t step, bool backwards) const { return backwards != (d == 1) ? T - 1 - step : step; }
+  int64_t input_size(int i) const {
+    const int64_t c = cell.has_c,
+                  of[] = {T * B * cell.gates * H,  cell.gates * H * Hp,    H * cell.gates * Hp, biases * cell.gates * H,
+                          biases * cell.gates * H, states * B * H,         states * c * B * H,  states * B * H,
+                          states * c * B * H,      with_dy * T * B * D * H};
+    return of[i];
+  }
+  int64_t output_size(int i) const {
+    const int64_t c = cell.has_c, of[] = {T * B * D * H,
+                                          B * H,
+                                          c * B * H,
+                                          T * B * Hp,
+                                          T * B * cell.saved * H,
+                                          c * T * B * H,
+                                          T * B * cell.grads * Hp,
+                                          states * B * H,
+                                          states * c * B * H};
+    return of[i];
+  }
+};
+
+using Inputs = Buffer[2][kInputs];     // dy: the first direction's is both's
+using Expected = Values[2][kOutputs];  // and so is y
+struct Results {
+  Buffer of[2][kOutputs];
+
+  explicit Results(const Layer& l) {
+    for (int i = 0; i < 2 * kOutputs; ++i) {
+      const int d = i / kOutputs, k = i % kOutputs;
+      const bool exchanged = k == kHPrev || k == kDgates;
+      of[d][k] = Buffer(k == kCPrev ? Element::kTf32 : l.element, d < (k == kY ? 1 : l.D) ? l.output_size(k) : 0,
+                        exchanged ? Buffer::kOnes : Buffer::kPoison);
+    }
+  }
+};
+
+inline void draw(const Layer& l, Inputs& in) {
+  std::mt19937_64 random(1);
+  for (int d = 0; d < l.D; ++d) {
+    for (int i = 0; i < kInputs; ++i) {
+      Buffer& v = in[d][i] = Buffer(l.element, l.input_size(i));
+      const double scale = i == kW ? 1.5 / std::sqrt(static_cast<double>(l.H)) : 1;
+      for (int64_t k = 0; k < v.size(); ++k) {
+        const double value = (static_cast<double>(random() >> 11) / (1ull << 52) - 1) * scale;
+        const bool padding = i == kWt || (i == kW && k % l.Hp >= l.H);
+        v.set(k, padding ? 0 : as_exchanged(l.element, value));
+      }
+    }
+    for (int64_t k = 0; k < l.cell.gates * l.H * l.H; ++k) {
+      const int64_t gate = k / (l.H * l.H), to = k / l.H % l.H, from = k % l.H;
+      in[d][kWt].set((from * l.cell.gates + gate) * l.Hp + to, in[d][kW][(gate * l.H + to) * l.Hp + from]);
+    }
+    if (!l.nan) continue;
+    // All bits set, as no kernel may publish it: in a whole word, on a way to h that changes neither sign nor payload.
+    const int64_t t = 1, b = l.B > 4 ? 4 : 0, gate = l.cell.gates == 1 ? 0 : 2;
+    for (int64_t unit = 2; unit < 4; ++unit) in[d][kX].set_ones(((t * l.B + b) * l.cell.gates + gate) * l.H + unit);
+  }
+}
+
+// ---- The reference --------------------------------------------------------------------------------------------------
+
+template <class C>
+void expect_forward(const Layer& l, const Inputs& in, int d, Expected& out) {
+  constexpr int G = C::kGates;
+  const int64_t B = l.B, H = l.H;
+  const Values w = values(in[d][kW], 0, G * H * l.Hp), b_ih = values(in[d][kBih], 0, G * H),
+               b_hh = values(in[d][kBhh], 0, G * H);
+  for (int64_t b = 0; b < B; ++b) {
+    Values h = values(in[d][kH0], b * H, H), c = values(in[d][kC0], b * H, H);
+    for (int64_t step = 0; step < l.T; ++step) {
+      const int64_t t = l.time(d, step, false), row = t * B + b;
+      double* const operand = &out[d][kHPrev][row * l.Hp];
+      for (int64_t k = 0; k < H; ++k) operand[k] = as_exchanged(l.element, h[k]);
+      for (int64_t unit = 0; unit < H && l.active(t, b); ++unit) {
+        double x[G], r[G], saved[C::kSaved];
+        for (int gate = 0; gate < G; ++gate) {
+          const int64_t of = gate * H + unit;
+          x[gate] = in[d][kX][row * G * H + of] + b_ih[of];
+          r[gate] = b_hh[of];
+          for (int64_t k = 0; k < H; ++k) r[gate] += w[of * l.Hp + k] * operand[k];
+        }
+        if (C::kHasC) out[d][kCPrev][row * H + unit] = c[unit];
+        const double h_prev = h[unit];
+        C::forward(x, r, h_prev, c[unit], saved, h[unit]);
+        out[0][kY][(row * l.D + d) * H + unit] = h[unit];
+        for (int k = 0; k < C::kSaved; ++k) {
+          out[d][kSaved][(row * C::kSaved + k) * H + unit] = as_stored(l.element, saved[k]);
+        }
+      }
+    }
+    std::copy(h.begin(), h.end(), &out[d][kHn][b * H]);
+    if (C::kHasC) std::copy(c.begin(), c.end(), &out[d][kCn][b * H]);
+  }
+}
+
+template <class C>
+void expect_backward(const Layer& l, const Inputs& in, int d, Expected& out) {
+  const int64_t B = l.B, H = l.H, Hp = l.Hp;
+  const Values w_t = values(in[d][kWt], 0, H * C::kGates * Hp);
+  for (int64_t b = 0; b < B; ++b) {
+    Values dh = values(in[d][kDhN], b * H, H), dc = values(in[d][kDcN], b * H, H);
+    for (int64_t step = 0; step < l.T; ++step) {
+      const int64_t t = l.time(d, step, true), row = t * B + b;
+      double* const dgates = &out[d][kDgates][row * C::kGrads * Hp];
+      for (int64_t unit = 0; unit < H && l.active(t, b); ++unit) {
+        double saved[C::kSaved], grads[C::kGrads], dh_prev = 0;
+        for (int k = 0; k < C::kSaved; ++k) saved[k] = out[d][kSaved][(row * C::kSaved + k) * H + unit];
+        const double c_prev = C::kHasC ? out[d][kCPrev][row * H + unit] : 0;
+        if (l.with_dy) dh[unit] += in[0][kDy][(row * l.D + d) * H + unit];
+        C::backward(saved, out[d][kHPrev][row * Hp + unit], c_prev, dh[unit], dc[unit], grads, dh_prev);
+        dh[unit] = dh_prev;
+        for (int k = 0; k < C::kGrads; ++k) dgates[k * Hp + unit] = as_exchanged(l.element, grads[k]);
+      }
+      for (int64_t unit = 0; unit < H; ++unit) {
+        const double *const w = &w_t[unit * C::kGates * Hp], *const v = dgates + C::kHiddenGrads * Hp;
+        for (int64_t k = 0; k < C::kGates * Hp; ++k) dh[unit] += w[k] * v[k];
+      }
+    }
+    if (!l.states) continue;
+    std::copy(dh.begin(), dh.end(), &out[d][kDh0][b * H]);
+    if (C::kHasC) std::copy(dc.begin(), dc.end(), &out[d][kDc0][b * H]);
+  }
+}
+
+inline void expect(const Layer& l, const Inputs& in, Expected& out) {
+  for (int d = 0; d < l.D; ++d) {
+    for (int k = 0; k < kOutputs; ++k) {  // what rows that have ended leave, and padding
+      out[d][k].assign(l.output_size(k), k == kSaved || k == kCPrev ? kUntouched : 0);
+    }
+  }
+  for (int d = 0; d < l.D; ++d) {
+#define CHECK_EXPECT(kind_, policy, name)   \
+  if (l.cell.kind == CellKind::kind_) {     \
+    expect_forward<policy>(l, in, d, out);  \
+    expect_backward<policy>(l, in, d, out); \
+  }
+    FUSED_RNN_CELLS(CHECK_EXPECT)
+  }
+}
+
+}  // namespace check
+}  // namespace cuda
+}  // namespace fused_rnn

@@ -1,0 +1,141 @@
+"""The machine code in a built CUDA library: its kernels, what each of them needs, and what its loop over time does.
+
+NVIDIA's cuobjdump and nvdisasm read it. They come with the CUDA toolkit, with triton, and as the packages
+nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_LABEL = re.compile(r"(\.L_x_\d+):")
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
+_TARGET = re.compile(r"\.L_x_\d+")
+# A mangled name of ours: which function, then its template arguments. A cell that is itself a template, RnnCell<Tanh>,
+# is known by its last word.
+_NAME = re.compile(
+    r"_ZN9fused_rnn4cuda\d+(?P<function>(?:step_)?(?:forward|backward))I"
+    r"NS_\d+(?:RnnCellINS_\d+)?(?P<cell>[A-Za-z]+?)E+NS0_\d+(?P<element>[A-Z][a-z]+\d+)E"
+    r"(?:NS0_5ShapeILNS0_8ExchangeE(?P<shape>\d+ELi\d+ELi\d+ELi\d+)EEE)?"
+)
+
+
+@dataclass(frozen=True)
+class Name:
+    """A kernel of the library; `shape` is that of FUSED_RNN_INSTANCES with the exchange as its number."""
+
+    function: str
+    cell: str
+    element: str
+    shape: tuple[int, ...] = ()
+
+    @staticmethod
+    def parse(mangled: str) -> Name:
+        match = _NAME.match(mangled)
+        assert match, f"a kernel of another kind: {mangled}"
+        shape = tuple(int(number) for number in (match["shape"] or "").split("ELi") if number)
+        return Name(match["function"], match["cell"], match["element"], shape)
+
+
+@dataclass
+class Kernel:
+    name: Name
+    resources: dict[str, int] = field(default_factory=dict)  # REG, STACK, LOCAL and others
+    instructions: Counter[str] = field(default_factory=Counter)  # by opcode with its modifiers
+    time_loop: Counter[str] = field(default_factory=Counter)  # those in the loop with the tensor cores' instructions
+
+
+def find_tool(name: str) -> str | None:
+    """A program of the toolkit's: on PATH, in CUDA_HOME, or in a package of this environment."""
+    homes = [os.environ[key] for key in ("CUDA_HOME", "CUDA_PATH") if key in os.environ]
+    folders = [Path(home) / "bin" for home in (*homes, "/usr/local/cuda")]
+    for entry in sys.path:
+        folders += [*Path(entry).glob("nvidia/*/bin"), Path(entry) / "triton/backends/nvidia/bin"]
+    return shutil.which(name) or next((found for path in folders if (found := shutil.which(name, path=path))), None)
+
+
+def kernels(library: Path, folder: Path) -> dict[str, dict[Name, Kernel]]:
+    """The kernels of each architecture; `folder` is for files."""
+    cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
+    assert cuobjdump and nvdisasm
+    subprocess.run([cuobjdump, "-xelf", "all", library], cwd=folder, check=True, capture_output=True)
+
+    def disassemble(cubin: Path) -> tuple[str, dict[str, Kernel]]:
+        found = {mangled: Kernel(Name.parse(mangled), usage) for mangled, usage in _resources(cuobjdump, cubin)}
+        for mangled, code in _functions(_output(nvdisasm, "-c", cubin) if found else ""):
+            found[mangled].instructions, found[mangled].time_loop = _counts(code)
+        return cubin.name.split(".")[-2], found
+
+    result: dict[str, dict[Name, Kernel]] = defaultdict(dict)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for architecture, found in pool.map(disassemble, sorted(folder.glob("*.cubin"))):
+            result[architecture] |= {kernel.name: kernel for kernel in found.values()}
+    return {architecture: found for architecture, found in result.items() if found}
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _resources(cuobjdump: str, cubin: Path) -> Iterator[tuple[str, dict[str, int]]]:
+    usage = _output(cuobjdump, "-res-usage", cubin)
+    for mangled, numbers in re.findall(r"Function (\S+):\n(.*)", usage):
+        yield mangled, {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
+
+
+def _functions(assembly: str) -> Iterator[tuple[str, str]]:
+    for section in re.split(r"\n\s*\.section\s+\.text\.", assembly)[1:]:
+        yield section.split(",", 1)[0].strip('"'), section
+
+
+def _counts(code: str) -> tuple[Counter[str], Counter[str]]:
+    """How often each opcode occurs in a function, and in the outermost loop around its tensor-core instructions.
+
+    That loop is everything that lies on a way through the function from such an instruction back to itself.
+    """
+    opcodes: list[str] = []
+    targets: list[list[str]] = []
+    falls_through: list[bool] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if match := _INSTRUCTION.match(line):
+            guard, opcode, operands = match.groups()
+            opcodes.append(opcode)
+            targets.append(_TARGET.findall(operands))
+            # A branch with more operands than its target has a condition. A subroutine comes back. BSYNC, where the
+            # threads of a warp that went different ways meet, stands right before the place it continues at.
+            leaves = opcode.split(".")[0] in ("BRA", "BRX", "EXIT", "RET")
+            falls_through.append(not leaves or guard is not None or "," in operands)
+        elif match := _LABEL.match(line.strip()):
+            labels[match[1]] = len(opcodes)
+
+    after: list[list[int]] = [[labels[target] for target in names] for names in targets]
+    before: list[list[int]] = [[] for _ in opcodes]
+    for at, places in enumerate(after):
+        if falls_through[at] and at + 1 < len(opcodes):
+            places.append(at + 1)
+        for place in places:
+            before[place].append(at)
+    multiply = next((at for at, opcode in enumerate(opcodes) if opcode.startswith("HMMA")), None)
+    loop = set() if multiply is None else _reached(multiply, after) & _reached(multiply, before)
+    return Counter(opcodes), Counter(opcodes[at] for at in loop)
+
+
+def _reached(start: int, neighbours: list[list[int]]) -> set[int]:
+    """What one step or more from `start` leads to."""
+    found: set[int] = set()
+    left = [start]
+    while left:
+        new = set(neighbours[left.pop()]) - found
+        found |= new
+        left += new
+    return found

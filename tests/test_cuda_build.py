@@ -1,0 +1,315 @@
+"""What the built CUDA library promises without a GPU: every kernel is there, keeps its weights on the chip and spills
+nothing, and the library loads under any torch and tells its compilers the right shapes."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fused_rnn
+import sass
+from fused_rnn import cuda, reference
+
+LIBRARY = Path(fused_rnn.__file__).parent / "_cuda.so"
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+
+needs_sources = pytest.mark.skipif(not CSRC.is_dir(), reason=f"the C++ sources are not beside the tests, in {CSRC}")
+pytestmark = pytest.mark.skipif(not LIBRARY.is_file(), reason="fused_rnn was installed without nvcc: no _cuda.so")
+
+Kernels = dict[str, dict[sass.Name, sass.Kernel]]
+
+
+def source(name: str) -> str:
+    return (CSRC / name).read_text().replace("\\\n", "")
+
+
+def constant(name: str, file: str) -> int:
+    (value,) = re.findall(rf"constexpr int {name} = (\d+);", source(file))
+    return int(value)
+
+
+def policies() -> dict[str, str]:
+    """The cells' names in kernels, RnnCell<Tanh> as Tanh, and their names in Python."""
+    entries = re.findall(r'X\(\w+, (\w+)(?:<(\w+)>)?, "(\w+)"\)', source("cells/cells.h"))
+    return {inner or outer: label for outer, inner, label in entries}
+
+
+def instances() -> list[tuple[int, ...]]:
+    """FUSED_RNN_INSTANCES: exchange, unit_warps, depth_warps, row_tiles."""
+    text = source("cuda/layout.h")
+    (names,) = re.findall(r"enum class Exchange : int \{ (.*?) \}", text)
+    entries = re.findall(r"X\((k\w+), (\d+), (\d+), (\d+)\)", text)
+    return [(names.split(", ").index(exchange), *map(int, numbers)) for exchange, *numbers in entries]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """Of each architecture. Disassembling them takes half a minute."""
+    missing = [name for name in ("cuobjdump", "nvdisasm") if sass.find_tool(name) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not found: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    return sass.kernels(LIBRARY, tmp_path_factory.mktemp("cubins"))
+
+
+def resident(kernels: Kernels) -> list[tuple[str, sass.Name, sass.Kernel]]:
+    """Those that keep the recurrent weights on the chip."""
+    return [(a, name, kernel) for a, found in kernels.items() for name, kernel in found.items() if name.shape]
+
+
+def matching(instructions: Counter[str], pattern: str) -> int:
+    return sum(count for opcode, count in instructions.items() if re.match(pattern, opcode))
+
+
+@needs_sources
+def test_every_kernel_is_there_for_every_architecture(kernels: Kernels) -> None:
+    whole, steps = ("forward", "backward"), ("step_forward", "step_backward")
+    expected = {sass.Name(*key) for key in product(whole, policies(), ("Bf16", "Fp16", "Tf32"), instances())}
+    expected |= {sass.Name(*key) for key in product(steps, policies(), ("Bf16", "Fp16", "Float32", "Float64"))}
+    assert len(policies()) == len(reference.CELLS)
+    assert instances()
+    assert kernels
+    for architecture, found in kernels.items():
+        assert set(found) == expected, architecture
+
+
+def test_no_kernel_spills(kernels: Kernels) -> None:
+    """What does not fit into registers would go to the GPU's memory and back at every step."""
+    for architecture, found in kernels.items():
+        for name, kernel in found.items():
+            assert kernel.instructions, (architecture, name)
+            assert kernel.resources["STACK"] == kernel.resources["LOCAL"] == 0, (architecture, name)
+            assert matching(kernel.instructions, r"(LDL|STL)\b") == 0, (architecture, name)
+
+
+def test_a_block_of_every_kernel_can_be_launched(kernels: Kernels) -> None:
+    """A multiprocessor has 65536 registers, and gives every thread a multiple of eight."""
+    for architecture, found in kernels.items():
+        for name, kernel in found.items():
+            _, unit_warps, depth_warps, _ = name.shape or (0, 8, 1, 1)
+            registers = kernel.resources["REG"]
+            assert registers <= 255, (architecture, name)
+            assert -(-registers // 8) * 8 * 32 * unit_warps * depth_warps <= 65536, (architecture, name)
+
+
+def weights(cell: str, function: str) -> tuple[int, int, int]:
+    """Of a tile: tensor-core instructions, how many take their weights from registers, and places where it loads rows.
+
+    A warp takes the columns of its weights in pairs of tensor-core steps, one instruction for each step and gate, and
+    the pairs in chunks of kChunk. Chunks that begin with pairs in registers are unrolled; one loop over chunks does
+    the rest, so its code is there once. Backward has one product, of all gates' gradients. An instruction takes four
+    registers of weights, which gives the second number without counting pairs.
+    """
+    gates = reference.GATES[policies()[cell]] if function == "forward" else 1
+    kept, chunk = constant("kRegistersOfWeights", "cuda/layout.h"), constant("kChunk", "cuda/product.cuh")
+    register_pairs = kept // (8 * gates)
+    chunks = -(-register_pairs // chunk) + 1
+    return chunks * chunk * 2 * gates, register_pairs * 2 * gates, (1 + chunks) * chunk
+
+
+@needs_sources
+def test_the_time_loop_multiplies_as_the_source_says(kernels: Kernels) -> None:
+    """Once for each step, and on the tensor cores' instruction for the element.
+
+    The loop over tiles of rows is not unrolled by the compilers known so far; where one does, the count is that many
+    times as large.
+    """
+    opcodes = {"Bf16": "HMMA.16816.F32.BF16", "Fp16": "HMMA.16816.F32", "Tf32": "HMMA.1688.F32.TF32"}
+    for architecture, name, kernel in resident(kernels):
+        products, _, _ = weights(name.cell, name.function)
+        count = kernel.time_loop[opcodes[name.element]]
+        assert count in (products, products * name.shape[3]), (architecture, name)
+        # None besides: not before or behind the loop, and none of another type.
+        assert count == matching(kernel.instructions, "[A-Z]*MMA"), (architecture, name)
+
+
+@needs_sources
+def test_the_time_loop_takes_weights_from_the_chip(kernels: Kernels) -> None:
+    """The weights are loaded before it, 16 bytes at once, as nothing else is but what blocks exchange.
+
+    The exchange is known by its memory order: relaxed, of the whole GPU. A block that is alone has it in shared memory.
+    """
+    wide, exchange = r"LDG?\.\S*\b(64|128|256)\b", r"LDG?\.\S*\b128\.STRONG\.GPU"
+    for architecture, name, kernel in resident(kernels):
+        products, from_registers, rows = weights(name.cell, name.function)
+        exchanged = matching(kernel.time_loop, exchange)
+        assert matching(kernel.time_loop, wide) == exchanged, (architecture, name)
+        assert matching(kernel.instructions, wide) > exchanged, (architecture, name)  # so they were recognized
+        assert (exchanged > 0) == (name.shape[0] != 0), (architecture, name)
+
+        # What a product does not take from registers lies in shared memory, and each such operand is one load.
+        tiles = kernel.time_loop["LDS.128"] - (0 if exchanged else rows)
+        copies = matching(kernel.time_loop, "HMMA") // products
+        assert tiles == copies * (products - from_registers), (architecture, name)
+
+
+@needs_sources
+def test_the_time_loop_reads_no_more_than_its_data(kernels: Kernels) -> None:
+    """Forward: the input's share of each gate. Backward: what forward saved, and dy. Both: lengths.
+
+    The compiler may write a part of the loop twice, for two cases; weights would be far more.
+    """
+    saved = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 5, "gru": 5}  # kSaved values, and c before the step or h
+    units = constant("kTileUnits", "cuda/layout.h")
+    rows_of_tile = constant("kTileRows", "cuda/layout.h")
+    for architecture, name, kernel in resident(kernels):
+        label = policies()[name.cell]
+        _, unit_warps, depth_warps, row_tiles = name.shape
+        row_step = 32 * unit_warps * depth_warps // (units * unit_warps)
+        rows = -(-rows_of_tile * row_tiles // row_step)  # of one thread
+        values = rows * (reference.GATES[label] + 1 if name.function == "forward" else saved[label] + 2)
+        loads = matching(kernel.time_loop, r"LDG?\.(?!.*STRONG)")
+        assert values <= loads <= 2 * values, (architecture, name)
+
+
+def readelf(option: str) -> str:
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf (binutils) was not found")
+    return subprocess.run(["readelf", "-W", option, LIBRARY], check=True, capture_output=True, text=True).stdout
+
+
+def test_the_library_needs_no_cuda_library() -> None:
+    """The CUDA runtime is linked statically, and torch's CUDA half looked up by name."""
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\.so", readelf("-d"))
+    assert "libtorch_cpu" in needed
+    system = {"libc", "libdl", "libgcc_s", "libm", "libpthread", "librt", "libstdc++"}
+    assert [name for name in needed if name not in {*system, "libtorch_cpu"} and not name.startswith("ld-linux")] == []
+
+
+def test_the_library_uses_the_stable_abi_alone() -> None:
+    """C functions of torch's: it has no C++ symbol of a namespace that changes from version to version."""
+    undefined = re.findall(r" UND (\S+)", readelf("--dyn-syms"))
+    assert any(name.startswith("aoti_torch_") for name in undefined)
+    assert [name for name in undefined if re.match(r"_ZN?[KVT]*[SN]?\d*(at|c10|caffe2|torch)\d", name)] == []
+
+
+def run_python(code: str, *arguments: str | Path, cwd: Path) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_libtorch_cpu_is_all_it_needs_of_torch(tmp_path: Path) -> None:
+    """RTLD_NOW looks for every symbol at once. `import torch` would load the CUDA half of a torch that has one."""
+    torch_cpu = Path(find_spec("torch").origin).parent / "lib" / "libtorch_cpu.so"
+    code = """
+import ctypes, os, sys
+for name in sys.argv[1:]:
+    ctypes.CDLL(name, mode=os.RTLD_NOW)
+print(any("libtorch_cuda" in line for line in open("/proc/self/maps")))
+"""
+    assert run_python(code, torch_cpu, LIBRARY, cwd=tmp_path) == "False\n"
+
+
+LOAD = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+for name in ("recurrence_forward", "recurrence_backward"):
+    print(getattr(torch.ops.fused_rnn, name).default._schema)
+x = torch.zeros(1, 2, 1, 4)
+try:
+    torch.ops.fused_rnn.recurrence_forward(x, None, None, 0, False, True, -1, torch.zeros(1, 4, 4), None, None, None)
+except NotImplementedError as error:
+    print("'CPU' backend" in str(error))
+"""
+
+
+@needs_sources
+def test_it_loads_by_itself_and_refuses_cpu_tensors(tmp_path: Path) -> None:
+    """Without the package, under this torch, whether or not it has CUDA and the machine a GPU."""
+    definitions = re.findall(r"\bm\.def\((.*?)\);", source("bindings/cuda_ops.cpp"), flags=re.DOTALL)
+    schemas = [f"fused_rnn::{ast.literal_eval(f'({text})')}" for text in definitions]
+    assert len(schemas) == 2
+    assert run_python(LOAD, LIBRARY, cwd=tmp_path).splitlines() == [*schemas, "True"]
+
+
+@pytest.fixture(scope="module")
+def operators() -> None:
+    """The library's operators, with their fakes, under a torch without CUDA, too."""
+    if not cuda.available():
+        torch.ops.load_library(LIBRARY)
+        cuda.register_fakes("fused_rnn")
+
+
+T, B = 5, 3
+
+
+def check(tensor: torch.Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert tuple(tensor.shape) == shape, name
+    assert tensor.dtype is dtype, name
+    assert tensor.device.type == "cuda", name
+    assert tensor.stride() == torch.empty(shape, device="meta").stride(), name
+
+
+@pytest.mark.parametrize("H", [8, 13])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "whole"),  # of a resident kernel: elements of 16 bytes; of the others: 1
+    [
+        (torch.bfloat16, 8),
+        (torch.float32, 4),
+        (torch.float16, 1),
+        (torch.float64, 1),
+    ],
+)
+@pytest.mark.parametrize("cell", reference.CELLS)
+def test_fake_kernels_give_what_the_operators_allocate(
+    operators: None, cell: str, dtype: torch.dtype, whole: int, train: bool, directions: int, H: int
+) -> None:
+    """As csrc/bindings/cuda_ops.cpp does."""
+    number, G, D, is_lstm = reference.CELLS.index(cell), reference.GATES[cell], directions, cell == "lstm"
+    is_resident, padded = whole > 1, -(-H // whole) * whole
+    blocks = 4 if cell in ("lstm", "gru") else 1  # kSaved and kGrads
+    kept, kept_c = (D if train else 0), (D if train and is_lstm else 0)
+    arithmetic = torch.float64 if dtype is torch.float64 else torch.float32
+    with FakeTensorMode():
+
+        def given(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        biases, h0 = (given(D, G * H), given(D, G * H)), given(D, B, H)
+        lengths = torch.empty(B, dtype=torch.int32, device="cuda")
+        y, h_n, c_n, h_prev, saved, c_prev = torch.ops.fused_rnn.recurrence_forward(
+            given(D, T, B, G * H),
+            h0,
+            h0 if is_lstm else None,
+            number,
+            train,
+            is_resident,
+            -1,
+            given(D, G * H, padded),
+            *biases,
+            lengths,
+        )
+        check(y, "y", (T, B, D * H), dtype)
+        check(h_n, "h_n", (D, B, H), dtype)
+        check(c_n, "c_n", (D if is_lstm else 0, B, H), dtype)
+        # Where every step is a product of its own, slot T is the last state's; an empty tensor says nothing of it.
+        check(h_prev, "h_prev", (kept, T + 1 if train and not is_resident else T, B, padded), dtype)
+        check(saved, "saved", (kept, T, B, blocks * H), dtype)
+        check(c_prev, "c_prev", (kept_c, T, B, H), arithmetic)
+        if not train:
+            return
+
+        dgates, dh0, dc0 = torch.ops.fused_rnn.recurrence_backward(
+            y, h_n, None, h_prev, saved, c_prev, number, is_resident, -1, given(D, H, G * padded), lengths
+        )
+        check(dgates, "dgates", (D, T, B, blocks * padded), dtype)
+        check(dh0, "dh0", (D, B, H), dtype)
+        check(dc0, "dc0", (D if is_lstm else 0, B, H), dtype)
+
+
+def test_the_package_sees_the_library_where_torch_has_cuda() -> None:
+    assert cuda.available() == (torch.version.cuda is not None)
