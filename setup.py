@@ -32,8 +32,15 @@ def require_compiler() -> None:
         )
 
 
+def pybind11_include() -> list[str]:
+    try:
+        import pybind11
+    except ImportError:  # torch carries a copy
+        return []
+    return [pybind11.get_include()]
+
+
 def extension() -> Extension:
-    import pybind11
     import torch
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -66,7 +73,7 @@ def extension() -> Extension:
         "fused_rnn._C",
         sources=sources,
         depends=[path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*") if path.is_file()],
-        include_dirs=[*include_paths(), pybind11.get_include()],
+        include_dirs=[*pybind11_include(), *include_paths()],
         library_dirs=library_paths(),
         libraries=["torch_cpu"],
         define_macros=[
@@ -90,13 +97,18 @@ def nvcc() -> str | None:
     return None if wish == "0" or os.environ.get("FUSED_RNN_SANITIZE") == "1" else found
 
 
-def code_generation() -> list[str]:
+def code_generation(compiler: str) -> list[str]:
     """nvcc's options for the architectures, written as torch writes them: "8.0 9.0a 10.0a+PTX"."""
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     options = []
-    for name in (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES).replace(";", " ").split():
+    for name in (wish or ARCHITECTURES).replace(";", " ").split():
         number = name.removesuffix("+PTX").replace(".", "")
+        if not wish and f"sm_{number.removesuffix('a')}" not in known:
+            continue  # newer than this compiler
         options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if name.endswith("+PTX"):
+            number = number.removesuffix("a")  # PTX of an "a" runs nowhere else
             options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return options
 
@@ -111,7 +123,7 @@ def build_cuda(compiler: str, folder: Path, output: Path) -> None:
     device = [
         compiler,
         *shared,
-        *code_generation(),
+        *code_generation(compiler),
         "-prec-div=false",
         "--expt-relaxed-constexpr",
         "-Xcompiler",

@@ -8,6 +8,7 @@
 #     correctness  tests/test_gpu.py, or what stands in without pytest   gpu_correctness.log
 #     baselines    torch.nn alone, and the kernels that cuDNN runs       gpu_baselines.jsonl, .csv
 #     grid         fused_rnn against torch.nn                            gpu_grid.jsonl, .csv, .png
+#     sweep        every kernel on every shape, for the planner          gpu_sweep.jsonl
 #     sanitizer    compute-sanitizer on tiny shapes                      gpu_run.log
 #
 # Needs torch with CUDA, nvcc and a C++ compiler, and no network. Every phase has its own time limit, writes its results
@@ -70,7 +71,7 @@ case ${GPU_RUN_FUNCTION:-} in
 esac
 
 output=${OUT:-$root/benchmarks/results/gpu}
-all_phases=facts,build,correctness,baselines,grid,sanitizer
+all_phases=facts,build,correctness,baselines,grid,sweep,sanitizer
 phases=$all_phases
 quick=()
 
@@ -172,7 +173,7 @@ if wanted facts; then
   [ "$status" -ne 0 ] || show "$output/gpu_facts.json" 60
 fi
 
-if wanted build || { ! library_is_built && [[ "$phases" =~ correctness|grid|sanitizer ]]; }; then
+if wanted build || { ! library_is_built && [[ "$phases" =~ correctness|grid|sweep|sanitizer ]]; }; then
   TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(device_arch)}
   export TORCH_CUDA_ARCH_LIST
   GPU_RUN_FUNCTION=build run_phase build 240 "$log" bash "$self"
@@ -212,6 +213,13 @@ if wanted grid; then
   run_phase grid 120 "$scratch/grid.log" "$python" benchmarks/gpu.py "${quick[@]}" --budget $(($(limit_of 120) - 18)) \
     --output "$output"
   cat "$scratch/grid.log" >> "$log"
+fi
+
+if wanted sweep; then
+  run_phase sweep 90 "$scratch/sweep.log" "$python" benchmarks/gpu_sweep.py --budget $(($(limit_of 90) - 12)) \
+    --output "$output"
+  cat "$scratch/sweep.log" >> "$log"
+  show "$scratch/sweep.log" 60
 fi
 
 if wanted sanitizer; then

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from fused_rnn import _C, reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_NUMBER = {cell: number for number, cell in enumerate(reference.CELLS)}
+NUMBER = {cell: number for number, cell in enumerate(reference.CELLS)}
 # Of the gates' gradients: how many blocks of H there are, and which gates come first among those of W_ih x
 # (kGrads and kInputShift in csrc/cells/; the blocks of W_hh h are the last ones).
 _BLOCKS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4}
@@ -65,7 +65,7 @@ def plans(
     properties: tuple[int, int, int],
 ) -> list[dict[str, Any]]:
     """The resident kernels that could run a layer's recurrence, best first; `properties` as `device_properties`."""
-    return _C.cuda_plans(_NUMBER[cell], dtype.itemsize, batch, hidden_size, directions, backward, *properties)
+    return _C.cuda_plans(NUMBER[cell], dtype.itemsize, batch, hidden_size, directions, backward, *properties)
 
 
 def device_properties(device: torch.device) -> tuple[int, int, int]:
@@ -221,18 +221,15 @@ class Layer:
         with _products_in_tf32(self.tf32):
             flat = x.reshape(T * B, -1)
             x_gates = [torch.mm(flat, w[0].t()) for w in self.directions]  # type: ignore[union-attr]
-        w_hh = self._stacked(1)
-        if self.padded != self.H:
-            w_hh = pad(w_hh, (0, self.padded - self.H))
         return _operators(x).recurrence_forward(
             _stack(x_gates).view(len(self.directions), T, B, -1),
             None if h0 is None else h0.contiguous(),
             None if c0 is None else c0.contiguous(),
-            _NUMBER[self.cell],
+            NUMBER[self.cell],
             train,
             self.resident,
             self.instance,
-            w_hh,
+            self.recurrent_weights(),
             None if self.directions[0][2] is None else self._stacked(2),
             None if self.directions[0][3] is None else self._stacked(3),
             lengths,
@@ -250,16 +247,15 @@ class Layer:
     ) -> list[Tensor | None]:
         """Gradients of x, h0, c0 and of each direction's five weights; `needs` says which are wanted."""
         h_prev, saved, c_prev = kept
-        w_hh_t = [self._arranged(w[1], 0).t() for w in self.directions]
         dgates, dh0, dc0 = _operators(x).recurrence_backward(
             *(None if g is None else g.contiguous() for g in (dy, dh_n, dc_n)),
             h_prev,
             saved,
             c_prev,
-            _NUMBER[self.cell],
+            NUMBER[self.cell],
             self.resident,
             self.instance,
-            _stack(w_hh_t).contiguous(),
+            self.transposed_recurrent_weights(),
             lengths,
         )
         grads: list[Tensor | None] = [None, dh0 if needs[1] else None, dc0 if needs[2] else None]
@@ -285,6 +281,15 @@ class Layer:
                 ]
         grads[0] = None if dx is None else dx.view_as(x)
         return grads
+
+    def recurrent_weights(self) -> Tensor:
+        """W_hh of all directions as forward takes it, ``[D, G*H, padded]``."""
+        w_hh = self._stacked(1)
+        return w_hh if self.padded == self.H else pad(w_hh, (0, self.padded - self.H))
+
+    def transposed_recurrent_weights(self) -> Tensor:
+        """W_hh of all directions as backward takes it, ``[D, H, G*padded]``."""
+        return _stack([self._arranged(w[1], 0).t() for w in self.directions]).contiguous()
 
     def _stacked(self, which: int) -> Tensor:
         return _stack([w[which] for w in self.directions]).contiguous()  # type: ignore[misc]

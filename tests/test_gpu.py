@@ -81,10 +81,10 @@ def full_float32() -> Iterator[None]:
 
 
 def pair(name: str, *sizes: int, dtype: torch.dtype = torch.float32, **options: object) -> tuple[nn.Module, nn.Module]:
-    """torch.nn's module on the GPU, and ours with the same weights."""
+    """torch.nn's module on the GPU, and ours with the same weights, which does not leave small work to torch.nn."""
     torch.manual_seed(0)
     theirs = getattr(nn, name)(*sizes, **options, dtype=dtype, device=GPU)
-    ours = getattr(fused_rnn, name)(*sizes, **options, dtype=dtype, device=GPU)
+    ours = getattr(fused_rnn, name)(*sizes, **options, dtype=dtype, device=GPU, backend="fused")
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -145,7 +145,7 @@ def test_matches_torch(case: Case, precision: Precision) -> None:
     """Forward and all gradients, and once more: the second time is the same to the last bit."""
     dtype = precision.dtype
     theirs, ours, exact = case.modules(dtype)
-    data = case.data(dtype)
+    ours.backend, data = "fused", case.data(dtype)
     wanted = results(case, exact, [t.double() for t in data], dtype)
     on_gpu = [t.to(GPU) for t in data]
     with tf32_allowed(precision.tf32):

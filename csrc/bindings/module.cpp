@@ -76,6 +76,7 @@ PYBIND11_MODULE(_C, m) {
         for (const Plan& p : plans(problem, {sms, shared_bytes, capability})) {
           py::dict d;
           d["kernel"] = p.instance.exchange == Exchange::kAlone ? "alone" : "through_l2";
+          d["instance"] = p.index;
           d["unit_warps"] = p.instance.unit_warps;
           d["depth_warps"] = p.instance.depth_warps;
           d["row_tiles"] = p.instance.row_tiles;

@@ -58,7 +58,8 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
       p.backward ? Product{1, gates * Hp, element_bytes(p.element)} : Product{gates, Hp, element_bytes(p.element)};
   int index = 0;
   const auto consider = [&](Instance in) {
-    if (p.instance >= 0 && p.instance != index++) return;
+    const int this_index = index++;
+    if (p.instance >= 0 && p.instance != this_index) return;
     const int parts = (p.H + in.units() - 1) / in.units();
     if (in.exchange == Exchange::kAlone && parts > 1) return;
     const int64_t most_teams = device.sms / (int64_t{p.directions} * parts);
@@ -70,7 +71,8 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
     while (tiles < wanted && Layout(in, product, tiles + 1).total <= device.shared_bytes) ++tiles;
     const int64_t rows = teams * tiles * in.rows();
     const int64_t launches = std::max<int64_t>(1, (p.B + rows - 1) / rows);
-    found.push_back({in,
+    found.push_back({this_index,
+                     in,
                      {parts, static_cast<int>(teams), tiles},
                      rows,
                      Layout(in, product, tiles).total,

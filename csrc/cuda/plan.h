@@ -30,6 +30,7 @@ struct Problem {
 };
 
 struct Plan {
+  int index;  // of the instance in FUSED_RNN_INSTANCES
   Instance instance;
   Division division;
   int64_t rows;         // of the batch in one launch; a larger batch takes several

@@ -1,0 +1,115 @@
+"""The planners: what they choose must be possible on the device, at any size, and a user can see and override it."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+import fused_rnn
+from fused_rnn import cuda, reference
+
+DEVICES = {
+    "a100": (108, 166912, 80),
+    "h100": (132, 232448, 90),
+    "b200": (148, 232448, 100),
+    "small": (16, 101376, 89),
+}
+REGISTERS = 65536  # of a multiprocessor; the kernels use at most 255 per thread
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_plan_is_possible(name: str) -> None:
+    """Thousands of shapes: never more shared memory, threads or blocks than the device has, and all work is done."""
+    sms, shared_bytes, _ = DEVICES[name]
+    draw = random.Random(0)
+    sizes = [1, 2, 7, 8, 15, 16, 17, 31, 64, 100, 128, 129, 200, 256, 511, 512, 768, 1024, 1500, 2048, 4096, 10000]
+    found = 0
+    for cell, dtype, backward in itertools.product(reference.CELLS, (torch.bfloat16, torch.float32), (False, True)):
+        for _ in range(400):
+            H = draw.choice(sizes) if draw.random() < 0.5 else draw.randint(1, 3000)
+            B = draw.choice(sizes) if draw.random() < 0.5 else draw.randint(1, 100000)
+            D = draw.choice((1, 2))
+            for p in cuda.plans(cell, dtype, B, H, D, backward, DEVICES[name]):
+                found += 1
+                units = 16 * p["unit_warps"]
+                tile_rows = 8 * p["row_tiles"]
+                assert p["threads"] == 32 * p["unit_warps"] * p["depth_warps"]
+                assert p["threads"] * 255 <= REGISTERS
+                assert 0 < p["shared_bytes"] <= shared_bytes
+                assert p["blocks"] == D * p["parts"] * p["teams"] <= sms  # all run at the same time
+                assert (p["parts"] - 1) * units < H <= p["parts"] * units
+                assert p["rows"] == p["teams"] * p["tiles"] * tile_rows
+                assert (p["teams"] - 1) * tile_rows < B  # no team without rows
+                assert p["kernel"] != "alone" or p["parts"] == 1
+                assert p["microseconds"] > 0
+    assert found > 1000
+
+
+def test_what_fits_on_the_chip() -> None:
+    h100 = DEVICES["h100"]
+    for cell, H in (("lstm", 2048), ("gru", 2048), ("rnn_tanh", 2048)):
+        assert cuda.is_resident(cell, torch.bfloat16, 64, H, 1, h100), cell
+    assert not cuda.is_resident("lstm", torch.bfloat16, 64, 8192, 1, h100)
+    assert not cuda.is_resident("lstm", torch.float64, 1, 8, 1, h100)
+
+
+def test_float32_follows_torchs_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    h100 = DEVICES["h100"]
+    monkeypatch.setattr(cuda, "tf32_allowed", lambda: True)
+    assert cuda.is_resident("gru", torch.float32, 4, 64, 1, h100)
+    monkeypatch.setattr(cuda, "tf32_allowed", lambda: False)
+    assert not cuda.is_resident("gru", torch.float32, 4, 64, 1, h100)
+
+
+def test_best_first() -> None:
+    times = [p["microseconds"] for p in cuda.plans("lstm", torch.bfloat16, 64, 512, 1, False, DEVICES["h100"])]
+    assert len(times) > 3 and times == sorted(times)
+
+
+def test_plan_on_the_cpu() -> None:
+    plan = fused_rnn.plan("lstm", T=64, B=32, I=256, H=256, device="cpu")
+    assert (plan.backend, plan.way) == ("fused", "cpu")
+    assert plan.forward["instruction_set"] == fused_rnn._C.cpu_isa()
+    assert 1 <= plan.forward["workers"] * plan.forward["teams"] <= torch.get_num_threads()
+    tiny = fused_rnn.plan("rnn", T=2, B=1, I=2, H=2, device="cpu")
+    assert tiny.forward["workers"] * tiny.forward["teams"] == 1
+    assert fused_rnn.plan("lstm", T=64, B=32, I=256, H=256, device="cpu", backend="torch").backend == "torch"
+
+
+def test_plan_for_a_device_that_is_not_here() -> None:
+    shape = dict(T=512, B=64, I=1024, H=1024, properties=DEVICES["h100"])
+    plan = fused_rnn.plan("lstm", torch.bfloat16, **shape)
+    assert (plan.backend, plan.way) == ("fused", "resident")
+    assert plan.forward["parts"] > 1 and plan.backward["parts"] > 1
+    # The one corner in which cuDNN keeps the weights on the chip, too.
+    assert fused_rnn.plan("lstm", torch.float16, **shape).backend == "torch"
+    assert fused_rnn.plan("lstm", torch.float16, **shape, backend="fused").way == "resident"
+    assert fused_rnn.plan("lstm", torch.float16, **shape, num_layers=2).way == "resident"
+    assert fused_rnn.plan("gru", torch.float64, **shape, backend="fused").way == "steps"
+    assert fused_rnn.plan("gru", torch.float64, **shape).backend == "torch"
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="unknown cell 'qrnn'"):
+        fused_rnn.plan("qrnn")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        fused_rnn.plan("lstm", backend="cudnn")
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_backend_of_a_module(name: str) -> None:
+    """The same weights, the same results; who computes is the user's choice, and does not show in the module."""
+    torch.manual_seed(0)
+    theirs = getattr(torch.nn, name)(3, 4)
+    x = torch.randn(5, 2, 3)
+    for backend in ("auto", "fused", "torch"):
+        torch.manual_seed(0)
+        ours = getattr(fused_rnn, name)(3, 4, backend=backend)
+        assert ours.backend == backend
+        assert repr(ours) == repr(theirs) and list(ours.state_dict()) == list(theirs.state_dict())
+        torch.testing.assert_close(ours(x)[0], theirs(x)[0])
+        if backend == "torch":
+            assert torch.equal(ours(x)[0], theirs(x)[0])
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'fused', 'torch', got 'fast'"):
+        getattr(fused_rnn, name)(3, 4, backend="fast")
