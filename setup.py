@@ -143,11 +143,10 @@ def build_cuda(compiler: str, folder: Path, output: Path) -> None:
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(compile_one, sources, objects))
-    runtime = Path(compiler).resolve().parent.parent
-    libraries = [f"-L{path}" for path in (*library_paths(), runtime / "lib64", runtime / "lib")]
     output.parent.mkdir(parents=True, exist_ok=True)
-    link = [*cxx, "-shared", *objects, "-o", output, *libraries, "-ltorch_cpu", "-lcudart_static", "-ldl", "-lrt"]
-    subprocess.run([*link, "-lpthread", "-Wl,--as-needed"], check=True)
+    libraries = [f"-L{path}" for path in library_paths()]
+    link = [compiler, "-shared", "-ccbin", cxx[0], *objects, "-o", output, *libraries, "-ltorch_cpu", "-cudart", "static"]
+    subprocess.run(link, check=True)
 
 
 def build_command() -> type:
