@@ -7,7 +7,9 @@ Environment: FUSED_RNN_CUDA=0 leaves the CUDA kernels out, =1 fails without nvcc
 in torch; FUSED_RNN_SANITIZE=1 adds the address and undefined-behaviour sanitizers to the CPU kernels, for tests.
 """
 
+import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -102,7 +104,9 @@ def code_generation(compiler: str) -> list[str]:
     wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
     known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     options = []
-    for name in (wish or ARCHITECTURES).replace(";", " ").split():
+    for name in (wish or ARCHITECTURES).replace(";", " ").replace(",", " ").split():
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+            sys.exit(f"TORCH_CUDA_ARCH_LIST: expected versions like 8.0, 9.0a or 10.0+PTX, got {name!r}")
         number = name.removesuffix("+PTX").replace(".", "")
         if not wish and f"sm_{number.removesuffix('a')}" not in known:
             continue  # newer than this compiler
@@ -133,10 +137,14 @@ def build_cuda(compiler: str, folder: Path, output: Path) -> None:
     host = [*cxx, *shared, "-fPIC", "-fvisibility=hidden"]
     sources = [ROOT / "csrc/bindings/cuda_ops.cpp", *sorted((ROOT / "csrc/cuda").glob("*.c*"))]
     sources = [path for path in sources if path.suffix in (".cpp", ".cu")]
+    folder /= hashlib.sha256(" ".join(map(str, device)).encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     objects = [folder / f"{path.name}.o" for path in sources]
+    changed = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
 
     def compile_one(source: Path, result: Path) -> None:
+        if result.exists() and result.stat().st_mtime > changed:
+            return
         print(f"building {source.relative_to(ROOT)}", flush=True)
         subprocess.run([*(device if source.suffix == ".cu" else host), source, "-o", result], check=True)
 
@@ -144,9 +152,10 @@ def build_cuda(compiler: str, folder: Path, output: Path) -> None:
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(compile_one, sources, objects))
     output.parent.mkdir(parents=True, exist_ok=True)
-    libraries = [f"-L{path}" for path in library_paths()]
-    link = [compiler, "-shared", "-ccbin", cxx[0], *objects, "-o", output, *libraries, "-ltorch_cpu", "-cudart", "static"]
-    subprocess.run(link, check=True)
+    # nvcc knows where its runtime is, but for the toolkit that pip installs.
+    libraries = [f"-L{path}" for path in (*library_paths(), Path(compiler).resolve().parent.parent / "lib")]
+    link = [compiler, "-shared", "-nodlink", "-cudart", "static", "-ccbin", cxx[0], *objects, "-o", output, *libraries]
+    subprocess.run([*link, "-ltorch_cpu"], check=True)
 
 
 def build_command() -> type:
@@ -156,9 +165,11 @@ def build_command() -> type:
         def build_extensions(self) -> None:
             require_compiler()
             super().build_extensions()
+            library = Path(self.get_ext_fullpath("fused_rnn._C")).parent / "_cuda.so"
             if compiler := nvcc():
-                package = Path(self.get_ext_fullpath("fused_rnn._C")).parent
-                build_cuda(compiler, Path(self.build_temp).resolve() / "cuda", package / "_cuda.so")
+                build_cuda(compiler, Path(self.build_temp).resolve() / "cuda", library)
+            else:
+                library.unlink(missing_ok=True)  # of an earlier build
 
     return Build
 

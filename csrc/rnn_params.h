@@ -24,9 +24,17 @@ struct LayerShape {
   bool train;                  // forward fills the reserve, for backward
   const int64_t* batch_sizes;  // [T] non-increasing, batch_sizes[0] == B; null: every step has B rows
   const int64_t* row_offsets;  // [T] rows before step t; null with batch_sizes
+  const uint8_t* resets;       // [N] 1: the state is replaced before this step; null: nowhere
 
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
-  bool chains_h(bool saves_h) const { return saves_h && !batch_sizes; }
+  bool chains_h(bool saves_h) const { return saves_h && !batch_sizes && !resets; }
+  // Whether the walk along a direction replaces the state of row b before step t. The reverse direction starts anew at
+  // the same borders, so that what lies between them is a sequence of its own.
+  bool reset(int64_t t, int64_t b, bool reverse) const {
+    if (!resets) return false;
+    if (!reverse) return resets[row(t) + b];
+    return t + 1 < T && b < rows(t + 1) && resets[row(t + 1) + b];
+  }
   int64_t row(int64_t t) const { return row_offsets ? row_offsets[t] : t * B; }
 };
 
@@ -41,6 +49,14 @@ struct Reserve {
   int64_t stride;  // of a row, in all four
 };
 
+// What replaces the state at a reset: null zeros, else row b of step t at t * step + b rows; step 0: the same at every
+// step. In backward out: added to, zero before; null: not wanted.
+struct ResetState {
+  void* h;                 // [B, P] or [T, ..., B, P]
+  void* c;                 // the same of size H; LSTM
+  int64_t step_h, step_c;  // elements between time steps
+};
+
 struct ForwardDirection {
   const void* x;     // [N, I]
   const void* w_ih;  // [G*H, I]
@@ -49,9 +65,11 @@ struct ForwardDirection {
   const void* b_hh;  // [G*H], may be null: zeros
   const void* w_hr;  // [P, H], null unless projected
   const void* h0;    // [B, P], may be null: zeros
+  ResetState reset;  // read only
   Reserve reserve;
   void* y;           // [N, P] out: h of every step
   int64_t y_stride;  // of a row of y: D * P, so that two directions interleave
+  void* c_sequence;  // [N, H] out: c of every step, rows D * H apart; may be null: not wanted. LSTM
   void* h_n;         // [B, P] out: h after each row's last step; may be null: not wanted
   void* c;           // [B, H] in: c0; out: c_n. LSTM, else null
   void* workspace;   // forward_workspace(shape) elements, 64-byte aligned
@@ -63,24 +81,26 @@ struct ForwardParams {
 };
 
 struct BackwardDirection {
-  const void* x;      // [N, I], null if dw_ih is
-  const void* w_ih;   // [G*H, I], null if dx is
-  const void* w_hh;   // [G*H, P]
-  const void* w_hr;   // [P, H], null unless projected
-  const void* dy;     // [N, P], may be null: zeros
-  int64_t dy_stride;  // of a row of dy: D * P
-  const void* dh_n;   // [B, P], may be null: zeros
-  Reserve reserve;    // as forward left it; read only
-  void* dgates;       // [N, kGrads * H] out: gradients before the activations
-  void* dh_total;     // [N, P] out: gradient of h after the projection; null unless projected
-  void* dh0;          // [B, P] out, may be null: not wanted
-  void* dc;           // [B, H] in: gradient of c_n; out: gradient of c0. LSTM, else null
-  void* dw_ih;        // [G*H, I] out, may be null: not wanted; so the others
-  void* dw_hh;        // [G*H, P] out
-  void* db_ih;        // [G*H] out
-  void* db_hh;        // [G*H] out
-  void* dw_hr;        // [P, H] out
-  void* workspace;    // backward_workspace(shape) elements, 64-byte aligned
+  const void* x;            // [N, I], null if dw_ih is
+  const void* w_ih;         // [G*H, I], null if dx is
+  const void* w_hh;         // [G*H, P]
+  const void* w_hr;         // [P, H], null unless projected
+  const void* dy;           // [N, P], may be null: zeros
+  int64_t dy_stride;        // of a row of dy: D * P
+  const void* dh_n;         // [B, P], may be null: zeros
+  const void* dc_sequence;  // [N, H], rows D * H apart; may be null: zeros. LSTM
+  Reserve reserve;          // as forward left it; read only
+  void* dgates;             // [N, kGrads * H] out: gradients before the activations
+  void* dh_total;           // [N, P] out: gradient of h after the projection; null unless projected
+  void* dh0;                // [B, P] out, may be null: not wanted
+  void* dc;                 // [B, H] in: gradient of c_n; out: gradient of c0. LSTM, else null
+  ResetState dreset;
+  void* dw_ih;      // [G*H, I] out, may be null: not wanted; so the others
+  void* dw_hh;      // [G*H, P] out
+  void* db_ih;      // [G*H] out
+  void* db_hh;      // [G*H] out
+  void* dw_hr;      // [P, H] out
+  void* workspace;  // backward_workspace(shape) elements, 64-byte aligned
 };
 
 struct BackwardParams {

@@ -106,11 +106,17 @@ def torch_is_faster(
     )
 
 
-def forward(cell: str, batch_sizes: Tensor | None, inputs: Sequence[Tensor | None], train: bool) -> tuple[Tensor, ...]:
+def forward(
+    cell: str,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    inputs: Sequence[Tensor | None],
+    train: bool,
+) -> tuple[Tensor, ...]:
     """y, h_n, c_n as the operator ``fused_rnn::forward``'s, and what `backward` needs of them."""
     x, h0, c0, *weights = inputs
     assert x is not None and weights[1] is not None
-    call = _Call(x, batch_sizes)
+    call = _Call(x, batch_sizes, lengths)
     layer = _layer(cell, call, weights)
     y, h_n, c_n, *kept = layer.forward(
         call.padded(x), call.with_direction(h0), call.with_direction(c0), call.lengths, train
@@ -123,14 +129,16 @@ def forward(cell: str, batch_sizes: Tensor | None, inputs: Sequence[Tensor | Non
 def backward(
     cell: str,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
     grads: Sequence[Tensor | None],
-    x: Tensor,
-    weights: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
     kept: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of x, h0, c0 and the weights; `grads` are those of y, h_n and c_n, None for zeros."""
-    call = _Call(x, batch_sizes)
+    x, _, _, *weights = inputs
+    assert x is not None
+    call = _Call(x, batch_sizes, lengths)
     layer = _layer(cell, call, weights)
     dy, dh_n, dc_n = grads
     dx, dh0, dc0, *rest = layer.backward(
@@ -161,10 +169,10 @@ class _Call:
     The kernels take padded sequences; rows that have ended are left out by `lengths`.
     """
 
-    def __init__(self, x: Tensor, batch_sizes: Tensor | None) -> None:
-        self.batch_sizes = batch_sizes
+    def __init__(self, x: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None) -> None:
         self.is_step = batch_sizes is None and x.dim() == 2
-        self.lengths = self.rows = None
+        self.lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
+        self.rows = None
         if batch_sizes is None:
             self.steps, self.batch = (1, x.size(0)) if self.is_step else x.shape[:2]
             return

@@ -6,6 +6,8 @@ This is the readable algorithm of torch.nn's RNN, LSTM and GRU; `fused_rnn.ops.l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ def stack(
     bidirectional: bool,
     batch_sizes: Tensor | None = None,
     layer: Callable = ops.layer,
+    extras: Extras | None = None,
 ) -> tuple[Tensor, ...]:
     """All layers of a torch.nn.RNN, LSTM or GRU.
 
@@ -36,14 +39,18 @@ def stack(
         has_biases, num_layers, dropout, bidirectional: as in torch.nn; dropout only acts with ``train``.
         batch_sizes: int64 ``[T]`` or None.
         layer: what computes one layer; `fused_rnn.reference.layer` makes this the specification.
+        extras: what torch.nn does not have.
 
     Returns:
-        y ``[T, B, D*P]`` (or ``[N, D*P]``), h_n ``[L*D, B, P]`` and for the LSTM c_n ``[L*D, B, H]``.
+        y ``[T, B, D*P]`` (or ``[N, D*P]``), h_n ``[L*D, B, P]`` and for the LSTM c_n ``[L*D, B, H]``; with
+        ``extras.state_sequence`` then h, and for the LSTM c, of every step: ``[T, L*D, B, ...]`` (``[N, L*D, ...]``).
     """
     D = 2 if bidirectional else 1
     h0, c0 = (_by_layer(state, num_layers) for state in (*states, None)[:2])
     count = len(weights) // (num_layers * D)  # of a direction
     h_n, c_n = [], []
+    sequences: list[tuple[Tensor, ...]] = []
+    more: dict[str, Any] = {}
     for index in range(num_layers):
         if index > 0 and train and dropout > 0:
             x = torch.dropout(x, dropout, True)
@@ -51,10 +58,47 @@ def stack(
         of_layer = _five(weights[start : start + count], has_biases)
         if bidirectional:
             of_layer += _five(weights[start + count : start + 2 * count], has_biases)
-        x, h, c = layer(cell, x, h0[index], c0[index], of_layer, batch_sizes)
+        if extras is not None:
+            more = extras.of_layer(index, D, cell)
+        x, h, c, *c_steps = layer(cell, x, h0[index], c0[index], of_layer, batch_sizes, **more)
         h_n.append(h)
         c_n.append(c)
-    return (x, _join(h_n), _join(c_n)) if cell == "lstm" else (x, _join(h_n))
+        sequences.append((x, *c_steps))
+    results = (x, _join(h_n), _join(c_n)) if cell == "lstm" else (x, _join(h_n))
+    if extras is None or not extras.state_sequence:
+        return results
+    return *results, *(torch.cat([_by_direction(s, D) for s in kind], dim=1) for kind in zip(*sequences, strict=True))
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What torch.nn does not have.
+
+    Attributes:
+        resets: bool ``[T, B]`` or ``[N]``; see `fused_rnn.reference.layer`.
+        reset_states: what replaces each state, ``[L*D, B, ...]`` or ``[T, L*D, B, ...]``; None: zeros.
+        lengths: integers ``[B]`` on x's device: the steps of each row.
+        state_sequence: whether the states of every step are wanted.
+    """
+
+    resets: Tensor | None = None
+    reset_states: Sequence[Tensor | None] = ()
+    lengths: Tensor | None = None
+    state_sequence: bool = False
+
+    def of_layer(self, index: int, D: int, cell: str) -> dict[str, Any]:
+        """Arguments of one layer."""
+        found: dict[str, Any] = {}
+        if self.resets is not None:
+            reset_h, reset_c = (
+                None if s is None else s.narrow(s.dim() - 3, index * D, D) for s in (*self.reset_states, None, None)[:2]
+            )
+            found = {"resets": self.resets, "reset_h": reset_h, "reset_c": reset_c}
+        if self.lengths is not None:
+            found["lengths"] = self.lengths
+        if self.state_sequence and cell == "lstm":
+            found["c_sequence"] = True
+        return found
 
 
 def _five(weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor | None, ...]:
@@ -67,6 +111,12 @@ def _five(weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor | None, .
 def _by_layer(state: Tensor | None, num_layers: int) -> Sequence[Tensor | None]:
     """``[D, B, ...]`` of every layer."""
     return (state,) * num_layers if state is None or num_layers == 1 else state.chunk(num_layers)
+
+
+def _by_direction(sequence: Tensor, D: int) -> Tensor:
+    """``[T, B, D*P]`` as ``[T, D, B, P]``, ``[N, D*P]`` as ``[N, D, P]``."""
+    rows = sequence.unflatten(-1, (D, -1))
+    return rows.transpose(1, 2) if rows.dim() == 4 else rows
 
 
 def _join(states: list[Tensor]) -> Tensor:

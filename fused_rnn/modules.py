@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import cuda, functional, ops
+from fused_rnn import cuda, functional, ops, segments
 from fused_rnn.convert import TorchConvertible, fx_leaf
 
 _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "permute_hidden")  # a subclass may override
@@ -42,22 +42,41 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         cls._checks_are_torchs = all(getattr(cls, name).__module__ == torch.nn.RNNBase.__module__ for name in _CHECKS)
 
     @ops.runs_eagerly
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        """As torch.nn's class of the same name.
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        resets: Tensor | None = None,
+        reset_state: Any = None,
+        lengths: Tensor | None = None,
+        return_state_sequence: bool = False,
+    ) -> Any:
+        """As torch.nn's class of the same name; the keywords are what that has not.
 
         Args:
             input: ``(T, B, input_size)``, ``(B, T, input_size)`` with ``batch_first``, ``(T, input_size)``
                 unbatched, or a PackedSequence.
             hx: initial state(s), each ``(L*D, B, size)`` or unbatched ``(L*D, size)``; None: zeros. The LSTM takes
                 a pair (h_0, c_0) of sizes ``proj_size or hidden_size`` and ``hidden_size``.
+            resets: bool ``(T, B)``, ``(B, T)`` with ``batch_first``, ``(T,)`` unbatched. Where it is true a new
+                sequence begins: the state is replaced before that step. The reverse direction starts anew at the same
+                borders. No gradient passes a reset.
+            reset_state: what replaces the state(s): shaped like hx, or with a first dimension T for one per step, or
+                what broadcasts to either (a learned state ``(L*D, 1, size)``). Gradients reach it. None: zeros.
+            lengths: int32 or int64 ``(B,)``, in any order, 0 to T, on any device: the steps of each row. Outputs behind
+                a row's end are zero, the final state is that of its last step, the reverse direction begins there.
+            return_state_sequence: whether to return the state(s) after every step, too.
 
         Returns:
             output, shaped like input but ``D * (proj_size or hidden_size)`` wide, and the final state(s), shaped
-            like hx.
+            like hx; with ``return_state_sequence`` also the state(s) of every step, ``(T, L*D, B, size)``.
 
         Raises:
             ValueError, RuntimeError: as torch.nn, with its texts, if sizes or dtypes do not fit.
         """
+        if not (resets is None and reset_state is None and lengths is None and return_state_sequence is False):
+            return segments.run(self, input, hx, resets, reset_state, lengths, return_state_sequence)
         if self._usual(input, 3, hx):
             try:
                 return self._fused(input, hx)
@@ -128,7 +147,7 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         return True
 
     def _stack(
-        self, x: Tensor, states: Any, batch_sizes: Tensor | None = None, weights: Any = None
+        self, x: Tensor, states: Any, batch_sizes: Tensor | None = None, weights: Any = None, **more: Any
     ) -> tuple[Tensor, ...]:
         return functional.stack(
             self.mode.lower(),
@@ -141,6 +160,7 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
             self.training,
             self.bidirectional,
             batch_sizes,
+            **more,
         )
 
     def _usual_weights(self) -> bool:

@@ -18,7 +18,7 @@ from fused_rnn import cuda, reference
 _forward = torch.ops.fused_rnn.forward.default
 _backward = torch.ops.fused_rnn.backward.default
 _step = torch.ops.fused_rnn.step.default
-_NUMBER = {cell: number for number, cell in enumerate(reference.CELLS)}  # how the operators name a cell
+NUMBER = {cell: number for number, cell in enumerate(reference.CELLS)}  # how the operators name a cell
 
 BACKENDS = ("auto", "fused", "torch")
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
@@ -33,19 +33,26 @@ def layer(
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
     batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    resets: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    c_sequence: bool = False,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
     """One layer over a whole sequence on the fused kernels; the meaning is `fused_rnn.reference.layer`'s.
+
+    On the CPU, `lengths` is for the caller to turn into `batch_sizes`; on CUDA, there are no `resets`, no `c_sequence`.
 
     Raises:
         RuntimeError: a tensor does not fit the others in shape, dtype or device.
     """
-    inputs = (x, h0, c0, *weights)
+    inputs = (x, h0, c0, *weights) if resets is None else (x, h0, c0, *weights, reset_h, reset_c)
     if torch.is_grad_enabled() and _any_requires_grad(inputs):
-        y, h_n, c_n = _apply(cell, batch_sizes, *inputs)
+        y, h_n, c_n, *more = _apply(cell, batch_sizes, lengths, resets, c_sequence, *inputs)
     else:
-        y, h_n, c_n, *_ = _call_forward(cell, batch_sizes, inputs, False)
+        y, h_n, c_n, more, _ = _call_forward(cell, batch_sizes, lengths, resets, c_sequence, inputs, False)
     is_step = batch_sizes is None and x.dim() == 2
-    return y, y if is_step else h_n, c_n if cell == "lstm" else None
+    return y, y if is_step else h_n, c_n if cell == "lstm" else None, *more
 
 
 def step(cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -55,9 +62,9 @@ def step(cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: T
         RuntimeError: a tensor does not fit the others in shape, dtype or device.
     """
     if torch.is_grad_enabled() and _any_requires_grad((x, h0, c0, *weights)):
-        h, _, c = _apply(cell, None, x, h0, c0, *weights, *_NO_WEIGHTS[len(weights) :])
+        h, _, c = _apply(cell, None, None, None, False, x, h0, c0, *weights, *_NO_WEIGHTS[len(weights) :])
         return h, c
-    return _step(x, h0, c0, _NUMBER[cell], *weights)
+    return _step(x, h0, c0, NUMBER[cell], *weights)
 
 
 def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
@@ -151,35 +158,52 @@ def on_cuda(x: Tensor | None) -> bool:
 
 
 def _call_forward(
-    cell: str, batch_sizes: Tensor | None, inputs: Sequence[Tensor | None], train: bool
-) -> tuple[Tensor, ...]:
+    cell: str,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    c_sequence: bool,
+    inputs: Sequence[Tensor | None],
+    train: bool,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """y, h_n, c_n, what else was asked for, and what backward needs."""
     x, h0, c0, *weights = inputs
     if on_cuda(x):
-        return cuda.forward(cell, batch_sizes, inputs, train)
-    if batch_sizes is None:
-        return _forward(x, h0, c0, _NUMBER[cell], train, *weights)
+        y, h_n, c_n, *kept = cuda.forward(cell, batch_sizes, lengths, inputs, train)
+        return y, h_n, c_n, (), tuple(kept)
+    if batch_sizes is None and resets is None and not c_sequence:
+        y, h_n, c_n, reserve, _ = _forward(x, h0, c0, NUMBER[cell], train, *weights)
+        return y, h_n, c_n, (), (reserve,)
+    weights, of_resets = _without_resets(weights)
     if len(weights) == 5:
         weights += _NO_WEIGHTS
-    return _forward(x, h0, c0, _NUMBER[cell], train, *weights, batch_sizes)
+    y, h_n, c_n, reserve, c_of_steps = _forward(
+        x, h0, c0, NUMBER[cell], train, *weights, batch_sizes, resets, *of_resets or (None, None), c_sequence
+    )
+    return y, h_n, c_n, (c_of_steps,) if c_sequence else (), (reserve,)
 
 
 def _call_backward(
     cell: str,
     batch_sizes: Tensor | None,
+    resets: Tensor | None,
     grads: Sequence[Tensor | None],
-    x: Tensor,
-    weights: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
     kept: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> Sequence[Tensor]:
-    w_ih, w_hh, _, _, w_hr, *reverse = weights
+    x, _, _, *weights = inputs
+    (w_ih, w_hh, _, _, w_hr, *reverse), of_resets = _without_resets(weights)
     w_ih_reverse, w_hh_reverse, _, _, w_hr_reverse = reverse or _NO_WEIGHTS
-    two = len(needs) > 8
-    return _backward(
-        *grads,
+    two = len(reverse) > 0
+    dy, dh_n, dc_n, *dc_sequence = grads
+    *found, dreset_h, dreset_c = _backward(
+        dy,
+        dh_n,
+        dc_n,
         x,
         *kept,
-        _NUMBER[cell],
+        NUMBER[cell],
         needs[0],
         needs[1] or needs[2],
         needs[3] or (two and needs[8]),
@@ -193,50 +217,60 @@ def _call_backward(
         w_hh_reverse,
         w_hr_reverse,
         batch_sizes,
+        resets,
+        _steps_of_reset_states(x, of_resets, needs),
+        *dc_sequence,
     )
+    return found if resets is None else (*found[: len(inputs) - 2], dreset_h, dreset_c)
+
+
+def _without_resets(weights: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Weights of all directions, and the states at resets, if any, behind them."""
+    count = len(weights) // 5 * 5
+    return list(weights[:count]), list(weights[count:])
+
+
+def _steps_of_reset_states(x: Tensor, states: Sequence[Tensor | None], needs: Sequence[bool]) -> int:
+    """0: no gradient of a state at resets is wanted; 1: of one for all steps; T: of one for each."""
+    wanted = [s for s, need in zip(states, needs[-2:], strict=False) if need and s is not None]
+    return 0 if not wanted else x.size(0) if wanted[0].dim() == 4 else 1
 
 
 class _Layer(torch.autograd.Function):
-    """Inputs are x, h0, c0 and then five weights per direction, in the operator's order."""
+    """Inputs are x, h0, c0, five weights per direction in the operator's order, and, with resets, reset_h, reset_c."""
 
     @staticmethod
-    def forward(ctx, cell, batch_sizes, *inputs):  # type: ignore[no-untyped-def]
-        y, h_n, c_n, *kept = _call_forward(cell, batch_sizes, inputs, True)
+    def forward(ctx, cell, batch_sizes, lengths, resets, c_sequence, *inputs):  # type: ignore[no-untyped-def]
+        y, h_n, c_n, more, kept = _call_forward(cell, batch_sizes, lengths, resets, c_sequence, inputs, True)
         ctx.set_materialize_grads(False)
-        ctx.cell, ctx.batch_sizes = cell, batch_sizes
+        ctx.cell, ctx.batch_sizes, ctx.lengths, ctx.resets, ctx.kept = cell, batch_sizes, lengths, resets, len(kept)
         # What a first derivative reads is saved for it, and so guarded against writing in place. What only a
         # second derivative reads is kept aside, with its version, so that writing to it stays allowed until then.
-        x, h0, c0, *weights = inputs
-        read = _what_a_derivative_reads(ctx.needs_input_grad)
-        tensors = (x, *weights)
-        ctx.kept = len(kept)
-        ctx.save_for_backward(
-            *kept, h0, c0, *[t if is_read else None for t, is_read in zip(tensors, read, strict=True)]
-        )
-        ctx.aside = [
-            None if is_read or t is None else (t, t._version) for t, is_read in zip(tensors, read, strict=True)
-        ]
+        read = _what_a_derivative_reads(ctx.needs_input_grad[5:])
+        ctx.save_for_backward(*kept, *[t if is_read else None for t, is_read in zip(inputs, read, strict=True)])
+        ctx.aside = [None if is_read or t is None else (t, t._version) for t, is_read in zip(inputs, read, strict=True)]
         if cell != "lstm":
             ctx.mark_non_differentiable(c_n)
-        return y, h_n, c_n
+        return y, h_n, c_n, *more
 
     @staticmethod
-    def backward(ctx, dy, dh_n, dc_n):  # type: ignore[no-untyped-def]
-        needs = ctx.needs_input_grad[2:]
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        needs = ctx.needs_input_grad[5:]
         saved = ctx.saved_tensors
-        kept, (h0, c0, *others) = saved[: ctx.kept], saved[ctx.kept :]
-        again = torch.is_grad_enabled() or _any_batched(dy, dh_n, dc_n)
+        kept, inputs = saved[: ctx.kept], list(saved[ctx.kept :])
+        again = torch.is_grad_enabled() or _any_batched(*grads)
         for index, of_aside in enumerate(ctx.aside):
             if of_aside is not None:
-                others[index] = _unchanged(*of_aside) if again else of_aside[0]
+                inputs[index] = _unchanged(*of_aside) if again else of_aside[0]
         if again:
-            inputs = (others[0], h0, c0, *others[1:])
-            grads = _differentiable_backward(ctx.cell, ctx.batch_sizes, inputs, needs, (dy, dh_n, dc_n))
-            return None, None, *grads
-        x, *weights = others
-        call_backward = cuda.backward if on_cuda(x) else _call_backward
-        grads = call_backward(ctx.cell, ctx.batch_sizes, (dy, dh_n, dc_n), x, weights, kept, needs)
-        return None, None, *[g if need else None for g, need in zip(grads, needs, strict=False)]
+            rows = (ctx.batch_sizes, ctx.lengths, ctx.resets)
+            found = _differentiable_backward(ctx.cell, *rows, inputs, needs, grads)
+            return None, None, None, None, None, *found
+        if on_cuda(inputs[0]):
+            found = cuda.backward(ctx.cell, ctx.batch_sizes, ctx.lengths, grads, inputs, kept, needs)
+        else:
+            found = _call_backward(ctx.cell, ctx.batch_sizes, ctx.resets, grads, inputs, kept, needs)
+        return None, None, None, None, None, *[g if need else None for g, need in zip(found, needs, strict=False)]
 
 
 # Function.apply without what it adds for functorch transforms, under which `fusible` is false.
@@ -244,11 +278,13 @@ _apply = super(torch.autograd.Function, _Layer).apply
 
 
 def _what_a_derivative_reads(needs: Sequence[bool]) -> list[bool]:
-    """Of x and the weights, what the first derivative reads; `needs` is `_Layer`'s needs_input_grad."""
-    # x and w_ih meet in one product: each is read for the other's gradient. Biases are never read.
-    dx, dw_ih = needs[2], needs[5]
-    weights = [dx, True, False, False, True]
-    return [dw_ih, *weights] if len(needs) == 10 else [dw_ih or needs[10], *weights, *weights]
+    """Of `_Layer`'s inputs, what the first derivative reads; `needs` says which of them need a gradient."""
+    # x and w_ih meet in one product: each is read for the other's gradient. Biases are never read. torch.nn guards the
+    # initial states, and so are those at resets.
+    weights = [needs[0], True, False, False, True]
+    directions = (len(needs) - 3) // 5
+    dw_ih = any(needs[3 : 3 + 5 * directions : 5])
+    return [dw_ih, True, True, *weights * directions, *[True] * (len(needs) - 3 - 5 * directions)]
 
 
 def _unchanged(tensor: Tensor, version: int) -> Tensor:
@@ -271,6 +307,8 @@ def _any_batched(*grads: Tensor | None) -> bool:
 def _differentiable_backward(
     cell: str,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
     inputs: Sequence[Tensor | None],
     needs: Sequence[bool],
     grads: Sequence[Tensor | None],
@@ -279,7 +317,9 @@ def _differentiable_backward(
     with torch.enable_grad():
         # Views cut every input off from the others: h0 may itself have been computed from x.
         x, h0, c0, *weights = views = [None if t is None else t.view_as(t) for t in inputs]
-        outputs = reference.layer(cell, x, h0, c0, weights, batch_sizes)
+        weights, of_resets = _without_resets(weights)
+        of_resets = of_resets or [None, None]
+        outputs = reference.layer(cell, x, h0, c0, weights, batch_sizes, resets, *of_resets, len(grads) > 3, lengths)
         used = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
         wanted = [v for v, need in zip(views, needs, strict=True) if need]
         found = iter(
@@ -297,7 +337,8 @@ def _differentiable_backward(
 @torch.library.register_fake("fused_rnn::forward")
 def _fake_forward(  # type: ignore[no-untyped-def]
     x, h0, c0, cell, train, w_ih, w_hh, b_ih=None, b_hh=None, w_hr=None, w_ih_reverse=None, w_hh_reverse=None,
-    b_ih_reverse=None, b_hh_reverse=None, w_hr_reverse=None, batch_sizes=None,
+    b_ih_reverse=None, b_hh_reverse=None, w_hr_reverse=None, batch_sizes=None, resets=None, reset_h=None,
+    reset_c=None, want_c_sequence=False,
 ):  # fmt: skip
     cell = reference.CELLS[cell]
     H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
@@ -308,10 +349,11 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     y = x.new_empty((*x.shape[:-1], D * P))
     h_n = x.new_empty((0,) if is_step else (*state, P))
     c_n = x.new_empty((*state, H) if cell == "lstm" else (0,))
-    reserve = x.new_empty((D if train else 0, *_reserve_shape(cell, H, P, rows, batch, w_hr, batch_sizes)))
+    chained = batch_sizes is None and resets is None
+    reserve = x.new_empty((D if train else 0, *_reserve_shape(cell, H, P, rows, batch, w_hr, chained)))
     if x.dtype in (torch.bfloat16, torch.float16):
         reserve = reserve.float()
-    return y, h_n, c_n, reserve
+    return y, h_n, c_n, reserve, x.new_empty((*x.shape[:-1], D * H) if want_c_sequence else (0,))
 
 
 @torch.library.register_fake("fused_rnn::step")
@@ -323,7 +365,8 @@ def _fake_step(x, h0, c0, cell, w_ih, w_hh, b_ih=None, b_hh=None, w_hr=None):  #
 @torch.library.register_fake("fused_rnn::backward")
 def _fake_backward(  # type: ignore[no-untyped-def]
     dy, dh_n, dc_n, x, reserve, cell, need_dx, need_dstate, need_dw_ih, need_dw_hh, need_db, need_dw_hr,
-    w_ih, w_hh, w_hr=None, w_ih_reverse=None, w_hh_reverse=None, w_hr_reverse=None, batch_sizes=None,
+    w_ih, w_hh, w_hr=None, w_ih_reverse=None, w_hh_reverse=None, w_hr_reverse=None, batch_sizes=None, resets=None,
+    reset_steps=0, dc_sequence=None,
 ):  # fmt: skip
     cell = reference.CELLS[cell]
     H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
@@ -349,6 +392,8 @@ def _fake_backward(  # type: ignore[no-untyped-def]
             wanted(w_hh.shape[:1], has and need_db),
             wanted((P, H), has and need_dw_hr and w_hr is not None),
         ]
+    of_reset = (D, batch) if reset_steps == 1 else (reset_steps, D, batch)
+    grads += [wanted((*of_reset, P), reset_steps > 0), wanted((*of_reset, H), reset_steps > 0 and cell == "lstm")]
     return tuple(grads)
 
 
@@ -362,9 +407,9 @@ def _batch_and_rows(x: Tensor, state: Tensor | None, batch_sizes: Tensor | None)
 
 
 def _reserve_shape(  # type: ignore[no-untyped-def]
-    cell: str, H: int, P: int, rows, batch, w_hr: Tensor | None, batch_sizes: Tensor | None
+    cell: str, H: int, P: int, rows, batch, w_hr: Tensor | None, chained: bool
 ) -> tuple[Any, int]:
-    if reference.GATES[cell] == 1 and batch_sizes is None:
+    if reference.GATES[cell] == 1 and chained:
         return rows + batch, H
     saved = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4}[cell]
     return rows, saved * H + P + (H if cell == "lstm" else 0) + (H if w_hr is not None else 0)

@@ -10,6 +10,7 @@ Names and orders are torch.nn's: gates ``i, f, g, o`` (LSTM) and ``r, z, n`` (GR
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,12 @@ def layer(
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
     batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    resets: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    c_sequence: bool = False,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
     """One layer over a whole sequence, in one or two directions.
 
     Args:
@@ -82,18 +88,30 @@ def layer(
         weights: ``w_ih, w_hh, b_ih, b_hh, w_hr`` of the forward direction and, for a
             bidirectional layer, of the reverse one; None where absent.
         batch_sizes: int64 ``[T]``, rows of each step of a packed sequence, or None.
+        resets: bool ``[T, B]`` (``[N]`` with ``batch_sizes``), or None. Where it is true at step t, a sequence ends
+            before x[t] and another begins: the state is replaced before x[t] is consumed. The reverse direction starts
+            anew at the same borders.
+        reset_h, reset_c: what replaces the states, shaped like h0 and c0; or one for every step that may consume it,
+            ``[T, D, B, ...]``; None: zeros.
+        c_sequence: whether c of every step is wanted, too; LSTM.
+        lengths: integers ``[B]``: row b ends before step lengths[b]. Its outputs from there on are zero, its final
+            state is that of its last step, and the reverse direction begins there. Not with ``batch_sizes``.
 
     Returns:
-        y (shaped like x, ``D*P`` wide), h_n, c_n (None but for the LSTM), shaped like h0 and c0.
+        y (shaped like x, ``D*P`` wide), h_n, c_n (None but for the LSTM), shaped like h0 and c0; with `c_sequence` also
+        c of every step, shaped like x and ``D*H`` wide.
     """
     if x.dim() == 2 and batch_sizes is None:
         states = (None if s is None else s.unsqueeze(0) for s in (h0, c0))
         y, h_n, c_n = layer(cell, x.unsqueeze(0), *states, weights)
         return y[0], h_n[0], None if c_n is None else c_n[0]
 
-    steps = list(x.unbind(0) if batch_sizes is None else x.split(batch_sizes.tolist()))
+    def by_step(rows: Tensor) -> list[Tensor]:
+        return list(rows.unbind(0) if batch_sizes is None else rows.split(batch_sizes.tolist()))
+
+    steps = by_step(x)
     batch = steps[0].size(0)
-    outputs, h_last, c_last = [], [], []
+    outputs, h_last, c_last, c_outputs = [], [], [], []
     for direction, first in enumerate(range(0, len(weights), 5)):
         w = weights[first : first + 5]
         w_ih, w_hh = w[0], w[1]
@@ -104,15 +122,46 @@ def layer(
         if cell == "lstm":
             c = x.new_zeros(batch, hidden) if c0 is None else c0[direction]
         y: list[Tensor] = [x] * len(steps)
+        c_steps: list[Any] = [x] * len(steps)
         order = range(len(steps)) if direction == 0 else reversed(range(len(steps)))
         for t in order:
             n = steps[t].size(0)  # the first n rows take this step, the others keep their state
+            if resets is not None:
+                begins = _begins(by_step(resets), t, direction)
+                if lengths is not None:
+                    begins = begins & (t < lengths if direction == 0 else t + 1 < lengths)
+                h = _replaced(h, begins, reset_h, t, direction)
+                c = None if c is None else _replaced(c, begins, reset_c, t, direction)
             h_t, c_t = step(cell, steps[t], h[:n], None if c is None else c[:n], *w)
-            y[t] = h_t
+            y[t], c_steps[t] = h_t, c_t
+            if lengths is not None:
+                goes_on = (t < lengths).unsqueeze(1)
+                zero = h_t.new_zeros(())
+                y[t], h_t = torch.where(goes_on, h_t, zero), torch.where(goes_on, h_t, h)
+                if c is not None and c_t is not None:
+                    c_steps[t], c_t = torch.where(goes_on, c_t, zero), torch.where(goes_on, c_t, c)
             h = torch.cat((h_t, h[n:]))
             c = None if c is None or c_t is None else torch.cat((c_t, c[n:]))
-        outputs.append(torch.stack(y) if batch_sizes is None else torch.cat(y))
+        join = torch.stack if batch_sizes is None else torch.cat
+        outputs.append(join(y))
+        c_outputs += [join(c_steps)] if c_sequence else []
         h_last.append(h)
         c_last.append(c)
     c_n = None if c_last[0] is None else torch.stack(c_last)
-    return torch.cat(outputs, dim=-1), torch.stack(h_last), c_n
+    results = (torch.cat(outputs, dim=-1), torch.stack(h_last), c_n)
+    return (*results, torch.cat(c_outputs, dim=-1)) if c_sequence else results
+
+
+def _begins(resets: list[Tensor], t: int, direction: int) -> Tensor:
+    """Which of the rows of step t are the first of a sequence, in the order of the direction."""
+    if direction == 0:
+        return resets[t]
+    after = resets[t + 1] if t + 1 < len(resets) else resets[t][:0]
+    return torch.cat((after, after.new_zeros(resets[t].size(0) - after.size(0))))
+
+
+def _replaced(state: Tensor, begins: Tensor, by: Tensor | None, t: int, direction: int) -> Tensor:
+    """`state` ``[B, ...]`` with the state of resets in those of its first rows that begin."""
+    n = begins.size(0)
+    new = torch.zeros_like(state) if by is None else (by if by.dim() == 3 else by[t])[direction]
+    return torch.cat((torch.where(begins.unsqueeze(1), new[:n], state[:n]), state[n:]))

@@ -35,7 +35,7 @@ inline double as_exchanged(Element e, double v) {
 }
 
 // Elements as a kernel sees them, all `fill` (a NaN) at first, between guards: or, under the address sanitizer, of
-// exact size. Nothing is null.
+// exact size. An empty one is null.
 class Buffer {
  public:
   static constexpr uint16_t kPoison = 0x7fa5, kOnes = 0xffff;
@@ -85,7 +85,7 @@ class Buffer {
 #if defined(__SANITIZE_ADDRESS__)
   static constexpr int kGuard = 0;
 #else
-  static constexpr int kGuard = 64;
+  static constexpr int kGuard = 8192;  // more than a tile of the widest rows
 #endif
   int width() const { return element_ == Element::kTf32 ? 2 : 1; }
 

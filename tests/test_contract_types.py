@@ -162,7 +162,9 @@ def test_m05_signatures(name):
     expected, actual = getattr(nn, name), getattr(fused_rnn, name)
     for call in ("__init__", "forward"):
         found, wanted = (inspect.signature(getattr(c, call)) for c in (actual, expected))
-        assert list(found.parameters) == list(wanted.parameters)
+        # What torch.nn does not have can only be given by name.
+        positional = [p.name for p in found.parameters.values() if p.kind is not p.KEYWORD_ONLY]
+        assert positional == list(wanted.parameters)
     same_outcome(
         lambda: nn.utils.skip_init(expected, 3, 5) and None,
         lambda: nn.utils.skip_init(actual, 3, 5) and None,

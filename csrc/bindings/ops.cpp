@@ -54,7 +54,7 @@ class Layer {
   bool step = false;  // x is [B, I], states [B, ...]: one time step, no time dimension in the results
   ScalarType stored = ScalarType::Float;  // dtype of x and of all that comes in or goes out
   ScalarType dtype = ScalarType::Float;   // that the kernels compute in: 16-bit tensors are widened for them
-  OptionalTensor batch_sizes;
+  OptionalTensor batch_sizes, resets;
   std::vector<int64_t> row_offsets;
 
   // x: [T, B, I]; [N, I] with batch_sizes; [B, I] for a single step. w_hh: [G*H, P].
@@ -111,6 +111,33 @@ class Layer {
     if (cell.has_c) r.c_prev = at + after_h * element();
     if (shape.projected) r.hidden = at + (after_h + shape.H) * element();
     return r;
+  }
+
+  // resets: bool, a value for each row of x; call before reserve_rows().
+  void replace_at(const OptionalTensor& given) {
+    if (!given) return;
+    FUSED_RNN_CHECK(!step, "a single step has no resets");
+    resets = shape.batch_sizes ? checked(*given, "resets", {shape.N}, ScalarType::Bool)
+                               : checked(*given, "resets", {shape.T, shape.B}, ScalarType::Bool);
+    shape.resets = static_cast<const uint8_t*>(resets->data_ptr());
+  }
+  // A state that comes in at resets: [D, B, width], or with one for each step [T, D, B, width].
+  OptionalTensor checked_reset(const OptionalTensor& state, const char* name, int64_t width) const {
+    FUSED_RNN_CHECK(!state || resets, name, " needs resets");
+    if (!state || state->dim() != 4) return readable(state, name, {shape.directions, shape.B, width});
+    FUSED_RNN_CHECK(!shape.batch_sizes, name, " of every step does not go with batch_sizes");
+    return readable(state, name, {shape.T, shape.directions, shape.B, width});
+  }
+  ResetState reset_state(const OptionalTensor& h, const OptionalTensor& c, int64_t direction) const {
+    const auto of = [&](const OptionalTensor& state, int64_t width, void*& at, int64_t& stride) {
+      if (!state || state->numel() == 0) return;
+      at = offset(*state, direction * shape.B * width);
+      stride = state->dim() == 4 ? shape.directions * shape.B * width : 0;
+    };
+    ResetState found{};
+    of(h, shape.P, found.h, found.step_h);
+    of(c, shape.H, found.c, found.step_c);
+    return found;
   }
 
   int64_t element() const { return dtype == ScalarType::Float ? 4 : 8; }
@@ -205,16 +232,23 @@ ForwardDirection inputs_of_forward(const Tensor& x, const Weights& w) {
   return p;
 }
 
-// y, h_n, c_n, reserve. c_n is empty without c, h_n for a single step (it would be y), reserve without `train`.
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
-                                                   bool train, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
-                                                   OptionalTensor b_hh, OptionalTensor w_hr,
-                                                   OptionalTensor w_ih_reverse, OptionalTensor w_hh_reverse,
-                                                   OptionalTensor b_ih_reverse, OptionalTensor b_hh_reverse,
-                                                   OptionalTensor w_hr_reverse, OptionalTensor batch_sizes) {
+// y, h_n, c_n, reserve, c of every step (as y). c_n is empty without c, h_n for a single step (it would be y), reserve
+// without `train`, the last one unless it is wanted.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
+                                                           bool train, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
+                                                           OptionalTensor b_hh, OptionalTensor w_hr,
+                                                           OptionalTensor w_ih_reverse, OptionalTensor w_hh_reverse,
+                                                           OptionalTensor b_ih_reverse, OptionalTensor b_hh_reverse,
+                                                           OptionalTensor w_hr_reverse, OptionalTensor batch_sizes,
+                                                           OptionalTensor resets, OptionalTensor reset_h,
+                                                           OptionalTensor reset_c, bool want_c_sequence) {
   FUSED_RNN_CHECK(w_ih_reverse.has_value() == w_hh_reverse.has_value(), "the reverse direction needs w_ih and w_hh");
   Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_ih_reverse.has_value(), batch_sizes);
   layer.shape.train = train;
+  layer.replace_at(resets);
+  reset_h = layer.checked_reset(reset_h, "reset_h", layer.shape.P);
+  FUSED_RNN_CHECK(layer.cell.has_c || !reset_c, "only the LSTM has reset_c");
+  reset_c = layer.checked_reset(reset_c, "reset_c", layer.shape.H);
   const LayerShape& s = layer.shape;
   const int64_t D = s.directions;
   x = layer.checked_sequence(x, "x", s.I);
@@ -227,6 +261,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, 
   const Tensor y = layer.new_sequence(D * s.P);
   const Tensor h_n = layer.step ? empty({0}, layer.dtype) : layer.new_state(s.P);
   const Tensor c_n = layer.first_c(c0);
+  FUSED_RNN_CHECK(!want_c_sequence || layer.cell.has_c, "only the LSTM has c");
+  const Tensor c_sequence = want_c_sequence ? layer.new_sequence(D * s.H) : empty({0}, layer.dtype);
   const Tensor reserve = empty({train ? D : 0, layer.reserve_rows(), layer.reserve_width()}, layer.dtype);
   const int64_t workspace = whole_lines(cpu::kernels().forward_workspace(s));
   const Scratch scratch(D * workspace * layer.element());
@@ -236,9 +272,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, 
     for (int64_t d = 0; d < D; ++d) {
       ForwardDirection& p = params.direction[d] = inputs_of_forward(x, weights[d]);
       p.h0 = h0 ? layer.offset(*h0, d * s.B * s.P) : nullptr;
+      p.reset = layer.reset_state(reset_h, reset_c, d);
       p.reserve = train ? layer.reserve(reserve.data_ptr(), d) : Reserve{};
       p.y = layer.offset(y, d * s.P);
       p.y_stride = D * s.P;
+      p.c_sequence = want_c_sequence ? layer.offset(c_sequence, d * s.H) : nullptr;
       p.h_n = layer.step ? nullptr : layer.offset(h_n, d * s.B * s.P);
       p.c = layer.cell.has_c ? layer.offset(c_n, d * s.B * s.H) : nullptr;
       p.workspace = scratch.data() + d * workspace * layer.element();
@@ -246,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, 
     cpu::forward(params, threads());
   }
   const ScalarType out = layer.stored;
-  return {converted(y, out), converted(h_n, out), converted(c_n, out), reserve};
+  return {converted(y, out), converted(h_n, out), converted(c_n, out), reserve, converted(c_sequence, out)};
 }
 
 // One step in inference: h and c of [B, ...]. forward's T == 1, short of all that a step has no need of.
@@ -274,23 +312,28 @@ std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, 
   return {converted(h, layer.stored), converted(c, layer.stored)};
 }
 
-using Gradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                             Tensor, Tensor, Tensor, Tensor>;
 
-// dx, dh0, dc0, then dw_ih, dw_hh, db_ih, db_hh, dw_hr of each direction; what was not asked for is empty.
+// dx, dh0, dc0, then dw_ih, dw_hh, db_ih, db_hh, dw_hr of each direction, then of the states at resets (reset_steps: of
+// how many steps there are states, 1 if they are the same at all, 0 if no gradient is wanted); what was not asked for
+// is empty.
 Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor reserve, int64_t cell,
                    bool need_dx, bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr,
                    Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
-                   OptionalTensor w_hh_reverse, OptionalTensor w_hr_reverse, OptionalTensor batch_sizes) {
+                   OptionalTensor w_hh_reverse, OptionalTensor w_hr_reverse, OptionalTensor batch_sizes,
+                   OptionalTensor resets, int64_t reset_steps, OptionalTensor dc_sequence) {
   FUSED_RNN_CHECK(w_ih_reverse.has_value() == w_hh_reverse.has_value(), "the reverse direction needs w_ih and w_hh");
-  const Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_ih_reverse.has_value(), batch_sizes);
+  Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_ih_reverse.has_value(), batch_sizes);
+  layer.replace_at(resets);
   const LayerShape& s = layer.shape;
   const int64_t D = s.directions;
   if (need_dw_ih) x = layer.checked_sequence(x, "x", s.I);
   if (dy) dy = layer.checked_sequence(*dy, "dy", D * s.P);
   FUSED_RNN_CHECK(!layer.step || !dh_n, "a single step has no dh_n");
   dh_n = layer.checked_state(dh_n, "dh_n", s.P);
-  FUSED_RNN_CHECK(layer.cell.has_c || !dc_n, "only the LSTM has dc_n");
+  FUSED_RNN_CHECK(layer.cell.has_c || !(dc_n || dc_sequence), "only the LSTM has dc_n and dc_sequence");
+  if (dc_sequence) dc_sequence = layer.checked_sequence(*dc_sequence, "dc_sequence", D * s.H);
   dc_n = layer.checked_state(dc_n, "dc_n", s.H);
   reserve = checked(reserve, "reserve", {D, layer.reserve_rows(), layer.reserve_width()}, layer.dtype);
   std::vector<Weights> weights{layer.checked_weights(w_ih, w_hh, std::nullopt, std::nullopt, w_hr)};
@@ -303,6 +346,15 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   Tensor dh0 = need_dstate ? layer.new_state(s.P) : none();
   Tensor dc = layer.cell.has_c ? layer.new_state(s.H) : none();
   if (layer.cell.has_c) layer.copy_or_zeros(dc_n, dc);
+  FUSED_RNN_CHECK(reset_steps == 0 || (resets && (reset_steps == 1 || reset_steps == s.T)),
+                  "reset_steps must be 0, 1 or the number of steps, got ", reset_steps);
+  const auto new_reset = [&](int64_t width) {
+    if (reset_steps == 0 || width == 0) return none();
+    const Tensor sums =
+        reset_steps == 1 ? empty({D, s.B, width}, layer.dtype) : empty({s.T, D, s.B, width}, layer.dtype);
+    return layer.copy_or_zeros(std::nullopt, sums);
+  };
+  const Tensor dreset_h = new_reset(s.P), dreset_c = new_reset(layer.cell.has_c ? s.H : 0);
   const int64_t rows = layer.cell.gates * s.H;
   struct OfWeights {
     Tensor w_ih, w_hh, b_ih, b_hh, w_hr;
@@ -346,6 +398,8 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
     p.dh_total = s.projected ? take(dh_total) : nullptr;
     p.dh0 = need_dstate ? layer.offset(dh0, d * s.B * s.P) : nullptr;
     p.dc = layer.cell.has_c ? layer.offset(dc, d * s.B * s.H) : nullptr;
+    p.dc_sequence = dc_sequence ? layer.offset(*dc_sequence, d * s.H) : nullptr;
+    p.dreset = layer.reset_state(dreset_h, dreset_c, d);
     p.dw_ih = need_dw_ih ? dw[d].w_ih.data_ptr() : nullptr;
     p.dw_hh = need_dw_hh ? dw[d].w_hh.data_ptr() : nullptr;
     p.db_ih = need_db ? dw[d].b_ih.data_ptr() : nullptr;
@@ -355,11 +409,11 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   cpu::backward(params, threads(), workers);
   const auto& [w, r] = dw;
   const auto out = [&](const Tensor& t) { return converted(t, layer.stored); };
-  return {out(dx),     out(dh0),    out(need_dstate ? dc : none()),
-          out(w.w_ih), out(w.w_hh), out(w.b_ih),
-          out(w.b_hh), out(w.w_hr), out(r.w_ih),
-          out(r.w_hh), out(r.b_ih), out(r.b_hh),
-          out(r.w_hr)};
+  return {out(dx),     out(dh0),      out(need_dstate ? dc : none()),
+          out(w.w_ih), out(w.w_hh),   out(w.b_ih),
+          out(w.b_hh), out(w.w_hr),   out(r.w_ih),
+          out(r.w_hh), out(r.b_ih),   out(r.b_hh),
+          out(r.w_hr), out(dreset_h), out(dreset_c)};
 }
 
 }  // namespace
@@ -369,16 +423,18 @@ STABLE_TORCH_LIBRARY(fused_rnn, m) {
   m.def(
       "forward(Tensor x, Tensor? h0, Tensor? c0, int cell, bool train, Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, "
       "Tensor? b_hh=None, Tensor? w_hr=None, Tensor? w_ih_reverse=None, Tensor? w_hh_reverse=None, "
-      "Tensor? b_ih_reverse=None, Tensor? b_hh_reverse=None, Tensor? w_hr_reverse=None, Tensor? batch_sizes=None) -> "
-      "(Tensor y, Tensor h_n, Tensor c_n, Tensor reserve)");
+      "Tensor? b_ih_reverse=None, Tensor? b_hh_reverse=None, Tensor? w_hr_reverse=None, Tensor? batch_sizes=None, "
+      "Tensor? resets=None, Tensor? reset_h=None, Tensor? reset_c=None, bool want_c_sequence=False) -> "
+      "(Tensor y, Tensor h_n, Tensor c_n, Tensor reserve, Tensor c_sequence)");
   m.def(
       "backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor reserve, int cell, bool need_dx, "
       "bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr, Tensor w_ih, Tensor w_hh, "
       "Tensor? w_hr=None, Tensor? w_ih_reverse=None, Tensor? w_hh_reverse=None, Tensor? w_hr_reverse=None, "
-      "Tensor? batch_sizes=None) -> "
+      "Tensor? batch_sizes=None, Tensor? resets=None, int reset_steps=0, "
+      "Tensor? dc_sequence=None) -> "
       "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
       "Tensor dw_ih_reverse, Tensor dw_hh_reverse, Tensor db_ih_reverse, Tensor db_hh_reverse, "
-      "Tensor dw_hr_reverse)");
+      "Tensor dw_hr_reverse, Tensor dreset_h, Tensor dreset_c)");
   m.def(
       "step(Tensor x, Tensor? h0, Tensor? c0, int cell, Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, "
       "Tensor? b_hh=None, Tensor? w_hr=None) -> (Tensor h, Tensor c)");

@@ -87,7 +87,7 @@ inline int32_t type_number(ScalarType dtype) {
 
 // Straight through the C shim: torch::stable::empty boxes its arguments.
 inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  int64_t strides[3];
+  int64_t strides[4];  // of no more dimensions than any buffer has
   int64_t stride = 1;
   for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
     strides[i] = stride;

@@ -50,6 +50,7 @@ class Backward {
     worker_.wait();
     for (int64_t i = 0; i < s_.T; ++i) step(reverse_ ? i : s_.T - 1 - i);
     if (d_.dh0) initial_state();
+    if (s_.resets && d_.dreset.h) reset_states();
   }
 
  private:
@@ -65,7 +66,7 @@ class Backward {
   int64_t gates() const { return Cell::kGates * s_.H; }
 
   void pack() {
-    if (s_.T > 1 || d_.dh0) pack_columns_of(recurrent_, at(d_.w_hh), gates(), s_.P);
+    if (s_.T > 1 || d_.dh0 || d_.dreset.h) pack_columns_of(recurrent_, at(d_.w_hh), gates(), s_.P);
     if (s_.projected) pack_columns_of(projection_, at(d_.w_hr), s_.P, s_.H);
     if (worker_.index == 0) {
       const int64_t count = gates() > s_.P ? gates() : s_.P;
@@ -115,7 +116,8 @@ class Backward {
   T* dgates(int64_t row) const { return at(d_.dgates) + row * Cell::kGrads * s_.H; }
 
   const T* next_dgates(int64_t b) const {
-    return b < continued_ ? next_ + b * Cell::kGrads * s_.H + Cell::kHiddenGrads * s_.H : zeros_;
+    const bool goes_on = b < continued_ && !s_.reset(reverse_ ? t_ - 1 : t_ + 1, b, reverse_);
+    return goes_on ? next_ + b * Cell::kGrads * s_.H + Cell::kHiddenGrads * s_.H : zeros_;
   }
 
   // What reaches h of row b other than through the next step's gates, before dy; null: nothing.
@@ -185,12 +187,22 @@ class Backward {
     if constexpr (Cell::kHasC) {
       c_prev = load(at(kept.c_prev) + row * kept.stride + unit, n);
       dc = load(at(d_.dc) + b * s_.H + unit, n);
+      if (d_.dc_sequence) dc += load(at(d_.dc_sequence) + row * s_.directions * s_.H + unit, n);
     }
     Cell::backward(saved, h_prev, c_prev, dh, dc, grads, dh_prev);
     T* out = dgates(row) + unit;
     for (int i = 0; i < Cell::kGrads; ++i) store(out + i * s_.H, grads[i], n);
+    if (s_.reset(t_, b, reverse_)) {  // what goes back from here reaches the state that came in its place
+      if constexpr (Cell::kHasC) add_to(d_.dreset.c, t_ * d_.dreset.step_c + b * s_.H + unit, dc, n);
+      if constexpr (Cell::kUsesH) add_to(d_.dreset.h, t_ * d_.dreset.step_h + b * s_.H + unit, dh_prev, n);
+      dc = dh_prev = V{};
+    }
     if constexpr (Cell::kHasC) store(at(d_.dc) + b * s_.H + unit, dc, n);
     if constexpr (Cell::kUsesH) store(direct_ + b * s_.H + unit, dh_prev, n);
+  }
+
+  static void add_to(void* sums, int64_t index, const Vec<T>& more, int64_t n) {
+    if (sums) store(at(sums) + index, load(at(sums) + index, n) + more, n);
   }
 
   // dh0: every row's first step, whichever that was, seen from the state before it.
@@ -198,7 +210,10 @@ class Backward {
     Sums<T, U> sums;
     clear(sums, part);
     const T* rows[kChunk];
-    for (int r = 0; r < part.rows; ++r) rows[r] = first_dgates(part.row + r) + Cell::kHiddenGrads * s_.H;
+    for (int r = 0; r < part.rows; ++r) {
+      const T* first = first_dgates(part.row + r);
+      rows[r] = first ? first + Cell::kHiddenGrads * s_.H : zeros_;
+    }
     add_product(sums, part, rows, recurrent_, d_.w_hh, gates(), s_.P);
     each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) {
       const int64_t b = part.row_of(slot);
@@ -211,11 +226,36 @@ class Backward {
   const T* first_dgates(int64_t b) const {
     int64_t t = reverse_ ? s_.T - 1 : 0;
     while (b >= s_.rows(t)) --t;  // never at t = 0, where every row is active
-    return dgates(s_.row(t) + b);
+    return s_.reset(t, b, reverse_) ? nullptr : dgates(s_.row(t) + b);
   }
 
   void initial_state() {
     each_part(row_end_, s_.P, [&](const Part& part) { initial(part); });
+  }
+
+  // What reaches the states that came in at resets through the gates.
+  void reset_states() {
+    for (t_ = 0; t_ < s_.T; ++t_) {
+      const int64_t row_end = least(row_end_, s_.rows(t_));
+      bool any = false;
+      for (int64_t b = row_begin_; b < row_end; ++b) any = any || s_.reset(t_, b, reverse_);
+      if (any) each_part(row_end, s_.P, [&](const Part& part) { reset_state(part); });
+    }
+  }
+
+  void reset_state(const Part& part) const {
+    Sums<T, U> sums;
+    clear(sums, part);
+    const T* rows[kChunk];
+    for (int r = 0; r < part.rows; ++r) {
+      const int64_t b = part.row + r;
+      rows[r] = s_.reset(t_, b, reverse_) ? dgates(s_.row(t_) + b) + Cell::kHiddenGrads * s_.H : zeros_;
+    }
+    add_product(sums, part, rows, recurrent_, d_.w_hh, gates(), s_.P);
+    each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) {
+      const int64_t b = part.row_of(slot);
+      add_to(d_.dreset.h, t_ * d_.dreset.step_h + b * s_.P + units.unit, sums[slot][u], units.count);
+    });
   }
 
   const LayerShape& s_;

@@ -181,6 +181,7 @@ class Forward {
   }
 
   const T* h_prev(int64_t b) const {
+    if (s_.reset(t_, b, reverse_)) return d_.reset.h ? at(d_.reset.h) + t_ * d_.reset.step_h + b * s_.P : zeros_;
     if (b < carried_) return previous_ + b * d_.y_stride;
     return d_.h0 ? at(d_.h0) + b * s_.P : zeros_;
   }
@@ -239,7 +240,8 @@ class Forward {
       for (int c = 0; c < C; ++c) from_h[slot][c] = load(bias + (C + c) * kLanes<T>);
     }
     if (!products_.x_beforehand) add_product<G>(from_x, part, x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
-    if (carried_ > 0 || d_.h0) add_product<G>(from_h, part, h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P);
+    if (carried_ > 0 || d_.h0 || d_.reset.h)
+      add_product<G>(from_h, part, h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P);
     each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) FUSED_RNN_INLINED {
       const int64_t b = part.row_of(slot);
       Vec<T> input[G], recurrent[G];
@@ -265,11 +267,18 @@ class Forward {
     V saved[Cell::kSaved], h, h_in{}, c{};
     if constexpr (Cell::kUsesH) h_in = load(h_prev + unit, n);
     if constexpr (Cell::kHasC) {
-      c = load(at(d_.c) + b * s_.H + unit, n);
+      if (!s_.reset(t_, b, reverse_)) {
+        c = load(at(d_.c) + b * s_.H + unit, n);
+      } else if (d_.reset.c) {
+        c = load(at(d_.reset.c) + t_ * d_.reset.step_c + b * s_.H + unit, n);
+      }
       if (s_.train) store(at(keep.c_prev) + row * keep.stride + unit, c, n);
     }
     Cell::forward(input, recurrent, h_in, c, saved, h);
-    if constexpr (Cell::kHasC) store(at(d_.c) + b * s_.H + unit, c, n);
+    if constexpr (Cell::kHasC) {
+      store(at(d_.c) + b * s_.H + unit, c, n);
+      if (d_.c_sequence) store(at(d_.c_sequence) + row * s_.directions * s_.H + unit, c, n);
+    }
     if (s_.train) {
       T* gates = at(keep.gates) + row * keep.stride + unit;
       for (int i = 0; i < Cell::kSaved; ++i) store(gates + i * s_.H, saved[i], n);

@@ -1,0 +1,234 @@
+"""What forward takes beyond torch.nn: resets inside a sequence, lengths, and the states of every step.
+
+Without them nothing here runs. With them, the same layers do, of `fused_rnn.ops` where the kernels may be used, else of
+`fused_rnn.reference`, so that compilers, functorch and devices without kernels get the same results at torch's speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fused_rnn import ops, reference
+from fused_rnn.functional import Extras
+
+
+def run(
+    module: Any,
+    input: Any,
+    hx: Any,
+    resets: Tensor | None,
+    reset_state: Any,
+    lengths: Tensor | None,
+    return_state_sequence: bool,
+) -> tuple[Any, ...]:
+    """`fused_rnn.modules.FusedRNNBase.forward` with any of its keyword arguments; they are explained there."""
+    call = _Call(module, input, hx)
+    call.check_resets(resets, reset_state)
+    call.check_lengths(lengths)
+    x, states = call.x, call.states
+    reset_states = call.reset_states(reset_state)
+    per_step = any(s is not None and s.dim() == 4 for s in reset_states)
+    resets = None if resets is None else call.time_major(resets)
+    weights = module._flat_weights
+    fusible = ops.fusible(x, *states, *reset_states, *weights) and (
+        not ops.on_cuda(x) or (resets is None and not (return_state_sequence and module.mode == "LSTM"))
+    )
+    of_steps: Sequence[Tensor] = ()
+    if fusible and lengths is not None and not ops.on_cuda(x):
+        lengths = lengths.cpu()
+        # The kernels take packed rows, at least one, and no state of every step for them.
+        fusible = not per_step and bool(lengths.any())
+    if fusible and lengths is not None and not ops.on_cuda(x):
+        rows = _Lengths(lengths, x.size(0))
+        output, hidden, of_steps = rows.run(call, resets, reset_states, return_state_sequence)
+    else:
+        extras = Extras(resets, reset_states, None if lengths is None else lengths.to(x.device), return_state_sequence)
+        layer = ops.layer if fusible else reference.layer
+        output, hidden, of_steps = call.stack(x, states, call.batch_sizes, extras, layer)
+    results = call.results(output, hidden)
+    return (*results, call.state_sequence(of_steps)) if return_state_sequence else results
+
+
+class _Call:
+    """The arguments of one call in one form, and the way back from its results.
+
+    Raises:
+        ValueError, RuntimeError: as torch.nn, if input or hx do not fit.
+    """
+
+    def __init__(self, module: Any, input: Any, hx: Any) -> None:
+        self.module = module
+        self.name = module._get_name()
+        self.packed = input if isinstance(input, PackedSequence) else None
+        data = input.data if self.packed is not None else input
+        if not isinstance(data, Tensor):
+            raise TypeError(f"{self.name}: expected input to be a Tensor or PackedSequence, got {type(data).__name__}")
+        if self.packed is None and data.dim() not in (2, 3):
+            raise ValueError(f"{self.name}: Expected input to be 2D or 3D, got {data.dim()}D tensor instead")
+        states = module._given_states(hx)
+        if states is None:
+            raise TypeError(f"{self.name}: expected hx to be None or a pair (h_0, c_0)")
+        self.batched = self.packed is not None or data.dim() == 3
+        self.batch_sizes = None if self.packed is None else self.packed.batch_sizes
+        self.batch_first = module.batch_first and self.batched and self.packed is None
+        if not self.batched:
+            if any(s.dim() != 2 for s in states):
+                raise RuntimeError(
+                    f"{self.name}: For unbatched 2-D input, hx should also be 2-D, got {states[0].dim()}-D"
+                )
+            data, states = data.unsqueeze(0 if module.batch_first else 1), tuple(s.unsqueeze(1) for s in states)
+        elif any(s.dim() != 3 for s in states):
+            raise RuntimeError(
+                f"{self.name}: For batched 3-D input, hx should also be 3-D, got {states[0].dim()}-D tensor"
+            )
+        given = bool(states)
+        batch = (
+            int(self.packed.batch_sizes[0]) if self.packed is not None else data.size(0 if module.batch_first else 1)
+        )
+        hidden = module._pack_states(states or module._zero_states(data, batch))
+        if self.packed is not None and given:
+            hidden = module.permute_hidden(hidden, self.packed.sorted_indices)
+        module.check_forward_args(data, hidden, self.batch_sizes)
+        if self.packed is None and data.size(1 if module.batch_first else 0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        self.x = data.transpose(0, 1) if module.batch_first and self.packed is None else data
+        self.batch = batch
+        self.states = module._given_states(hidden) if given else (None,) * len(module._state_sizes())
+
+    def time_major(self, rows: Tensor) -> Tensor:
+        """``[T, B]`` from how the user has it."""
+        if not self.batched:
+            return rows.unsqueeze(1)
+        return rows.transpose(0, 1) if self.batch_first else rows
+
+    def check_resets(self, resets: Any, reset_state: Any) -> None:
+        if resets is None:
+            if reset_state is not None:
+                raise ValueError(f"{self.name}: reset_state needs resets, got None")
+            return
+        if self.packed is not None:
+            raise ValueError(f"{self.name}: resets go with a padded input (see lengths), got a PackedSequence")
+        T, B, _ = self.x.shape
+        shape = (T,) if not self.batched else (B, T) if self.batch_first else (T, B)
+        if not isinstance(resets, Tensor) or resets.dtype is not torch.bool:
+            raise ValueError(f"{self.name}: expected resets to be a bool tensor, got {_kind(resets)}")
+        if resets.shape != shape:
+            raise RuntimeError(f"{self.name}: Expected resets of shape {list(shape)}, got {list(resets.shape)}")
+        if resets.device != self.x.device:
+            raise RuntimeError(f"{self.name}: expected resets on {self.x.device}, got {resets.device}")
+
+    def check_lengths(self, lengths: Any) -> None:
+        if lengths is None:
+            return
+        if self.packed is not None or not self.batched:
+            what = "a PackedSequence" if self.packed is not None else "unbatched input"
+            raise ValueError(f"{self.name}: lengths go with a padded batch, got {what}")
+        if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{self.name}: expected lengths to be an int32 or int64 tensor, got {_kind(lengths)}")
+        if lengths.shape != (self.batch,):
+            raise RuntimeError(f"{self.name}: Expected lengths of shape {[self.batch]}, got {list(lengths.shape)}")
+        if lengths.is_cpu and lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= self.x.size(0):
+            raise ValueError(
+                f"{self.name}: expected lengths between 0 and {self.x.size(0)}, "
+                f"got {int(lengths.min())} to {int(lengths.max())}"
+            )
+
+    def reset_states(self, reset_state: Any) -> tuple[Tensor | None, ...]:
+        """``[L*D, B, size]`` each, or ``[T, L*D, B, size]``, from anything that broadcasts to the one or the other."""
+        sizes = self.module._state_sizes()
+        if reset_state is None:
+            return (None,) * len(sizes)
+        given = self.module._given_states(reset_state)
+        if given is None:
+            raise ValueError(f"{self.name}: expected reset_state to be a pair (h, c), got {_kind(reset_state)}")
+        rows = self.module.num_layers * (2 if self.module.bidirectional else 1)
+        found = []
+        for state, size in zip(given, sizes, strict=True):
+            if not self.batched:
+                state = state.unsqueeze(-2)
+            of_one = (rows, self.batch, size)
+            wanted = (self.x.size(0), *of_one) if state.dim() == 4 else of_one
+            fits = state.dim() in (3, 4) and all(
+                got in (1, want) for got, want in zip(state.shape, wanted, strict=True)
+            )
+            if not fits:
+                raise RuntimeError(
+                    f"{self.name}: Expected reset_state of shape {list(of_one)} or {[self.x.size(0), *of_one]}, "
+                    f"got {list(state.shape)}"
+                )
+            found.append(state.expand(wanted))
+        return tuple(found)
+
+    def stack(self, x: Tensor, states: Any, batch_sizes: Any, extras: Extras, layer: Any) -> tuple[Any, Any, Any]:
+        """Output, final states, and the states of every step if they are wanted."""
+        output, *rest = self.module._stack(x, states, batch_sizes, layer=layer, extras=extras)
+        count = len(self.module._state_sizes())
+        return output, rest[:count], rest[count:]
+
+    def results(self, output: Tensor, hidden: Sequence[Tensor]) -> tuple[Any, Any]:
+        """As torch.nn returns them."""
+        module, packed = self.module, self.packed
+        if packed is not None:
+            found = PackedSequence(output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+            return found, module.permute_hidden(module._pack_states(hidden), packed.unsorted_indices)
+        if not self.batched:
+            return output.squeeze(1), module._pack_states([h.squeeze(1) for h in hidden])
+        return output.transpose(0, 1) if self.batch_first else output, module._pack_states(hidden)
+
+    def state_sequence(self, of_steps: Sequence[Tensor]) -> Any:
+        packed = self.packed
+        if packed is not None:
+            indices = (packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+            return self.module._pack_states([PackedSequence(s, *indices) for s in of_steps])
+        return self.module._pack_states(of_steps if self.batched else [s.squeeze(2) for s in of_steps])
+
+
+class _Lengths:
+    """A padded batch as packed rows, longest first, for kernels that take those; rows without a step are left out."""
+
+    def __init__(self, lengths: Tensor, T: int) -> None:
+        self.T, self.B = T, lengths.size(0)
+        sorted_lengths, order = lengths.sort(descending=True, stable=True)
+        self.order = order[: int((lengths > 0).sum())]
+        present = torch.arange(int(sorted_lengths[0])).unsqueeze(1) < sorted_lengths
+        self.batch_sizes = present.sum(1)
+        t, b = present.nonzero(as_tuple=True)
+        self.rows = t * self.B + order[b]  # of [T * B, ...], in packed order
+
+    def run(
+        self, call: _Call, resets: Tensor | None, reset_states: Sequence[Tensor | None], state_sequence: bool
+    ) -> tuple[Any, Any, Any]:
+        layers = call.module.num_layers * (2 if call.module.bidirectional else 1)
+        sizes = call.module._state_sizes()
+        # Of rows without a step the initial state is the final one.
+        hidden = [
+            call.x.new_zeros(layers, self.B, size) if s is None else s
+            for s, size in zip(call.states, sizes, strict=True)
+        ]
+        extras = Extras(
+            None if resets is None else resets.flatten().index_select(0, self.rows),
+            self.sorted(reset_states),
+            None,
+            state_sequence,
+        )
+        x = call.x.flatten(0, 1).index_select(0, self.rows)
+        output, last, of_steps = call.stack(x, self.sorted(call.states), self.batch_sizes, extras, ops.layer)
+        hidden = [all_rows.index_copy(1, self.order, some) for all_rows, some in zip(hidden, last, strict=True)]
+        return self.padded(output), hidden, [self.padded(s).transpose(1, 2) for s in of_steps]
+
+    def sorted(self, states: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        return tuple(None if s is None else s.index_select(1, self.order) for s in states)
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """``[T, B, ...]``, zero where a row has ended."""
+        out = rows.new_zeros(self.T * self.B, *rows.shape[1:]).index_copy(0, self.rows, rows)
+        return out.unflatten(0, (self.T, self.B))
+
+
+def _kind(value: Any) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,274 @@
+"""The CUDA kernels without a GPU: `cuda_check.cpp` runs them in the emulator against a plain loop, and every fault put
+into them on purpose must make it fail.
+
+The emulator judges races, barriers and the order in which words arrive; the comparison judges the numbers. What neither
+would notice is not tested, so the mutants at the end keep both honest.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+CSRC = TESTS.parent / "csrc"
+EMULATOR = TESTS / "cuda_emulator"
+COMPILER = shlex.split(os.environ.get("CXX", "g++"))
+FLAGS = ["-std=c++17", "-DFUSED_RNN_EMULATOR", f"-I{EMULATOR}", f"-I{TESTS}", "-x", "c++"]
+CELLS = {"lstm": "LstmCell", "gru": "GruCell", "rnn_tanh": "RnnCell<Tanh>", "rnn_relu": "RnnCell<Relu>"}
+ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "tf32": "Tf32"}
+# What sigmoid and tanh shift out of their constants' signs, every compiler that can build this defines.
+SANITIZER = ["-fsanitize=address,undefined", "-fno-sanitize=shift-base", "-fno-sanitize-recover=all"]
+PROCESSES = 2
+SECONDS = 300  # far more than anything takes here: a program that needs longer hangs
+
+pytestmark = [
+    pytest.mark.skipif(not CSRC.is_dir(), reason=f"the C++ sources are not beside the tests, in {CSRC}"),
+    pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"there is no C++ compiler ({COMPILER[0]})"),
+]
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(word) for word in command], text=True, capture_output=True, timeout=SECONDS)
+
+
+def compiled(source: Path, target: Path, *flags: str, csrc: Path = CSRC) -> Path:
+    done = run(*COMPILER, *FLAGS, f"-I{csrc / 'cuda'}", *flags, "-c", source, "-o", target)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return target
+
+
+def linked(objects: Iterable[Path], program: Path, *flags: str) -> Path:
+    done = run(*COMPILER, *flags, *objects, "-o", program)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return program
+
+
+def build(
+    program: Path,
+    sources: Iterable[Path],
+    *flags: str,
+    csrc: Path = CSRC,
+    also: Iterable[Path] = (),
+    processes: int = 2,
+) -> Path:
+    """Compiles `sources` side by side and links them with the objects of `also`."""
+    folder = program.with_suffix(".objects")
+    folder.mkdir()
+    with ThreadPoolExecutor(processes) as pool:
+        objects = pool.map(lambda path: compiled(path, folder / f"{path.name}.o", *flags, csrc=csrc), sources)
+        return linked([*objects, *also], program, *flags)
+
+
+def one_instance(cell: str, element: str) -> list[str]:
+    return [f"-DCHECK_CELL={CELLS[cell]}", f"-DCHECK_ELEMENT={ELEMENTS[element]}"]
+
+
+def require_sanitizer(folder: Path) -> None:
+    (folder / "empty.cpp").write_text("int main() {}")
+    if run(*COMPILER, *SANITIZER, folder / "empty.cpp", "-o", folder / "empty").returncode:
+        pytest.skip(f"{COMPILER[0]} has no address sanitizer (Debian, Ubuntu: it comes with g++; Fedora: libasan)")
+
+
+def assert_passes(done: subprocess.CompletedProcess[str]) -> None:
+    print(done.stdout)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert done.stdout.rstrip().endswith(" 0 failures")
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emulator's object, the same for all programs without a sanitizer."""
+    return compiled(EMULATOR / "emulator.cpp", tmp_path_factory.mktemp("emulator") / "emulator.o", "-O2")
+
+
+@pytest.fixture(scope="module")
+def every_instance(tmp_path_factory: pytest.TempPathFactory, emulator: Path) -> Path:
+    """The program with all cells, elements and instances, those that a GPU would run."""
+    kernels = [CSRC / "cuda" / f"{cell}.cu" for cell in CELLS]
+    host = [TESTS / "cuda_check.cpp", CSRC / "cuda" / "plan.cpp", CSRC / "cuda" / "recurrence.cpp"]
+    return build(tmp_path_factory.mktemp("every_instance") / "cuda_check", [*kernels, *host], "-O1", also=[emulator])
+
+
+def test_the_emulator_is_right(tmp_path: Path) -> None:
+    program = build(tmp_path / "self_test", sorted(EMULATOR.glob("*.cpp")), "-O1")
+    done = run(program)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_instance_agrees_with_the_reference(every_instance: Path) -> None:
+    def check(cell_and_element: tuple[str, str]) -> subprocess.CompletedProcess[str]:
+        cell, element = cell_and_element
+        return run(every_instance, "--cell", cell, "--element", element, "--seeds", "2")
+
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        for done in pool.map(check, [(cell, element) for cell in CELLS for element in ELEMENTS]):
+            assert_passes(done)
+
+
+def test_no_access_beyond_memory_and_nothing_undefined(tmp_path: Path) -> None:
+    require_sanitizer(tmp_path)
+    emulator = compiled(EMULATOR / "emulator.cpp", tmp_path / "emulator.o", "-O1", *SANITIZER)
+    sources = [TESTS / "cuda_check.cpp", CSRC / "cuda" / "plan.cpp"]
+
+    def check(cell: str, element: str) -> subprocess.CompletedProcess[str]:
+        flags = ["-O0", *SANITIZER, *one_instance(cell, element)]
+        return run(build(tmp_path / cell, sources, *flags, also=[emulator], processes=1), "--quick", "--seeds", "1")
+
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        for done in pool.map(check, ["lstm", "gru"], ["bf16", "tf32"]):
+            assert_passes(done)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: `old`, which occurs once in `file`, becomes `new`. `cell` and `element` are those that must notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    cell: str = "lstm"
+    element: str = "bf16"
+    sanitized: bool = False  # only the address sanitizer notices it
+
+
+_FORWARD, _BACKWARD, _PRODUCT, _EXCHANGE = "forward.cuh", "backward.cuh", "product.cuh", "exchange.cuh"
+_BLOCK, _ELEMENT = "block.cuh", "element.h"
+# Not here, because nothing can notice them:
+# - Both sync_warp() of product.cuh: mma itself makes the emulator's warps meet, and a lane reads only those weights in
+#   shared memory that it wrote. They make a GPU's lanes converge; they order no memory.
+# - The barrier before backward's steps: nothing shared is written before it.
+# - Forward's `is_unit ? h : 0.0f`: behind H all is zero, from the weights to the state.
+# - The rows' bound of a block that is alone: rows behind the tile have a place in its memory; nobody reads their sums.
+# - `last_row` in Block::tile: all launches but the last consist of whole tiles.
+MUTANTS = [
+    # Barriers.
+    Mutant("forward: none before the steps", _FORWARD, "  }\n  sync_block();\n", "  }\n"),
+    Mutant("forward: none behind the product", _FORWARD, "sums);\n      sync_block();", "sums);"),
+    Mutant("forward: none behind the cell", _FORWARD, "      sync_block();\n    }\n", "    }\n"),
+    Mutant("backward: none behind the product", _BACKWARD, "      sync_block();\n\n", "\n"),
+    Mutant("backward: none behind the cell", _BACKWARD, "      sync_block();\n    }\n", "    }\n"),
+    # What is exchanged through L2.
+    Mutant("nothing is ever missing", _EXCHANGE, "return v.w[0] == kNotYet ||", "return false &&"),
+    Mutant(
+        "three words of four are looked at", _EXCHANGE, "v.w[2] == kNotYet || v.w[3]", "v.w[2] == kNotYet || v.w[2]"
+    ),
+    Mutant("forward: published for this step", _FORWARD, "publish(block.time(step + 1, false),", "publish(t,"),
+    Mutant("backward: waits for this step", _BACKWARD, "block.time(step - 1, true)", "block.time(step, true)"),
+    Mutant("loads rows behind the tile", _EXCHANGE, "kTileRows * eight < rows_ && ", ""),
+    Mutant("loads columns behind the last", _EXCHANGE, " && column < columns_", ""),
+    Mutant("publishes rows behind the tile", _FORWARD, "if (row < tile.rows && unit < Hp)", "if (unit < Hp)"),
+    Mutant("publishes units behind the last", _FORWARD, "row < tile.rows && unit < Hp", "row < tile.rows"),
+    Mutant("backward: publishes units behind the last", _BACKWARD, "row < tile.rows && unit < Hp", "row < tile.rows"),
+    Mutant("not yet there is 0", _ELEMENT, "kNotYet = 0xffffffffu", "kNotYet = 0"),
+    Mutant(
+        "a NaN is published as it is",
+        _ELEMENT,
+        "static Stored stored(float value) { return bf16_bits(value); }",
+        "static Stored stored(float v) { return v != v ? math::bits<uint32_t>(v) >> 16 : bf16_bits(v); }",
+    ),
+    Mutant(
+        "TF32: a NaN is published as it is",
+        _ELEMENT,
+        "store(tf32_bits(value))",
+        "store(value != value ? math::bits<uint32_t>(value) : tf32_bits(value))",
+        element="tf32",
+    ),
+    Mutant("GRU: the wrong gradients are read", _EXCHANGE, " + exchange.rows_.offset + column", " + column", "gru"),
+    # The watchdog.
+    Mutant("never gives up", _EXCHANGE, "now - since_ <= patience_", "now >= since_"),
+    Mutant("waits again after giving up", _EXCHANGE, "if (gave_up_) return false;", ""),
+    Mutant("adds up all waits", _EXCHANGE, "exchange_.turns_ = 0;", ""),
+    Mutant("does not say so", _EXCHANGE, "store_to_host(error_, 1);", ""),
+    # A block that is alone.
+    Mutant("alone: columns behind the last", _EXCHANGE, " || column >= columns_", ""),
+    Mutant("alone: all tiles in one slot", _EXCHANGE, "(tile.index * rows_of_tile_ + row)", "row"),
+    Mutant("alone, GRU: keeps what nobody reads", _EXCHANGE, "if (column >= rows_.offset)", "if (true)", "gru"),
+    # The product.
+    Mutant("forward: weights not padded", _FORWARD, "d.w_hh), H, Hp,", "d.w_hh), H, H,"),
+    Mutant("weights of units behind the last", _PRODUCT, " && row < H && ", " && ", sanitized=True),
+    Mutant("weights of columns behind the last", _PRODUCT, " && column(pair) < columns_", ""),
+    Mutant("partial sums dropped", _PRODUCT, "k < kSplit; ++k) total", "k < 1; ++k) total"),
+    Mutant("depth warps dropped", _PRODUCT, "depth < Shape::kDepthWarps; ++depth", "depth < 1; ++depth"),
+    Mutant("shared weights: warps overlap", _PRODUCT, "first_shared_ = warp() *", "first_shared_ = 0 *"),
+    Mutant("shared weights: gates overlap", _PRODUCT, "* kGates + gate) * 2 + step)", "* kGates + gate) + step)"),
+    Mutant(
+        "the next tile's rows too late", _PRODUCT, "start(source, tile + 1, 0, next)", "start(source, tile, 0, next)"
+    ),
+    # Rows, units and what they carry.
+    Mutant("forward: rows never end", _FORWARD, "active = present && block.active(t, b)", "active = present"),
+    Mutant(
+        "backward: rows never end",
+        _BACKWARD,
+        "block.row(i) < tile.rows && block.active(t, b)",
+        "block.row(i) < tile.rows",
+    ),
+    Mutant(
+        "backward, GRU: rows that ended have gradients", _BACKWARD, "active[i] ? grads[k] : 0.0f", "grads[k]", "gru"
+    ),
+    Mutant("y behind a row's end", _FORWARD, "active ? h : 0.0f", "h"),
+    Mutant("h is not kept", _FORWARD, "          state.store(0, i, h);\n", ""),
+    Mutant("c is not kept", _FORWARD, "          state.store(1, i, c);\n", ""),
+    Mutant("c saved after the step", _FORWARD, "d.c_prev[at] = c_prev", "d.c_prev[at] = c"),
+    Mutant("backward: dc is not kept", _BACKWARD, "          state.store(1, i, dc);\n", ""),
+    Mutant("backward: rows that ended lose dh", _BACKWARD, "state.store(0, i, dh);", "state.store(0, i, 0.0f);"),
+    Mutant("one state for all tiles", _BLOCK, "tile.index * 2 * kElements", "0 * kElements"),
+    Mutant("rows of no tile", _FORWARD, "if (row >= Shape::kRows) break;\n        const", "const"),
+    Mutant("the second launch takes the first rows", _BLOCK, "sequence_.first_row + static_cast", "static_cast"),
+    Mutant("both directions run the same way", _BLOCK, "(direction_ == 1)", "false"),
+]
+
+
+def outcome(mutant: Mutant, folder: Path, emulator: Path) -> subprocess.CompletedProcess[str]:
+    """What the check says to a copy of the sources with the fault in it."""
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC, csrc)
+    target = csrc / "cuda" / mutant.file
+    text = target.read_text()
+    assert text.count(mutant.old) == 1, (
+        f"{mutant.file} has changed: {mutant.old!r} occurs {text.count(mutant.old)} times"
+    )
+    target.write_text(text.replace(mutant.old, mutant.new))
+    sources = [TESTS / "cuda_check.cpp", csrc / "cuda" / "plan.cpp"]
+    flags = ["-O0", *one_instance(mutant.cell, mutant.element)]
+    if mutant.sanitized:
+        sources, flags, also = [*sources, EMULATOR / "emulator.cpp"], [*flags, *SANITIZER], []
+    else:
+        also = [emulator]
+    program = build(folder / "mutant", sources, *flags, csrc=csrc, also=also, processes=1)
+    done = run(program, "--quick")
+    shutil.rmtree(folder)
+    return done
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, emulator: Path
+) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """Of the mutants whose tests are to run: several at a time."""
+    mutants = [item.callspec.params["mutant"] for item in request.session.items if "[mutant: " in item.name]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        yield {m.name: pool.submit(outcome, m, tmp_path_factory.mktemp("mutant"), emulator) for m in mutants}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=[f"mutant: {m.name}" for m in MUTANTS])
+def test_a_fault_is_found(
+    mutant: Mutant, outcomes: dict[str, Future[subprocess.CompletedProcess[str]]], tmp_path: Path
+) -> None:
+    if mutant.sanitized:
+        require_sanitizer(tmp_path)
+    done = outcomes[mutant.name].result()
+    print(done.stdout, done.stderr[:2000])
+    assert done.returncode != 0, "nobody has noticed"
+    # Said by the check or by the sanitizer: a program that merely crashes has noticed nothing.
+    assert "FAILED: " in done.stdout or "AddressSanitizer" in done.stderr
