@@ -228,7 +228,7 @@ Forward recurrence_forward(Tensor x_gates, OptionalTensor h0, OptionalTensor c0,
   const Tensor c_prev = l.empty_arithmetic({keeps_c ? D : 0, T, B, H});
   if (resident) {
     const cuda::Plan plan = l.plan(false, instance);
-    const bool exchanges = train || plan.instance.exchange != cuda::Exchange::kAlone;
+    const bool exchanges = train || plan.instance.exchange == cuda::Exchange::kThroughL2;
     const Tensor h_prev = l.empty_exchange({exchanges ? D : 0, T, B, l.padded});
     cuda::ForwardParams params{l.sequence(), {}};
     for (int64_t d = 0; d < D; ++d) {

@@ -75,7 +75,9 @@ PYBIND11_MODULE(_C, m) {
         py::list all;
         for (const Plan& p : plans(problem, {sms, shared_bytes, capability})) {
           py::dict d;
-          d["kernel"] = p.instance.exchange == Exchange::kAlone ? "alone" : "through_l2";
+          d["kernel"] = p.instance.exchange == Exchange::kAlone       ? "alone"
+                        : p.instance.exchange == Exchange::kThroughL2 ? "through_l2"
+                                                                      : "through_cluster";
           d["instance"] = p.index;
           d["unit_warps"] = p.instance.unit_warps;
           d["depth_warps"] = p.instance.depth_warps;

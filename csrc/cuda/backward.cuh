@@ -6,7 +6,8 @@
 #pragma once
 
 #include "../cells/cells.h"
-#include "block.cuh"
+#include "exchange.cuh"
+#include "product.cuh"
 
 namespace fused_rnn {
 namespace cuda {
@@ -15,6 +16,10 @@ template <class Cell, class E, class Shape>
 FUSED_RNN_KERNEL(Shape::kThreads)
 backward(const BackwardParams params) {
   using Weights = ResidentProduct<E, 1, Shape>;
+  if constexpr (!can_run(Shape::kExchange)) {
+    trap();
+    return;
+  }
   const Sequence& q = params.sequence;
   const Block<Shape> block(q);
   const BackwardDirection& d = params.direction[block.direction()];
@@ -22,9 +27,9 @@ backward(const BackwardParams params) {
   const bool is_unit = unit < H;
   const Layout layout(Shape::instance(), {1, columns, sizeof(typename E::Stored)}, q.division.tiles);
   const Shared<float> sums = shared_memory<float>(layout.sums), states = shared_memory<float>(layout.state);
-  typename ExchangeOf<E, Shape::kExchange>::Type exchange(
-      Rows<E>{static_cast<typename E::Stored*>(d.dgates), q.B, Cell::kGrads * Hp, Cell::kHiddenGrads * Hp, columns}, q,
-      layout, Shape::kRows);
+  typename ExchangeOf<E, Shape>::Type exchange(
+      Rows<E>{static_cast<typename E::Stored*>(d.dgates), q.B, Cell::kGrads * Hp, Cell::kHiddenGrads * Hp, columns},
+      block, layout, block.time(0, true));
   Weights weights(static_cast<const typename E::Stored*>(d.w_hh_t), H, columns, block.first_unit(),
                   shared_memory<Words>(layout.weights));
 
@@ -110,6 +115,7 @@ backward(const BackwardParams params) {
       }
     }
   }
+  exchange.finish();
 }
 
 }  // namespace cuda

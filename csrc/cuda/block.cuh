@@ -1,11 +1,19 @@
 // What forward and backward share: which part of the layer a block has, and which units and rows a thread.
 #pragma once
 
-#include "exchange.cuh"
-#include "product.cuh"
+#include "element.h"
+#include "layout.h"
+#include "params.h"
 
 namespace fused_rnn {
 namespace cuda {
+
+// The batch rows that a block has in hand.
+struct Tile {
+  int index;      // among the team's
+  int64_t first;  // row
+  int rows;
+};
 
 template <class Shape>
 class Block {
@@ -17,6 +25,7 @@ class Block {
     direction_ = block_index() / (d.parts * d.teams);
   }
 
+  FUSED_RNN_DEVICE const Sequence& sequence() const { return sequence_; }
   FUSED_RNN_DEVICE int direction() const { return direction_; }
   FUSED_RNN_DEVICE int first_unit() const { return first_unit_; }
   // This thread's unit, of the block and of the layer.

@@ -40,6 +40,69 @@ FUSED_RNN_DEVICE Shared<T> shared_memory(int offset) {
   return {reinterpret_cast<T*>(bytes + offset)};
 }
 
+// Clusters: neighbouring blocks that reach each other's shared memory. Below sm_90 there are none.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#define FUSED_RNN_OF_CLUSTERS(...) __trap()
+#else
+constexpr bool kHasClusters = true;
+#define FUSED_RNN_OF_CLUSTERS(...) asm volatile(__VA_ARGS__)
+#endif
+FUSED_RNN_DEVICE void trap() { __trap(); }
+
+// Waits for all threads of the cluster; each then sees what the others have done before.
+FUSED_RNN_DEVICE void sync_cluster() {
+  FUSED_RNN_OF_CLUSTERS("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" :: : "memory");
+}
+
+FUSED_RNN_DEVICE uint32_t shared_address(int offset) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(&shared_memory<unsigned char>(offset)[0]));
+}
+
+// Eight bytes of shared memory that count the bytes which others push here. A phase ends when one thread has said, with
+// `expect`, how many are to come in it, and they have come; before or after, that does not matter.
+class Arrivals {
+ public:
+  FUSED_RNN_DEVICE explicit Arrivals(int offset) : offset_(offset) {}
+  FUSED_RNN_DEVICE int offset() const { return offset_; }
+  // By one thread, before a sync_cluster.
+  FUSED_RNN_DEVICE void init() const {
+    FUSED_RNN_OF_CLUSTERS("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(
+        shared_address(offset_)) : "memory");
+  }
+  // Once in every phase.
+  FUSED_RNN_DEVICE void expect(int bytes) const {
+    FUSED_RNN_OF_CLUSTERS("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(offset_)),
+                          "r"(bytes) : "memory");
+  }
+  // Whether a phase has ended: the first and every second (parity 0), or those between (1). The caller is never more
+  // than one phase behind. Waits a moment, but not for long. Then the caller sees what has come in that phase.
+  FUSED_RNN_DEVICE bool complete(int parity) const {
+    uint32_t done = 0;
+    FUSED_RNN_OF_CLUSTERS(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(shared_address(offset_)),
+        "r"(parity) : "memory");
+    return done != 0;
+  }
+
+ private:
+  int offset_;
+};
+
+// Stores a word in the shared memory of the cluster's block `rank`, at the offset at which this block has its own, and
+// has it counted by that block's `arrivals`. Orders nothing but the word before its being counted.
+FUSED_RNN_DEVICE void push(int offset, uint32_t word, const Arrivals& arrivals, int rank) {
+  FUSED_RNN_OF_CLUSTERS(
+      "{\n.reg .b32 to, at;\n"
+      "mapa.shared::cluster.u32 to, %0, %3;\n"
+      "mapa.shared::cluster.u32 at, %2, %3;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %1, [at];\n}" ::"r"(shared_address(offset)),
+      "r"(word), "r"(shared_address(arrivals.offset())), "r"(rank) : "memory");
+}
+#undef FUSED_RNN_OF_CLUSTERS
+
 // Words that blocks exchange through the L2 cache: each is whole or not there at all; nothing orders them.
 FUSED_RNN_DEVICE Words load_exchanged(const void* from) {
   Words v;

@@ -7,7 +7,8 @@
 #pragma once
 
 #include "../cells/cells.h"
-#include "block.cuh"
+#include "exchange.cuh"
+#include "product.cuh"
 
 namespace fused_rnn {
 namespace cuda {
@@ -17,6 +18,10 @@ FUSED_RNN_KERNEL(Shape::kThreads)
 forward(const ForwardParams params) {
   constexpr int G = Cell::kGates;
   using Weights = ResidentProduct<E, G, Shape>;
+  if constexpr (!can_run(Shape::kExchange)) {
+    trap();
+    return;
+  }
   const Sequence& q = params.sequence;
   const Block<Shape> block(q);
   const ForwardDirection& d = params.direction[block.direction()];
@@ -24,8 +29,8 @@ forward(const ForwardParams params) {
   const bool is_unit = unit < H;
   const Layout layout(Shape::instance(), {G, Hp, sizeof(typename E::Stored)}, q.division.tiles);
   const Shared<float> sums = shared_memory<float>(layout.sums), states = shared_memory<float>(layout.state);
-  typename ExchangeOf<E, Shape::kExchange>::Type exchange(
-      Rows<E>{static_cast<typename E::Stored*>(d.h_prev), q.B, Hp, 0, Hp}, q, layout, Shape::kRows);
+  typename ExchangeOf<E, Shape>::Type exchange(Rows<E>{static_cast<typename E::Stored*>(d.h_prev), q.B, Hp, 0, Hp},
+                                               block, layout, block.time(0, false));
   Weights weights(static_cast<const typename E::Stored*>(d.w_hh), H, Hp, block.first_unit(),
                   shared_memory<Words>(layout.weights));
 
@@ -120,6 +125,7 @@ forward(const ForwardParams params) {
       if constexpr (Cell::kHasC) store_value<E>(d.c_n, at, state.load(1, i));
     }
   }
+  exchange.finish();
 }
 
 }  // namespace cuda

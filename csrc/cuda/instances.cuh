@@ -53,8 +53,10 @@ template <class Params>
 void launch_parts(void (*kernel)(Params), const Plan& plan, Params params, void* stream) {
   Sequence& q = params.sequence;
   q.division = plan.division;
+  // Only the blocks of one team wait for each other, and the device starts those of a cluster together.
+  const Exchange exchange = plan.instance.exchange;
   const Grid grid{plan.blocks(q.directions), plan.instance.threads(), plan.shared_bytes,
-                  plan.instance.exchange != Exchange::kAlone};
+                  exchange == Exchange::kThroughL2, exchange == Exchange::kThroughCluster ? plan.division.parts : 1};
   for (int64_t row = 0; row < q.B; row += plan.rows) {
     q.first_row = row;
     q.last_row = std::min(q.B, row + plan.rows);

@@ -1,5 +1,6 @@
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -17,6 +18,8 @@ void check(cudaError_t status, const char* what) {
   cudaGetLastError();  // or the next caller would find it
   throw std::runtime_error("fused_rnn: " + std::string(what) + ": " + cudaGetErrorString(status));
 }
+
+__global__ void any_kernel() {}
 
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
@@ -37,8 +40,10 @@ Device current_device() {
   if (d.capability == 0) {
     d.sms = attribute(cudaDevAttrMultiProcessorCount, device);
     d.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    d.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
-                   attribute(cudaDevAttrComputeCapabilityMinor, device);
+    cudaFuncAttributes compiled;
+    check(cudaFuncGetAttributes(&compiled, any_kernel), "cudaFuncGetAttributes");
+    d.capability = std::min(compiled.ptxVersion, 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                                                     attribute(cudaDevAttrComputeCapabilityMinor, device));
   }
   return d;
 }
@@ -48,15 +53,21 @@ void launch_kernel(const void* kernel, const Grid& grid, void* stream, void* par
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes),
           "cudaFuncSetAttribute");
   }
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = grid.cooperative;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = grid.cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  config.numAttrs = grid.cluster > 1 ? 2 : 1;  // a device without clusters refuses theirs
   void* arguments[] = {params};
-  const dim3 blocks(grid.blocks), threads(grid.threads);
-  const auto on = static_cast<cudaStream_t>(stream);
-  if (grid.cooperative) {
-    check(cudaLaunchCooperativeKernel(kernel, blocks, threads, arguments, grid.shared_bytes, on),
-          "cudaLaunchCooperativeKernel");
-  } else {
-    check(cudaLaunchKernel(kernel, blocks, threads, arguments, grid.shared_bytes, on), "cudaLaunchKernel");
-  }
+  check(cudaLaunchKernelExC(&config, kernel, arguments), "cudaLaunchKernelExC");
 }
 
 void fill_with_ones(void* at, int64_t bytes, void* stream) {

@@ -14,12 +14,13 @@ struct Grid {
   int blocks, threads;
   int shared_bytes;
   bool cooperative;  // blocks wait for each other: all must run at the same time
+  int cluster = 1;   // so many neighbouring blocks run at the same time and reach each other's shared memory
 };
 
 struct Device {
   int sms;
   int shared_bytes;  // that one block may have
-  int capability;    // 10 * major + minor
+  int capability;    // 10 * major + minor; what the kernels were compiled for, if that is less
 };
 
 // Of the current device; cached.

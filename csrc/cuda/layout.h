@@ -12,7 +12,8 @@ constexpr int kTileRows = 8;     // batch rows of one tensor-core tile
 constexpr int kSumsStride = 20;  // of kTileUnits sums: the lanes of a warp then write to different banks
 constexpr int kRegistersOfWeights = 96;
 
-enum class Exchange : int { kAlone, kThroughL2 };
+enum class Exchange : int { kAlone, kThroughL2, kThroughCluster };
+constexpr int kMostOfCluster = 8;  // blocks, on every device that has clusters
 
 // A kernel instance: `unit_warps` warps side by side over the units of the block, each unit's products split over
 // `depth_warps` warps along the columns of the weights; `row_tiles` tiles of batch rows at a time.
@@ -33,7 +34,11 @@ struct Instance {
   X(kThroughL2, 1, 8, 4)       \
   X(kThroughL2, 2, 4, 1)       \
   X(kThroughL2, 2, 4, 2)       \
-  X(kThroughL2, 2, 4, 4)
+  X(kThroughL2, 2, 4, 4)       \
+  X(kThroughCluster, 1, 8, 1)  \
+  X(kThroughCluster, 2, 4, 1)  \
+  X(kThroughCluster, 2, 4, 2)  \
+  X(kThroughCluster, 4, 2, 1)
 
 // 16-byte loads of weights come in pairs of tensor-core steps; this many pairs of each gate stay in registers.
 FUSED_RNN_INLINE constexpr int register_pairs(int gates) { return kRegistersOfWeights / (8 * gates); }
@@ -58,19 +63,24 @@ struct Layout {
   int weights;  // pairs that found no place in registers: [warp, pair, gate, 2, lane] of 16 bytes
   int sums;     // [depth warp, unit warp, gate, row, kSumsStride] floats
   int state;    // [tile, 2, row, unit] floats: what a unit carries from step to step
-  int slots;    // [tile, row, slot_stride] bytes: the exchange of a block that is alone
+  int slots;    // what is exchanged in shared memory: [tile, row, slot_stride] bytes of a block that is alone,
+                // [tile, 2, row, slot_stride] of one in a cluster
   int slot_stride;
+  int arrivals;  // [tile, 2] barriers of 8 bytes, one of each of a cluster's slots
   int total;
 
   FUSED_RNN_INLINE constexpr Layout(Instance instance, Product product, int tiles)
-      : weights(0), sums(0), state(0), slots(0), slot_stride(0), total(0) {
+      : weights(0), sums(0), state(0), slots(0), slot_stride(0), arrivals(0), total(0) {
     const int warps = instance.unit_warps * instance.depth_warps;
     sums = weights + warps * product.shared_pairs(instance.depth_warps) * product.gates * 2 * 32 * 16;
     state = sums + warps * product.gates * instance.rows() * kSumsStride * 4;
     slots = state + tiles * 2 * instance.rows() * instance.units() * 4;
     // 64 bytes behind a multiple of 128: the eight lanes that load together then use different banks.
     slot_stride = (product.columns * product.element + 127) / 128 * 128 + 64;
-    total = slots + (instance.exchange == Exchange::kAlone ? tiles * instance.rows() * slot_stride : 0);
+    const bool cluster = instance.exchange == Exchange::kThroughCluster;
+    const int buffers = cluster ? 2 : instance.exchange == Exchange::kAlone ? 1 : 0;
+    arrivals = slots + tiles * buffers * instance.rows() * slot_stride;
+    total = arrivals + (cluster ? tiles * buffers * 8 : 0);
   }
 };
 

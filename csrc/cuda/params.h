@@ -37,7 +37,7 @@ struct ForwardDirection {
   const void* h0;       // [B, H], may be null: zeros
   const void* c0;       // [B, H], may be null: zeros; LSTM
   void* h_prev;         // [T, B, Hp] out: h as each step consumed it; the exchange, all kNotYet before. May be null
-                        // where one part holds all units
+                        // where the exchange does not go through L2
   void* y;              // [T, B, H] out, zero behind a row's end
   int64_t y_stride;     // of a row of y: D * H
   void* h_n;            // [B, H] out

@@ -20,6 +20,8 @@ struct Rates {
   double barriers = 120;          // two barriers, the way of a value through shared memory
   double travel_l2 = 1100;        // from a store to its being read in another multiprocessor
   double travel_alone = 60;
+  double travel_cluster = 400;  // from a push to the end of its phase in another multiprocessor
+  double cluster_bytes = 32;    // pushed to one multiprocessor per cycle
 };
 constexpr Rates kRates;
 
@@ -40,13 +42,24 @@ double cycles_per_step(const Instance& in, const Product& product, int tiles) {
   const double products = warps * in.row_tiles * product.pairs(in.depth_warps) * 2 * product.gates * r.product;
   const double weights =
       warps * in.row_tiles * product.shared_pairs(in.depth_warps) * product.gates * 1024. / r.shared_bytes;
-  const double rows = double(in.rows()) * product.columns * product.element * in.unit_warps;
-  const double read = rows / (in.exchange == Exchange::kAlone ? r.shared_bytes : r.l2_bytes);
+  const double rows = double(in.rows()) * product.columns * product.element;
+  const double read = rows * in.unit_warps / (in.exchange == Exchange::kThroughL2 ? r.l2_bytes : r.shared_bytes);
   const double values = double(in.rows()) * in.units() / 32;
   const double cell = values * (r.per_value + r.sum * product.gates * in.depth_warps);
   const double tile = std::max({products, weights, read}) + cell + r.barriers;
-  const double travel = in.exchange == Exchange::kAlone ? r.travel_alone : r.travel_l2;
+  const double travel = in.exchange == Exchange::kAlone       ? r.travel_alone
+                        : in.exchange == Exchange::kThroughL2 ? r.travel_l2
+                                                              : r.travel_cluster + rows / r.cluster_bytes;
   return tile * tiles + std::max(0., travel - tile * (tiles - 1));
+}
+
+// How many teams of all directions have their blocks on multiprocessors at the same time. A cluster lies within one of
+// the chip's groups of multiprocessors; some of them have more than 16.
+int resident_teams(Exchange exchange, int parts, const Device& device) {
+  if (exchange == Exchange::kAlone && parts > 1) return 0;
+  if (exchange != Exchange::kThroughCluster) return device.sms / parts;
+  if (device.capability < 90 || parts < 2 || parts > kMostOfCluster) return 0;
+  return device.sms / 16 * (16 / parts);
 }
 
 }  // namespace
@@ -61,8 +74,7 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
     const int this_index = index++;
     if (p.instance >= 0 && p.instance != this_index) return;
     const int parts = (p.H + in.units() - 1) / in.units();
-    if (in.exchange == Exchange::kAlone && parts > 1) return;
-    const int64_t most_teams = device.sms / (int64_t{p.directions} * parts);
+    const int64_t most_teams = resident_teams(in.exchange, parts, device) / p.directions;
     const int64_t all_tiles = std::max<int64_t>(1, (p.B + in.rows() - 1) / in.rows());
     if (most_teams == 0 || Layout(in, product, 1).total > device.shared_bytes) return;
     const int64_t teams = std::min(most_teams, all_tiles);

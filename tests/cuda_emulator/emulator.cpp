@@ -25,7 +25,8 @@ constexpr uint64_t kDeadlock = 20 * kSecond;
 struct Stopped {};  // thrown in the threads of a launch that has failed
 
 const char* name(Meeting meeting) {
-  static const char* const names[] = {"sync_block", "sync_warp", "shuffle_xor", "mma_bf16", "mma_fp16", "mma_tf32"};
+  static const char* const names[] = {"sync_cluster", "sync_block", "sync_warp", "shuffle_xor",
+                                      "mma_bf16",     "mma_fp16",   "mma_tf32"};
   return names[static_cast<int>(meeting)];
 }
 
@@ -50,17 +51,23 @@ void Emulator::run(const Grid& grid, const std::function<void()>& kernel) {
   if (grid.threads % kLanes != 0) refuse("threads are not whole warps");
   if (grid.shared_bytes < 0 || grid.shared_bytes > device.shared_bytes) refuse("shared memory");
   if (grid.cooperative && grid.blocks > device.sms) refuse("more blocks than can run at the same time");
+  if (grid.cluster < 1 || grid.cluster > kMostOfCluster || grid.blocks % grid.cluster != 0) refuse("clusters");
+  if (grid.cluster > 1 && (device.capability < 90 || grid.cooperative)) refuse("clusters here");
   grid_ = grid;
   kernel_ = &kernel;
   error_.clear();
   races_ = 0;
 
-  std::vector<int> indices(grid.blocks);
-  for (int i = 0; i < grid.blocks; ++i) {
-    indices[i] = i;
-    std::swap(indices[i], indices[random.below(i + 1)]);
+  const int together = grid.cooperative ? grid.blocks : grid.cluster;
+  std::vector<int> order(grid.blocks / grid.cluster);  // of the clusters
+  for (int i = 0; i < static_cast<int>(order.size()); ++i) {
+    order[i] = i;
+    std::swap(order[i], order[random.below(i + 1)]);
   }
-  const int together = grid.cooperative ? grid.blocks : 1;
+  std::vector<int> indices;
+  for (const int cluster : order) {
+    for (int i = 0; i < grid.cluster; ++i) indices.push_back(cluster * grid.cluster + i);
+  }
   for (int i = 0; i < grid.blocks && error_.empty(); i += together) run_together(&indices[i], together);
   exchange_.deliver_all();
 
@@ -89,6 +96,11 @@ void Emulator::begin(Block& block, int index, int slot) {
     order_.push_back(&warp);
   }
   block.shared.begin(grid_.shared_bytes);
+  if (grid_.cluster > 1) {
+    block.inbox.begin(grid_.shared_bytes, grid_.threads);
+    block.known.assign(grid_.threads, Known{});
+    for (Known& known : block.known) known[slot] = block.interval;
+  }
   for (int thread = 0; thread < grid_.threads; ++thread) {
     const size_t i = static_cast<size_t>(slot) * grid_.threads + thread;
     fibers_[i].start(stacks_.at(i), i, thread_main);
@@ -100,6 +112,8 @@ void Emulator::run_together(const int* indices, int count) {
   const size_t threads = static_cast<size_t>(count) * grid_.threads;
   if (fibers_.size() < threads) fibers_.resize(threads);
   order_.clear();
+  pushes_.clear();
+  cluster_waiting_ = 0;
   for (int i = 0; i < count; ++i) begin(blocks_[i], indices[i], i);
   step_ = nanoseconds_per_round;
   idle_rounds_ = 0;
@@ -113,6 +127,8 @@ void Emulator::run_together(const int* indices, int count) {
     bool any_ran = false;
     for (Warp* warp : order_) {
       if (exchange_.deliver(++visits_)) progress_ = true;
+      deliver_pushes();
+      if (!error_.empty()) return unwind();
       if (visit(*warp)) any_ran = true;
       if (!error_.empty()) return unwind();
     }
@@ -121,6 +137,11 @@ void Emulator::run_together(const int* indices, int count) {
     if (!error_.empty()) return unwind();
     const auto finished = [](const Warp* warp) { return warp->left == kAllLanes; };
     order_.erase(std::remove_if(order_.begin(), order_.end(), finished), order_.end());
+  }
+  if (!pushes_.empty()) error_ = "a pushed word is on its way to a block that has ended";
+  for (int i = 0; i < count && grid_.cluster > 1 && error_.empty(); ++i) {
+    const std::string left = blocks_[i].inbox.left_over();
+    if (!left.empty()) error_ = "block " + text(blocks_[i].index) + " ends with " + left;
   }
 }
 
@@ -135,7 +156,7 @@ void Emulator::unwind() {
 }
 
 void Emulator::advance_clock() {
-  if (progress_ || !exchange_.empty()) {
+  if (progress_ || !exchange_.empty() || !pushes_.empty()) {
     step_ = nanoseconds_per_round;
     idle_rounds_ = 0;
     idle_time_ = 0;
@@ -220,6 +241,7 @@ void Emulator::leave() {
   Block& block = blocks_[warp_->block];
   if (warp_->arrived != 0) fail(std::string("ends while its warp waits for it at ") + name(warp_->meeting));
   if (block.waiting != 0) fail("ends while its block waits for it at sync_block");
+  if (cluster_waiting_ != 0) fail("ends while its cluster waits for it at sync_cluster");
   ++block.left;
   progress_ = true;
 }
@@ -233,8 +255,14 @@ void Emulator::relax() {
 void Emulator::meet(Meeting kind, const Operands& operands) {
   Warp& warp = *warp_;
   Block& block = blocks_[warp.block];
-  const bool whole_block = kind == Meeting::kSyncBlock;
-  if (warp.left != 0 || (whole_block && block.left != 0)) fail(std::string("at ") + name(kind) + ", but others ended");
+  const bool whole_cluster = kind == Meeting::kSyncCluster, whole_block = kind == Meeting::kSyncBlock;
+  // The blocks whose threads all meet.
+  const int first = whole_cluster ? 0 : warp.block;
+  const int last = whole_cluster ? grid_.cluster : whole_block ? warp.block + 1 : warp.block;
+  int& waiting = whole_cluster ? cluster_waiting_ : block.waiting;
+  bool ended = warp.left != 0;
+  for (int i = first; i < last; ++i) ended = ended || blocks_[i].left != 0;
+  if (ended) fail(std::string("at ") + name(kind) + ", but others ended");
   if (warp.arrived != 0 && warp.meeting != kind) {
     fail(std::string("at ") + name(kind) + ", but thread " + text(warp.first + __builtin_ctz(warp.arrived)) +
          " of its warp waits at " + name(warp.meeting));
@@ -242,19 +270,21 @@ void Emulator::meet(Meeting kind, const Operands& operands) {
   warp.meeting = kind;
   warp.arrived |= 1u << lane_;
   warp.operands[lane_] = operands;
-  if (whole_block ? ++block.waiting < grid_.threads : warp.arrived != kAllLanes) {
+  if (last > first ? ++waiting < (last - first) * grid_.threads : warp.arrived != kAllLanes) {
     warp.ready &= ~(1u << lane_);
     return suspend();
   }
 
   progress_ = true;
-  if (whole_block) {
-    block.waiting = 0;
-    block.interval = ++block.time;
-    for (Warp& other : block.warps) {
-      other.time = block.time;
-      other.arrived = 0;
-      other.ready = kAllLanes;
+  if (last > first) {
+    waiting = 0;
+    Known all{};
+    for (int i = first; i < last; ++i) {
+      end_interval(blocks_[i]);
+      if (grid_.cluster > 1) learn(all, blocks_[i].known[0]);
+    }
+    for (int i = first; i < last && whole_cluster && grid_.cluster > 1; ++i) {
+      std::fill(blocks_[i].known.begin(), blocks_[i].known.end(), all);
     }
     return;
   }
@@ -263,6 +293,7 @@ void Emulator::meet(Meeting kind, const Operands& operands) {
   switch (kind) {
     case Meeting::kSyncWarp:
       warp.time = ++block.time;  // only this one orders memory
+      share(block, warp.first, kLanes);
       break;
     case Meeting::kShuffle:
       shuffle(warp.operands);
@@ -277,8 +308,32 @@ void Emulator::meet(Meeting kind, const Operands& operands) {
       multiply<1, tf32_number>(warp.operands);
       break;
     case Meeting::kSyncBlock:
+    case Meeting::kSyncCluster:
       break;
   }
+}
+
+// Behind a barrier of the block.
+void Emulator::end_interval(Block& block) {
+  block.interval = ++block.time;
+  for (Warp& warp : block.warps) {
+    warp.time = block.time;
+    warp.arrived = 0;
+    warp.ready = kAllLanes;
+  }
+  if (grid_.cluster == 1) return;
+  const int slot = static_cast<int>(block.warps.front().block);
+  for (Known& known : block.known) known[slot] = block.interval;
+  share(block, 0, grid_.threads);
+}
+
+// What one of these threads knows of the cluster, all do.
+void Emulator::share(Block& block, int first, int count) {
+  if (grid_.cluster == 1) return;
+  Known all{};
+  for (int i = first; i < first + count; ++i) learn(all, block.known[i]);
+  for (int i = first; i < first + count; ++i) block.known[i] = all;
+  block.inbox.share(first, count);
 }
 
 // ---- Memory ---------------------------------------------------------------------------------------------------------
@@ -294,13 +349,16 @@ Words Emulator::load_exchanged(const void* from) {
   });
 }
 
+// In visits: mostly within the next four rounds, so that words overtake each other; a few much later.
+uint64_t Emulator::random_delay() {
+  const uint32_t rounds = random.below(64) == 0 ? 16 : 4;
+  return random.below(rounds * static_cast<uint32_t>(order_.size()));
+}
+
 void Emulator::store_exchanged(void* to, uint32_t word) {
   if (reinterpret_cast<uintptr_t>(to) % sizeof word != 0) fail("store_exchanged is not aligned");
   static_cast<void>(*static_cast<volatile unsigned char*>(to));  // an invalid address is to be found here
-  // Mostly within the next four rounds, so that words overtake each other; a few much later.
-  const uint32_t rounds = random.below(64) == 0 ? 16 : 4;
-  const uint64_t delay = random.below(rounds * static_cast<uint32_t>(order_.size()));
-  exchange_.store(to, word, {block_index(), thread(), warp_->time}, visits_ + 1 + delay);
+  exchange_.store(to, word, {block_index(), thread(), warp_->time}, visits_ + 1 + random_delay());
   progress_ = true;
 }
 
@@ -310,12 +368,65 @@ void Emulator::store_to_host(int32_t* to, int32_t value) {
   progress_ = true;
 }
 
+void Emulator::init(int arrivals) {
+  const Block& block = blocks_[warp_->block];
+  if (grid_.cluster == 1) fail("Arrivals outside of a cluster");
+  const std::string error = blocks_[warp_->block].inbox.init(arrivals, block.time);
+  if (!error.empty()) fail("Arrivals::init, " + error);
+}
+
+void Emulator::expect(int arrivals, int bytes) {
+  const std::string error = blocks_[warp_->block].inbox.expect(arrivals, bytes);
+  if (!error.empty()) fail("Arrivals::expect, " + error);
+  progress_ = true;
+}
+
+bool Emulator::complete(int arrivals, int parity) {
+  count_poll();
+  Block& block = blocks_[warp_->block];
+  bool done = false;
+  const std::string error = block.inbox.complete(arrivals, thread(), parity, block.known[thread()], done);
+  if (!error.empty()) fail("Arrivals::complete, " + error);
+  return done;
+}
+
+void Emulator::push(int offset, uint32_t word, int arrivals, int rank) {
+  const auto where = [&] { return "push to byte " + text(offset) + " of the cluster's block " + text(rank); };
+  if (rank < 0 || rank >= grid_.cluster || grid_.cluster == 1) fail(where() + ": there is no such block");
+  if (offset < 0 || offset + 4 > grid_.shared_bytes || offset % 4 != 0) fail(where() + ": not a word of it");
+  Block& target = blocks_[rank];
+  const Known& known = blocks_[warp_->block].known[thread()];
+  if (!target.inbox.initialized_before(arrivals, known[rank])) fail(where() + ": its barrier may not be ready");
+  if (!target.shared.untouched_since(offset, 4, known[rank])) fail(where() + ": it may still be in use there");
+  const std::string error = target.inbox.announce(offset);
+  if (!error.empty()) fail(where() + ": " + error);
+  pushes_.add({visits_ + 1 + random_delay(), 0, warp_->block, rank, offset, word, arrivals, known});
+  progress_ = true;
+}
+
+void Emulator::deliver_pushes() {
+  while (pushes_.any_due(visits_) && error_.empty()) {
+    const Pushes::Push push = pushes_.take();
+    Block& target = blocks_[push.to];
+    progress_ = true;
+    std::memcpy(target.shared.at(push.offset), &push.word, sizeof push.word);
+    const std::string error = target.left == grid_.threads ? "that has ended" : target.inbox.deliver(push);
+    if (error.empty()) continue;
+    error_ = "block " + text(blocks_[push.from].index) + " has pushed to byte " + text(push.offset) + " of block " +
+             text(target.index) + ": " + error;
+  }
+}
+
 unsigned char* Emulator::shared_bytes(int64_t offset, int bytes, int alignment, Access access) {
   Block& block = blocks_[warp_->block];
   const auto range = [&] { return "shared memory, " + text(bytes) + " bytes at " + text(offset); };
   const int64_t size = block.shared.size();
   if (offset < 0 || offset + bytes > size) fail(range() + ": beyond its " + text(size) + " bytes");
   if (offset % alignment != 0) fail(range() + ": not aligned");
+  if (grid_.cluster > 1) {
+    const std::string error = block.inbox.check(static_cast<int>(offset), bytes, thread(), access == Access::kWrite);
+    if (!error.empty()) fail(range() + ": the " + error);
+  }
   const SharedMemory::Accessor self{thread(), warp_->time, block.interval};
   const std::string race = block.shared.check(static_cast<int>(offset), bytes, access, self);
   if (!race.empty() && races_++ == 0) first_race_ = "block " + text(block.index) + ", " + race;
@@ -350,6 +461,14 @@ int block_count() { return emulator().block_count(); }
 void relax() { emulator().relax(); }
 void sync_block() { emulator().meet(Meeting::kSyncBlock, {}); }
 void sync_warp() { emulator().meet(Meeting::kSyncWarp, {}); }
+void sync_cluster() { emulator().meet(Meeting::kSyncCluster, {}); }
+void trap() { throw std::runtime_error("trap"); }
+void Arrivals::init() const { emulator().init(offset_); }
+void Arrivals::expect(int bytes) const { emulator().expect(offset_, bytes); }
+bool Arrivals::complete(int parity) const { return emulator().complete(offset_, parity); }
+void push(int offset, uint32_t word, const Arrivals& arrivals, int rank) {
+  emulator().push(offset, word, arrivals.offset(), rank);
+}
 
 float shuffle_xor(float value, int lanes) {
   emulator().meet(Meeting::kShuffle, {&value, {static_cast<uint32_t>(lanes) % 32}, {}});

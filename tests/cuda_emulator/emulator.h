@@ -37,6 +37,22 @@ void sync_block();
 void sync_warp();
 float shuffle_xor(float value, int lanes);
 
+constexpr bool kHasClusters = true;
+[[noreturn]] void trap();
+void sync_cluster();
+class Arrivals {
+ public:
+  explicit Arrivals(int offset) : offset_(offset) {}
+  int offset() const { return offset_; }
+  void init() const;
+  void expect(int bytes) const;
+  bool complete(int parity) const;
+
+ private:
+  int offset_;
+};
+void push(int offset, uint32_t word, const Arrivals& arrivals, int rank);
+
 Words load_exchanged(const void* from);
 void store_exchanged(void* to, uint32_t word);
 void relax();

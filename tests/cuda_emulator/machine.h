@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cluster.h"
 #include "emulator.h"
 #include "exchange.h"
 #include "fiber.h"
@@ -24,7 +25,7 @@ namespace emulation {
 constexpr int kPollsPerTurn = 256;  // then a thread waits a round although it has not asked to
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
-enum class Meeting { kSyncBlock, kSyncWarp, kShuffle, kBf16, kFp16, kTf32 };
+enum class Meeting { kSyncCluster, kSyncBlock, kSyncWarp, kShuffle, kBf16, kFp16, kTf32 };
 
 struct Warp {
   int block;  // which of Emulator::blocks_
@@ -42,6 +43,8 @@ struct Block {
   int waiting, left;      // threads
   std::vector<Warp> warps;
   SharedMemory shared;
+  Inbox inbox;               // in a cluster
+  std::vector<Known> known;  // to each thread, in a cluster
 };
 
 class Random {  // xorshift64*
@@ -71,6 +74,10 @@ class Emulator {
   Words load_exchanged(const void* from);
   void store_exchanged(void* to, uint32_t word);
   void store_to_host(int32_t* to, int32_t value);
+  void init(int arrivals);
+  void expect(int arrivals, int bytes);
+  bool complete(int arrivals, int parity);
+  void push(int offset, uint32_t word, int arrivals, int rank);
   unsigned char* shared_bytes(int64_t offset, int bytes, int alignment, Access access);
   int thread() const { return warp_->first + lane_; }
   int block_index() const { return blocks_[warp_->block].index; }
@@ -92,6 +99,10 @@ class Emulator {
   void resume(Warp& warp, int lane);
   void suspend();
   void advance_clock();
+  void end_interval(Block& block);
+  void share(Block& block, int first, int count);
+  void deliver_pushes();
+  uint64_t random_delay();
   [[noreturn]] void fail(const std::string& what) const;
   std::string who_waits() const;
   Fiber& fiber() { return fibers_[warp_->block * grid_.threads + thread()]; }
@@ -103,6 +114,8 @@ class Emulator {
   Stacks stacks_;
   std::vector<Warp*> order_;  // of the warps that still run
   Exchange exchange_;
+  Pushes pushes_;
+  int cluster_waiting_ = 0;  // threads of the cluster that runs
 
   Warp* warp_ = nullptr;  // of the running thread
   int lane_ = 0;

@@ -356,6 +356,7 @@ int main() {
   self_test::test_words_on_their_way();
   self_test::test_products();
   self_test::test_conversions();
+  self_test::test_clusters();
   std::printf(failures == 0 ? "the emulator is right\n" : "%d failures\n", failures);
   return failures != 0;
 }

@@ -46,5 +46,6 @@ void test_races();
 void test_words_on_their_way();
 void test_products();
 void test_conversions();
+void test_clusters();
 
 }  // namespace self_test

@@ -50,6 +50,14 @@ class SharedMemory {
     return race;
   }
 
+  // Whether nobody has accessed these bytes since `time`.
+  bool untouched_since(int offset, int bytes, uint32_t time) const {
+    for (int i = offset / 2; i < (offset + bytes) / 2; ++i) {
+      if (halves_[i].written >= time || halves_[i].read >= time) return false;
+    }
+    return true;
+  }
+
  private:
   static constexpr uint32_t kPoison = 0x7fa5a5a5u;  // NaN as float and, in its upper half, as bf16 and fp16
   static constexpr int16_t kSeveral = -1;

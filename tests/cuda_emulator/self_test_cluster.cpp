@@ -1,0 +1,273 @@
+// Checks how the emulator judges clusters: their barriers, what blocks push to each other, and how it is counted; then
+// that the kernels' exchange through a cluster ends when a block fails to do its part.
+#include <string>
+#include <vector>
+
+#include "cluster.h"
+#include "exchange.cuh"
+#include "self_test.h"
+
+namespace self_test {
+namespace {
+
+enum class Fault {
+  kNone,
+  kNoClusterBarrierAtStart,
+  kNotInitialized,
+  kNothingExpected,
+  kTooLittleExpected,
+  kTooMuchExpected,
+  kExpectedTwice,
+  kOtherParity,
+  kNotWaited,
+  kOneSlot,
+  kNoBlockBarrier,
+  kWrittenOnTheWay,
+  kBeyondTheBlock,
+  kOntoABarrier,
+  kNoSuchBlock,
+  kEndsEarly,
+  kEndsAtBarrier,
+};
+
+struct Ring {
+  Fault fault;
+  int rounds;
+  uint32_t* sums;  // [block, thread]
+};
+
+constexpr int kRingThreads = 64;
+constexpr int ring_bytes(int cluster) { return 16 + 2 * cluster * kRingThreads * 4; }
+
+// Every thread adds what a thread of the block before has pushed, round by round. All push to all: who has a round's
+// words knows that all have done with the round before.
+FUSED_RNN_KERNEL(kRingThreads) pass_around(Ring p, int cluster) {
+  const int thread = thread_index(), rank = block_index() % cluster, before = (rank + cluster - 1) % cluster;
+  const auto fault = [&](Fault f) { return p.fault == f && rank == 1; };
+  const auto slot = [&](int round, int from) {
+    return 16 + ((fault(Fault::kOneSlot) ? 0 : round % 2) * cluster + from) * kRingThreads * 4;
+  };
+  const auto arrivals = [&](int round) { return Arrivals(round % 2 * 8); };
+  const auto expect = [&](int round) {
+    const int extra = fault(Fault::kTooLittleExpected) ? -4 : fault(Fault::kTooMuchExpected) ? 4 : 0;
+    if (!fault(Fault::kNothingExpected)) arrivals(round).expect(cluster * kRingThreads * 4 + extra);
+    if (fault(Fault::kExpectedTwice)) arrivals(round).expect(0);
+  };
+  const auto send = [&](int round, uint32_t value) {
+    int to = slot(round, rank) + thread * 4;
+    if (fault(Fault::kBeyondTheBlock) && thread == 5) to += ring_bytes(cluster);
+    if (fault(Fault::kOntoABarrier) && thread == 5) to = 8;
+    for (int i = 0; i < cluster; ++i) push(to, value, arrivals(round), fault(Fault::kNoSuchBlock) ? cluster : i);
+  };
+  if (thread == 0) {
+    for (int round = 0; round < 2; ++round) {
+      if (!fault(Fault::kNotInitialized)) arrivals(round).init();
+      expect(round);
+    }
+  }
+  if (p.fault != Fault::kNoClusterBarrierAtStart) sync_cluster();
+  uint32_t value = static_cast<uint32_t>(block_index() * kRingThreads + thread);
+  send(0, value);
+  if (fault(Fault::kEndsEarly)) return;
+  for (int round = 0; round < p.rounds; ++round) {
+    const int parity = round / 2 % 2 ^ (fault(Fault::kOtherParity) ? 1 : 0);
+    if (!fault(Fault::kNotWaited)) {
+      while (!arrivals(round).complete(parity)) relax();
+      if (thread == 0) expect(round);
+    }
+    if (fault(Fault::kWrittenOnTheWay)) shared_memory<uint32_t>(slot(round + 1, before))[thread] = 0;
+    value += shared_memory<uint32_t>(slot(round, before))[thread ^ 33];
+    if (!fault(Fault::kNoBlockBarrier)) sync_block();
+    if (round + 1 < p.rounds) send(round + 1, value);
+  }
+  p.sums[block_index() * kRingThreads + thread] = value;
+  if (!fault(Fault::kEndsAtBarrier)) sync_cluster();
+}
+
+template <int kCluster>
+FUSED_RNN_KERNEL(kRingThreads)
+ring(Ring p) {
+  pass_around(p, kCluster);
+}
+
+template <int kCluster>
+void test_ring() {
+  const int blocks = 3 * kCluster, rounds = 7;
+  std::vector<uint32_t> sums(blocks * kRingThreads), expected(sums.size());
+  for (size_t i = 0; i < sums.size(); ++i) expected[i] = static_cast<uint32_t>(i);
+  for (int round = 0; round < rounds; ++round) {
+    const std::vector<uint32_t> last = expected;
+    for (int block = 0; block < blocks; ++block) {
+      const int before = block / kCluster * kCluster + (block + kCluster - 1) % kCluster;
+      for (int thread = 0; thread < kRingThreads; ++thread) {
+        expected[block * kRingThreads + thread] += last[before * kRingThreads + (thread ^ 33)];
+      }
+    }
+  }
+  const Grid grid{blocks, kRingThreads, ring_bytes(kCluster), false, kCluster};
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    set_schedule_seed(seed);
+    expect_success("ring", ring<kCluster>, grid, Ring{Fault::kNone, rounds, sums.data()});
+    expect(sums == expected, "the sums of a ring");
+    // Words out of step are found when one is pushed, or read, or its barrier is prepared: whatever comes first.
+    const auto fails = [&](Fault fault, std::vector<const char*> messages = {"push to byte", "the word at", "expect"}) {
+      const std::string error = error_of(ring<kCluster>, grid, Ring{fault, rounds, sums.data()});
+      bool found = false;
+      for (const char* message : messages) found = found || error.find(message) != std::string::npos;
+      expect(found, "fault " + std::to_string(static_cast<int>(fault)) + " to be found, got '" + error + "'");
+    };
+    fails(Fault::kNoClusterBarrierAtStart, {"may not be ready"});
+    fails(Fault::kNotInitialized, {"not initialized"});
+    fails(Fault::kNothingExpected, {"deadlock"});
+    fails(Fault::kTooLittleExpected);
+    fails(Fault::kTooMuchExpected, {"deadlock"});
+    fails(Fault::kExpectedTwice, {"twice in one phase"});
+    fails(Fault::kOtherParity);
+    fails(Fault::kNotWaited);
+    fails(Fault::kOneSlot);
+    fails(Fault::kNoBlockBarrier, {"in use"});
+    fails(Fault::kWrittenOnTheWay);
+    fails(Fault::kBeyondTheBlock, {"not a word of it"});
+    fails(Fault::kOntoABarrier, {"barrier"});
+    fails(Fault::kNoSuchBlock, {"no such block"});
+    fails(Fault::kEndsEarly, {"ended"});
+    fails(Fault::kEndsAtBarrier, {"sync_cluster"});
+  }
+  expect_error("refused", ring<kCluster>, {blocks + 1, kRingThreads, ring_bytes(kCluster), false, kCluster}, Ring{});
+  expect_error("refused", ring<kCluster>, {blocks, kRingThreads, ring_bytes(kCluster), true, kCluster}, Ring{});
+  expect_error("refused", ring<kCluster>, {36, kRingThreads, ring_bytes(kCluster), false, 9}, Ring{});
+  const Device device = current_device();
+  set_current_device({132, 166912, 80});
+  expect_error("refused", ring<kCluster>, grid, Ring{});
+  set_current_device(device);
+}
+
+// ---- Barriers and places, one event after another -----------------------------------------------------------------
+
+void test_inbox() {
+  using emulation::Inbox;
+  using emulation::Known;
+  Inbox inbox;
+  inbox.begin(64, 2);
+  const auto push = [&](int offset, uint32_t known) {
+    const std::string error = inbox.announce(offset);
+    return error.empty() ? inbox.deliver({0, 0, 1, 0, offset, 7, 8, Known{0, known}}) : error;
+  };
+  const auto complete = [&](int thread, int parity, Known& known) {
+    bool done = false;
+    expect(inbox.complete(8, thread, parity, known, done).empty(), "that a barrier can be asked");
+    return done;
+  };
+  Known first{}, second{};
+  expect(
+      !inbox.init(4, 3).empty() && !inbox.init(64, 3).empty() && inbox.init(8, 3).empty() && !inbox.init(8, 3).empty(),
+      "where barriers can be");
+  expect(!inbox.initialized_before(8, 3) && inbox.initialized_before(8, 4), "when a barrier is ready");
+  expect(!inbox.check(12, 4, 0, false).empty(), "that nobody touches a barrier");
+  expect(push(16, 5).empty() && inbox.left_over() != "", "that bytes may come before they are expected");
+  expect(!complete(0, 0, first) && complete(0, 1, first) && first == Known{}, "that the first phase is not over");
+  expect(inbox.expect(8, 8).empty() && !inbox.expect(8, 8).empty(), "that a phase expects once");
+  expect(!complete(0, 0, first) && push(20, 4).empty(), "that a phase waits for all bytes");
+  expect(complete(0, 0, first) && !complete(0, 1, first) && first == Known{0, 5}, "that who waits learns");
+  expect(inbox.check(16, 8, 0, false).empty() && !inbox.check(16, 8, 1, false).empty(), "that each thread waits");
+  inbox.share(0, 2);
+  expect(inbox.check(16, 8, 1, false).empty() && second == Known{}, "or meets who has waited");
+  expect(inbox.announce(16).empty() && !inbox.announce(16).empty(), "that words do not meet on their way");
+  expect(!inbox.check(16, 2, 0, false).empty() && inbox.check(20, 4, 0, true).empty(), "nor anybody else");
+  expect(inbox.expect(8, 4).empty() && push(24, 1).empty() && complete(0, 1, first), "the second phase");
+  expect(push(28, 1).empty() && push(32, 1).empty() && !inbox.expect(8, 4).empty(), "that more comes than expected");
+}
+
+// ---- The kernels' exchange ------------------------------------------------------------------------------------------
+
+using RowsShape = Shape<Exchange::kThroughCluster, 1, 2, 1>;
+
+struct Exchanged {
+  Sequence sequence;
+  uint32_t* rows;  // [T, B, 2H], of which the upper half is read
+  int failing;     // the block that is late, ...
+  int64_t late;    // ... at this step, ...
+  uint64_t by;     // ... by so many nanoseconds
+  int* not_numbers;
+};
+
+// Rows of words that say when and whose they are, each read by every block of the cluster.
+FUSED_RNN_KERNEL(64) exchange_rows(Exchanged p) {
+  const Sequence& q = p.sequence;
+  const Block<RowsShape> block(q);
+  const Layout layout(RowsShape::instance(), {1, q.H, 4}, q.division.tiles);
+  ThroughCluster<Tf32, RowsShape> exchange({reinterpret_cast<float*>(p.rows), q.B, 2 * q.H, q.H, q.H}, block, layout,
+                                           block.time(0, false));
+  const auto word = [&](int64_t t, int64_t b, int unit) { return static_cast<uint32_t>((t * q.B + b) * q.H + unit); };
+  const auto publish = [&](int64_t t) {
+    for (int j = 0; j < q.division.tiles; ++j) {
+      const Tile tile = block.tile(j);
+      for (int row = block.row(0); row < tile.rows && block.unit() < q.H; row += RowsShape::kRowStep) {
+        exchange.publish(t, tile, row, block.unit(), 1);
+        exchange.publish(t, tile, row, q.H + block.unit(), word(t, tile.first + row, block.unit()));
+      }
+    }
+  };
+  publish(block.time(0, false));
+  sync_block();
+  for (int64_t step = 0; step < q.T; ++step) {
+    const int64_t t = block.time(step, false);
+    for (int j = 0; j < q.division.tiles; ++j) {
+      const Tile tile = block.tile(j);
+      const int row = thread_index() % 32 / 4;
+      const auto source = exchange.source(t, tile, row, 0);
+      for (int column = thread_index() % 4 * 4; column < q.H; column += 16) {
+        const Words words = source.load(0, column);
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t expected = row < tile.rows ? word(t, tile.first + row, column + i) : 0;
+          if (words.w[i] == kNotYet) ++*p.not_numbers;
+          expect(words.w[i] == expected || words.w[i] == kNotYet, "a word of a row");
+        }
+      }
+    }
+    sync_block();
+    if (block_index() == p.failing && step == p.late) {
+      const uint64_t start = nanoseconds();
+      while (nanoseconds() - start < p.by) relax();
+    }
+    if (step + 1 < q.T) publish(block.time(step + 1, false));
+  }
+  exchange.finish();
+}
+
+void test_exchange_of_rows() {
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    set_schedule_seed(seed);
+    for (const int directions : {1, 2}) {
+      for (const int tiles : {1, 3}) {  // the last tiles have a row, or none
+        for (const bool late : {false, true}) {
+          Sequence q{};
+          q.T = 5, q.B = 17, q.last_row = 17, q.H = 36, q.directions = directions;
+          q.division = {3, 2, tiles};
+          q.error = error_word(), q.patience = 50000;  // rounds of the emulator take 1000
+          const int blocks = 6 * directions;
+          if (tiles == 1) q.last_row = 9;
+          std::vector<uint32_t> rows(q.T * q.B * 2 * q.H);
+          int not_numbers = 0;
+          const Exchanged p{q, rows.data(), late ? 1 : -1, 2, 1000000, &not_numbers};
+          *error_word() = 0;
+          const Layout layout(RowsShape::instance(), {1, q.H, 4}, tiles);
+          expect_success("rows", exchange_rows, {blocks, 64, layout.total, false, 3}, p);
+          expect((*error_word() != 0) == late && (not_numbers != 0) == late, "that only a late block is given up");
+        }
+      }
+    }
+  }
+  *error_word() = 0;
+}
+
+}  // namespace
+
+void test_clusters() {
+  test_inbox();
+  test_ring<2>();
+  test_ring<5>();
+  test_exchange_of_rows();
+}
+
+}  // namespace self_test
