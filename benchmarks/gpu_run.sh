@@ -59,7 +59,7 @@ sanitize() {
   for tool in memcheck racecheck; do
     echo "-- compute-sanitizer --tool $tool"
     compute-sanitizer --tool "$tool" --error-exitcode 86 "$filter" "kns=${SANITIZER_KERNELS:-fused_rnn}" \
-      "$python" benchmarks/gpu.py --errors --shape 4,3,8,16,1 --shape 3,9,20,33,1,bi --cell lstm gru \
+      "$python" benchmarks/gpu.py --errors --backend fused --shape 4,3,8,16,1 --shape 3,9,20,33,1,bi --cell lstm gru \
       --dtype bfloat16 float32 --mode training --output "$scratch" || return
   done
 }
@@ -196,7 +196,7 @@ if wanted correctness; then
     show "$report" 1
   else
     echo "pytest is not installed: results are compared on a few shapes only"
-    run_phase correctness 90 "$report" "$python" benchmarks/gpu.py --errors --budget 70 --output "$scratch" \
+    run_phase correctness 90 "$report" "$python" benchmarks/gpu.py --errors --backend fused --budget 70 --output "$scratch" \
       --shape 5,3,7,20,2 --shape 7,17,10,77,1,bi --shape 1,1,1,1,1 --shape 12,64,256,256,1 --shape 6,16,512,1024,1
     show "$report" 20
   fi
@@ -210,7 +210,7 @@ if wanted baselines; then
 fi
 
 if wanted grid; then
-  run_phase grid 120 "$scratch/grid.log" "$python" benchmarks/gpu.py "${quick[@]}" --budget $(($(limit_of 120) - 18)) \
+  run_phase grid 120 "$scratch/grid.log" "$python" benchmarks/gpu.py "${quick[@]}" --backend fused --budget $(($(limit_of 120) - 18)) \
     --output "$output"
   cat "$scratch/grid.log" >> "$log"
 fi

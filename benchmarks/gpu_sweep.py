@@ -98,15 +98,15 @@ def recurrence(cell: str, layer: cuda.Layer, x: torch.Tensor, backward: bool) ->
 
     def forward() -> None:
         operator = torch.ops.fused_rnn.recurrence_forward
-        kept[:] = operator(x_gates, None, None, number, True, True, layer.instance, w_hh, None, None, None)
+        kept[:] = operator(x_gates, None, None, number, True, True, layer.instance, w_hh, None, None)
 
     if not backward:
         return forward
     layer.instance, instance = -1, layer.instance
     forward()
-    dy, w_hh_t, of_forward = torch.randn_like(kept[0]), layer.transposed_recurrent_weights(), kept[3:]
+    dy, w_hh_t, of_forward = torch.randn_like(kept[0]), layer.transposed_recurrent_weights(), kept[3:6]
     operator = torch.ops.fused_rnn.recurrence_backward
-    return lambda: operator(dy, None, None, *of_forward, number, True, instance, w_hh_t, None)
+    return lambda: operator(dy, None, None, *of_forward, number, True, instance, w_hh_t)
 
 
 def replay_time(call: Callable[[], object]) -> float:

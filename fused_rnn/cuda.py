@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ NUMBER = {cell: number for number, cell in enumerate(reference.CELLS)}
 # (kGrads and kInputShift in csrc/cells/; the blocks of W_hh h are the last ones).
 _BLOCKS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4}
 _SHIFT = {"rnn_tanh": 0, "rnn_relu": 0, "lstm": 0, "gru": 1}
+
+
+MEASURED: frozenset[int] = frozenset()
+"""Compute capabilities (10 * major + minor) of devices with results in benchmarks/results: none yet."""
 
 
 @lru_cache(maxsize=1)
@@ -90,10 +95,13 @@ def torch_is_faster(
 ) -> bool:
     """Whether cuDNN should run a module, by what is known of it; `x` is the input's shape, time first.
 
-    It keeps the weights on the chip only for a float16 LSTM of one layer and direction whose sizes suit it
-    (torch's cudnn/RNN.cpp). Nothing else wins where a step is a product of its own, or there are few steps.
+    On a device on which nothing was measured, it does. Elsewhere: it keeps the weights on the chip only for a float16
+    LSTM of one layer and direction whose sizes suit it (torch's cudnn/RNN.cpp). Nothing else wins where a step is a
+    product of its own, or there are few steps.
     """
     T, batch, input_size = x
+    if properties[2] not in MEASURED:
+        return True
     if T < 8 or not is_resident(mode.lower(), dtype, batch, hidden_size, directions, properties):
         return True
     return (
@@ -110,45 +118,49 @@ def forward(
     cell: str,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
+    resets: Tensor | None,
+    c_sequence: bool,
     inputs: Sequence[Tensor | None],
     train: bool,
-) -> tuple[Tensor, ...]:
-    """y, h_n, c_n as the operator ``fused_rnn::forward``'s, and what `backward` needs of them."""
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """y, h_n, c_n as the operator ``fused_rnn::forward``'s, what else was asked for, and what `backward` needs."""
     x, h0, c0, *weights = inputs
     assert x is not None and weights[1] is not None
-    call = _Call(x, batch_sizes, lengths)
+    call = _Call(x, batch_sizes, lengths, resets)
     layer = _layer(cell, call, weights)
-    y, h_n, c_n, *kept = layer.forward(
-        call.padded(x), call.with_direction(h0), call.with_direction(c0), call.lengths, train
-    )
+    h0, c0 = call.with_direction(h0), call.with_direction(c0)
+    y, h_n, c_n, *kept, c_of_steps = layer.forward(call.padded(x), h0, c0, call.segments(weights), train, c_sequence)
     h_n = h_n.new_empty(0) if call.is_step else h_n
     c_n = c_n.squeeze(0) if call.is_step and cell == "lstm" else c_n
-    return call.unpadded(y), h_n, c_n, *kept
+    more = (call.unpadded(c_of_steps),) if c_sequence else ()
+    return call.unpadded(y), h_n, c_n, more, tuple(kept)
 
 
 def backward(
     cell: str,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
+    resets: Tensor | None,
     grads: Sequence[Tensor | None],
     inputs: Sequence[Tensor | None],
     kept: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of x, h0, c0 and the weights; `grads` are those of y, h_n and c_n, None for zeros."""
+    """Gradients of the inputs; `grads` are those of forward's results, None for zeros."""
     x, _, _, *weights = inputs
     assert x is not None
-    call = _Call(x, batch_sizes, lengths)
+    call = _Call(x, batch_sizes, lengths, resets)
     layer = _layer(cell, call, weights)
-    dy, dh_n, dc_n = grads
+    dy, dh_n, dc_n, *dc_sequence = (None if g is None else g for g in grads)
     dx, dh0, dc0, *rest = layer.backward(
         None if dy is None else call.padded(dy),
         None if dh_n is None or call.is_step else dh_n,
         call.with_direction(dc_n) if cell == "lstm" else None,
         call.padded(x),
         kept,
-        call.lengths,
+        call.segments(weights),
         needs,
+        *(None if g is None else call.padded(g) for g in dc_sequence),
     )
     if call.is_step:
         dh0, dc0 = (None if g is None else g.squeeze(0) for g in (dh0, dc0))
@@ -157,6 +169,7 @@ def backward(
 
 def _layer(cell: str, call: _Call, weights: Sequence[Tensor | None]) -> Layer:
     w_hh: Any = weights[1]
+    weights = weights[: len(weights) // 5 * 5]  # behind them come the states at resets
     directions = len(weights) // 5
     properties = device_properties(w_hh.device)
     resident = call.steps > 1 and is_resident(cell, w_hh.dtype, call.batch, w_hh.size(1), directions, properties)
@@ -169,7 +182,8 @@ class _Call:
     The kernels take padded sequences; rows that have ended are left out by `lengths`.
     """
 
-    def __init__(self, x: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None) -> None:
+    def __init__(self, x: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, resets: Tensor | None) -> None:
+        self.resets = resets
         self.is_step = batch_sizes is None and x.dim() == 2
         self.lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
         self.rows = None
@@ -180,6 +194,8 @@ class _Call:
         present = torch.arange(self.batch) < batch_sizes.unsqueeze(1)  # [T, B]
         self.lengths = present.sum(0, dtype=torch.int32).to(x.device, non_blocking=True)
         self.rows = present.flatten().nonzero().squeeze(1).to(x.device, non_blocking=True)
+        if resets is not None:
+            self.resets = self.padded(resets.unsqueeze(1)).squeeze(2)
 
     def padded(self, x: Tensor) -> Tensor:
         """``[T, B, width]``; zeros where a row has ended."""
@@ -195,8 +211,57 @@ class _Call:
             return y.squeeze(0)
         return y if self.rows is None else y.flatten(0, 1).index_select(0, self.rows)
 
+    def segments(self, weights: Sequence[Tensor | None]) -> Segments:
+        """Behind the weights come the states at resets, if there are any."""
+        return Segments(self.lengths, self.resets, *weights[len(weights) // 5 * 5 :])
+
     def with_direction(self, state: Tensor | None) -> Tensor | None:
         return state.unsqueeze(0) if self.is_step and state is not None else state
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where rows begin and end; `lengths` is int32, the others are as in `fused_rnn.reference.layer`."""
+
+    lengths: Tensor | None = None
+    resets: Tensor | None = None
+    reset_h: Tensor | None = None
+    reset_c: Tensor | None = None
+
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """For the forward operator: the states ``[D, S, B, H]``, S = 1 or T."""
+        states = (self.reset_h, self.reset_c)
+        shaped = (None if s is None else s.unsqueeze(1) if s.dim() == 3 else s.transpose(0, 1) for s in states)
+        resets = None if self.resets is None else self.resets.contiguous()
+        return self.lengths, resets, *(None if s is None else s.contiguous() for s in shaped)
+
+    def first(self) -> Tensor | None:
+        """Rows ``[B, 1]`` that begin anew at the first step: the kernels leave those to the host."""
+        if self.resets is None:
+            return None
+        begins = self.resets[0] if self.lengths is None else self.resets[0] & (self.lengths > 0)
+        return begins.unsqueeze(1)
+
+    def enter(self, state: Tensor | None, fresh: Tensor | None) -> Tensor | None:
+        """`state` ``[D, B, H]`` (None: zeros) as the first step consumes it; only direction 0 begins there."""
+        begins = self.first()
+        if begins is None or (state is None and fresh is None):
+            return state
+        like = state if state is not None else fresh
+        assert like is not None
+        of_first = like.new_zeros(()) if fresh is None else (fresh if fresh.dim() == 3 else fresh[0])[0]
+        state = like.new_zeros(like.shape[-3:]) if state is None else state
+        return torch.cat((torch.where(begins, of_first, state[0]).unsqueeze(0), state[1:]))
+
+    def leave(self, dstate: Tensor, dfresh: Tensor | None) -> Tensor:
+        """The gradient of the initial state from that of what was consumed; the rest goes to dfresh, [D, T, B, H]."""
+        begins = self.first()
+        if begins is None:
+            return dstate
+        zero = dstate.new_zeros(())
+        if dfresh is not None:
+            dfresh[0, 0] = torch.where(begins, dstate[0], zero)
+        return torch.cat((torch.where(begins, zero, dstate[0]).unsqueeze(0), dstate[1:]))
 
 
 class Layer:
@@ -222,9 +287,16 @@ class Layer:
         self.tf32 = tf32 and w_hh.dtype is torch.float32 and w_hh.is_cuda
 
     def forward(
-        self, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, train: bool
+        self,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        segments: Segments,
+        train: bool,
+        c_sequence: bool = False,
     ) -> tuple[Tensor, ...]:
-        """y ``[T, B, D*H]``, h_n, c_n ``[D, B, H]``, then h_prev, saved and c_prev for `backward`."""
+        """y ``[T, B, D*H]``, h_n, c_n ``[D, B, H]``; h_prev, saved and c_prev for `backward`; c of every step."""
+        h0, c0 = segments.enter(h0, segments.reset_h), segments.enter(c0, segments.reset_c)
         T, B, _ = x.shape
         with _products_in_tf32(self.tf32):
             flat = x.reshape(T * B, -1)
@@ -240,7 +312,8 @@ class Layer:
             self.recurrent_weights(),
             None if self.directions[0][2] is None else self._stacked(2),
             None if self.directions[0][3] is None else self._stacked(3),
-            lengths,
+            *segments.arguments(),
+            c_sequence,
         )
 
     def backward(
@@ -250,12 +323,17 @@ class Layer:
         dc_n: Tensor | None,
         x: Tensor,
         kept: Sequence[Tensor],
-        lengths: Tensor | None,
+        segments: Segments,
         needs: Sequence[bool],
+        dc_sequence: Tensor | None = None,
     ) -> list[Tensor | None]:
-        """Gradients of x, h0, c0 and of each direction's five weights; `needs` says which are wanted."""
+        """Gradients of x, h0, c0, each direction's five weights and, with resets, the states at them.
+
+        `needs` says which are wanted.
+        """
         h_prev, saved, c_prev = kept
-        dgates, dh0, dc0 = _operators(x).recurrence_backward(
+        of_resets = needs[3 + 5 * len(self.directions) :]
+        dgates, dh0, dc0, dreset_h, dreset_c = _operators(x).recurrence_backward(
             *(None if g is None else g.contiguous() for g in (dy, dh_n, dc_n)),
             h_prev,
             saved,
@@ -264,8 +342,12 @@ class Layer:
             self.resident,
             self.instance,
             self.transposed_recurrent_weights(),
-            lengths,
+            *segments.arguments()[:2],
+            any(of_resets),
+            None if dc_sequence is None else dc_sequence.contiguous(),
         )
+        dh0 = segments.leave(dh0, dreset_h if any(of_resets) else None)
+        dc0 = segments.leave(dc0, dreset_c if any(of_resets) else None) if dc0.numel() else dc0
         grads: list[Tensor | None] = [None, dh0 if needs[1] else None, dc0 if needs[2] else None]
         T, B, _ = x.shape
         flat, width = x.reshape(T * B, -1), self.G * self.padded
@@ -288,6 +370,10 @@ class Layer:
                     None,
                 ]
         grads[0] = None if dx is None else dx.view_as(x)
+        for state, dstate, need in zip(
+            (segments.reset_h, segments.reset_c), (dreset_h, dreset_c), of_resets, strict=False
+        ):
+            grads.append(None if state is None or not need else _of_steps(dstate, state))
         return grads
 
     def recurrent_weights(self) -> Tensor:
@@ -317,6 +403,11 @@ class Layer:
         return gates.reshape(self.G * self.H, *rows.shape[1:])
 
 
+def _of_steps(dstate: Tensor, state: Tensor) -> Tensor:
+    """``[D, T, B, H]`` as the state is: one for each step, or one for all."""
+    return dstate.transpose(0, 1) if state.dim() == 4 else dstate.sum(1)
+
+
 def _stack(of_directions: list[Tensor]) -> Tensor:
     return of_directions[0].unsqueeze(0) if len(of_directions) == 1 else torch.stack(of_directions)
 
@@ -343,7 +434,10 @@ def _products_in_tf32(on: bool) -> Iterator[None]:
 def register_fakes(namespace: str) -> None:
     """Tells torch's compilers the shapes of the recurrence operators' results."""
 
-    def recurrence_forward(x_gates, h0, c0, cell, train, resident, instance, w_hh, b_ih, b_hh, lengths):  # type: ignore[no-untyped-def]
+    def recurrence_forward(  # type: ignore[no-untyped-def]
+        x_gates, h0, c0, cell, train, resident, instance, w_hh, b_ih, b_hh, lengths=None, resets=None, reset_h=None,
+        reset_c=None, want_c_sequence=False,
+    ):  # fmt: skip
         cell = reference.CELLS[cell]
         D, T, B, width = x_gates.shape
         H, kept = width // reference.GATES[cell], D if train else 0
@@ -356,9 +450,13 @@ def register_fakes(namespace: str) -> None:
             x_gates.new_empty((kept, slots if train else T, B, w_hh.size(2))),
             x_gates.new_empty((kept, T, B, _BLOCKS[cell] * H)),
             x_gates.new_empty((of_c if train else 0, T, B, H), dtype=_arithmetic(x_gates.dtype)),
+            x_gates.new_empty((T, B, D * H) if want_c_sequence else (0,)),
         )
 
-    def recurrence_backward(dy, dh_n, dc_n, h_prev, saved, c_prev, cell, resident, instance, w_hh_t, lengths):  # type: ignore[no-untyped-def]
+    def recurrence_backward(  # type: ignore[no-untyped-def]
+        dy, dh_n, dc_n, h_prev, saved, c_prev, cell, resident, instance, w_hh_t, lengths=None, resets=None,
+        need_dreset=False, dc_sequence=None,
+    ):  # fmt: skip
         cell = reference.CELLS[cell]
         D, T, B, _ = saved.shape
         H, padded = w_hh_t.size(1), w_hh_t.size(2) // reference.GATES[cell]
@@ -366,6 +464,8 @@ def register_fakes(namespace: str) -> None:
             saved.new_empty((D, T, B, _BLOCKS[cell] * padded)),
             saved.new_empty((D, B, H)),
             saved.new_empty((D if cell == "lstm" else 0, B, H)),
+            saved.new_empty((D if need_dreset else 0, T, B, H)),
+            saved.new_empty((D if need_dreset and cell == "lstm" else 0, T, B, H)),
         )
 
     torch.library.register_fake(f"{namespace}::recurrence_forward")(recurrence_forward)

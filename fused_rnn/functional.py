@@ -26,8 +26,8 @@ def stack(
     train: bool,
     bidirectional: bool,
     batch_sizes: Tensor | None = None,
-    layer: Callable = ops.layer,
     extras: Extras | None = None,
+    layer: Callable = ops.layer,
 ) -> tuple[Tensor, ...]:
     """All layers of a torch.nn.RNN, LSTM or GRU.
 
@@ -38,8 +38,8 @@ def stack(
         weights: torch.nn's ``_flat_weights``: per layer and direction ``w_ih, w_hh[, b_ih, b_hh][, w_hr]``.
         has_biases, num_layers, dropout, bidirectional: as in torch.nn; dropout only acts with ``train``.
         batch_sizes: int64 ``[T]`` or None.
-        layer: what computes one layer; `fused_rnn.reference.layer` makes this the specification.
         extras: what torch.nn does not have.
+        layer: what computes one layer; `fused_rnn.reference.layer` makes this the specification.
 
     Returns:
         y ``[T, B, D*P]`` (or ``[N, D*P]``), h_n ``[L*D, B, P]`` and for the LSTM c_n ``[L*D, B, H]``; with

@@ -41,7 +41,7 @@ def layer(
 ) -> tuple[Tensor | None, ...]:
     """One layer over a whole sequence on the fused kernels; the meaning is `fused_rnn.reference.layer`'s.
 
-    On the CPU, `lengths` is for the caller to turn into `batch_sizes`; on CUDA, there are no `resets`, no `c_sequence`.
+    On the CPU, `lengths` is for the caller to turn into `batch_sizes`.
 
     Raises:
         RuntimeError: a tensor does not fit the others in shape, dtype or device.
@@ -169,8 +169,7 @@ def _call_forward(
     """y, h_n, c_n, what else was asked for, and what backward needs."""
     x, h0, c0, *weights = inputs
     if on_cuda(x):
-        y, h_n, c_n, *kept = cuda.forward(cell, batch_sizes, lengths, inputs, train)
-        return y, h_n, c_n, (), tuple(kept)
+        return cuda.forward(cell, batch_sizes, lengths, resets, c_sequence, inputs, train)
     if batch_sizes is None and resets is None and not c_sequence:
         y, h_n, c_n, reserve, _ = _forward(x, h0, c0, NUMBER[cell], train, *weights)
         return y, h_n, c_n, (), (reserve,)
@@ -267,7 +266,7 @@ class _Layer(torch.autograd.Function):
             found = _differentiable_backward(ctx.cell, *rows, inputs, needs, grads)
             return None, None, None, None, None, *found
         if on_cuda(inputs[0]):
-            found = cuda.backward(ctx.cell, ctx.batch_sizes, ctx.lengths, grads, inputs, kept, needs)
+            found = cuda.backward(ctx.cell, ctx.batch_sizes, ctx.lengths, ctx.resets, grads, inputs, kept, needs)
         else:
             found = _call_backward(ctx.cell, ctx.batch_sizes, ctx.resets, grads, inputs, kept, needs)
         return None, None, None, None, None, *[g if need else None for g, need in zip(found, needs, strict=False)]

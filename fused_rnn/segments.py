@@ -35,9 +35,7 @@ def run(
     per_step = any(s is not None and s.dim() == 4 for s in reset_states)
     resets = None if resets is None else call.time_major(resets)
     weights = module._flat_weights
-    fusible = ops.fusible(x, *states, *reset_states, *weights) and (
-        not ops.on_cuda(x) or (resets is None and not (return_state_sequence and module.mode == "LSTM"))
-    )
+    fusible = ops.fusible(x, *states, *reset_states, *weights) and not (ops.on_cuda(x) and module.proj_size > 0)
     of_steps: Sequence[Tensor] = ()
     if fusible and lengths is not None and not ops.on_cuda(x):
         lengths = lengths.cpu()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import emulated
+import fused_rnn
 from cases import CASES, Case
 from fused_rnn import cuda, ops, reference
 from test_gpu import PRECISIONS, Precision, farther, results, rounded_to_tf32, tf32_results
@@ -122,9 +123,9 @@ def test_every_kernel(cell: str, dtype: torch.dtype) -> None:
 
     def run(instance: int) -> list[Tensor]:
         layer = cuda.Layer(cell, weights, True, True, instance)
-        y, h_n, c_n, *kept = layer.forward(x, h0, c0, lengths, True)
+        y, h_n, c_n, *kept, _ = layer.forward(x, h0, c0, cuda.Segments(lengths), True)
         grads = [torch.ones_like(y), torch.ones_like(h_n), torch.ones_like(c_n) if cell == "lstm" else None]
-        found = layer.backward(*grads, x, kept, lengths, [True] * 13)
+        found = layer.backward(*grads, x, kept, cuda.Segments(lengths), [True] * 13)
         return [y, h_n, c_n, *(g for g in found if g is not None)]
 
     assert kernels() >= 11
@@ -164,6 +165,7 @@ def test_bad_calls_raise() -> None:
         (x.double(), None, None, 2, True, True, -1, w.double(), None, None, None),  # no float64 in the kernels
         (x, None, None, 2, True, True, -1, w, None, None, torch.tensor([1, 2, 3])),  # int64 lengths
         (x[:, :0], None, None, 2, True, True, -1, w, None, None, None),  # no steps
+        (x, None, None, 2, True, True, -1, w, None, None, None, torch.zeros(2, 3)),  # resets are bool
         (x, None, torch.zeros(1, 3, 5).bfloat16(), 0, True, True, -1, w, None, None, None),  # the RNN has no c
     ]
     for arguments in bad:
@@ -186,3 +188,52 @@ def test_autocast_casts_as_for_torch() -> None:
         assert_as_accurate(actual, expected, value, "result")
     found[1][0].float().sum().backward()
     assert all(p.grad.dtype is torch.float32 for p in ours.parameters())
+
+
+def parts_of(value: object) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [t for v in value for t in parts_of(v)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["zeros", "learned", "every step"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["f64", "tf32", "bf16"])
+@pytest.mark.parametrize(("bidirectional", "H"), [(False, 20), (True, 20), (True, 140)])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_segments(
+    name: str, bidirectional: bool, H: int, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resets, lengths and the states of every step, with all their gradients, are the specification's."""
+    torch.manual_seed(0)
+    T, B, D = 6, 11, 2 if bidirectional else 1
+    module = getattr(fused_rnn, name)(5, H, bidirectional=bidirectional, dtype=dtype, backend="fused")
+    exact = getattr(fused_rnn, name)(5, H, bidirectional=bidirectional, dtype=torch.float64)
+    exact.load_state_dict(module.state_dict())
+
+    def states(*shape: int) -> tuple[Tensor, ...]:
+        found = tuple(torch.randn(shape).to(dtype).requires_grad_() for _ in range(2 if name == "LSTM" else 1))
+        return found
+
+    x, hx = torch.randn(T, B, 5).to(dtype).requires_grad_(), states(D, B, H)
+    fresh = () if kind == "zeros" else states(*([T] if kind == "every step" else []), D, B, H)
+    resets, lengths = torch.rand(T, B) < 0.3, torch.tensor([6, 0, 3, 6, 1, 2, 6, 5, 4, 6, 3])
+
+    def run(module: torch.nn.Module, x: Tensor, hx: tuple[Tensor, ...], fresh: tuple[Tensor, ...]) -> list[Tensor]:
+        def pack(states: tuple[Tensor, ...]) -> object:
+            return None if not states else states if name == "LSTM" else states[0]
+
+        arguments = dict(resets=resets, reset_state=pack(fresh), lengths=lengths, return_state_sequence=True)
+        outputs = parts_of(module(x, pack(hx), **arguments))
+        generator = torch.Generator().manual_seed(2)
+        weights = [torch.randn(o.shape, generator=generator).to(dtype).to(o) for o in outputs]
+        grads = torch.autograd.grad(outputs, [x, *hx, *fresh, *module.parameters()], weights)
+        return [*outputs, *grads]
+
+    actual = run(module, x, hx, fresh)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "fusible", lambda *tensors: False)
+        x, *others = (t.detach().double().requires_grad_() for t in (x, *hx, *fresh))
+        wanted = run(exact, x, tuple(others[: len(hx)]), tuple(others[len(hx) :]))
+    rounding = {torch.float64: 1e-13, torch.float32: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
+    for a, w in zip(actual, wanted, strict=True):
+        assert a.dtype is dtype and a.shape == w.shape
+        scale = max(w.abs().max().item(), 1.0)
+        assert (a.double() - w).abs().max() <= 8 * rounding * scale

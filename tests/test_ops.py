@@ -40,7 +40,7 @@ def forward_arguments(
 
 def backward_arguments(forward: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a valid call of torch.ops.fused_rnn.backward after that forward."""
-    y, h_n, c_n, reserve = torch.ops.fused_rnn.forward(**forward)
+    y, h_n, c_n, reserve, _ = torch.ops.fused_rnn.forward(**forward)
     names = ["x", "w_ih", "w_hh", "w_hr", "w_ih_reverse", "w_hh_reverse", "w_hr_reverse", "batch_sizes", "cell"]
     needs = ["dx", "dstate", "dw_ih", "dw_hh", "db", "dw_hr"]
     return dict(
@@ -207,7 +207,7 @@ def test_large_sizes_are_refused_not_attempted() -> None:
 def test_an_empty_batch() -> None:
     forward = forward_arguments("lstm")
     forward |= {name: forward[name][:, :0] for name in ("x", "h0", "c0")}
-    y, h_n, c_n, _ = torch.ops.fused_rnn.forward(**forward)
+    y, h_n, c_n, *_ = torch.ops.fused_rnn.forward(**forward)
     assert y.shape == (3, 0, 5)
     assert h_n.shape == c_n.shape == (1, 0, 5)
     gradients = torch.ops.fused_rnn.backward(**backward_arguments(forward))

@@ -77,7 +77,15 @@ def test_plan_on_the_cpu() -> None:
     assert fused_rnn.plan("lstm", T=64, B=32, I=256, H=256, device="cpu", backend="torch").backend == "torch"
 
 
-def test_plan_for_a_device_that_is_not_here() -> None:
+def test_auto_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = dict(T=512, B=64, I=1024, H=1024, properties=DEVICES["h100"])
+    monkeypatch.setattr(cuda, "MEASURED", frozenset())
+    assert fused_rnn.plan("lstm", torch.bfloat16, **shape).backend == "torch"
+    assert fused_rnn.plan("lstm", torch.bfloat16, **shape, backend="fused").way == "resident"
+
+
+def test_plan_for_a_device_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "MEASURED", frozenset({90}))
     shape = dict(T=512, B=64, I=1024, H=1024, properties=DEVICES["h100"])
     plan = fused_rnn.plan("lstm", torch.bfloat16, **shape)
     assert (plan.backend, plan.way) == ("fused", "resident")

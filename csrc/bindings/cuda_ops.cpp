@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <array>
 
 #include "../cells/cells.h"
@@ -123,10 +124,12 @@ class Layer {
 
   Tensor empty(std::initializer_list<int64_t> sizes) const { return new_empty(like_, sizes, type); }
   Tensor empty_arithmetic(std::initializer_list<int64_t> sizes) const { return new_empty(like_, sizes, arithmetic()); }
-  // What blocks exchange: no word of it has been published.
-  Tensor empty_exchange(std::initializer_list<int64_t> sizes) const {
+  // What blocks exchange: no word of it has been published, where its words are waited for.
+  Tensor exchange(const cuda::Plan& plan, std::initializer_list<int64_t> sizes) const {
     Tensor tensor = empty(sizes);
-    if (resident) cuda::fill_with_ones(tensor.data_ptr(), tensor.numel() * bytes(), stream);
+    if (plan.instance.exchange == cuda::Exchange::kThroughL2) {
+      cuda::fill_with_ones(tensor.data_ptr(), tensor.numel() * bytes(), stream);
+    }
     return tensor;
   }
 
@@ -202,13 +205,37 @@ Tensor copied(const OptionalTensor& from, Tensor to) {
   return to;
 }
 
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// bool [T, B]: where sequences begin; those of a direction's first step are not looked at.
+const uint8_t* checked_resets(const Layer& l, const OptionalTensor& resets) {
+  if (!resets) return nullptr;
+  return static_cast<const uint8_t*>(l.given(*resets, "resets", {l.T, l.B}, ScalarType::Bool).data_ptr());
+}
+
+// Of states [D, S, B, H] that come in at resets, S = T or 1 for all steps.
+cuda::ResetState reset_state(const Layer& l, const OptionalTensor& h, const OptionalTensor& c, int64_t d) {
+  const auto one = [](const OptionalTensor& t) { return t && t->numel() > 0 && t->size(1) == 1; };
+  return {slice(h, d), slice(c, d), one(h) || one(c) ? 0 : l.B * l.H};
+}
+// The border between two neighbouring steps; none where one of them is outside the sequence.
+cuda::StepResets between(const Layer& l, const uint8_t* resets, int64_t t, int64_t other) {
+  if (!resets || other < 0 || other >= l.T || t < 0 || t >= l.T) return {nullptr, 0};
+  const int64_t later = std::max(t, other);
+  return {resets + later * l.B, later};
+}
+cuda::ResetState of_step(const cuda::ResetState& state, const Layer& l, int64_t t) {
+  const auto at = [&](void* p) { return p ? static_cast<char*>(p) + t * state.step * l.bytes() : nullptr; };
+  return {at(state.h), at(state.c), 0};
+}
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // y [T, B, D*H], h_n and c_n [D, B, H], then what backward reads: h_prev [D, T, B, padded], saved [D, T, B, kSaved*H],
-// c_prev [D, T, B, H]; those are empty without `train`, c_n and c_prev without c.
+// c_prev [D, T, B, H]; those are empty without `train`, c_n and c_prev without c. Last c of every step, as y, if it is
+// wanted.
 Forward recurrence_forward(Tensor x_gates, OptionalTensor h0, OptionalTensor c0, int64_t cell, bool train,
                            bool resident, int64_t instance, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
-                           OptionalTensor lengths) {
+                           OptionalTensor lengths, OptionalTensor resets, OptionalTensor reset_h,
+                           OptionalTensor reset_c, bool want_c_sequence) {
   FUSED_RNN_CHECK(x_gates.dim() == 4 && w_hh.dim() == 3, "x_gates must be [D, T, B, G*H] and w_hh [D, G*H, H]");
   const int64_t G = cell_info(cell).gates;
   const Layer l(x_gates, cell, resident, x_gates.size(0), x_gates.size(1), x_gates.size(2), x_gates.size(3) / G,
@@ -220,7 +247,13 @@ Forward recurrence_forward(Tensor x_gates, OptionalTensor h0, OptionalTensor c0,
   l.given(b_hh, "b_hh", {D, G * H});
   l.given(h0, "h0", {D, B, H});
   l.given(c0, "c0", {D, B, H});
-  FUSED_RNN_CHECK(l.cell.has_c || !c0, "only the LSTM has c0");
+  FUSED_RNN_CHECK(l.cell.has_c || !(c0 || reset_c || want_c_sequence), "only the LSTM has c");
+  const int64_t S = reset_h && reset_h->dim() == 4 ? reset_h->size(1) : 1;
+  FUSED_RNN_CHECK(S == 1 || S == T, "reset_h must be of 1 or ", T, " steps, got ", S);
+  l.given(reset_h, "reset_h", {D, S, B, H});
+  l.given(reset_c, "reset_c", {D, S, B, H});
+  const uint8_t* const begins = checked_resets(l, resets);
+  const Tensor c_sequence = want_c_sequence ? l.empty({T, B, D * H}) : l.empty({0});
 
   const bool has_c = l.cell.has_c, keeps_c = train && has_c;
   const Tensor y = l.empty({T, B, D * H}), h_n = l.empty({D, B, H}), c_n = l.empty({has_c ? D : 0, B, H});
@@ -229,17 +262,20 @@ Forward recurrence_forward(Tensor x_gates, OptionalTensor h0, OptionalTensor c0,
   if (resident) {
     const cuda::Plan plan = l.plan(false, instance);
     const bool exchanges = train || plan.instance.exchange == cuda::Exchange::kThroughL2;
-    const Tensor h_prev = l.empty_exchange({exchanges ? D : 0, T, B, l.padded});
+    const Tensor h_prev = l.exchange(plan, {exchanges ? D : 0, T, B, l.padded});
     cuda::ForwardParams params{l.sequence(), {}};
+    params.sequence.resets = begins;
     for (int64_t d = 0; d < D; ++d) {
       cuda::ForwardDirection& p = params.direction[d];
       p.x_gates = slice(x_gates, d), p.w_hh = slice(w_hh, d), p.b_ih = slice(b_ih, d), p.b_hh = slice(b_hh, d);
       p.h0 = slice(h0, d), p.c0 = slice(c0, d), p.h_n = slice(h_n, d), p.c_n = slice(c_n, d);
       p.y = slice(y, 0) + d * H * l.bytes(), p.y_stride = D * H;
+      p.reset = reset_state(l, reset_h, reset_c, d);
+      if (want_c_sequence) p.c_sequence = slice(c_sequence, 0) + d * H * l.bytes();
       p.h_prev = slice(h_prev, d), p.saved = slice(saved, d), p.c_prev = reinterpret_cast<float*>(slice(c_prev, d));
     }
     cuda::recurrence(l.kind).forward(l.element(), plan, params, l.stream);
-    return {y, h_n, c_n, train ? h_prev : l.empty({0, T, B, l.padded}), saved, c_prev};
+    return {y, h_n, c_n, train ? h_prev : l.empty({0, T, B, l.padded}), saved, c_prev, c_sequence};
   }
 
   // h_prev[d][T] is h_n's place; without `train` two slots take turns.
@@ -254,7 +290,7 @@ Forward recurrence_forward(Tensor x_gates, OptionalTensor h0, OptionalTensor c0,
     const auto slot = [&](int64_t step) { return select(h_d, 0, !train ? step % 2 : d == 0 ? step : T - step); };
     copied(h0 ? OptionalTensor(select(*h0, 0, d)) : std::nullopt, slot(0));
     for (int64_t step = 0; step < T; ++step) {
-      const int64_t t = d == 0 ? step : T - 1 - step;
+      const int64_t t = d == 0 ? step : T - 1 - step, next = d == 0 ? t + 1 : t - 1;
       const Tensor from = slot(step), to = slot(step + 1), y_t = select(y_d, 0, t);
       mm_out(h_gates, from, w_t);
       cuda::StepForwardParams p{};
@@ -262,6 +298,9 @@ Forward recurrence_forward(Tensor x_gates, OptionalTensor h0, OptionalTensor c0,
       p.x_gates = slice(x_d, t), p.h_gates = h_gates.data_ptr(), p.b_ih = slice(b_ih, d), p.b_hh = slice(b_hh, d);
       p.h_prev = from.data_ptr(), p.h = to.data_ptr(), p.c = slice(c, d);
       p.y = y_t.data_ptr(), p.y_stride = D * H;
+      if (want_c_sequence) p.c_sequence = slice(c_sequence, t) + d * H * l.bytes();
+      p.resets = between(l, begins, t, next);
+      if (p.resets.at) p.reset = of_step(reset_state(l, reset_h, reset_c, d), l, next);
       if (train) {
         p.saved = slice(select(saved, 0, d), t);
         p.c_prev = keeps_c ? slice(select(c_prev, 0, d), t) : nullptr;
@@ -275,15 +314,16 @@ Forward recurrence_forward(Tensor x_gates, OptionalTensor h0, OptionalTensor c0,
     Tensor out = c_n;
     torch::stable::copy_(out, c);
   }
-  return {y, h_n, c_n, train ? h : l.empty({0, T, B, H}), saved, c_prev};
+  return {y, h_n, c_n, train ? h : l.empty({0, T, B, H}), saved, c_prev, c_sequence};
 }
 
-using Backward = std::tuple<Tensor, Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // dgates [D, T, B, kGrads*padded], dh0 and dc0 [D, B, H] (dc0 empty without c).
 Backward recurrence_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor h_prev, Tensor saved,
                              Tensor c_prev, int64_t cell, bool resident, int64_t instance, Tensor w_hh_t,
-                             OptionalTensor lengths) {
+                             OptionalTensor lengths, OptionalTensor resets, bool need_dreset,
+                             OptionalTensor dc_sequence) {
   FUSED_RNN_CHECK(saved.dim() == 4 && w_hh_t.dim() == 3, "saved must be [D, T, B, S*H] and w_hh_t [D, H, G*H]");
   const CellInfo info = cell_info(cell);
   const Layer l(saved, cell, resident, saved.size(0), saved.size(1), saved.size(2), saved.size(3) / info.saved,
@@ -296,11 +336,20 @@ Backward recurrence_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTen
   l.given(dy, "dy", {T, B, D * H});
   l.given(dh_n, "dh_n", {D, B, H});
   l.given(dc_n, "dc_n", {D, B, H});
+  l.given(dc_sequence, "dc_sequence", {T, B, D * H});
+  FUSED_RNN_CHECK(info.has_c || !(dc_n || dc_sequence), "only the LSTM has c");
+  const uint8_t* const begins = checked_resets(l, resets);
+  FUSED_RNN_CHECK(begins || !need_dreset, "there are no resets");
 
-  const Tensor dgates = l.empty_exchange({D, T, B, info.grads * l.padded});
+  const bool has_dreset_c = need_dreset && info.has_c;
+  const Tensor dreset_h = copied(std::nullopt, l.empty({need_dreset ? D : 0, T, B, H}));
+  const Tensor dreset_c = copied(std::nullopt, l.empty({has_dreset_c ? D : 0, T, B, H}));
   const Tensor dh0 = l.empty({D, B, H}), dc0 = l.empty({info.has_c ? D : 0, B, H});
   if (resident) {
+    const cuda::Plan plan = l.plan(true, instance);
+    const Tensor dgates = l.exchange(plan, {D, T, B, info.grads * l.padded});
     cuda::BackwardParams params{l.sequence(), {}};
+    params.sequence.resets = begins;
     for (int64_t d = 0; d < D; ++d) {
       cuda::BackwardDirection& p = params.direction[d];
       p.w_hh_t = slice(w_hh_t, d);
@@ -314,10 +363,14 @@ Backward recurrence_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTen
       p.dgates = slice(dgates, d);
       p.dh0 = slice(dh0, d);
       p.dc0 = slice(dc0, d);
+      p.dc_sequence = dc_sequence ? slice(*dc_sequence, 0) + d * H * l.bytes() : nullptr;
+      p.dreset = {slice(dreset_h, d), slice(dreset_c, d), B * H};
     }
-    cuda::recurrence(l.kind).backward(l.element(), l.plan(true, instance), params, l.stream);
-    return {dgates, dh0, dc0};
+    cuda::recurrence(l.kind).backward(l.element(), plan, params, l.stream);
+    return {dgates, dh0, dc0, dreset_h, dreset_c};
   }
+
+  const Tensor dgates = l.empty({D, T, B, info.grads * H});
 
   const Tensor dh = copied(dh_n, l.empty_arithmetic({D, B, H}));
   const Tensor dc = l.empty_arithmetic({info.has_c ? D : 0, B, H});
@@ -335,6 +388,9 @@ Backward recurrence_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTen
       cuda::StepBackwardParams p{};
       p.B = B, p.H = static_cast<int>(H), p.dh = slice(dh, d);
       p.product = step > 0 ? product.data_ptr() : nullptr;
+      p.dc = slice(dc, d);
+      if (step > 0) p.resets = between(l, begins, t, after);
+      if (p.resets.at) p.dreset = of_step({slice(dreset_h, d), slice(dreset_c, d), B * H}, l, after);
       if (step == T) {
         p.dh0 = slice(dh0, d);
         cuda::recurrence(l.kind).step_backward(l.stored_type(), p, l.stream);
@@ -347,7 +403,8 @@ Backward recurrence_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTen
       p.c_prev = info.has_c ? slice(select(c_prev, 0, d), t) : nullptr;
       p.dy = dy ? slice(*dy, t) + d * H * l.bytes() : nullptr;
       p.dy_stride = D * H;
-      p.dc = slice(dc, d), p.dgates = slice(dgates_d, t);
+      p.dc_sequence = dc_sequence ? slice(*dc_sequence, t) + d * H * l.bytes() : nullptr;
+      p.dgates = slice(dgates_d, t);
       cuda::recurrence(l.kind).step_backward(l.stored_type(), p, l.stream);
     }
   }
@@ -355,7 +412,7 @@ Backward recurrence_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTen
     Tensor out = dc0;
     torch::stable::copy_(out, dc);
   }
-  return {dgates, dh0, dc0};
+  return {dgates, dh0, dc0, dreset_h, dreset_c};
 }
 
 }  // namespace
@@ -367,13 +424,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {
 #endif
   m.def(
       "recurrence_forward(Tensor x_gates, Tensor? h0, Tensor? c0, int cell, bool train, bool resident, int instance, "
-      "Tensor w_hh, "
-      "Tensor? b_ih, Tensor? b_hh, Tensor? lengths) -> "
-      "(Tensor y, Tensor h_n, Tensor c_n, Tensor h_prev, Tensor saved, Tensor c_prev)");
+      "Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? lengths=None, Tensor? resets=None, Tensor? reset_h=None, "
+      "Tensor? reset_c=None, bool want_c_sequence=False) -> "
+      "(Tensor y, Tensor h_n, Tensor c_n, Tensor h_prev, Tensor saved, Tensor c_prev, Tensor c_sequence)");
   m.def(
       "recurrence_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor h_prev, Tensor saved, Tensor c_prev, "
-      "int cell, bool resident, int instance, Tensor w_hh_t, Tensor? lengths) -> (Tensor dgates, Tensor dh0, Tensor "
-      "dc0)");
+      "int cell, bool resident, int instance, Tensor w_hh_t, Tensor? lengths=None, Tensor? resets=None, "
+      "bool need_dreset=False, Tensor? dc_sequence=None) -> "
+      "(Tensor dgates, Tensor dh0, Tensor dc0, Tensor dreset_h, Tensor dreset_c)");
 }
 
 #if defined(FUSED_RNN_EMULATOR)

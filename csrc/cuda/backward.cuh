@@ -53,7 +53,7 @@ backward(const BackwardParams params) {
     for (int j = 0; j < q.division.tiles; ++j) {
       const Tile tile = block.tile(j);
       float saved[Shape::kRowsOfThread][Cell::kSaved] = {}, h_prev[Shape::kRowsOfThread] = {},
-            c_prev[Shape::kRowsOfThread] = {}, dy[Shape::kRowsOfThread] = {};
+            c_prev[Shape::kRowsOfThread] = {}, dy[Shape::kRowsOfThread] = {}, dc_sequence[Shape::kRowsOfThread] = {};
       bool active[Shape::kRowsOfThread];
       FUSED_RNN_UNROLL
       for (int i = 0; i < Shape::kRowsOfThread; ++i) {
@@ -67,6 +67,7 @@ backward(const BackwardParams params) {
         if constexpr (Cell::kUsesH) h_prev[i] = value_or_zero<E>(d.h_prev, of_row * Hp + unit);
         if constexpr (Cell::kHasC) c_prev[i] = d.c_prev[of_row * H + unit];
         dy[i] = value_or_zero<E>(d.dy, of_row * d.dy_stride + unit);
+        if constexpr (Cell::kHasC) dc_sequence[i] = value_or_zero<E>(d.dc_sequence, of_row * d.dy_stride + unit);
       }
 
       if (step > 0) {
@@ -80,8 +81,20 @@ backward(const BackwardParams params) {
       for (int i = 0; i < Shape::kRowsOfThread; ++i) {
         const int row = block.row(i);
         if (row >= Shape::kRows) break;
-        float dh = state.load(0, i) + dy[i], dc = state.load(1, i), dh_prev = 0.0f;
+        const int64_t b = tile.first + row;
+        float dh = state.load(0, i), dc = state.load(1, i), dh_prev = 0.0f;
         if (step > 0) dh += Weights::sum(sums, 0, row, block.unit_of_block());
+        const int64_t after = step > 0 ? block.time(step - 1, true) : 0;
+        if (step > 0 && is_unit && row < tile.rows && block.begins(after, b)) {
+          // What has come back belongs to the state that came in at the reset, and goes no further.
+          const int64_t at = after * d.dreset.step + b * H + unit;
+          if (d.dreset.h) store_value<E>(d.dreset.h, at, dh);
+          if (d.dreset.c) store_value<E>(d.dreset.c, at, dc);
+          dh = dc = 0.0f;
+          state.store(1, i, dc);
+        }
+        dh += dy[i];
+        dc += dc_sequence[i];
         float grads[Cell::kGrads];
         Cell::backward(saved[i], h_prev[i], c_prev[i], dh, dc, grads, dh_prev);
         if (active[i]) {

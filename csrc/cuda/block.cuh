@@ -47,6 +47,14 @@ class Block {
   // Whether row b takes part at time t.
   FUSED_RNN_DEVICE bool active(int64_t t, int64_t b) const { return !sequence_.lengths || t < sequence_.lengths[b]; }
 
+  // Whether row b, when it comes to time t, begins a sequence: at the borders that both directions share, but for the
+  // direction's first step.
+  FUSED_RNN_DEVICE bool begins(int64_t t, int64_t b) const {
+    if (!sequence_.resets) return false;
+    const int64_t later = direction_ == 0 ? t : t + 1;  // of the two steps that the border is between
+    return later > 0 && later < sequence_.T && active(later, b) && sequence_.resets[later * sequence_.B + b];
+  }
+
  private:
   const Sequence& sequence_;
   int first_unit_, team_, direction_;

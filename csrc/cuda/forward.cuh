@@ -96,11 +96,24 @@ forward(const ForwardParams params) {
         Cell::forward(x[i], r, h_prev, c, saved, h);
         const bool active = present && block.active(t, b);
         if (!active) h = h_prev, c = c_prev;
-        if (step + 1 < q.T) publish(block.time(step + 1, false), tile, row, is_unit ? h : 0.0f);
-        if (present) store_value<E>(d.y, (t * q.B + b) * d.y_stride + unit, active ? h : 0.0f);
-        if (active) {
+        if (present) {
+          const int64_t of_row = (t * q.B + b) * d.y_stride + unit;
+          store_value<E>(d.y, of_row, active ? h : 0.0f);
+          if (Cell::kHasC && d.c_sequence) store_value<E>(d.c_sequence, of_row, active ? c : 0.0f);
+        }
+        if (step + 1 < q.T) {
+          const int64_t next = block.time(step + 1, false);
+          if (present && block.begins(next, b)) {
+            h = value_or_zero<E>(d.reset.h, next * d.reset.step + b * H + unit);
+            c = value_or_zero<E>(d.reset.c, next * d.reset.step + b * H + unit);
+          }
+          publish(next, tile, row, is_unit ? h : 0.0f);
+        }
+        if (present) {
           state.store(0, i, h);
           state.store(1, i, c);
+        }
+        if (active) {
           if (d.saved) {
             FUSED_RNN_UNROLL
             for (int k = 0; k < Cell::kSaved; ++k) {

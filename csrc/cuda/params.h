@@ -25,8 +25,17 @@ struct Sequence {
   int directions;
   Division division;
   const int32_t* lengths;  // [B] steps of each row, 0..T; null: all T
+  const uint8_t* resets;   // [T, B] 1: a sequence begins before this step; null: nowhere. The host itself replaces the
+                           // states of the direction's first step
   int32_t* error;          // in host memory; set to 1 by a block that has waited in vain
   uint64_t patience;       // nanoseconds after which waiting is in vain
+};
+
+// What replaces the states at resets, of step t at t * step elements; null: zeros (in backward: not wanted).
+struct ResetState {
+  void* h;       // [B, H]
+  void* c;       // [B, H]; LSTM
+  int64_t step;  // 0: the same at every step
 };
 
 struct ForwardDirection {
@@ -36,10 +45,12 @@ struct ForwardDirection {
   const void* b_hh;     // [G*H], may be null: zeros
   const void* h0;       // [B, H], may be null: zeros
   const void* c0;       // [B, H], may be null: zeros; LSTM
+  ResetState reset;     // read only
   void* h_prev;         // [T, B, Hp] out: h as each step consumed it; the exchange, all kNotYet before. May be null
                         // where the exchange does not go through L2
   void* y;              // [T, B, H] out, zero behind a row's end
   int64_t y_stride;     // of a row of y: D * H
+  void* c_sequence;     // [T, B, H] out, c of every step, rows y_stride apart; may be null: not wanted. LSTM
   void* h_n;            // [B, H] out
   void* c_n;            // [B, H] out; LSTM
   void* saved;          // [T, B, kSaved*H] out, for backward; null in inference
@@ -52,17 +63,19 @@ struct ForwardParams {
 };
 
 struct BackwardDirection {
-  const void* w_hh_t;   // [H, G*Hp] columns as in dgates
-  const void* h_prev;   // as forward left it; GRU, else may be null
-  const void* saved;    // as forward left it
-  const float* c_prev;  // as forward left it
-  const void* dy;       // [T, B, H], may be null: zeros
-  int64_t dy_stride;    // of a row of dy: D * H
-  const void* dh_n;     // [B, H], may be null: zeros
-  const void* dc_n;     // [B, H], may be null: zeros
-  void* dgates;         // [T, B, kGrads*Hp] out; the exchange, all kNotYet before
-  void* dh0;            // [B, H] out, may be null: not wanted
-  void* dc0;            // [B, H] out, may be null: not wanted
+  const void* w_hh_t;       // [H, G*Hp] columns as in dgates
+  const void* h_prev;       // as forward left it; GRU, else may be null
+  const void* saved;        // as forward left it
+  const float* c_prev;      // as forward left it
+  const void* dy;           // [T, B, H], may be null: zeros
+  int64_t dy_stride;        // of a row of dy: D * H
+  const void* dc_sequence;  // [T, B, H], rows dy_stride apart, may be null: zeros
+  const void* dh_n;         // [B, H], may be null: zeros
+  const void* dc_n;         // [B, H], may be null: zeros
+  ResetState dreset;        // [T, B, H] out, where there is a reset; zero before
+  void* dgates;             // [T, B, kGrads*Hp] out; the exchange, all kNotYet before
+  void* dh0;                // [B, H] out, may be null: not wanted
+  void* dc0;                // [B, H] out, may be null: not wanted
 };
 
 struct BackwardParams {
@@ -72,6 +85,12 @@ struct BackwardParams {
 
 // One time step of one direction where the weights do not stay: their product is a library's, the rest is these. H is
 // not padded; `Arithmetic` is double for float64, else float. Rows that have ended keep h, c and their gradients.
+
+// The resets at one border between two steps.
+struct StepResets {
+  const uint8_t* at;  // [B]; null: none
+  int64_t t;          // the later step of the two: rows that have ended before it have no border there
+};
 
 struct StepForwardParams {
   int64_t t, B;
@@ -86,8 +105,11 @@ struct StepForwardParams {
   void* c;                 // [B, H] Arithmetic, in and out; LSTM
   void* y;                 // [B, H] out, zero behind a row's end
   int64_t y_stride;
-  void* saved;   // [B, kSaved*H] out, may be null
-  void* c_prev;  // [B, H] Arithmetic out, may be null
+  void* c_sequence;   // [B, H] out, rows y_stride apart; may be null
+  StepResets resets;  // at the step after
+  ResetState reset;   // of the step after: step is unused
+  void* saved;        // [B, kSaved*H] out, may be null
+  void* c_prev;       // [B, H] Arithmetic out, may be null
 };
 
 struct StepBackwardParams {
@@ -99,11 +121,14 @@ struct StepBackwardParams {
   const void* c_prev;  // [B, H] Arithmetic; LSTM
   const void* dy;      // [B, H], may be null
   int64_t dy_stride;
-  const void* product;  // [B, H] W_hh^T times the gates' gradients of the step after; null at the last step
-  void* dh;             // [B, H] Arithmetic, in and out: what reaches h other than through the product
-  void* dc;             // [B, H] Arithmetic, in and out; LSTM
-  void* dgates;         // [B, kGrads*H] out
-  void* dh0;            // [B, H] out, behind the last step: then all that is done; else null
+  const void* dc_sequence;  // [B, H], rows dy_stride apart, may be null
+  StepResets resets;        // between this step and the one after
+  ResetState dreset;        // [B, H] out, of the step after: step is unused
+  const void* product;      // [B, H] W_hh^T times the gates' gradients of the step after; null at the last step
+  void* dh;                 // [B, H] Arithmetic, in and out: what reaches h other than through the product
+  void* dc;                 // [B, H] Arithmetic, in and out; LSTM
+  void* dgates;             // [B, kGrads*H] out
+  void* dh0;                // [B, H] out, behind the last step: then all that is done; else null
 };
 
 }  // namespace cuda
