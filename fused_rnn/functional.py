@@ -1,4 +1,4 @@
-"""From one layer to the whole: layers, directions, dropout between layers.
+"""From one layer to the whole: layers, directions, dropout between layers; and the modules as functions.
 
 This is the readable algorithm of torch.nn's RNN, LSTM and GRU; `fused_rnn.ops.layer` makes it fast.
 """
@@ -6,7 +6,9 @@ This is the readable algorithm of torch.nn's RNN, LSTM and GRU; `fused_rnn.ops.l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -121,3 +123,85 @@ def _by_direction(sequence: Tensor, D: int) -> Tensor:
 
 def _join(states: list[Tensor]) -> Tensor:
     return states[0] if len(states) == 1 else torch.cat(states)
+
+
+def rnn(input: Any, weights: Sequence[Tensor], hx: Any = None, *, nonlinearity: str = "tanh", **options: Any) -> Any:
+    """torch.nn.RNN's function of plain tensors; see `lstm`."""
+    return _call("RNN", input, weights, hx, nonlinearity=nonlinearity, **options)
+
+
+def gru(input: Any, weights: Sequence[Tensor], hx: Any = None, **options: Any) -> Any:
+    """torch.nn.GRU's function of plain tensors; see `lstm`."""
+    return _call("GRU", input, weights, hx, **options)
+
+
+def lstm(input: Any, weights: Sequence[Tensor], hx: Any = None, **options: Any) -> Any:
+    """torch.nn.LSTM's function of plain tensors, for weights that are computed: dropped, tied, made by another network.
+
+    Args:
+        input, hx: as the module's forward takes them.
+        weights: of every layer and direction ``w_ih, w_hh[, b_ih, b_hh][, w_hr]``, torch.nn's order of parameters.
+            Sizes and the number of layers are theirs.
+        options: ``bidirectional``, ``batch_first``, ``dropout``, ``training`` as in torch.nn (False, False, 0.0,
+            False), and the keywords of the module's forward (``resets`` and so on).
+
+    Returns:
+        What the module's forward does.
+
+    Raises:
+        ValueError: the number or the shapes of the weights are no module's.
+        ValueError, RuntimeError: as the module's forward.
+    """
+    return _call("LSTM", input, weights, hx, **options)
+
+
+def _call(
+    name: str,
+    input: Any,
+    weights: Sequence[Tensor],
+    hx: Any,
+    *,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    resets: Tensor | None = None,
+    reset_state: Any = None,
+    lengths: Tensor | None = None,
+    return_state_sequence: bool = False,
+    **of_class: Any,
+) -> Any:
+    from fused_rnn import modules, segments  # both are built on this file
+
+    weights = list(weights)
+    if len(weights) < 2 or any(w.dim() != 2 for w in weights[:2]):
+        raise ValueError(f"{name.lower()}: expected weights to begin with w_ih and w_hh of 2 dimensions")
+    gates = {"RNN": 1, "LSTM": 4, "GRU": 3}[name]
+    bias = len(weights) > 2 and weights[2].dim() == 1
+    hidden_size, width = weights[1].size(0) // gates, weights[1].size(1)
+    projected = name == "LSTM" and width != hidden_size
+    count = (2 + 2 * bias + projected) * (2 if bidirectional else 1)  # of a layer
+    template = _template(
+        getattr(modules, name), weights[0].size(1), hidden_size, max(len(weights) // count, 1), bias, batch_first,
+        dropout, bidirectional, width if projected else 0, tuple(of_class.items()),
+    )  # fmt: skip
+    expected = [tuple(w.shape) for w in template._flat_weights]
+    got = [tuple(w.shape) for w in weights]
+    if got != expected:
+        raise ValueError(f"{name.lower()}: expected weights of shapes {expected}, got {got}")
+    module = copy(template)  # with other weights; what it holds of its own is only read
+    module.__dict__.update(_flat_weights=weights, training=training)
+    return segments.run(module, input, hx, resets, reset_state, lengths, return_state_sequence)
+
+
+@lru_cache(maxsize=256)
+def _template(
+    cls: Any, input_size: int, hidden_size: int, num_layers: int, bias: bool, batch_first: bool, dropout: float,
+    bidirectional: bool, proj_size: int, of_class: tuple[tuple[str, Any], ...],
+) -> Any:  # fmt: skip
+    """A module of these sizes without memory."""
+    options = dict(of_class) | ({"proj_size": proj_size} if proj_size else {})
+    return cls(
+        input_size, hidden_size, num_layers, bias=bias, batch_first=batch_first, dropout=dropout,
+        bidirectional=bidirectional, device="meta", **options,
+    )  # fmt: skip
