@@ -85,12 +85,14 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         return self._checked(input, hx)
 
     @ops.runs_eagerly
-    def step(self, input: Tensor, hx: Any = None) -> Any:
+    def step(self, input: Tensor, hx: Any = None, *, resets: Tensor | None = None, reset_state: Any = None) -> Any:
         """One time step, for streaming and rollouts: equals `forward` on a sequence of length one, without hooks.
 
         Args:
             input: ``(B, input_size)``, or ``(input_size,)`` unbatched.
             hx: as in `forward`; None: zeros.
+            resets: bool ``(B,)``, or ``()`` unbatched: the rows whose state is replaced before the step.
+            reset_state: what replaces it, as in `forward`; None: zeros.
 
         Returns:
             output ``(B, proj_size or hidden_size)``, or unbatched without B, and the state(s) to pass to the next
@@ -102,6 +104,8 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         """
         if self.bidirectional:
             raise ValueError(f"{self._get_name()}.step: expected bidirectional=False, got {self.bidirectional}")
+        if not (resets is None and reset_state is None):
+            hx = segments.before_step(self, input, hx, resets, reset_state)
         if self._usual(input, 2, hx):
             try:
                 y, *hidden = self._stack(input.unsqueeze(0), (None, None) if hx is None else self._given_states(hx))

@@ -355,3 +355,26 @@ def test_what_does_not_go_together() -> None:
         ours(torch.randn(6, 3, 5), resets=torch.zeros(6, 3, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="Expected hidden"):
         ours(torch.randn(6, 3, 4), torch.zeros(1, 3, 8), resets=torch.zeros(6, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@each_name
+def test_a_rollout_of_steps_is_the_sequence(name: str, batch_first: bool) -> None:
+    _, ours = pair(name, 4, 9, num_layers=2, batch_first=batch_first)
+    x, resets = torch.randn(6, 3, 4, dtype=torch.float64), torch.rand(6, 3) < 0.4
+    learned = draw_state(ours, 1, requires_grad=False)
+    for reset_state in (None, learned):
+        hx, outputs = None, []
+        for t in range(6):
+            y, hx = ours.step(x[t], hx, resets=resets[t], reset_state=reset_state)
+            outputs.append(y)
+        data, cuts = (x.transpose(0, 1), resets.T) if batch_first else (x, resets)
+        expected, final = ours(data, resets=cuts, reset_state=reset_state)
+        actual = torch.stack(outputs, 1 if batch_first else 0)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        for a, e in zip(listed(hx), listed(final), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+    one, _ = ours.step(x[0, 0], _squeezed(learned), resets=torch.tensor(True))
+    torch.testing.assert_close(one, ours.step(x[0, 0])[0])
+    with pytest.raises(RuntimeError, match="resets of shape"):
+        ours.step(x[0], resets=torch.zeros(2, dtype=torch.bool))
