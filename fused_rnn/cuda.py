@@ -6,6 +6,7 @@ Backward: recurrence in reverse  ->  dgates  ->  one product each for dx, dW_ih 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from torch.nn.functional import pad
 
 from fused_rnn import _C, reference
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NUMBER = {cell: number for number, cell in enumerate(reference.CELLS)}
-# Of the gates' gradients: how many blocks of H there are, and which gates come first among those of W_ih x
-# (kGrads and kInputShift in csrc/cells/; the blocks of W_hh h are the last ones).
+"""How the operators name a cell."""
+
+# Of what forward saves and of the gates' gradients: how many blocks of H there are; and which gates come first among
+# the gradients of W_ih x (kSaved, kGrads and kInputShift in csrc/cells/; the blocks of W_hh h are the last ones).
 _BLOCKS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4}
 _SHIFT = {"rnn_tanh": 0, "rnn_relu": 0, "lstm": 0, "gru": 1}
 
@@ -37,7 +39,11 @@ def available() -> bool:
     libraries = sorted(Path(__file__).parent.glob("_cuda.so"))
     if torch.version.cuda is None or not libraries:
         return False
-    torch.ops.load_library(libraries[0])
+    try:
+        torch.ops.load_library(libraries[0])
+    except OSError as error:
+        warnings.warn(f"fused_rnn's CUDA kernels cannot be used, torch.nn's are: {error}", stacklevel=2)
+        return False
     register_fakes("fused_rnn")
     return True
 
@@ -150,7 +156,7 @@ def backward(
     x, _, _, *weights = inputs
     assert x is not None
     call = _Call(x, batch_sizes, lengths, resets)
-    layer = _layer(cell, call, weights)
+    layer = _layer(cell, call, weights, kept)
     dy, dh_n, dc_n, *dc_sequence = (None if g is None else g for g in grads)
     dx, dh0, dc0, *rest = layer.backward(
         None if dy is None else call.padded(dy),
@@ -167,11 +173,14 @@ def backward(
     return [None if dx is None else call.unpadded(dx), dh0, dc0, *rest]
 
 
-def _layer(cell: str, call: _Call, weights: Sequence[Tensor | None]) -> Layer:
+def _layer(cell: str, call: _Call, weights: Sequence[Tensor | None], kept: Sequence[Tensor] = ()) -> Layer:
+    """`kept` tells backward which way forward took, whatever torch's switches say by now."""
     w_hh: Any = weights[1]
     weights = weights[: len(weights) // 5 * 5]  # behind them come the states at resets
     directions = len(weights) // 5
     properties = device_properties(w_hh.device)
+    if kept:
+        return Layer(cell, weights, kept[0].size(1) == call.steps, tf32_allowed())
     resident = call.steps > 1 and is_resident(cell, w_hh.dtype, call.batch, w_hh.size(1), directions, properties)
     return Layer(cell, weights, resident, tf32_allowed())
 
@@ -333,19 +342,20 @@ class Layer:
         """
         h_prev, saved, c_prev = kept
         of_resets = needs[3 + 5 * len(self.directions) :]
-        dgates, dh0, dc0, dreset_h, dreset_c = _operators(x).recurrence_backward(
-            *(None if g is None else g.contiguous() for g in (dy, dh_n, dc_n)),
-            h_prev,
-            saved,
-            c_prev,
-            NUMBER[self.cell],
-            self.resident,
-            self.instance,
-            self.transposed_recurrent_weights(),
-            *segments.arguments()[:2],
-            any(of_resets),
-            None if dc_sequence is None else dc_sequence.contiguous(),
-        )
+        with _products_in_tf32(self.tf32):
+            dgates, dh0, dc0, dreset_h, dreset_c = _operators(x).recurrence_backward(
+                *(None if g is None else g.contiguous() for g in (dy, dh_n, dc_n)),
+                h_prev,
+                saved,
+                c_prev,
+                NUMBER[self.cell],
+                self.resident,
+                self.instance,
+                self.transposed_recurrent_weights(),
+                *segments.arguments()[:2],
+                any(of_resets),
+                None if dc_sequence is None else dc_sequence.contiguous(),
+            )
         dh0 = segments.leave(dh0, dreset_h if any(of_resets) else None)
         dc0 = segments.leave(dc0, dreset_c if any(of_resets) else None) if dc0.numel() else dc0
         grads: list[Tensor | None] = [None, dh0 if needs[1] else None, dc0 if needs[2] else None]
@@ -424,6 +434,8 @@ def _products_in_tf32(on: bool) -> Iterator[None]:
         yield
         return
     before = torch.backends.cuda.matmul.fp32_precision
+    if before == torch.backends.fp32_precision:
+        before = "none"  # which follows torch's general setting
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         yield

@@ -173,9 +173,14 @@ def _call(
 ) -> Any:
     from fused_rnn import modules, segments  # both are built on this file
 
+    unknown = set(of_class) - ({"nonlinearity"} if name == "RNN" else set())
+    if unknown:
+        raise TypeError(f"{name.lower()}() got an unexpected keyword argument {sorted(unknown)[0]!r}")
     weights = list(weights)
-    if len(weights) < 2 or any(w.dim() != 2 for w in weights[:2]):
-        raise ValueError(f"{name.lower()}: expected weights to begin with w_ih and w_hh of 2 dimensions")
+    if len(weights) < 2 or not all(isinstance(w, Tensor) for w in weights) or any(w.dim() != 2 for w in weights[:2]):
+        raise ValueError(
+            f"{name.lower()}: expected weights to be tensors that begin with w_ih and w_hh of 2 dimensions"
+        )
     gates = {"RNN": 1, "LSTM": 4, "GRU": 3}[name]
     bias = len(weights) > 2 and weights[2].dim() == 1
     hidden_size, width = weights[1].size(0) // gates, weights[1].size(1)

@@ -76,6 +76,7 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
             ValueError, RuntimeError: as torch.nn, with its texts, if sizes or dtypes do not fit.
         """
         if not (resets is None and reset_state is None and lengths is None and return_state_sequence is False):
+            self._refresh_flat_weights()
             return segments.run(self, input, hx, resets, reset_state, lengths, return_state_sequence)
         if self._usual(input, 3, hx):
             try:
@@ -92,7 +93,7 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
             input: ``(B, input_size)``, or ``(input_size,)`` unbatched.
             hx: as in `forward`; None: zeros.
             resets: bool ``(B,)``, or ``()`` unbatched: the rows whose state is replaced before the step.
-            reset_state: what replaces it, as in `forward`; None: zeros.
+            reset_state: what replaces it, shaped like hx or broadcasting to it; None: zeros.
 
         Returns:
             output ``(B, proj_size or hidden_size)``, or unbatched without B, and the state(s) to pass to the next
@@ -104,6 +105,9 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         """
         if self.bidirectional:
             raise ValueError(f"{self._get_name()}.step: expected bidirectional=False, got {self.bidirectional}")
+        if isinstance(input, PackedSequence) or input.dim() not in (1, 2):
+            got = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D tensor"
+            raise RuntimeError(f"{self._get_name()}.step: expected input to be 1-D or 2-D, got {got}")
         if not (resets is None and reset_state is None):
             hx = segments.before_step(self, input, hx, resets, reset_state)
         if self._usual(input, 2, hx):
@@ -112,9 +116,6 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
                 return y.squeeze(0), self._pack_states(hidden)
             except RuntimeError:
                 pass
-        if isinstance(input, PackedSequence) or input.dim() not in (1, 2):
-            got = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D tensor"
-            raise RuntimeError(f"{self._get_name()}.step: expected input to be 1-D or 2-D, got {got}")
         time_dim = 1 if self.batch_first and input.dim() == 2 else 0
         y, hidden = FusedRNNBase.forward(self, input.unsqueeze(time_dim), hx)
         return y.squeeze(time_dim), hidden
@@ -182,7 +183,7 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         data = input.data if packed else input
         states, weights = self._given_states(hx), self._flat_weights
         if states is not None and isinstance(data, Tensor) and ops.on_cuda(data) and ops.autocast_dtype(data):
-            data, states, weights = (_autocast(t) for t in (data, states, weights))
+            data, states, weights = (ops.autocast(t) for t in (data, states, weights))
         if states is None or not self._regular(data, states, weights, packed):
             return super().forward(input, hx)
 
@@ -272,14 +273,6 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         return cuda.torch_is_faster(
             self.mode, data.dtype, shape, self.hidden_size, self.num_layers, directions, properties
         )
-
-
-def _autocast(tensors: Any) -> Any:
-    """A tensor, or each of several, as autocast gives them to torch.nn's layers."""
-    if not isinstance(tensors, Tensor):
-        return tuple(_autocast(t) for t in tensors)
-    eligible = tensors.is_floating_point() and tensors.dtype is not torch.float64
-    return tensors.to(ops.autocast_dtype(tensors)) if eligible else tensors
 
 
 @fx_leaf

@@ -18,7 +18,7 @@ from fused_rnn import cuda, reference
 _forward = torch.ops.fused_rnn.forward.default
 _backward = torch.ops.fused_rnn.backward.default
 _step = torch.ops.fused_rnn.step.default
-NUMBER = {cell: number for number, cell in enumerate(reference.CELLS)}  # how the operators name a cell
+NUMBER = cuda.NUMBER
 
 BACKENDS = ("auto", "fused", "torch")
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
@@ -131,6 +131,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+def autocast(tensors: Any) -> Any:
+    """A tensor, or each of several (None stays), as autocast gives them to torch.nn's layers."""
+    if not isinstance(tensors, Tensor):
+        return None if tensors is None else tuple(autocast(t) for t in tensors)
+    eligible = tensors.is_floating_point() and tensors.dtype is not torch.float64
+    return tensors.to(autocast_dtype(tensors)) if eligible else tensors
+
+
 def watched(autocast: bool = True) -> bool:
     """Whether a compiler, a tracer, autocast, a mode or a functorch transform looks at torch's operations."""
     return (
@@ -220,7 +228,14 @@ def _call_backward(
         _steps_of_reset_states(x, of_resets, needs),
         *dc_sequence,
     )
-    return found if resets is None else (*found[: len(inputs) - 2], dreset_h, dreset_c)
+    if resets is None:
+        return found
+    # In a sequence of one step a state for each is a state for all, but for its shape.
+    dresets = (
+        d if s is None or d.numel() != s.numel() else d.view_as(s)
+        for s, d in zip(of_resets, (dreset_h, dreset_c), strict=True)
+    )
+    return *found[: len(inputs) - 2], *dresets
 
 
 def _without_resets(weights: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -242,11 +257,17 @@ class _Layer(torch.autograd.Function):
     def forward(ctx, cell, batch_sizes, lengths, resets, c_sequence, *inputs):  # type: ignore[no-untyped-def]
         y, h_n, c_n, more, kept = _call_forward(cell, batch_sizes, lengths, resets, c_sequence, inputs, True)
         ctx.set_materialize_grads(False)
-        ctx.cell, ctx.batch_sizes, ctx.lengths, ctx.resets, ctx.kept = cell, batch_sizes, lengths, resets, len(kept)
+        ctx.cell, ctx.kept = cell, len(kept)
         # What a first derivative reads is saved for it, and so guarded against writing in place. What only a
         # second derivative reads is kept aside, with its version, so that writing to it stays allowed until then.
         read = _what_a_derivative_reads(ctx.needs_input_grad[5:])
-        ctx.save_for_backward(*kept, *[t if is_read else None for t, is_read in zip(inputs, read, strict=True)])
+        ctx.save_for_backward(
+            batch_sizes,
+            lengths,
+            resets,
+            *kept,
+            *[t if is_read else None for t, is_read in zip(inputs, read, strict=True)],
+        )
         ctx.aside = [None if is_read or t is None else (t, t._version) for t, is_read in zip(inputs, read, strict=True)]
         if cell != "lstm":
             ctx.mark_non_differentiable(c_n)
@@ -255,20 +276,19 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
         needs = ctx.needs_input_grad[5:]
-        saved = ctx.saved_tensors
-        kept, inputs = saved[: ctx.kept], list(saved[ctx.kept :])
+        batch_sizes, lengths, resets, *saved = ctx.saved_tensors
+        kept, inputs = saved[: ctx.kept], saved[ctx.kept :]
         again = torch.is_grad_enabled() or _any_batched(*grads)
         for index, of_aside in enumerate(ctx.aside):
             if of_aside is not None:
                 inputs[index] = _unchanged(*of_aside) if again else of_aside[0]
         if again:
-            rows = (ctx.batch_sizes, ctx.lengths, ctx.resets)
-            found = _differentiable_backward(ctx.cell, *rows, inputs, needs, grads)
+            found = _differentiable_backward(ctx.cell, batch_sizes, lengths, resets, inputs, needs, grads)
             return None, None, None, None, None, *found
         if on_cuda(inputs[0]):
-            found = cuda.backward(ctx.cell, ctx.batch_sizes, ctx.lengths, ctx.resets, grads, inputs, kept, needs)
+            found = cuda.backward(ctx.cell, batch_sizes, lengths, resets, grads, inputs, kept, needs)
         else:
-            found = _call_backward(ctx.cell, ctx.batch_sizes, ctx.resets, grads, inputs, kept, needs)
+            found = _call_backward(ctx.cell, batch_sizes, resets, grads, inputs, kept, needs)
         return None, None, None, None, None, *[g if need else None for g, need in zip(found, needs, strict=False)]
 
 

@@ -54,11 +54,16 @@ def plan(
             have, 10 * major + minor compute capability. An H200: ``(132, 232448, 90)``.
 
     Raises:
-        ValueError: cell or backend is unknown.
+        ValueError: cell, backend or dtype is unknown, or a size is not positive.
     """
     cell = "rnn_tanh" if cell == "rnn" else cell
     if cell not in reference.CELLS:
         raise ValueError(f"unknown cell {cell!r}; the cells are: rnn, {', '.join(reference.CELLS)}")
+    for letter, size in dict(T=T, B=B, I=I, H=H, num_layers=num_layers).items():
+        if not 1 <= size < 2**31:
+            raise ValueError(f"{letter} must be at least 1 and less than 2**31, got {size}")
+    if dtype not in ops.DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, ops.DTYPES))}, got {dtype}")
     if backend not in ops.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, ops.BACKENDS))}, got {backend!r}")
     directions = 2 if bidirectional else 1

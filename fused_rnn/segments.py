@@ -1,7 +1,8 @@
 """What forward takes beyond torch.nn: resets inside a sequence, lengths, and the states of every step.
 
 Without them nothing here runs. With them, the same layers do, of `fused_rnn.ops` where the kernels may be used, else of
-`fused_rnn.reference`, so that compilers, functorch and devices without kernels get the same results at torch's speed.
+`fused_rnn.reference`, a loop over time: so compilers, functorch and devices without kernels get the same results, only
+slowly.
 """
 
 from __future__ import annotations
@@ -29,25 +30,38 @@ def run(
     """`fused_rnn.modules.FusedRNNBase.forward` with any of its keyword arguments; they are explained there."""
     call = _Call(module, input, hx)
     call.check_resets(resets, reset_state)
+    if isinstance(lengths, Tensor) and call.x.is_cpu:
+        lengths = lengths.cpu()
     call.check_lengths(lengths)
     x, states = call.x, call.states
     reset_states = call.reset_states(reset_state)
     per_step = any(s is not None and s.dim() == 4 for s in reset_states)
     resets = None if resets is None else call.time_major(resets)
     weights = module._flat_weights
-    fusible = ops.fusible(x, *states, *reset_states, *weights) and not (ops.on_cuda(x) and module.proj_size > 0)
+    cuda = ops.on_cuda(x)
+    if cuda and ops.autocast_dtype(x):
+        x, states, reset_states, weights = (ops.autocast(t) for t in (x, states, reset_states, weights))
+    fusible = (
+        module.backend != "torch"
+        and ops.fusible(x, *states, *reset_states, *weights)
+        and not (cuda and (module.proj_size > 0 or x.numel() == 0))
+    )
     of_steps: Sequence[Tensor] = ()
-    if fusible and lengths is not None and not ops.on_cuda(x):
-        lengths = lengths.cpu()
+    if fusible and lengths is not None and not cuda:
         # The kernels take packed rows, at least one, and no state of every step for them.
         fusible = not per_step and bool(lengths.any())
-    if fusible and lengths is not None and not ops.on_cuda(x):
+    if fusible and lengths is not None and not cuda:
         rows = _Lengths(lengths, x.size(0))
         output, hidden, of_steps = rows.run(call, resets, reset_states, return_state_sequence)
     else:
-        extras = Extras(resets, reset_states, None if lengths is None else lengths.to(x.device), return_state_sequence)
+        if lengths is not None:
+            lengths = lengths.to(x.device, non_blocking=True)
+            # What lies behind a row's end may be anything, but zero times NaN would be NaN in the weights' gradients.
+            present = torch.arange(x.size(0), device=x.device).unsqueeze(1) < lengths
+            x = torch.where(present.unsqueeze(2), x, x.new_zeros(()))
+        extras = Extras(resets, reset_states, lengths, return_state_sequence)
         layer = ops.layer if fusible else reference.layer
-        output, hidden, of_steps = call.stack(x, states, call.batch_sizes, extras, layer)
+        output, hidden, of_steps = call.stack(x, states, call.batch_sizes, extras, layer, weights)
     results = call.results(output, hidden)
     return (*results, call.state_sequence(of_steps)) if return_state_sequence else results
 
@@ -55,11 +69,17 @@ def run(
 def before_step(module: Any, input: Tensor, hx: Any, resets: Tensor | None, reset_state: Any) -> Any:
     """hx as one step consumes it: replaced in the rows that `resets` names."""
     call = _Call(module, input.unsqueeze(1 if module.batch_first and input.dim() == 2 else 0), hx)
-    if isinstance(resets, Tensor):  # one step of a sequence of one
-        resets = resets.unsqueeze(1 if call.batch_first else 0)
+    if isinstance(resets, Tensor):
+        if resets.shape != input.shape[:-1]:
+            raise RuntimeError(
+                f"{call.name}.step: Expected resets of shape {list(input.shape[:-1])}, got {list(resets.shape)}"
+            )
+        resets = resets.unsqueeze(1 if call.batch_first else 0)  # a sequence of one
     call.check_resets(resets, reset_state)
     begins = call.time_major(resets).squeeze(0).unsqueeze(1)
     fresh = call.reset_states(reset_state)
+    if any(s is not None and s.dim() == 4 for s in fresh):
+        raise RuntimeError(f"{call.name}.step: Expected reset_state to be shaped like hx, got {list(fresh[0].shape)}")
     if all(s is None for s in (*call.states, *fresh)):
         return None
     zeros = module._zero_states(call.x, call.batch)
@@ -88,7 +108,8 @@ class _Call:
             raise ValueError(f"{self.name}: Expected input to be 2D or 3D, got {data.dim()}D tensor instead")
         states = module._given_states(hx)
         if states is None:
-            raise TypeError(f"{self.name}: expected hx to be None or a pair (h_0, c_0)")
+            raise TypeError(f"{self.name}: expected hx to be None or a pair (h_0, c_0), got {_kind(hx)}")
+        _check_tensors(self.name, "hx", states)
         self.batched = self.packed is not None or data.dim() == 3
         self.batch_sizes = None if self.packed is None else self.packed.batch_sizes
         self.batch_first = module.batch_first and self.batched and self.packed is None
@@ -148,7 +169,9 @@ class _Call:
             raise ValueError(f"{self.name}: expected lengths to be an int32 or int64 tensor, got {_kind(lengths)}")
         if lengths.shape != (self.batch,):
             raise RuntimeError(f"{self.name}: Expected lengths of shape {[self.batch]}, got {list(lengths.shape)}")
-        if lengths.is_cpu and lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= self.x.size(0):
+        if not lengths.is_cpu or ops.watched() or lengths.numel() == 0:
+            return  # the kernels stop at T; looking would mean waiting for a GPU
+        if not 0 <= int(lengths.min()) <= int(lengths.max()) <= self.x.size(0):
             raise ValueError(
                 f"{self.name}: expected lengths between 0 and {self.x.size(0)}, "
                 f"got {int(lengths.min())} to {int(lengths.max())}"
@@ -161,15 +184,22 @@ class _Call:
             return (None,) * len(sizes)
         given = self.module._given_states(reset_state)
         if given is None:
-            raise ValueError(f"{self.name}: expected reset_state to be a pair (h, c), got {_kind(reset_state)}")
+            raise TypeError(f"{self.name}: expected reset_state to be a pair (h, c), got {_kind(reset_state)}")
+        _check_tensors(self.name, "reset_state", given)
         rows = self.module.num_layers * (2 if self.module.bidirectional else 1)
+        given = given if self.batched else [state.unsqueeze(-2) for state in given]
+        per_step = any(state.dim() == 4 for state in given)
         found = []
         for state, size in zip(given, sizes, strict=True):
-            if not self.batched:
-                state = state.unsqueeze(-2)
+            if state.dtype is not self.x.dtype or state.device != self.x.device:
+                raise ValueError(
+                    f"{self.name}: expected reset_state to be {self.x.dtype} on {self.x.device} as input is, "
+                    f"got {state.dtype} on {state.device}"
+                )
             of_one = (rows, self.batch, size)
-            wanted = (self.x.size(0), *of_one) if state.dim() == 4 else of_one
-            fits = state.dim() in (3, 4) and all(
+            wanted = (self.x.size(0), *of_one) if per_step else of_one
+            state = state.unsqueeze(0) if per_step and state.dim() == 3 else state
+            fits = state.dim() == len(wanted) and all(
                 got in (1, want) for got, want in zip(state.shape, wanted, strict=True)
             )
             if not fits:
@@ -180,9 +210,11 @@ class _Call:
             found.append(state.expand(wanted))
         return tuple(found)
 
-    def stack(self, x: Tensor, states: Any, batch_sizes: Any, extras: Extras, layer: Any) -> tuple[Any, Any, Any]:
+    def stack(
+        self, x: Tensor, states: Any, batch_sizes: Any, extras: Extras, layer: Any, weights: Any = None
+    ) -> tuple[Any, Any, Any]:
         """Output, final states, and the states of every step if they are wanted."""
-        output, *rest = self.module._stack(x, states, batch_sizes, layer=layer, extras=extras)
+        output, *rest = self.module._stack(x, states, batch_sizes, weights, layer=layer, extras=extras)
         count = len(self.module._state_sizes())
         return output, rest[:count], rest[count:]
 
@@ -244,6 +276,12 @@ class _Lengths:
         """``[T, B, ...]``, zero where a row has ended."""
         out = rows.new_zeros(self.T * self.B, *rows.shape[1:]).index_copy(0, self.rows, rows)
         return out.unflatten(0, (self.T, self.B))
+
+
+def _check_tensors(name: str, argument: str, states: Sequence[Any]) -> None:
+    for state in states:
+        if not isinstance(state, Tensor):
+            raise TypeError(f"{name}: expected {argument} to be made of tensors, got {_kind(state)}")
 
 
 def _kind(value: Any) -> str:

@@ -121,3 +121,11 @@ def test_backend_of_a_module(name: str) -> None:
             assert torch.equal(ours(x)[0], theirs(x)[0])
     with pytest.raises(ValueError, match="backend must be one of 'auto', 'fused', 'torch', got 'fast'"):
         getattr(fused_rnn, name)(3, 4, backend="fast")
+
+
+@pytest.mark.parametrize("bad", [dict(H=0), dict(H=-40), dict(T=0), dict(B=2**31), dict(dtype=torch.int8)])
+def test_sizes_that_no_layer_has(bad: dict) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        fused_rnn.plan("lstm", **(dict(T=5, B=1, I=8, H=8, properties=DEVICES["h100"]) | bad))
+    assert cuda.plans("lstm", torch.bfloat16, 1, 0, 1, False, DEVICES["h100"]) == []
+    assert cuda.plans("lstm", torch.bfloat16, 1, 8, 0, False, DEVICES["h100"]) == []

@@ -378,3 +378,58 @@ def test_a_rollout_of_steps_is_the_sequence(name: str, batch_first: bool) -> Non
     torch.testing.assert_close(one, ours.step(x[0, 0])[0])
     with pytest.raises(RuntimeError, match="resets of shape"):
         ours.step(x[0], resets=torch.zeros(2, dtype=torch.bool))
+
+
+@each_name
+def test_weights_are_those_of_the_moment(name: str) -> None:
+    """Swapped, parametrised or replaced since the last call."""
+    _, ours = pair(name, 4, 9)
+    x, resets = torch.randn(6, 3, 4, dtype=torch.float64), torch.zeros(6, 3, dtype=torch.bool)
+    ours(x, resets=resets)
+    others = {key: torch.randn_like(p).requires_grad_() for key, p in ours.named_parameters()}
+    call = torch.func.functional_call
+    found = call(ours, others, (x,), {"resets": resets})[0]
+    torch.testing.assert_close(found, call(ours, others, (x,))[0])
+    assert all(g.any() for g in torch.autograd.grad(found.sum(), list(others.values())))
+
+
+def test_resets_changed_before_backward() -> None:
+    _, ours = pair("GRU", 4, 9)
+    resets = torch.rand(6, 3) < 0.5
+    y, _ = ours(torch.randn(6, 3, 4, dtype=torch.float64), resets=resets)
+    resets.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_states_at_resets_of_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step only, with a state for each; and of h one for all, of c one for each."""
+    _, ours = pair("LSTM", 4, 9)
+    for T, steps_h, steps_c in ((1, [1], [1]), (5, [], [5]), (5, [5], [])):
+        x = torch.randn(T, 3, 4, dtype=torch.float64, requires_grad=True)
+        fresh = (draw_state(ours, 3, *steps_h)[0], draw_state(ours, 3, *steps_c)[1])
+        arguments = dict(resets=torch.rand(T, 3) < 0.7, reset_state=fresh)
+        expected = of_reference(ours, x, **arguments, monkeypatch=monkeypatch)
+        assert_same(ours(x, **arguments), expected, [x, *fresh, *ours.parameters()])
+
+
+def test_backend_torch_runs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = fused_rnn.GRU(4, 9, backend="torch")
+    monkeypatch.setattr(ops, "_forward", None)
+    ours(torch.randn(6, 3, 4), resets=torch.zeros(6, 3, dtype=torch.bool))
+
+
+def test_what_lies_behind_a_rows_end_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours = pair("GRU", 4, 9)
+    x = torch.randn(6, 3, 4, dtype=torch.float64)
+    x[4:, 0] = torch.nan
+    arguments = dict(lengths=torch.tensor([4, 6, 6]))
+    for y, _ in (ours(x, **arguments), of_reference(ours, x, **arguments, monkeypatch=monkeypatch)):
+        assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), list(ours.parameters())))
+
+
+@pytest.mark.parametrize("state", [0.0, torch.zeros(1, 3, 9).double(), (torch.zeros(1, 3, 9),) * 2])
+def test_bad_reset_states(state: Any) -> None:
+    _, ours = pair("GRU", 4, 9, dtype=torch.float32)
+    with pytest.raises((TypeError, ValueError), match="expected reset_state"):
+        ours(torch.randn(6, 3, 4), resets=torch.zeros(6, 3, dtype=torch.bool), reset_state=state)

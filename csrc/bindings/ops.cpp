@@ -76,6 +76,8 @@ class Layer {
     FUSED_RNN_CHECK(shape.projected || shape.P == shape.H, "w_hh must have shape ",
                     shape_text(std::vector<int64_t>{shape.H * cell.gates, shape.H}), ", got ",
                     shape_text(w_hh.sizes()));
+    FUSED_RNN_CHECK(shape.H > 0 && shape.P > 0, "expected at least one unit, got w_hh of shape ",
+                    shape_text(w_hh.sizes()));
     step = x.size() == 2 && !sizes;
     FUSED_RNN_CHECK(x.size() == (step || sizes ? 2 : 3),
                     "x must be [T, B, I], [N, I] with batch_sizes, or [B, I], got ", shape_text(x));

@@ -66,6 +66,7 @@ int resident_teams(Exchange exchange, int parts, const Device& device) {
 
 std::vector<Plan> plans(const Problem& p, const Device& device) {
   std::vector<Plan> found;
+  if (p.H < 1 || p.B < 0 || p.directions < 1 || p.directions > 2 || gates_of(p.cell) == 0) return found;
   const int gates = gates_of(p.cell), Hp = padded(p.H, p.element);
   const Product product =
       p.backward ? Product{1, gates * Hp, element_bytes(p.element)} : Product{gates, Hp, element_bytes(p.element)};
