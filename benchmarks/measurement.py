@@ -21,7 +21,8 @@ class Row:
     """One configuration.
 
     Attributes:
-        call: what is called: the whole "module", a "cell" in a loop, or "step" in a loop.
+        call: what is called: the whole "module", a "cell" in a loop, "step" in a loop, or in the suite `rl`
+            the whole module with so many resets, "1%".
         cell: "rnn", "lstm" or "gru".
         mode: "inference" or "training".
         dtype: the name of a torch dtype.
@@ -40,7 +41,7 @@ class Row:
 
     @property
     def given_state(self) -> bool:
-        """Whether the call starts from a given state: single steps do, sequences start from zeros."""
+        """Whether the call starts from a given state: single steps and rollouts do, sequences start from zeros."""
         return self.call != "module" or self.shape.T == 1
 
     def __str__(self) -> str:
@@ -72,6 +73,7 @@ class Measurement:
         samples: by side, one value per round. Sample n of every side was taken in round n.
         floor: the least that the hardware allows, in the same unit; None where it is unknown.
         notes: by side, why it has no samples.
+        of_torch: the sides that are ways to do it with torch.nn.
         resolution: differences up to this are the measuring method's, not the sides'.
     """
 
@@ -81,6 +83,7 @@ class Measurement:
     floor: float | None = None
     notes: dict[str, str] = field(default_factory=dict)
     resolution: float = 0.0
+    of_torch: Sequence[str] = (TORCH,)
 
     def typical(self, side: str) -> float | None:
         """The median of a side's samples."""
@@ -101,15 +104,18 @@ class Measurement:
 
     @property
     def behind_torch(self) -> bool:
-        """Whether fused_rnn is worse than torch.nn beyond noise.
+        """Whether fused_rnn is worse than torch.nn, in any of the ways to do it with that, beyond noise.
 
         Beyond noise: even the upper quartile of the ratios is below 1, so that three of four pairs
         agree, and the typical difference is above the resolution.
         """
-        ratio = self.ratio(TORCH)
+        return any(self._behind(side) for side in self.of_torch)
+
+    def _behind(self, side: str) -> bool:
+        ratio = self.ratio(side)
         if ratio is None or ratio.upper >= 1:
             return False
-        return self.typical(FUSED) - self.typical(TORCH) > self.resolution
+        return self.typical(FUSED) - self.typical(side) > self.resolution
 
 
 def geometric_mean(values: Sequence[float]) -> float | None:

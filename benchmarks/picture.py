@@ -1,7 +1,8 @@
 """The picture of a suite of measurements: every ratio as a dot, to be read at a glance.
 
-One panel for each number of threads and mode, and a line of panels for each competitor. What lies right
-of the line at 1 is better with fused_rnn.
+One panel for each number of threads and mode, and a line of panels for each competitor, or a column
+where there are more competitors than conditions. What lies right of the line at 1 is better with
+fused_rnn.
 """
 
 from collections.abc import Sequence
@@ -27,9 +28,12 @@ def draw(measurements: Sequence[Measurement], suite: str, quantity: str, machine
     names = list(dict.fromkeys(each.row.name for each in measurements))
     groups = list(conditions(measurements))
     competitors = competitors_of(measurements)
-    size = (PANEL_WIDTH * max(len(groups), 2) + 1.5, len(competitors) * (ROW_HEIGHT * len(names) + 1) + 1)
+    upright = len(competitors) > len(groups)
+    down, across = (len(groups), len(competitors)) if upright else (len(competitors), len(groups))
+    size = (PANEL_WIDTH * max(across, 2) + 1.5, down * (ROW_HEIGHT * len(names) + 1) + 1)
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(competitors), len(groups), squeeze=False, sharex=True, sharey=True)
+    panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    panels = panels.T if upright else panels
     for competitor, line in zip(competitors, panels, strict=True):
         for (threads, mode, group), axes in zip(groups, line, strict=True):
             mean = mean_ratio(group, competitor)

@@ -21,7 +21,13 @@ SCALES = {
     "B": ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")),
 }
 
-HEADINGS = {TORCH: "torch\n.nn", FUSED: "fused\n_rnn", "onnxruntime": "onnx\nruntime"}  # narrow
+HEADINGS = {  # narrow
+    TORCH: "torch\n.nn",
+    FUSED: "fused\n_rnn",
+    "onnxruntime": "onnx\nruntime",
+    "no resets": "no\nresets",
+    "no lengths": "no\nlengths",
+}
 
 
 def amount(value: float | None, unit: str) -> str:
@@ -38,8 +44,8 @@ def thread_count(threads: int) -> str:
 
 
 def competitors_of(measurements: Sequence[Measurement]) -> list[str]:
-    """Every side but fused_rnn that a row has samples or a note of, torch.nn first."""
-    sides = dict.fromkeys([TORCH])
+    """Every side but fused_rnn that a row has samples or a note of, torch.nn's (first) one first."""
+    sides = dict.fromkeys(measurement.of_torch[0] for measurement in measurements)
     for measurement in measurements:
         sides.update(dict.fromkeys([*measurement.samples, *measurement.notes]))
     return [side for side in sides if side != FUSED]
@@ -53,23 +59,23 @@ def conditions(measurements: Sequence[Measurement]) -> Iterator[tuple[int, str, 
 
 def print_table(measurements: Sequence[Measurement], console: Console) -> None:
     """One line for each row; fits 100 columns, also with every competitor."""
-    others = competitors_of(measurements)[1:]
+    main, *others = competitors_of(measurements)
     has_floor = any(each.floor is not None for each in measurements)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     table.add_column("\nrow", max_width=18, overflow="fold")
     table.add_column("\ncell", no_wrap=True)
     table.add_column("\nmode", no_wrap=True)
-    headings = ["thr-\neads", HEADINGS[TORCH], HEADINGS[FUSED], "\nratio", "\nquartiles"]
+    headings = ["thr-\neads", HEADINGS.get(main, f"\n{main}"), HEADINGS[FUSED], "\nratio", "\nquartiles"]
     headings += ["% of\nfloor"] if has_floor else []
     headings += [HEADINGS.get(name, f"\n{name}") for name in others]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for _, _, group in conditions(measurements):
         for each in group:
-            row, ratio = each.row, each.ratio(TORCH)
+            row, ratio = each.row, each.ratio(main)
             cells = [row.name, row.cell, row.mode, str(row.threads)]
-            cells += [amount(each.typical(side), each.unit) for side in (TORCH, FUSED)]
-            cells += [coloured_ratio(each), f"{ratio.lower:.2f}-{ratio.upper:.2f}" if ratio else "-"]
+            cells += [amount(each.typical(side), each.unit) for side in (main, FUSED)]
+            cells += [coloured_ratio(each, main), f"{ratio.lower:.2f}-{ratio.upper:.2f}" if ratio else "-"]
             if has_floor:
                 fraction = each.fraction_of_floor
                 cells.append("-" if fraction is None else f"{100 * fraction:.0f}")
@@ -82,9 +88,9 @@ def print_table(measurements: Sequence[Measurement], console: Console) -> None:
         console.print(f"{side} left out of {rows}: {note}", style="yellow", markup=False, soft_wrap=True)
 
 
-def coloured_ratio(measurement: Measurement) -> str:
-    """Red where fused_rnn is behind beyond noise, yellow where it is within noise."""
-    ratio = measurement.ratio(TORCH)
+def coloured_ratio(measurement: Measurement, competitor: str) -> str:
+    """Red where fused_rnn is behind torch.nn beyond noise, yellow where it is within noise."""
+    ratio = measurement.ratio(competitor)
     if ratio is None:
         return "-"
     colour = "bold red" if measurement.behind_torch else "yellow" if ratio.median < 1 else "green"
@@ -110,14 +116,14 @@ def notes(measurements: Sequence[Measurement]) -> list[tuple[str, str, list[str]
 def print_means(measurements: Sequence[Measurement], quantity: str, console: Console) -> None:
     """Geometric means of the ratios under every condition: by cell, of all rows, and against the others."""
     cells = [cell for cell in CLASSES if any(each.row.cell == cell for each in measurements)]
-    others = competitors_of(measurements)[1:]
+    main, *others = competitors_of(measurements)
     table = Table(title="Geometric means of the ratios", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("")
     for heading in [*cells, "all", "rows", "behind", *others]:
         table.add_column(heading, justify="right")
     for threads, mode, group in conditions(measurements):
-        values = [mean_ratio([each for each in group if each.row.cell == cell], TORCH) for cell in cells]
-        values.append(mean_ratio(group, TORCH))
+        values = [mean_ratio([each for each in group if each.row.cell == cell], main) for cell in cells]
+        values.append(mean_ratio(group, main))
         behind = sum(each.behind_torch for each in group)
         counts = [str(len(group)), f"[bold red]{behind}" if behind else "0"]
         shown = [two_digits(value) for value in values] + counts
@@ -125,8 +131,8 @@ def print_means(measurements: Sequence[Measurement], quantity: str, console: Con
         table.add_row(f"{mode}, {thread_count(threads)}", *shown)
     console.print(table)
     console.print(
-        f"Ratio: {quantity} of torch.nn (or of the competitor named) over that of fused_rnn, median and quartiles of "
-        "the pairs; above 1, fused_rnn is better. Behind: rows whose upper quartile is below 1.",
+        f"Ratio: {quantity} of {main} (or of the competitor named) over that of fused_rnn, median and quartiles of "
+        "the pairs; above 1, fused_rnn is better. Behind: rows whose upper quartile against torch.nn is below 1.",
         style="dim",
     )
     if any(each.floor is not None for each in measurements):

@@ -4,6 +4,8 @@
     python benchmarks/run.py --suite grid             whole sequences in many shapes; about ten minutes
     python benchmarks/run.py --suite cells            one step at a time in a Python loop
     python benchmarks/run.py --suite memory           the peak of a training step, in processes of its own
+    python benchmarks/run.py --suite rl               rollouts with resets, against every way to do that with torch.nn
+    python benchmarks/run.py --suite ragged           sequences of many lengths, against packing them
     python benchmarks/run.py --suite grid --shape 35,32,28,256,1 --cell gru --compare torch,onnxruntime
 
 Each suite prints a table and writes a CSV file and a picture of its name into benchmarks/results. The
@@ -37,7 +39,9 @@ try:
     import grid
     import memory
     import picture
+    import ragged
     import report
+    import rl
     import training_examples
     from competitors import COMPETITORS, require_packages
     from machine import describe_machine
@@ -49,7 +53,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f'{error.name} is not installed: run pip install ".[bench]" in the project folder')
 
-SUITES = {suite.name: suite for suite in (grid.SUITE, cells.SUITE, memory.SUITE)}
+SUITES = {suite.name: suite for suite in (grid.SUITE, cells.SUITE, memory.SUITE, rl.SUITE, ragged.SUITE)}
 EXAMPLES = "examples"
 EXAMPLES_OPTIONS = frozenset({"threads", "only"})
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -85,7 +89,7 @@ def command_line() -> argparse.ArgumentParser:
         help="time steps, batch, input size, hidden size, layers, and bi for two directions: measure this instead of "
         "the suite's own shapes; may be repeated",
     )
-    parser.add_argument("--cell", nargs="+", choices=CLASSES, help="default: all three")
+    parser.add_argument("--cell", nargs="+", choices=CLASSES, help="default: all three (rl: lstm and gru)")
     parser.add_argument("--mode", nargs="+", choices=MODES, help="default: both")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32")
     parser.add_argument(
@@ -175,7 +179,7 @@ def run_suite(suite: Suite, options: argparse.Namespace, console: Console) -> li
             ceilings[count] = measure_ceilings(getattr(torch, dtype), count, seconds)
             console.print(f"{report.thread_count(count)}: {ceilings[count]}")
     shapes = options.shape or (named(suite.shapes, options.only) if options.only else suite.shapes)
-    rows = suite.rows(shapes, options.cell or CLASSES, options.mode or MODES, threads, dtype)
+    rows = suite.rows(shapes, options.cell or suite.cells, options.mode or MODES, threads, dtype)
     measurements = measure_rows(suite, rows, Method(options.quick, competitors, ceilings), console)
 
     report.print_table(measurements, console)

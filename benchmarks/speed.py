@@ -1,6 +1,11 @@
-"""The time of one row: every side is prepared, checked for the same result, and sampled in turns."""
+"""The time of one row: every side is prepared, checked for the same result, and sampled in turns.
 
-from collections.abc import Callable, Mapping
+`measure_time` compares what the sides return, and leaves out who fails; `measure_ways` is for several ways
+to compute the same in training, and compares the gradients, too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +14,7 @@ from torch import Tensor
 from measurement import FUSED, TORCH, Measurement, Row
 from roofline import floor_seconds
 from suite import Method
-from timing import NORMAL, QUICK, sample_in_turns
+from timing import NORMAL, QUICK, Pace, sample_in_turns
 from workload import dtype_of
 
 # Outputs lie between -1 and 1. Wrong weights or equations differ by tenths; a float32 LSTM of a hundred
@@ -56,6 +61,54 @@ def measure_time(row: Row, prepare: Mapping[str, Callable[[], Callable[[], Tenso
     pace = QUICK if method.quick else NORMAL
     samples = sample_in_turns(calls, pace, REST if brings_threads else 0)
     return Measurement(row, "s", samples, floor=floor_seconds(row, method.ceilings[row.threads]), notes=notes)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute a row.
+
+    Attributes:
+        call: what to time; it returns y.
+        leaves: the tensors whose gradients it computes in training.
+        of_torch: whether this is done with torch.nn.
+        same: whether it computes what the others do, and is not only there to compare the time.
+    """
+
+    call: Callable[[], Tensor]
+    leaves: Sequence[Tensor]
+    of_torch: bool = False
+    same: bool = True
+
+    def results(self) -> list[Tensor]:
+        """y and the gradients."""
+        y = self.call().detach()
+        return [y, *[leaf.grad.clone() for leaf in self.leaves if leaf.grad is not None]]
+
+
+def measure_ways(row: Row, ways: Mapping[str, Way], method: Method, pace: Pace = NORMAL) -> Measurement:
+    """Sample the ways to compute a row in turns; one of torch.nn's comes first, and tells what is right.
+
+    Raises:
+        RuntimeError: a way computes something else.
+    """
+    expected: list[Tensor] = []
+    for name, way in ways.items():
+        found = way.results()
+        expected = expected or found
+        if not way.same:
+            continue
+        for one, other in zip(found, expected, strict=True):
+            difference = relative_difference(one, other)
+            if not difference <= TOLERANCES[dtype_of(row)]:
+                raise RuntimeError(f"{row}: {name} differs by {difference:.1g}")
+    calls = {name: way.call for name, way in ways.items()}
+    samples = sample_in_turns(calls, QUICK if method.quick else pace, shuffled=True)
+    return Measurement(row, "s", samples, of_torch=[name for name, way in ways.items() if way.of_torch])
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of two numbers over the largest number, unless that is 0."""
+    return (found - expected).abs().max().item() / (expected.abs().max().item() or 1)
 
 
 def first_line(error: Exception) -> str:

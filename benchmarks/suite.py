@@ -35,6 +35,7 @@ class Suite:
         options: the command line's options that only some suites take, and this one does.
         threads: the default numbers of threads, as a function of PyTorch's choice.
         calls: of fused_rnn; see Row.
+        cells: what is measured if nobody asks for others.
         refusal: why a shape cannot be measured, or None if it can.
         note: what a reader has to know before the run.
     """
@@ -48,6 +49,7 @@ class Suite:
     threads: Callable[[int], list[int]]
     calls: Sequence[str] = ("module",)
     modes: Sequence[str] = MODES
+    cells: Sequence[str] = tuple(CLASSES)
     refusal: Callable[[Shape], str | None] = lambda shape: None
     note: str = ""
 

@@ -14,6 +14,7 @@ but the times, so that calls of microseconds can be timed.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import ceil
+from random import Random
 from statistics import median
 from time import perf_counter, sleep
 from typing import Any
@@ -97,7 +98,9 @@ LEAST_SAMPLE = 2e-3  # seconds; far above the clock's resolution and the interpr
 WARM_UP_CALLS = 2
 
 
-def sample_in_turns(calls: Mapping[str, Callable[[], Any]], pace: Pace, rest: float = 0.0) -> dict[str, list[float]]:
+def sample_in_turns(
+    calls: Mapping[str, Callable[[], Any]], pace: Pace, rest: float = 0.0, shuffled: bool = False
+) -> dict[str, list[float]]:
     """Sample every side in turns.
 
     A sample is the mean of a batch of calls, so many that the slowest side needs LEAST_SAMPLE. All
@@ -109,17 +112,22 @@ def sample_in_turns(calls: Mapping[str, Callable[[], Any]], pace: Pace, rest: fl
         rest: seconds to sleep before each turn. Idle threads of a pool spin for some milliseconds
             before they sleep, which would slow a side down that brings a pool of its own. Each
             turn then starts with a call that does not count and wakes the side's own threads.
+        shuffled: whether every round has an order of its own. A side that is much like the one before
+            it finds its code in the caches; so all have this equally often.
 
     Returns:
         By side, the seconds per call of every round.
     """
     batch = max(1, ceil(LEAST_SAMPLE / max(map(quickest_call, calls.values()))))
     seconds: dict[str, list[float]] = {side: [] for side in calls}
+    turns, random = list(calls.items()), Random(1)
     began = perf_counter()
     for finished in range(pace.most_rounds):
         if finished >= pace.least_rounds and perf_counter() - began > pace.budget:
             break
-        for side, call in calls.items():
+        if shuffled:
+            random.shuffle(turns)
+        for side, call in turns:
             if rest:
                 sleep(rest)
                 call()

@@ -4,7 +4,8 @@
     training     `m.zero_grad(set_to_none=True); y = m(x); y.backward(dy)`, without an optimiser
 
 x is random and needs no gradient, as data does not, so backward computes the gradients of the weights
-and of what lies between the layers, but none of x. Sequences start from zero states, `m(x)`. Of a
+and of what lies between the layers, but none of x (in the suites `rl` and `ragged` it does, as what
+another layer has computed). Sequences start from zero states, `m(x)`. Of a
 single step (T = 1) the state is given, `m(x, hx)`: it is a step of a longer sequence, and without a
 state there would be nothing recurrent to compute.
 """
@@ -89,8 +90,13 @@ def module_call(row: Row, module: nn.Module) -> Callable[[], Tensor]:
     return one_call(row, module, lambda: module(*arguments)[0])
 
 
-def one_call(row: Row, module: nn.Module, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """What one timed call does around `forward`, which returns y; the call returns y, too."""
+def one_call(
+    row: Row, module: nn.Module, forward: Callable[[], Tensor], x: Tensor | None = None
+) -> Callable[[], Tensor]:
+    """What one timed call does around `forward`, which returns y; the call returns y, too.
+
+    With x, training also computes the gradient of that.
+    """
     if row.mode == "inference":
 
         def infer() -> Tensor:
@@ -100,9 +106,13 @@ def one_call(row: Row, module: nn.Module, forward: Callable[[], Tensor]) -> Call
         return infer
 
     dy = random_tensor(row, *output_sizes(row.shape))
+    if x is not None:
+        x.requires_grad_()
 
     def train() -> Tensor:
         module.zero_grad(set_to_none=True)
+        if x is not None:
+            x.grad = None
         y = forward()
         y.backward(dy)
         return y

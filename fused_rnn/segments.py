@@ -274,7 +274,7 @@ class _Lengths:
 
     def padded(self, rows: Tensor) -> Tensor:
         """``[T, B, ...]``, zero where a row has ended."""
-        out = rows.new_zeros(self.T * self.B, *rows.shape[1:]).index_copy(0, self.rows, rows)
+        out = rows.new_zeros(self.T * self.B, *rows.shape[1:]).index_copy_(0, self.rows, rows)
         return out.unflatten(0, (self.T, self.B))
 
 

@@ -70,8 +70,14 @@ def kernels(library: Path, folder: Path) -> dict[str, dict[Name, Kernel]]:
     subprocess.run([cuobjdump, "-xelf", "all", library], cwd=folder, check=True, capture_output=True)
 
     def disassemble(cubin: Path) -> tuple[str, dict[str, Kernel]]:
-        found = {mangled: Kernel(Name.parse(mangled), usage) for mangled, usage in _resources(cuobjdump, cubin)}
+        found = {
+            mangled: Kernel(Name.parse(mangled), usage)
+            for mangled, usage in _resources(cuobjdump, cubin)
+            if "any_kernel" not in mangled  # of launch.cu: it is only asked what it was compiled for
+        }
         for mangled, code in _functions(_output(nvdisasm, "-c", cubin) if found else ""):
+            if mangled not in found:
+                continue
             found[mangled].instructions, found[mangled].time_loop = _counts(code)
         return cubin.name.split(".")[-2], found
 

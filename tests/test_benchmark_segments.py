@@ -15,6 +15,7 @@ import report
 import rl
 import run
 import speed
+import timing
 from measurement import FUSED, TORCH, Measurement, Row
 from shapes import Shape
 from suite import Method
@@ -75,6 +76,16 @@ def test_lengths_differ() -> None:
     lengths = ragged.random_lengths(replace(ROW, shape=replace(SHAPE, T=64, B=100)))
     assert 8 <= lengths.min() < 16 and 56 < lengths.max() <= 64
     assert ragged.random_lengths(ROW).min() >= 1
+
+
+def test_every_round_may_have_its_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+    monkeypatch.setattr(timing, "LEAST_SAMPLE", 0)
+    sides = {side: lambda side=side: turns.append(side) for side in "ABC"}
+    seconds = timing.sample_in_turns(sides, timing.Pace(budget=0, least_rounds=20), shuffled=True)
+    rounds = ["".join(turns[start : start + 3]) for start in range(len(turns) - 60, len(turns), 3)]
+    assert {"".join(sorted(order)) for order in rounds} == {"ABC"} and len(set(rounds)) > 3
+    assert list(seconds) == list("ABC")
 
 
 @pytest.mark.parametrize("wrong", ["y", "gradient"])

@@ -37,7 +37,6 @@ struct Instance {
   X(kThroughL2, 2, 4, 4)       \
   X(kThroughCluster, 1, 8, 1)  \
   X(kThroughCluster, 2, 4, 1)  \
-  X(kThroughCluster, 2, 4, 2)  \
   X(kThroughCluster, 4, 2, 1)
 
 // 16-byte loads of weights come in pairs of tensor-core steps; this many pairs of each gate stay in registers.
