@@ -28,15 +28,22 @@ constexpr uint64_t kPatience = 10'000'000'000;
 
 // ---- What is checked ------------------------------------------------------------------------------------------------
 
-// Instances of --quick: alone, and through L2 with one and with several tiles of rows, one and several warps of units.
+// Instances of --quick: alone, and through L2 with one and with several tiles of rows, one and several warps of units;
+// and a cluster. They can be given to the compiler instead.
+#if defined(CHECK_INSTANCES)
+constexpr bool kAllMechanisms = false;
+#else
+constexpr bool kAllMechanisms = true;
 #define CHECK_INSTANCES(X) \
   X(kAlone, 8, 1, 1)       \
   X(kThroughL2, 1, 8, 1)   \
-  X(kThroughL2, 2, 4, 2)
+  X(kThroughL2, 2, 4, 2)   \
+  X(kThroughCluster, 1, 8, 1)
+#endif
 
 // Batch: `tiles_of_rows` whole tiles and some rows; `teams` and `tiles` are what the device has room for.
 // instances: 'a'lone, 'o'ne and 't'wo or more warps of units, 'r': only without more tiles of rows than one.
-// flags: 'b'iases, 's'tates given and their gradients wanted, 'd'y given, 'l'engths, 'n'aN in one row, 'q'uick.
+// flags: Layer's, and 'q'uick.
 struct Case {
   int64_t H, T;
   int directions, teams, tiles;
@@ -47,15 +54,21 @@ struct Case {
     const char kind = i.exchange == Exchange::kAlone ? 'a' : i.unit_warps == 1 ? 'o' : 't';
     return std::strchr(instances, kind) && (i.row_tiles == 1 || !std::strchr(instances, 'r'));
   }
+  // A cluster has 2 to 8 parts: there, those of H that are too many are left out, or one is added.
+  int64_t units(const Instance& i) const {
+    const int64_t parts = (H + i.units() - 1) / i.units(), most = kMostOfCluster;
+    if (i.exchange != Exchange::kThroughCluster) return H;
+    return parts < 2 ? H + i.units() : H - std::max<int64_t>(0, parts - most) * i.units();
+  }
 };
 
 const Case kCases[] = {
-    {37, 3, 2, 2, 2, 2, 5, "aot", "bsdlq"},  // two directions, two teams, one of which has an empty tile
-    {21, 3, 1, 2, 2, 4, 3, "aor", "bsdq"},   // a second launch
-    {103, 3, 1, 1, 1, 1, 2, "a", "sdlq"},    // a second launch; columns in shared memory
-    {37, 3, 1, 1, 1, 0, 6, "aot", "bdnlq"},  // NaN
-    {1, 1, 1, 1, 1, 0, 1, "aot", "d"},      {17, 5, 1, 1, 1, 0, 1, "aot", "s"},
-    {128, 2, 2, 1, 2, 2, 3, "a", "bsdl"},   {64, 3, 2, 2, 3, 5, 0, "aotr", "sdl"},  // nothing to pad
+    {37, 3, 2, 2, 2, 2, 5, "aot", "bsdclpq"},  // two directions, two teams, one of which has an empty tile
+    {21, 3, 2, 2, 2, 4, 3, "aor", "bsdceq"},   // a second launch
+    {103, 3, 1, 1, 1, 1, 2, "a", "sdlq"},      // a second launch; columns in shared memory
+    {37, 3, 1, 1, 1, 0, 6, "aot", "bdnlq"},    // NaN
+    {1, 1, 1, 1, 1, 0, 1, "aot", "dp"},       {17, 5, 1, 1, 1, 0, 1, "aot", "sz"},
+    {128, 2, 2, 1, 2, 2, 3, "a", "bsdlz"},    {64, 3, 2, 2, 3, 5, 0, "aotr", "sdl"},  // nothing to pad
     {403, 2, 1, 1, 1, 0, 3, "tr", "bsd"},  // columns in shared memory, split over several warps
 };
 
@@ -115,8 +128,7 @@ bool is_compiled(const CellInfo&, Element) { return true; }
 constexpr bool kFewInstances = false;
 #endif
 
-// ---- Runs
-// ------------------------------------------------------------------------------------------------------------
+// ---- Runs -----------------------------------------------------------------------------------------------------------
 
 void require(bool condition, const std::string& what) {
   if (!condition) throw std::runtime_error(what);
@@ -132,29 +144,39 @@ Problem problem(const Layer& l, int instance, bool backward) {
 }
 
 // How a launch came about: the check must have seen each.
-enum { kAloneOnChip, kParts, kTeams, kTiles, kEmptyTile, kLaunches, kSharedColumns, kMechanisms };
-const char* const kMechanismNames[] = {"a block alone",           "several parts",       "several teams",
-                                       "several tiles",           "a tile without rows", "several launches",
-                                       "columns in shared memory"};
+enum { kAloneOnChip, kCluster, kParts, kTeams, kTiles, kEmptyTile, kLaunches, kSharedColumns, kMechanisms };
+const char* const kMechanismNames[] = {
+    "a block alone", "a cluster",           "several parts",    "several teams",
+    "several tiles", "a tile without rows", "several launches", "columns in shared memory"};
 int reached[kMechanisms];
 
 void count_mechanisms(const Layer& l, const Plan& p, bool backward) {
   const Division& d = p.division;
   const int64_t tiles = (l.B + p.instance.rows() - 1) / p.instance.rows(), launches = (l.B + p.rows - 1) / p.rows;
   reached[kAloneOnChip] += p.instance.exchange == Exchange::kAlone;
+  reached[kCluster] += p.instance.exchange == Exchange::kThroughCluster;
   reached[kParts] += d.parts > 1, reached[kTeams] += d.teams > 1, reached[kTiles] += d.tiles > 1;
   reached[kEmptyTile] += launches == 1 && tiles < d.teams * d.tiles, reached[kLaunches] += launches > 1;
   reached[kSharedColumns] += product(l, backward).shared_pairs(p.instance.depth_warps) > 0;
 }
 
-// The planner's way on a device with room for exactly so many teams and tiles.
+// The planner's way on a device with room for exactly so many teams and tiles. Of clusters there is always room for
+// two or more: then fewer are taken.
 Plan planned(const Layer& l, int instance, int teams, int tiles, bool backward) {
   const Instance& in = kAllInstances[instance];
+  const int parts = static_cast<int>((l.H + in.units() - 1) / in.units()), all_teams = static_cast<int>(l.D) * teams;
+  const bool cluster = in.exchange == Exchange::kThroughCluster;
   Device device = current_device();
-  device.sms = static_cast<int>(l.D * teams * ((l.H + in.units() - 1) / in.units()));
+  device.sms = cluster ? 16 * ((all_teams + 16 / parts - 1) / (16 / parts)) : all_teams * parts;
   device.shared_bytes = Layout(in, product(l, backward), tiles).total;
-  const std::optional<Plan> found = plan(problem(l, instance, backward), device);
+  std::optional<Plan> found = plan(problem(l, instance, backward), device);
   require(found.has_value(), "no plan");
+  if (cluster && found->division.teams > teams) {
+    const int64_t all_tiles = (l.B + in.rows() - 1) / in.rows(), wanted = (all_tiles + teams - 1) / teams;
+    found->division.teams = teams, found->division.tiles = static_cast<int>(std::min<int64_t>(tiles, wanted));
+    found->rows = static_cast<int64_t>(teams) * found->division.tiles * in.rows();
+    found->shared_bytes = Layout(in, product(l, backward), found->division.tiles).total;
+  }
   count_mechanisms(l, *found, backward);
   return *found;
 }
@@ -167,6 +189,7 @@ Sequence sequence(const Layer& l, const Plan& plan, uint64_t patience) {
   Sequence q{};
   q.T = l.T, q.B = l.B, q.H = static_cast<int>(l.H), q.directions = static_cast<int>(l.D);
   q.lengths = l.lengths.empty() ? nullptr : l.lengths.data();
+  q.resets = l.resets.empty() ? nullptr : l.resets.data();
   q.error = error_word(), q.patience = patience;
   return q;
 }
@@ -179,7 +202,9 @@ void forward_pass(const Layer& l, Inputs& in, Results& out, const Plan& plan, bo
     p.x_gates = i[kX].data(), p.w_hh = i[kW].data(), p.b_ih = i[kBih].data(), p.b_hh = i[kBhh].data();
     p.h0 = i[kH0].data(), p.c0 = i[kC0].data(), p.h_n = o[kHn].data(), p.c_n = o[kCn].data();
     p.y = out.of[0][kY].data(d * l.H), p.y_stride = l.D * l.H;
-    p.h_prev = train || plan.instance.exchange != Exchange::kAlone ? o[kHPrev].data() : nullptr;
+    p.reset = {i[kResetH].data(), i[kResetC].data(), l.reset_states > 1 ? l.B * l.H : 0};
+    p.c_sequence = out.of[0][kCs].data(d * l.H);
+    p.h_prev = train || plan.instance.exchange == Exchange::kThroughL2 ? o[kHPrev].data() : nullptr;
     p.saved = train ? o[kSaved].data() : nullptr;
     p.c_prev = train ? static_cast<float*>(o[kCPrev].data()) : nullptr;
   }
@@ -194,6 +219,8 @@ void backward_pass(const Layer& l, Inputs& in, Results& out, const Plan& plan, u
     p.w_hh_t = i[kWt].data(), p.h_prev = o[kHPrev].data(), p.saved = o[kSaved].data();
     p.c_prev = static_cast<const float*>(o[kCPrev].data());
     p.dy = in[0][kDy].data(d * l.H), p.dy_stride = l.D * l.H, p.dh_n = i[kDhN].data(), p.dc_n = i[kDcN].data();
+    p.dc_sequence = in[0][kDcs].data(d * l.H);
+    p.dreset = {o[kDresetH].data(), o[kDresetC].data(), l.B * l.H};
     p.dgates = o[kDgates].data(), p.dh0 = o[kDh0].data(), p.dc0 = o[kDc0].data();
   }
   run_backward(l.cell, l.element, plan, params);
@@ -275,8 +302,7 @@ void check(const Layer& l, const Plan& forward, const Plan& backward, int seeds)
   });
 }
 
-// ---- The watchdog
-// ----------------------------------------------------------------------------------------------------
+// ---- The watchdog ---------------------------------------------------------------------------------------------------
 
 void require_gone(const Buffer& found, int64_t H, int64_t units, const std::string& what) {
   for (int64_t i = 0; i < found.size(); ++i) {
@@ -332,8 +358,7 @@ void check_short_waits(const CellInfo& cell, Element element, int instance) {
   require(*error_word() == 0, "the watchdog has taken many short waits for a long one");
 }
 
-// ---- The program
-// -----------------------------------------------------------------------------------------------------
+// ---- The program ----------------------------------------------------------------------------------------------------
 
 // What a real device, an H200, would run.
 void check_own_choice(const CellInfo& cell, Element element, const Device& device, int seeds) {
@@ -352,8 +377,10 @@ struct Options {
 };
 
 std::string text(const Instance& i) {
-  return (i.exchange == Exchange::kAlone ? "alone " : "shared out ") + std::to_string(i.unit_warps) + "x" +
-         std::to_string(i.depth_warps) + "x" + std::to_string(i.row_tiles);
+  return (i.exchange == Exchange::kAlone       ? "alone "
+          : i.exchange == Exchange::kThroughL2 ? "shared out "
+                                               : "cluster ") +
+         std::to_string(i.unit_warps) + "x" + std::to_string(i.depth_warps) + "x" + std::to_string(i.row_tiles);
 }
 
 // Calls f(), which throws if something is wrong.
@@ -376,14 +403,14 @@ int check_all(const CellInfo& cell, Element element, const Options& options) {
     if (few && !is_quick(in)) continue;
     for (const Case& c : kCases) {
       if (!c.runs(in) || (options.quick && !c.has('q'))) continue;
-      const Layer l(cell, element, c.T, c.tiles_of_rows * in.rows() + c.rows, c.H, c.directions, c.flags);
+      const Layer l(cell, element, c.T, c.tiles_of_rows * in.rows() + c.rows, c.units(in), c.directions, c.flags);
       named(prefix + text(in) + " H=" + std::to_string(l.H) + " B=" + std::to_string(l.B), [&] {
         const Plan forward = planned(l, instance, c.teams, c.tiles, false);
         check(l, forward, planned(l, instance, c.teams, c.tiles, true), options.seeds);
       });
       ++cases;
     }
-    if (in.exchange != Exchange::kThroughL2 || in.row_tiles > 1) continue;
+    if (in.exchange == Exchange::kAlone || in.row_tiles > 1) continue;
     named(prefix + text(in) + ", a part missing", [&] { check_missing_part(cell, element, instance); });
     named(prefix + text(in) + ", short waits", [&] { check_short_waits(cell, element, instance); });
   }
@@ -423,7 +450,7 @@ int run(const Options& options) {
     }
     require(cases > 0, "nothing to check");
     for (int i = 0; i < kMechanisms; ++i) {  // other cells need larger layers for all
-      require(reached[i] > 0 || !lstm, std::string("no case has ") + kMechanismNames[i]);
+      require(reached[i] > 0 || !lstm || !kAllMechanisms, std::string("no case has ") + kMechanismNames[i]);
     }
   } catch (const std::exception& error) {
     std::printf("FAILED: %s\n", error.what());

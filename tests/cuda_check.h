@@ -39,6 +39,11 @@ inline double as_exchanged(Element e, double v) {
 class Buffer {
  public:
   static constexpr uint16_t kPoison = 0x7fa5, kOnes = 0xffff;
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr int kGuard = 0;
+#else
+  static constexpr int kGuard = 8192;  // more than a tile of the widest rows
+#endif
 
   Buffer() = default;
   Buffer(Element element, int64_t size, uint16_t fill = kPoison)
@@ -82,11 +87,6 @@ class Buffer {
   bool operator!=(const Buffer& other) const { return halves_ != other.halves_; }
 
  private:
-#if defined(__SANITIZE_ADDRESS__)
-  static constexpr int kGuard = 0;
-#else
-  static constexpr int kGuard = 8192;  // more than a tile of the widest rows
-#endif
   int width() const { return element_ == Element::kTf32 ? 2 : 1; }
 
   Element element_{};
@@ -103,9 +103,10 @@ inline Values values(const Buffer& buffer, int64_t begin, int64_t count) {  // z
 
 // ---- A layer, what it is given, what it gives -----------------------------------------------------------------------
 
-enum { kX, kW, kWt, kBih, kBhh, kH0, kC0, kDhN, kDcN, kDy, kInputs };
-enum { kY, kHn, kCn, kHPrev, kSaved, kCPrev, kDgates, kDh0, kDc0, kOutputs };
-const char* const kOutputNames[] = {"y", "h_n", "c_n", "h_prev", "saved", "c_prev", "dgates", "dh0", "dc0"};
+enum { kX, kW, kWt, kBih, kBhh, kH0, kC0, kResetH, kResetC, kDhN, kDcN, kDy, kDcs, kInputs };
+enum { kY, kCs, kHn, kCn, kHPrev, kSaved, kCPrev, kDgates, kDh0, kDc0, kDresetH, kDresetC, kOutputs };
+const char* const kOutputNames[] = {"y",      "c_sequence", "h_n", "c_n", "h_prev",   "saved",
+                                    "c_prev", "dgates",     "dh0", "dc0", "dreset h", "dreset c"};
 
 struct CellInfo {
   CellKind kind;
@@ -118,46 +119,77 @@ struct Layer {
   CellInfo cell;
   Element element;
   int64_t T, B, H, Hp, D;
-  bool biases, states, with_dy, nan;
+  bool biases, states, with_dy, with_cs, nan;
+  int64_t reset_states;  // 0: none are given, 1: the same at every step, T: of each step
   std::vector<int32_t> lengths;
+  std::vector<uint8_t> resets;  // behind the last step there is none: who looks there finds ones
 
-  // flags: 'b'iases, 's'tates given and their gradients wanted, 'd'y given, 'l'engths, 'n'aN in one row.
+  // flags: 'b'iases, 's'tates given and their gradients wanted, 'd'y given, 'c' of every step wanted and its gradient
+  // given, 'l'engths, 'n'aN in one row, resets to 'z'eros, to the same states at 'e'very step, to those 'p'er step.
   Layer(const CellInfo& cell_, Element element_, int64_t T_, int64_t B_, int64_t H_, int directions,
         const std::string& flags)
       : cell(cell_), element(element_), T(T_), B(B_), H(H_), Hp(padded(static_cast<int>(H), element)), D(directions) {
     const auto has = [&](char flag) { return flags.find(flag) != std::string::npos; };
-    biases = has('b'), states = has('s'), with_dy = has('d'), nan = has('n');
+    biases = has('b'), states = has('s'), with_dy = has('d'), with_cs = has('c') && cell.has_c, nan = has('n');
+    reset_states = has('p') ? T : has('e');
     for (int64_t b = 0; has('l') && b < B; ++b) {
       const int64_t of_row[] = {T, 0, T - 1, T / 2};
       lengths.push_back(static_cast<int32_t>(of_row[b % 4]));
     }
+    std::mt19937 random(2);
+    for (int64_t i = 0; (has('z') || reset_states > 0) && i < T * B; ++i) resets.push_back(random() % 10 < 3);
+    if (Buffer::kGuard > 0 && !resets.empty()) resets.insert(resets.end(), B, 1);
   }
 
   bool active(int64_t t, int64_t b) const { return lengths.empty() || t < lengths[b]; }
+  // Whether a reset lies between steps t - 1 and t of row b.
+  bool border(int64_t t, int64_t b) const {
+    return !resets.empty() && t > 0 && t < T && active(t, b) && resets[t * B + b] != 0;
+  }
+  // Whether it replaces the states that step t of direction d consumes.
+  bool begins(int d, int64_t t, int64_t b) const { return border(d == 0 ? t : t + 1, b); }
   int64_t time(int d, int64_t step, bool backwards) const { return backwards != (d == 1) ? T - 1 - step : step; }
   int64_t input_size(int i) const {
-    const int64_t c = cell.has_c,
-                  of[] = {T * B * cell.gates * H,  cell.gates * H * Hp,    H * cell.gates * Hp, biases * cell.gates * H,
-                          biases * cell.gates * H, states * B * H,         states * c * B * H,  states * B * H,
-                          states * c * B * H,      with_dy * T * B * D * H};
-    return of[i];
+    const int64_t c = cell.has_c, weights = cell.gates * H * Hp, bias = biases * cell.gates * H, state = B * H,
+                  sequence = T * B * D * H;
+    switch (i) {
+      case kX:
+        return T * B * cell.gates * H;
+      case kW:
+      case kWt:
+        return weights;
+      case kBih:
+      case kBhh:
+        return bias;
+      case kH0:
+      case kDhN:
+        return states * state;
+      case kC0:
+      case kDcN:
+        return states * c * state;
+      case kResetH:
+        return reset_states * state;
+      case kResetC:
+        return reset_states * c * state;
+      case kDy:
+        return with_dy * sequence;
+      default:
+        return with_cs * sequence;
+    }
   }
   int64_t output_size(int i) const {
-    const int64_t c = cell.has_c, of[] = {T * B * D * H,
-                                          B * H,
-                                          c * B * H,
-                                          T * B * Hp,
-                                          T * B * cell.saved * H,
-                                          c * T * B * H,
-                                          T * B * cell.grads * Hp,
-                                          states * B * H,
-                                          states * c * B * H};
+    const int64_t c = cell.has_c, state = B * H, dreset = reset_states > 0 ? T * state : 0;
+    const int64_t of[] = {T * state * D,  with_cs * T * state * D, state,         c * state,
+                          T * B * Hp,     T * state * cell.saved,  c * T * state, T * B * cell.grads * Hp,
+                          states * state, states * c * state,      dreset,        c * dreset};
     return of[i];
   }
 };
 
-using Inputs = Buffer[2][kInputs];     // dy: the first direction's is both's
-using Expected = Values[2][kOutputs];  // and so is y
+// The first direction's y, c_sequence and their gradients are both's.
+using Inputs = Buffer[2][kInputs];
+using Expected = Values[2][kOutputs];
+inline bool of_both(int output) { return output == kY || output == kCs; }
 struct Results {
   Buffer of[2][kOutputs];
 
@@ -165,7 +197,7 @@ struct Results {
     for (int i = 0; i < 2 * kOutputs; ++i) {
       const int d = i / kOutputs, k = i % kOutputs;
       const bool exchanged = k == kHPrev || k == kDgates;
-      of[d][k] = Buffer(k == kCPrev ? Element::kTf32 : l.element, d < (k == kY ? 1 : l.D) ? l.output_size(k) : 0,
+      of[d][k] = Buffer(k == kCPrev ? Element::kTf32 : l.element, d < (of_both(k) ? 1 : l.D) ? l.output_size(k) : 0,
                         exchanged ? Buffer::kOnes : Buffer::kPoison);
     }
   }
@@ -206,6 +238,10 @@ void expect_forward(const Layer& l, const Inputs& in, int d, Expected& out) {
     Values h = values(in[d][kH0], b * H, H), c = values(in[d][kC0], b * H, H);
     for (int64_t step = 0; step < l.T; ++step) {
       const int64_t t = l.time(d, step, false), row = t * B + b;
+      if (l.begins(d, t, b)) {
+        const int64_t at = (l.reset_states > 1 ? row : b) * H;
+        h = values(in[d][kResetH], at, H), c = values(in[d][kResetC], at, H);
+      }
       double* const operand = &out[d][kHPrev][row * l.Hp];
       for (int64_t k = 0; k < H; ++k) operand[k] = as_exchanged(l.element, h[k]);
       for (int64_t unit = 0; unit < H && l.active(t, b); ++unit) {
@@ -220,6 +256,7 @@ void expect_forward(const Layer& l, const Inputs& in, int d, Expected& out) {
         const double h_prev = h[unit];
         C::forward(x, r, h_prev, c[unit], saved, h[unit]);
         out[0][kY][(row * l.D + d) * H + unit] = h[unit];
+        if (l.with_cs) out[0][kCs][(row * l.D + d) * H + unit] = c[unit];
         for (int k = 0; k < C::kSaved; ++k) {
           out[d][kSaved][(row * C::kSaved + k) * H + unit] = as_stored(l.element, saved[k]);
         }
@@ -244,6 +281,7 @@ void expect_backward(const Layer& l, const Inputs& in, int d, Expected& out) {
         for (int k = 0; k < C::kSaved; ++k) saved[k] = out[d][kSaved][(row * C::kSaved + k) * H + unit];
         const double c_prev = C::kHasC ? out[d][kCPrev][row * H + unit] : 0;
         if (l.with_dy) dh[unit] += in[0][kDy][(row * l.D + d) * H + unit];
+        if (l.with_cs) dc[unit] += in[0][kDcs][(row * l.D + d) * H + unit];
         C::backward(saved, out[d][kHPrev][row * Hp + unit], c_prev, dh[unit], dc[unit], grads, dh_prev);
         dh[unit] = dh_prev;
         for (int k = 0; k < C::kGrads; ++k) dgates[k * Hp + unit] = as_exchanged(l.element, grads[k]);
@@ -251,6 +289,12 @@ void expect_backward(const Layer& l, const Inputs& in, int d, Expected& out) {
       for (int64_t unit = 0; unit < H; ++unit) {
         const double *const w = &w_t[unit * C::kGates * Hp], *const v = dgates + C::kHiddenGrads * Hp;
         for (int64_t k = 0; k < C::kGates * Hp; ++k) dh[unit] += w[k] * v[k];
+      }
+      if (!l.begins(d, t, b)) continue;
+      for (int64_t unit = 0; unit < H; ++unit) {
+        if (l.reset_states > 0) out[d][kDresetH][row * H + unit] = dh[unit];
+        if (l.reset_states > 0 && C::kHasC) out[d][kDresetC][row * H + unit] = dc[unit];
+        dh[unit] = dc[unit] = 0;
       }
     }
     if (!l.states) continue;
@@ -262,7 +306,8 @@ void expect_backward(const Layer& l, const Inputs& in, int d, Expected& out) {
 inline void expect(const Layer& l, const Inputs& in, Expected& out) {
   for (int d = 0; d < l.D; ++d) {
     for (int k = 0; k < kOutputs; ++k) {  // what rows that have ended leave, and padding
-      out[d][k].assign(l.output_size(k), k == kSaved || k == kCPrev ? kUntouched : 0);
+      const bool untouched = k == kSaved || k == kCPrev || k == kDresetH || k == kDresetC;
+      out[d][k].assign(l.output_size(k), untouched ? kUntouched : 0);
     }
   }
   for (int d = 0; d < l.D; ++d) {

@@ -91,7 +91,6 @@ backward(const BackwardParams params) {
           if (d.dreset.h) store_value<E>(d.dreset.h, at, dh);
           if (d.dreset.c) store_value<E>(d.dreset.c, at, dc);
           dh = dc = 0.0f;
-          state.store(1, i, dc);
         }
         dh += dy[i];
         dc += dc_sequence[i];
