@@ -76,7 +76,7 @@ class Layer {
     FUSED_RNN_CHECK(shape.projected || shape.P == shape.H, "w_hh must have shape ",
                     shape_text(std::vector<int64_t>{shape.H * cell.gates, shape.H}), ", got ",
                     shape_text(w_hh.sizes()));
-    FUSED_RNN_CHECK(shape.H > 0 && shape.P > 0, "expected at least one unit, got w_hh of shape ",
+    FUSED_RNN_CHECK(!shape.projected || shape.P > 0, "a projection has at least one row, got w_hh of shape ",
                     shape_text(w_hh.sizes()));
     step = x.size() == 2 && !sizes;
     FUSED_RNN_CHECK(x.size() == (step || sizes ? 2 : 3),

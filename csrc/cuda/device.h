@@ -13,6 +13,7 @@
 #define FUSED_RNN_DEVICE __device__ __forceinline__
 #define FUSED_RNN_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define FUSED_RNN_UNROLL _Pragma("unroll")
+#define FUSED_RNN_NO_UNROLL _Pragma("unroll 1")
 
 namespace fused_rnn {
 namespace cuda {

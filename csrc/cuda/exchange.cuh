@@ -199,6 +199,8 @@ class ThroughCluster {
     const int read = column - rows_.offset;
     if (read >= 0 && read < rows_.columns && !watchdog_.gave_up()) {
       const int at = slot(t, tile, row) + read * kBytes;
+      // Unrolled, it would take so many registers for addresses that others spill.
+      FUSED_RNN_NO_UNROLL
       for (int rank = 0; rank < parts_; ++rank) push(at, word, arrivals(t, tile), rank);
     }
     if (rows_.at) *reinterpret_cast<uint32_t*>(rows_.row(t, tile.first + row) + column) = word;

@@ -14,6 +14,7 @@
 #define FUSED_RNN_DEVICE inline
 #define FUSED_RNN_KERNEL(threads) void
 #define FUSED_RNN_UNROLL
+#define FUSED_RNN_NO_UNROLL
 
 namespace fused_rnn {
 namespace cuda {
