@@ -36,11 +36,11 @@ MEASURED: frozenset[int] = frozenset()
 @lru_cache(maxsize=1)
 def available() -> bool:
     """Whether the CUDA library was built, and this torch can use it. Loads it, which registers its operators."""
-    libraries = sorted(Path(__file__).parent.glob("_cuda.so"))
-    if torch.version.cuda is None or not libraries:
+    library = Path(__file__).with_name("_cuda.so")
+    if torch.version.cuda is None or not library.is_file():
         return False
     try:
-        torch.ops.load_library(libraries[0])
+        torch.ops.load_library(library)
     except OSError as error:
         warnings.warn(f"fused_rnn's CUDA kernels cannot be used, torch.nn's are: {error}", stacklevel=2)
         return False
@@ -157,7 +157,7 @@ def backward(
     assert x is not None
     call = _Call(x, batch_sizes, lengths, resets)
     layer = _layer(cell, call, weights, kept)
-    dy, dh_n, dc_n, *dc_sequence = (None if g is None else g for g in grads)
+    dy, dh_n, dc_n, *dc_sequence = grads
     dx, dh0, dc0, *rest = layer.backward(
         None if dy is None else call.padded(dy),
         None if dh_n is None or call.is_step else dh_n,
@@ -178,9 +178,9 @@ def _layer(cell: str, call: _Call, weights: Sequence[Tensor | None], kept: Seque
     w_hh: Any = weights[1]
     weights = weights[: len(weights) // 5 * 5]  # behind them come the states at resets
     directions = len(weights) // 5
-    properties = device_properties(w_hh.device)
     if kept:
         return Layer(cell, weights, kept[0].size(1) == call.steps, tf32_allowed())
+    properties = device_properties(w_hh.device)
     resident = call.steps > 1 and is_resident(cell, w_hh.dtype, call.batch, w_hh.size(1), directions, properties)
     return Layer(cell, weights, resident, tf32_allowed())
 
@@ -310,20 +310,20 @@ class Layer:
         with _products_in_tf32(self.tf32):
             flat = x.reshape(T * B, -1)
             x_gates = [torch.mm(flat, w[0].t()) for w in self.directions]  # type: ignore[union-attr]
-        return _operators(x).recurrence_forward(
-            _stack(x_gates).view(len(self.directions), T, B, -1),
-            None if h0 is None else h0.contiguous(),
-            None if c0 is None else c0.contiguous(),
-            NUMBER[self.cell],
-            train,
-            self.resident,
-            self.instance,
-            self.recurrent_weights(),
-            None if self.directions[0][2] is None else self._stacked(2),
-            None if self.directions[0][3] is None else self._stacked(3),
-            *segments.arguments(),
-            c_sequence,
-        )
+            return _operators(x).recurrence_forward(
+                _stack(x_gates).view(len(self.directions), T, B, -1),
+                None if h0 is None else h0.contiguous(),
+                None if c0 is None else c0.contiguous(),
+                NUMBER[self.cell],
+                train,
+                self.resident,
+                self.instance,
+                self.recurrent_weights(),
+                None if self.directions[0][2] is None else self._stacked(2),
+                None if self.directions[0][3] is None else self._stacked(3),
+                *segments.arguments(),
+                c_sequence,
+            )
 
     def backward(
         self,

@@ -1,6 +1,6 @@
 """RNN, LSTM and GRU: torch.nn's classes with a forward on the fused kernels.
 
-Everything but `forward` and `step` is inherited: constructor, parameters, initialisation, state_dict, repr, pickling.
+Everything but `forward`, `step` and `backend` is inherited: parameters, initialisation, state_dict, repr, pickling.
 What the kernels do not take (another dtype or device, a compiler or a mode watching, irregular arguments) goes to
 torch.nn's own forward, which computes it or raises.
 """

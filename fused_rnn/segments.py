@@ -47,10 +47,10 @@ def run(
         and not (cuda and (module.proj_size > 0 or x.numel() == 0))
     )
     of_steps: Sequence[Tensor] = ()
-    if fusible and lengths is not None and not cuda:
-        # The kernels take packed rows, at least one, and no state of every step for them.
-        fusible = not per_step and bool(lengths.any())
-    if fusible and lengths is not None and not cuda:
+    packs = fusible and lengths is not None and not cuda
+    if packs and (per_step or not lengths.any()):
+        packs = fusible = False  # the CPU kernels take packed rows, at least one, and no state of every step for them
+    if packs:
         rows = _Lengths(lengths, x.size(0))
         output, hidden, of_steps = rows.run(call, resets, reset_states, return_state_sequence)
     else:

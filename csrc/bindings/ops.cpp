@@ -1,5 +1,5 @@
 // The operators: one layer, in one or two directions, forward and backward. They check everything that a kernel
-// relies on, so that no call from Python can reach bad memory, allocate, and leave the products over all steps to BLAS.
+// relies on, so that no call from Python can reach bad memory, and allocate.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

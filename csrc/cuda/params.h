@@ -46,8 +46,8 @@ struct ForwardDirection {
   const void* h0;       // [B, H], may be null: zeros
   const void* c0;       // [B, H], may be null: zeros; LSTM
   ResetState reset;     // read only
-  void* h_prev;         // [T, B, Hp] out: h as each step consumed it; the exchange, all kNotYet before. May be null
-                        // where the exchange does not go through L2
+  void* h_prev;         // [T, B, Hp] out: h as each step consumed it. The exchange through L2, all kNotYet before;
+                        // where that goes another way, it may be null
   void* y;              // [T, B, H] out, zero behind a row's end
   int64_t y_stride;     // of a row of y: D * H
   void* c_sequence;     // [T, B, H] out, c of every step, rows y_stride apart; may be null: not wanted. LSTM
@@ -73,7 +73,7 @@ struct BackwardDirection {
   const void* dh_n;         // [B, H], may be null: zeros
   const void* dc_n;         // [B, H], may be null: zeros
   ResetState dreset;        // [T, B, H] out, where there is a reset; zero before
-  void* dgates;             // [T, B, kGrads*Hp] out; the exchange, all kNotYet before
+  void* dgates;             // [T, B, kGrads*Hp] out; the exchange through L2, all kNotYet before
   void* dh0;                // [B, H] out, may be null: not wanted
   void* dc0;                // [B, H] out, may be null: not wanted
 };
