@@ -12,13 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fused_rnn import _C, reference
+
+if TYPE_CHECKING:
+    from fused_rnn.ops import Steering
 
 NUMBER = {cell: number for number, cell in enumerate(reference.CELLS)}
 """How the operators name a cell."""
@@ -121,50 +124,45 @@ def torch_is_faster(
 
 
 def forward(
-    cell: str,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    c_sequence: bool,
-    inputs: Sequence[Tensor | None],
-    train: bool,
+    steering: Steering, inputs: Sequence[Tensor | None], train: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """y, h_n, c_n as the operator ``fused_rnn::forward``'s, what else was asked for, and what `backward` needs."""
-    x, h0, c0, *weights = inputs
+    """y, h_n, c_n as the operator ``fused_rnn::forward``'s, what else was asked for, and what `backward` needs.
+
+    `steering` and the order of inputs are `fused_rnn.ops`'.
+    """
+    x, h0, c0, reset_h, reset_c, _, _, _, *weights = inputs
     assert x is not None and weights[1] is not None
-    call = _Call(x, batch_sizes, lengths, resets)
-    layer = _layer(cell, call, weights)
+    call = _Call(x, steering)
+    layer = _layer(steering.cell, call, weights)
     h0, c0 = call.with_direction(h0), call.with_direction(c0)
-    y, h_n, c_n, *kept, c_of_steps = layer.forward(call.padded(x), h0, c0, call.segments(weights), train, c_sequence)
+    segments = Segments(call.lengths, call.resets, reset_h, reset_c)
+    y, h_n, c_n, *kept, c_of_steps = layer.forward(call.padded(x), h0, c0, segments, train, steering.c_sequence)
     h_n = h_n.new_empty(0) if call.is_step else h_n
-    c_n = c_n.squeeze(0) if call.is_step and cell == "lstm" else c_n
-    more = (call.unpadded(c_of_steps),) if c_sequence else ()
+    c_n = c_n.squeeze(0) if call.is_step and steering.cell == "lstm" else c_n
+    more = (call.unpadded(c_of_steps),) if steering.c_sequence else ()
     return call.unpadded(y), h_n, c_n, more, tuple(kept)
 
 
 def backward(
-    cell: str,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
+    steering: Steering,
     grads: Sequence[Tensor | None],
     inputs: Sequence[Tensor | None],
     kept: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of the inputs; `grads` are those of forward's results, None for zeros."""
-    x, _, _, *weights = inputs
+    x, _, _, reset_h, reset_c, _, _, _, *weights = inputs
     assert x is not None
-    call = _Call(x, batch_sizes, lengths, resets)
-    layer = _layer(cell, call, weights, kept)
+    call = _Call(x, steering)
+    layer = _layer(steering.cell, call, weights, kept)
     dy, dh_n, dc_n, *dc_sequence = grads
     dx, dh0, dc0, *rest = layer.backward(
         None if dy is None else call.padded(dy),
         None if dh_n is None or call.is_step else dh_n,
-        call.with_direction(dc_n) if cell == "lstm" else None,
+        call.with_direction(dc_n) if steering.cell == "lstm" else None,
         call.padded(x),
         kept,
-        call.segments(weights),
+        Segments(call.lengths, call.resets, reset_h, reset_c),
         needs,
         *(None if g is None else call.padded(g) for g in dc_sequence),
     )
@@ -176,7 +174,6 @@ def backward(
 def _layer(cell: str, call: _Call, weights: Sequence[Tensor | None], kept: Sequence[Tensor] = ()) -> Layer:
     """`kept` tells backward which way forward took, whatever torch's switches say by now."""
     w_hh: Any = weights[1]
-    weights = weights[: len(weights) // 5 * 5]  # behind them come the states at resets
     directions = len(weights) // 5
     if kept:
         return Layer(cell, weights, kept[0].size(1) == call.steps, tf32_allowed())
@@ -191,7 +188,8 @@ class _Call:
     The kernels take padded sequences; rows that have ended are left out by `lengths`.
     """
 
-    def __init__(self, x: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, resets: Tensor | None) -> None:
+    def __init__(self, x: Tensor, steering: Steering) -> None:
+        batch_sizes, lengths, resets = steering.batch_sizes, steering.lengths, steering.resets
         self.resets = resets
         self.is_step = batch_sizes is None and x.dim() == 2
         self.lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
@@ -219,10 +217,6 @@ class _Call:
         if self.is_step:
             return y.squeeze(0)
         return y if self.rows is None else y.flatten(0, 1).index_select(0, self.rows)
-
-    def segments(self, weights: Sequence[Tensor | None]) -> Segments:
-        """Behind the weights come the states at resets, if there are any."""
-        return Segments(self.lengths, self.resets, *weights[len(weights) // 5 * 5 :])
 
     def with_direction(self, state: Tensor | None) -> Tensor | None:
         return state.unsqueeze(0) if self.is_step and state is not None else state
@@ -336,12 +330,9 @@ class Layer:
         needs: Sequence[bool],
         dc_sequence: Tensor | None = None,
     ) -> list[Tensor | None]:
-        """Gradients of x, h0, c0, each direction's five weights and, with resets, the states at them.
-
-        `needs` says which are wanted.
-        """
+        """Gradients of the inputs in their order, of which `needs` says which are wanted."""
         h_prev, saved, c_prev = kept
-        of_resets = needs[3 + 5 * len(self.directions) :]
+        of_resets = needs[3:5]
         with _products_in_tf32(self.tf32):
             dgates, dh0, dc0, dreset_h, dreset_c = _operators(x).recurrence_backward(
                 *(None if g is None else g.contiguous() for g in (dy, dh_n, dc_n)),
@@ -358,13 +349,21 @@ class Layer:
             )
         dh0 = segments.leave(dh0, dreset_h if any(of_resets) else None)
         dc0 = segments.leave(dc0, dreset_c if any(of_resets) else None) if dc0.numel() else dc0
-        grads: list[Tensor | None] = [None, dh0 if needs[1] else None, dc0 if needs[2] else None]
+        dresets = (
+            None if state is None or not need else _of_steps(dstate, state)
+            for state, dstate, need in zip(
+                (segments.reset_h, segments.reset_c), (dreset_h, dreset_c), of_resets, strict=True
+            )
+        )
+        of_norms = (None, None, None)
+        grads: list[Tensor | None] = [None, dh0 if needs[1] else None, dc0 if needs[2] else None, *dresets, *of_norms]
+        first = len(grads)
         T, B, _ = x.shape
         flat, width = x.reshape(T * B, -1), self.G * self.padded
         shift, dx = _SHIFT[self.cell], None
         with _products_in_tf32(self.tf32):
             for d, (w_ih, *_) in enumerate(self.directions):
-                need_w_ih, need_w_hh, need_b_ih, need_b_hh, _ = needs[3 + 5 * d : 8 + 5 * d]
+                need_w_ih, need_w_hh, need_b_ih, need_b_hh, _ = needs[first + 5 * d : first + 5 * d + 5]
                 all_gates = dgates[d].view(T * B, -1)
                 of_input, of_hidden = all_gates[:, :width], all_gates[:, -width:]
                 if needs[0]:
@@ -380,10 +379,6 @@ class Layer:
                     None,
                 ]
         grads[0] = None if dx is None else dx.view_as(x)
-        for state, dstate, need in zip(
-            (segments.reset_h, segments.reset_c), (dreset_h, dreset_c), of_resets, strict=False
-        ):
-            grads.append(None if state is None or not need else _of_steps(dstate, state))
         return grads
 
     def recurrent_weights(self) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import ops
+from fused_rnn.reference import GATES, Norms
 
 
 def stack(
@@ -48,8 +49,12 @@ def stack(
         ``extras.state_sequence`` then h, and for the LSTM c, of every step: ``[T, L*D, B, ...]`` (``[N, L*D, ...]``).
     """
     D = 2 if bidirectional else 1
-    h0, c0 = (_by_layer(state, num_layers) for state in (*states, None)[:2])
     count = len(weights) // (num_layers * D)  # of a direction
+    widths: Any = (None, None)
+    if extras is not None and extras.side_by_side:
+        w_hh = weights[1 :: D * count]
+        widths = [w.size(1) for w in w_hh], [w.size(0) // GATES[cell] for w in w_hh]
+    h0, c0 = (_by_layer(*state, num_layers) for state in zip((*states, None), widths, strict=False))
     h_n, c_n = [], []
     sequences: list[tuple[Tensor, ...]] = []
     more: dict[str, Any] = {}
@@ -61,45 +66,83 @@ def stack(
         if bidirectional:
             of_layer += _five(weights[start + count : start + 2 * count], has_biases)
         if extras is not None:
-            more = extras.of_layer(index, D, cell)
+            more = extras.of_layer(index, cell, x, of_layer, batch_sizes, widths, num_layers, train)
         x, h, c, *c_steps = layer(cell, x, h0[index], c0[index], of_layer, batch_sizes, **more)
         h_n.append(h)
         c_n.append(c)
         sequences.append((x, *c_steps))
-    results = (x, _join(h_n), _join(c_n)) if cell == "lstm" else (x, _join(h_n))
+    dim = 0 if widths[0] is None else -1
+    results = (x, _join(h_n, dim), _join(c_n, dim)) if cell == "lstm" else (x, _join(h_n, dim))
     if extras is None or not extras.state_sequence:
         return results
-    return *results, *(torch.cat([_by_direction(s, D) for s in kind], dim=1) for kind in zip(*sequences, strict=True))
+    kinds = zip(*sequences, strict=True)
+    return *results, *(_join([_by_direction(s, D) for s in kind], dim or 1) for kind in kinds)
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What torch.nn does not have.
+    """What torch.nn does not have; the meaning of all of it is `fused_rnn.reference.layer`'s.
 
     Attributes:
-        resets: bool ``[T, B]`` or ``[N]``; see `fused_rnn.reference.layer`.
+        resets: bool ``[T, B]`` or ``[N]``.
         reset_states: what replaces each state, ``[L*D, B, ...]`` or ``[T, L*D, B, ...]``; None: zeros.
         lengths: integers ``[B]`` on x's device: the steps of each row.
         state_sequence: whether the states of every step are wanted.
+        norms: of each layer the gains of layer normalisation; empty: none.
+        recurrent_dropout: rate, in training.
+        zoneout: rates of h and c; the masks' expectation takes their place outside of training.
+        recompute: whether backward computes forward again rather than keeping what it needs of it.
+        side_by_side: whether a state holds the layers in its last dimension, ``[D, B, ...]``, not in its first.
     """
 
     resets: Tensor | None = None
     reset_states: Sequence[Tensor | None] = ()
     lengths: Tensor | None = None
     state_sequence: bool = False
+    norms: Sequence[Norms] = ()
+    recurrent_dropout: float = 0.0
+    zoneout: tuple[float, float] = (0.0, 0.0)
+    recompute: bool = False
+    side_by_side: bool = False
 
-    def of_layer(self, index: int, D: int, cell: str) -> dict[str, Any]:
-        """Arguments of one layer."""
+    def of_layer(
+        self,
+        index: int,
+        cell: str,
+        x: Tensor,
+        weights: Sequence[Tensor | None],
+        batch_sizes: Tensor | None,
+        widths: Any,
+        num_layers: int,
+        train: bool,
+    ) -> dict[str, Any]:
+        """Arguments of one layer; draws its masks."""
         found: dict[str, Any] = {}
         if self.resets is not None:
             reset_h, reset_c = (
-                None if s is None else s.narrow(s.dim() - 3, index * D, D) for s in (*self.reset_states, None, None)[:2]
+                _by_layer(state, width, num_layers)[index]
+                for state, width in zip((*self.reset_states, None, None), widths, strict=False)
             )
             found = {"resets": self.resets, "reset_h": reset_h, "reset_c": reset_c}
         if self.lengths is not None:
             found["lengths"] = self.lengths
         if self.state_sequence and cell == "lstm":
             found["c_sequence"] = True
+        if self.norms:
+            found["norms"] = self.norms[index]
+        if self.recompute:
+            found["recompute"] = True
+        w_hh: Any = weights[1]
+        D, P, H = len(weights) // 5, w_hh.size(1), w_hh.size(0) // GATES[cell]
+        if self.recurrent_dropout > 0 and train:
+            batch = int(batch_sizes[0]) if batch_sizes is not None else x.size(1)
+            keep = 1 - self.recurrent_dropout
+            found["drop_h"] = x.new_empty(D, batch, P).bernoulli_(keep).div_(keep)
+        for name, rate, width in zip(("zone_h", "zone_c"), self.zoneout, (D * P, D * H), strict=True):
+            if rate > 0:
+                found[name] = (
+                    x.new_empty(*x.shape[:-1], width).bernoulli_(1 - rate) if train else x.new_full((width,), 1 - rate)
+                )
         return found
 
 
@@ -110,9 +153,11 @@ def _five(weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor | None, .
     return tuple(weights) if len(weights) == 5 else (*weights, None)
 
 
-def _by_layer(state: Tensor | None, num_layers: int) -> Sequence[Tensor | None]:
-    """``[D, B, ...]`` of every layer."""
-    return (state,) * num_layers if state is None or num_layers == 1 else state.chunk(num_layers)
+def _by_layer(state: Tensor | None, widths: list[int] | None, num_layers: int) -> Sequence[Tensor | None]:
+    """``[..., D, B, size]`` of every layer; `widths` are the sizes of layers that lie side by side."""
+    if state is None or num_layers == 1:
+        return (state,) * num_layers
+    return state.chunk(num_layers, -3) if widths is None else state.split(widths, -1)
 
 
 def _by_direction(sequence: Tensor, D: int) -> Tensor:
@@ -121,8 +166,8 @@ def _by_direction(sequence: Tensor, D: int) -> Tensor:
     return rows.transpose(1, 2) if rows.dim() == 4 else rows
 
 
-def _join(states: list[Tensor]) -> Tensor:
-    return states[0] if len(states) == 1 else torch.cat(states)
+def _join(states: list[Tensor], dim: int) -> Tensor:
+    return states[0] if len(states) == 1 else torch.cat(states, dim)
 
 
 def rnn(input: Any, weights: Sequence[Tensor], hx: Any = None, *, nonlinearity: str = "tanh", **options: Any) -> Any:

@@ -16,11 +16,12 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import cuda, functional, ops, segments
 from fused_rnn.convert import TorchConvertible, fx_leaf
+from fused_rnn.variants import Variants
 
 _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "permute_hidden")  # a subclass may override
 
 
-class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
+class FusedRNNBase(TorchConvertible, Variants):
     """What RNN, LSTM and GRU share: the way from their arguments to `fused_rnn.functional.stack`."""
 
     _checks_are_torchs = True
@@ -75,7 +76,9 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
         Raises:
             ValueError, RuntimeError: as torch.nn, with its texts, if sizes or dtypes do not fit.
         """
-        if not (resets is None and reset_state is None and lengths is None and return_state_sequence is False):
+        if self._varied or not (
+            resets is None and reset_state is None and lengths is None and return_state_sequence is False
+        ):
             self._refresh_flat_weights()
             return segments.run(self, input, hx, resets, reset_state, lengths, return_state_sequence)
         if self._usual(input, 3, hx):
@@ -110,7 +113,7 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
             raise RuntimeError(f"{self._get_name()}.step: expected input to be 1-D or 2-D, got {got}")
         if not (resets is None and reset_state is None):
             hx = segments.before_step(self, input, hx, resets, reset_state)
-        if self._usual(input, 2, hx):
+        if not self._varied and self._usual(input, 2, hx):
             try:
                 y, *hidden = self._stack(input.unsqueeze(0), (None, None) if hx is None else self._given_states(hx))
                 return y.squeeze(0), self._pack_states(hidden)
@@ -236,11 +239,8 @@ class FusedRNNBase(TorchConvertible, torch.nn.RNNBase):
     def _pack_states(self, states: Any) -> Any:
         return states[0]
 
-    def _state_sizes(self) -> tuple[int, ...]:
-        return (self.hidden_size,)
-
     def _zero_states(self, data: Tensor, batch: int) -> list[Tensor]:
-        rows = self.num_layers * (2 if self.bidirectional else 1)
+        rows = self._state_rows()
         return [torch.zeros(rows, batch, size, dtype=data.dtype, device=data.device) for size in self._state_sizes()]
 
     def _regular(self, data: Any, states: tuple[Any, ...], weights: Sequence[Any], packed: bool) -> bool:
@@ -291,9 +291,6 @@ class LSTM(FusedRNNBase, torch.nn.LSTM):
 
     def _pack_states(self, states: Any) -> Any:
         return tuple(states)
-
-    def _state_sizes(self) -> tuple[int, ...]:
-        return (self.proj_size or self.hidden_size, self.hidden_size)
 
 
 @fx_leaf

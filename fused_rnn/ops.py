@@ -7,11 +7,12 @@ The operators are plain (no autograd kernel): ``autograd.Function`` outside them
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.functional import layer_norm, linear
 
 from fused_rnn import cuda, reference
 
@@ -26,6 +27,25 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NO_WEIGHTS = (None,) * 5
 
 
+class Steering(NamedTuple):
+    """What steers a layer and has no gradient; the meaning is `fused_rnn.reference.layer`'s."""
+
+    cell: str
+    c_sequence: bool = False
+    recompute: bool = False
+    batch_sizes: Tensor | None = None
+    lengths: Tensor | None = None
+    resets: Tensor | None = None
+    drop_h: Tensor | None = None
+    zone_h: Tensor | None = None
+    zone_c: Tensor | None = None
+
+
+# A layer's inputs that may have gradients are x, h0, c0, reset_h, reset_c, norm_hh, norm_c, norm_c_bias, and five
+# weights of each direction; None where absent.
+_WEIGHTS = 8
+
+
 def layer(
     cell: str,
     x: Tensor,
@@ -38,21 +58,43 @@ def layer(
     reset_c: Tensor | None = None,
     c_sequence: bool = False,
     lengths: Tensor | None = None,
+    norms: Sequence[Tensor | None] = reference.NO_NORMS,
+    drop_h: Tensor | None = None,
+    zone_h: Tensor | None = None,
+    zone_c: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """One layer over a whole sequence on the fused kernels; the meaning is `fused_rnn.reference.layer`'s.
 
-    On the CPU, `lengths` is for the caller to turn into `batch_sizes`.
+    On the CPU, `lengths` is for the caller to turn into `batch_sizes`. With `recompute`, backward computes forward
+    again rather than keeping the gates of every step.
 
     Raises:
         RuntimeError: a tensor does not fit the others in shape, dtype or device.
     """
-    inputs = (x, h0, c0, *weights) if resets is None else (x, h0, c0, *weights, reset_h, reset_c)
+    norm_ih, *gains = norms
+    if norm_ih is not None:
+        x, weights = _normalised_gates(x, norm_ih, weights)
+    inputs = (x, h0, c0, reset_h, reset_c, *gains, *weights)
+    steering = Steering(cell, c_sequence, recompute, batch_sizes, lengths, resets, drop_h, zone_h, zone_c)
     if torch.is_grad_enabled() and _any_requires_grad(inputs):
-        y, h_n, c_n, *more = _apply(cell, batch_sizes, lengths, resets, c_sequence, *inputs)
+        y, h_n, c_n, *more = _apply(*steering, *inputs)
     else:
-        y, h_n, c_n, more, _ = _call_forward(cell, batch_sizes, lengths, resets, c_sequence, inputs, False)
+        y, h_n, c_n, more, _ = _call_forward(steering, inputs, False)
     is_step = batch_sizes is None and x.dim() == 2
     return y, y if is_step else h_n, c_n if cell == "lstm" else None, *more
+
+
+def _normalised_gates(
+    x: Tensor, norm_ih: Tensor, weights: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The input's share of the gates of each direction in the place of x, and weights without w_ih."""
+    gates = [
+        layer_norm(linear(x, w_ih), gain.shape, gain, None, reference.NORM_EPS)  # type: ignore[arg-type]
+        for w_ih, gain in zip(weights[::5], norm_ih, strict=True)
+    ]
+    others = [None if index % 5 == 0 else weight for index, weight in enumerate(weights)]
+    return gates[0] if len(gates) == 1 else torch.cat(gates, -1), others
 
 
 def step(cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -62,7 +104,7 @@ def step(cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: T
         RuntimeError: a tensor does not fit the others in shape, dtype or device.
     """
     if torch.is_grad_enabled() and _any_requires_grad((x, h0, c0, *weights)):
-        h, _, c = _apply(cell, None, None, None, False, x, h0, c0, *weights, *_NO_WEIGHTS[len(weights) :])
+        h, _, c = _apply(*Steering(cell), x, h0, c0, *_NO_WEIGHTS, *weights, *_NO_WEIGHTS[len(weights) :])
         return h, c
     return _step(x, h0, c0, NUMBER[cell], *weights)
 
@@ -166,144 +208,115 @@ def on_cuda(x: Tensor | None) -> bool:
 
 
 def _call_forward(
-    cell: str,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    c_sequence: bool,
-    inputs: Sequence[Tensor | None],
-    train: bool,
+    steering: Steering, inputs: Sequence[Tensor | None], train: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """y, h_n, c_n, what else was asked for, and what backward needs."""
-    x, h0, c0, *weights = inputs
+    x, h0, c0, reset_h, reset_c, *rest = inputs
     if on_cuda(x):
-        return cuda.forward(cell, batch_sizes, lengths, resets, c_sequence, inputs, train)
-    if batch_sizes is None and resets is None and not c_sequence:
-        y, h_n, c_n, reserve, _ = _forward(x, h0, c0, NUMBER[cell], train, *weights)
-        return y, h_n, c_n, (), (reserve,)
-    weights, of_resets = _without_resets(weights)
+        return cuda.forward(steering, inputs, train)
+    weights = rest[3:]
     if len(weights) == 5:
         weights += _NO_WEIGHTS
+    s = steering
     y, h_n, c_n, reserve, c_of_steps = _forward(
-        x, h0, c0, NUMBER[cell], train, *weights, batch_sizes, resets, *of_resets or (None, None), c_sequence
-    )
-    return y, h_n, c_n, (c_of_steps,) if c_sequence else (), (reserve,)
+        x, h0, c0, NUMBER[s.cell], train, *weights, s.batch_sizes, s.resets, reset_h, reset_c, s.c_sequence,
+    )  # fmt: skip
+    return y, h_n, c_n, (c_of_steps,) if s.c_sequence else (), (reserve,)
 
 
 def _call_backward(
-    cell: str,
-    batch_sizes: Tensor | None,
-    resets: Tensor | None,
+    steering: Steering,
     grads: Sequence[Tensor | None],
     inputs: Sequence[Tensor | None],
     kept: Sequence[Tensor],
     needs: Sequence[bool],
-) -> Sequence[Tensor]:
-    x, _, _, *weights = inputs
-    (w_ih, w_hh, _, _, w_hr, *reverse), of_resets = _without_resets(weights)
+) -> list[Tensor | None]:
+    """Gradients in the order of inputs."""
+    x, _, _, reset_h, reset_c, *rest = inputs
+    w_ih, w_hh, _, _, w_hr, *reverse = rest[3:]
     w_ih_reverse, w_hh_reverse, _, _, w_hr_reverse = reverse or _NO_WEIGHTS
-    two = len(reverse) > 0
+    of_weights = [*needs[_WEIGHTS:], *[False] * 5]
+    need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = (of_weights[i] or of_weights[i + 5] for i in range(5))
     dy, dh_n, dc_n, *dc_sequence = grads
-    *found, dreset_h, dreset_c = _backward(
-        dy,
-        dh_n,
-        dc_n,
-        x,
-        *kept,
-        NUMBER[cell],
-        needs[0],
-        needs[1] or needs[2],
-        needs[3] or (two and needs[8]),
-        needs[4] or (two and needs[9]),
-        needs[5] or needs[6] or (two and (needs[10] or needs[11])),
-        needs[7] or (two and needs[12]),
-        w_ih,
-        w_hh,
-        w_hr,
-        w_ih_reverse,
-        w_hh_reverse,
-        w_hr_reverse,
-        batch_sizes,
-        resets,
-        _steps_of_reset_states(x, of_resets, needs),
-        *dc_sequence,
-    )
-    if resets is None:
-        return found
+    s = steering
+    dnorm_hh = dnorm_c = dnorm_c_bias = None
+    dx, dh0, dc0, *of_both, dreset_h, dreset_c = _backward(
+        dy, dh_n, dc_n, x, *kept, NUMBER[s.cell], needs[0], needs[1] or needs[2], need_w_ih, need_w_hh,
+        need_b_ih or need_b_hh, need_w_hr, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse, s.batch_sizes,
+        s.resets, _steps_of_reset_states(x, (reset_h, reset_c), needs), *dc_sequence,
+    )  # fmt: skip
     # In a sequence of one step a state for each is a state for all, but for its shape.
     dresets = (
-        d if s is None or d.numel() != s.numel() else d.view_as(s)
-        for s, d in zip(of_resets, (dreset_h, dreset_c), strict=True)
+        d if state is None or d.numel() != state.numel() else d.view_as(state)
+        for state, d in ((reset_h, dreset_h), (reset_c, dreset_c))
     )
-    return *found[: len(inputs) - 2], *dresets
+    return [dx, dh0, dc0, *dresets, dnorm_hh, dnorm_c, dnorm_c_bias, *of_both]
 
 
-def _without_resets(weights: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Weights of all directions, and the states at resets, if any, behind them."""
-    count = len(weights) // 5 * 5
-    return list(weights[:count]), list(weights[count:])
-
-
-def _steps_of_reset_states(x: Tensor, states: Sequence[Tensor | None], needs: Sequence[bool]) -> int:
+def _steps_of_reset_states(x: Any, states: Sequence[Tensor | None], needs: Sequence[bool]) -> int:
     """0: no gradient of a state at resets is wanted; 1: of one for all steps; T: of one for each."""
-    wanted = [s for s, need in zip(states, needs[-2:], strict=False) if need and s is not None]
+    wanted = [s for s, need in zip(states, needs[3:5], strict=True) if need and s is not None]
     return 0 if not wanted else x.size(0) if wanted[0].dim() == 4 else 1
 
 
 class _Layer(torch.autograd.Function):
-    """Inputs are x, h0, c0, five weights per direction in the operator's order, and, with resets, reset_h, reset_c."""
+    """Inputs are a `Steering`'s values and a layer's inputs."""
 
     @staticmethod
-    def forward(ctx, cell, batch_sizes, lengths, resets, c_sequence, *inputs):  # type: ignore[no-untyped-def]
-        y, h_n, c_n, more, kept = _call_forward(cell, batch_sizes, lengths, resets, c_sequence, inputs, True)
+    def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
+        steering, inputs = Steering(*arguments[:_STEERING]), arguments[_STEERING:]
+        y, h_n, c_n, more, kept = _call_forward(steering, inputs, not steering.recompute)
+        kept = () if steering.recompute else kept
         ctx.set_materialize_grads(False)
-        ctx.cell, ctx.kept = cell, len(kept)
+        ctx.flags, ctx.kept = steering[:3], len(kept)
         # What a first derivative reads is saved for it, and so guarded against writing in place. What only a
         # second derivative reads is kept aside, with its version, so that writing to it stays allowed until then.
-        read = _what_a_derivative_reads(ctx.needs_input_grad[5:])
+        read = _what_a_derivative_reads(ctx.needs_input_grad[_STEERING:], steering.recompute)
         ctx.save_for_backward(
-            batch_sizes,
-            lengths,
-            resets,
+            *steering[3:],
             *kept,
             *[t if is_read else None for t, is_read in zip(inputs, read, strict=True)],
         )
         ctx.aside = [None if is_read or t is None else (t, t._version) for t, is_read in zip(inputs, read, strict=True)]
-        if cell != "lstm":
+        if steering.cell != "lstm":
             ctx.mark_non_differentiable(c_n)
         return y, h_n, c_n, *more
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        needs = ctx.needs_input_grad[5:]
-        batch_sizes, lengths, resets, *saved = ctx.saved_tensors
-        kept, inputs = saved[: ctx.kept], saved[ctx.kept :]
+        needs = ctx.needs_input_grad[_STEERING:]
+        of_steering = _STEERING - len(ctx.flags)
+        saved = ctx.saved_tensors
+        steering, saved = Steering(*ctx.flags, *saved[:of_steering]), saved[of_steering:]
+        kept, inputs = saved[: ctx.kept], list(saved[ctx.kept :])
         again = torch.is_grad_enabled() or _any_batched(*grads)
         for index, of_aside in enumerate(ctx.aside):
             if of_aside is not None:
                 inputs[index] = _unchanged(*of_aside) if again else of_aside[0]
         if again:
-            found = _differentiable_backward(ctx.cell, batch_sizes, lengths, resets, inputs, needs, grads)
-            return None, None, None, None, None, *found
-        if on_cuda(inputs[0]):
-            found = cuda.backward(ctx.cell, batch_sizes, lengths, resets, grads, inputs, kept, needs)
-        else:
-            found = _call_backward(ctx.cell, batch_sizes, resets, grads, inputs, kept, needs)
-        return None, None, None, None, None, *[g if need else None for g, need in zip(found, needs, strict=False)]
+            return *[None] * _STEERING, *_differentiable_backward(steering, inputs, needs, grads)
+        if steering.recompute:
+            kept = _call_forward(steering, inputs, True)[-1]
+        call = cuda.backward if on_cuda(inputs[0]) else _call_backward
+        found = call(steering, grads, inputs, kept, needs)
+        return *[None] * _STEERING, *[g if need else None for g, need in zip(found, needs, strict=False)]
 
+
+_STEERING = len(Steering._fields)
 
 # Function.apply without what it adds for functorch transforms, under which `fusible` is false.
 _apply = super(torch.autograd.Function, _Layer).apply
 
 
-def _what_a_derivative_reads(needs: Sequence[bool]) -> list[bool]:
-    """Of `_Layer`'s inputs, what the first derivative reads; `needs` says which of them need a gradient."""
+def _what_a_derivative_reads(needs: Sequence[bool], recompute: bool) -> list[bool]:
+    """Of a layer's inputs, what the first derivative reads; `needs` says which of them need a gradient."""
+    if recompute:
+        return [True] * len(needs)
     # x and w_ih meet in one product: each is read for the other's gradient. Biases are never read. torch.nn guards the
     # initial states, and so are those at resets.
-    weights = [needs[0], True, False, False, True]
-    directions = (len(needs) - 3) // 5
-    dw_ih = any(needs[3 : 3 + 5 * directions : 5])
-    return [dw_ih, True, True, *weights * directions, *[True] * (len(needs) - 3 - 5 * directions)]
+    dw_ih = any(needs[_WEIGHTS::5])
+    directions = (len(needs) - _WEIGHTS) // 5
+    return [dw_ih, *[True] * (_WEIGHTS - 1), *[needs[0], True, False, False, True] * directions]
 
 
 def _unchanged(tensor: Tensor, version: int) -> Tensor:
@@ -324,21 +337,20 @@ def _any_batched(*grads: Tensor | None) -> bool:
 
 
 def _differentiable_backward(
-    cell: str,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
+    steering: Steering,
     inputs: Sequence[Tensor | None],
     needs: Sequence[bool],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """The layer's gradients as a differentiable function of its inputs and of the outputs' gradients."""
+    s = steering
     with torch.enable_grad():
         # Views cut every input off from the others: h0 may itself have been computed from x.
-        x, h0, c0, *weights = views = [None if t is None else t.view_as(t) for t in inputs]
-        weights, of_resets = _without_resets(weights)
-        of_resets = of_resets or [None, None]
-        outputs = reference.layer(cell, x, h0, c0, weights, batch_sizes, resets, *of_resets, len(grads) > 3, lengths)
+        x, h0, c0, reset_h, reset_c, *rest = views = [None if t is None else t.view_as(t) for t in inputs]
+        outputs = reference.layer(
+            s.cell, x, h0, c0, rest[3:], s.batch_sizes, s.resets, reset_h, reset_c, s.c_sequence, s.lengths,
+            (None, *rest[:3]), s.drop_h, s.zone_h, s.zone_c,
+        )  # fmt: skip
         used = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
         wanted = [v for v, need in zip(views, needs, strict=True) if need]
         found = iter(

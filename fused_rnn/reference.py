@@ -5,20 +5,44 @@ second derivative of a layer is computed through it. It works in any floating-po
 
 Names and orders are torch.nn's: gates ``i, f, g, o`` (LSTM) and ``r, z, n`` (GRU) stacked in the rows of ``w_ih`` and
 ``w_hh``; a packed sequence has ``batch_sizes[t]`` rows at step t, longest sequences first.
+
+What torch.nn does not have, each alone or with the others; LN is layer normalisation over a row's G*H sums, or H units:
+
+- Layer normalisation (Ba, Kiros and Hinton 2016; the LayerNormLSTM and LayerNormGRU of the haste library): the two
+  products become ``norm_ih * LN(W_ih x) + b_ih`` and ``norm_hh * LN(W_hh h) + b_hh``, and the LSTM's output
+  ``h' = o * tanh(norm_c * LN(c') + norm_c_bias)``. c' itself goes on as it is.
+- Zoneout (Krueger et al. 2017): a state becomes ``zone * new + (1 - zone) * old``, where `zone` is a random mask of
+  zeros and ones in training and its expectation otherwise. The LSTM's h is made from the new c, not the mixed one.
+- Recurrent dropout (Gal and Ghahramani 2016): W_hh multiplies ``drop_h * h``, with the same mask at every step.
+- Weight dropout (Wan et al. 2013, DropConnect; Merity et al. 2018) is another W_hh, and needs nothing here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import layer_norm, linear
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # in the order of CellKind, csrc/rnn_params.h
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 """Row blocks of ``w_ih`` and ``w_hh`` per cell."""
+NORM_EPS = 1e-5
+"""What layer normalisation adds to a variance; torch.nn.LayerNorm's."""
+
+
+class Norms(NamedTuple):
+    """Gains of layer normalisation: ``[G*H]`` twice, and for the LSTM ``[H]`` and a bias ``[H]``; None: without."""
+
+    ih: Tensor | None = None
+    hh: Tensor | None = None
+    c: Tensor | None = None
+    c_bias: Tensor | None = None
+
+
+NO_NORMS = Norms()
 
 
 def step(
@@ -26,43 +50,62 @@ def step(
     x: Tensor,
     h: Tensor,
     c: Tensor | None,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     w_hr: Tensor | None = None,
+    norms: Norms = NO_NORMS,
+    drop_h: Tensor | None = None,
+    zone_h: Tensor | None = None,
+    zone_c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One time step.
 
     Args:
         cell: one of ``CELLS``.
-        x: ``[B, I]``.
+        x: ``[B, I]``; or ``[B, G*H]``, the input's share of the gates, where ``w_ih`` is None.
         h: ``[B, P]``; P is H, or the projection's size.
         c: ``[B, H]`` for the LSTM, else None.
         w_ih, w_hh, b_ih, b_hh: ``[G*H, I]``, ``[G*H, P]``, ``[G*H]``, ``[G*H]``.
         w_hr: ``[P, H]``, the LSTM's projection (Sak et al. 2014), or None.
+        norms: gains of layer normalisation.
+        drop_h: ``[B, P]``, recurrent dropout.
+        zone_h, zone_c: ``[B, P]``, ``[B, H]``, or without B, zoneout.
 
     Returns:
         h', c' (None but for the LSTM).
     """
-    from_x, from_h = linear(x, w_ih, b_ih), linear(h, w_hh, b_hh)
+    from_x = x if w_ih is None else linear(x, w_ih)
+    from_h = linear(h if drop_h is None else h * drop_h, w_hh)
+    from_x, from_h = _normalised(from_x, norms.ih), _normalised(from_h, norms.hh)
+    from_x, from_h = from_x if b_ih is None else from_x + b_ih, from_h if b_hh is None else from_h + b_hh
     if cell == "lstm":  # Hochreiter and Schmidhuber 1997
         assert c is not None
         i, f, g, o = (from_x + from_h).chunk(4, dim=1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        return (h if w_hr is None else linear(h, w_hr)), c
+        c_new = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h_new = o.sigmoid() * _normalised(c_new, norms.c, norms.c_bias).tanh()
+        h_new = h_new if w_hr is None else linear(h_new, w_hr)
+        return _mixed(h, h_new, zone_h), _mixed(c, c_new, zone_c)
     if cell == "gru":  # Cho et al. 2014, the reset gate after the product
         x_r, x_z, x_n = from_x.chunk(3, dim=1)
         h_r, h_z, h_n = from_h.chunk(3, dim=1)
         r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
         n = (x_n + r * h_n).tanh()
-        return (1 - z) * n + z * h, None
+        return _mixed(h, (1 - z) * n + z * h, zone_h), None
     if cell == "rnn_tanh":  # Elman 1990
-        return (from_x + from_h).tanh(), None
+        return _mixed(h, (from_x + from_h).tanh(), zone_h), None
     if cell == "rnn_relu":
-        return (from_x + from_h).relu(), None
+        return _mixed(h, (from_x + from_h).relu(), zone_h), None
     raise ValueError(f"unknown cell {cell!r}; the cells are: {', '.join(CELLS)}")
+
+
+def _normalised(rows: Tensor, gain: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    return rows if gain is None else layer_norm(rows, gain.shape, gain, bias, NORM_EPS)
+
+
+def _mixed(old: Tensor, new: Tensor, zone: Tensor | None) -> Tensor:
+    return new if zone is None else old + zone * (new - old)
 
 
 def layer(
@@ -77,6 +120,10 @@ def layer(
     reset_c: Tensor | None = None,
     c_sequence: bool = False,
     lengths: Tensor | None = None,
+    norms: Sequence[Tensor | None] = (),
+    drop_h: Tensor | None = None,
+    zone_h: Tensor | None = None,
+    zone_c: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """One layer over a whole sequence, in one or two directions.
 
@@ -86,7 +133,8 @@ def layer(
             states and results have no time and direction dimension.
         h0, c0: ``[D, B, P]``, ``[D, B, H]``; None: zeros.
         weights: ``w_ih, w_hh, b_ih, b_hh, w_hr`` of the forward direction and, for a
-            bidirectional layer, of the reverse one; None where absent.
+            bidirectional layer, of the reverse one; None where absent. Where w_ih is None, x holds the input's share
+            of the gates of each direction, ``D*G*H`` wide.
         batch_sizes: int64 ``[T]``, rows of each step of a packed sequence, or None.
         resets: bool ``[T, B]`` (``[N]`` with ``batch_sizes``), or None. Where it is true at step t, a sequence ends
             before x[t] and another begins: the state is replaced before x[t] is consumed. The reverse direction starts
@@ -96,27 +144,39 @@ def layer(
         c_sequence: whether c of every step is wanted, too; LSTM.
         lengths: integers ``[B]``: row b ends before step lengths[b]. Its outputs from there on are zero, its final
             state is that of its last step, and the reverse direction begins there. Not with ``batch_sizes``.
+        norms: `Norms`, each with a first dimension D; empty: none.
+        drop_h: ``[D, B, P]`` or None, recurrent dropout.
+        zone_h, zone_c: shaped like y and c of every step, or ``[D*P]`` and ``[D*H]`` for all steps and rows; or None.
 
     Returns:
         y (shaped like x, ``D*P`` wide), h_n, c_n (None but for the LSTM), shaped like h0 and c0; with `c_sequence` also
         c of every step, shaped like x and ``D*H`` wide.
     """
     if x.dim() == 2 and batch_sizes is None:
-        states = (None if s is None else s.unsqueeze(0) for s in (h0, c0))
-        y, h_n, c_n = layer(cell, x.unsqueeze(0), *states, weights)
+        h0, c0, drop_h = (None if s is None else s.unsqueeze(0) for s in (h0, c0, drop_h))
+        zone_h, zone_c = (z if z is None or z.dim() == 1 else z.unsqueeze(0) for z in (zone_h, zone_c))
+        y, h_n, c_n = layer(
+            cell, x.unsqueeze(0), h0, c0, weights, norms=norms, drop_h=drop_h, zone_h=zone_h, zone_c=zone_c
+        )
         return y[0], h_n[0], None if c_n is None else c_n[0]
 
     def by_step(rows: Tensor) -> list[Tensor]:
         return list(rows.unbind(0) if batch_sizes is None else rows.split(batch_sizes.tolist()))
+
+    def zone_at(zone: Tensor | None, direction: int, width: int) -> Sequence[Tensor | None]:
+        of_direction = None if zone is None else zone.narrow(-1, direction * width, width)
+        return [of_direction] * len(steps) if of_direction is None or of_direction.dim() == 1 else by_step(of_direction)
 
     steps = by_step(x)
     batch = steps[0].size(0)
     outputs, h_last, c_last, c_outputs = [], [], [], []
     for direction, first in enumerate(range(0, len(weights), 5)):
         w = weights[first : first + 5]
-        w_ih, w_hh = w[0], w[1]
-        assert w_ih is not None and w_hh is not None
+        w_ih, w_hh, *rest = w
+        assert w_hh is not None
         hidden = w_hh.size(0) // GATES[cell]
+        of_direction = Norms(*(None if norm is None else norm[direction] for norm in norms))
+        zones_h, zones_c = zone_at(zone_h, direction, w_hh.size(1)), zone_at(zone_c, direction, hidden)
         h = x.new_zeros(batch, w_hh.size(1)) if h0 is None else h0[direction]
         c = None
         if cell == "lstm":
@@ -132,7 +192,21 @@ def layer(
                     begins = begins & (t < lengths if direction == 0 else t + 1 < lengths)
                 h = _replaced(h, begins, reset_h, t, direction)
                 c = None if c is None else _replaced(c, begins, reset_c, t, direction)
-            h_t, c_t = step(cell, steps[t], h[:n], None if c is None else c[:n], *w)
+            x_t = steps[t] if w_ih is not None else steps[t].narrow(-1, direction * w_hh.size(0), w_hh.size(0))
+            drop = None if drop_h is None else drop_h[direction, :n]
+            h_t, c_t = step(
+                cell,
+                x_t,
+                h[:n],
+                None if c is None else c[:n],
+                w_ih,
+                w_hh,
+                *rest,
+                of_direction,
+                drop,
+                zones_h[t],
+                zones_c[t],
+            )
             y[t], c_steps[t] = h_t, c_t
             if lengths is not None:
                 goes_on = (t < lengths).unsqueeze(1)

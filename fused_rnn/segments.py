@@ -8,6 +8,7 @@ slowly.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def run(
     reset_states = call.reset_states(reset_state)
     per_step = any(s is not None and s.dim() == 4 for s in reset_states)
     resets = None if resets is None else call.time_major(resets)
-    weights = module._flat_weights
+    weights, regularisation = module._weights_of_call(), module._regularisation()
     cuda = ops.on_cuda(x)
     if cuda and ops.autocast_dtype(x):
         x, states, reset_states, weights = (ops.autocast(t) for t in (x, states, reset_states, weights))
@@ -47,19 +48,24 @@ def run(
         and not (cuda and (module.proj_size > 0 or x.numel() == 0))
     )
     of_steps: Sequence[Tensor] = ()
+    if regularisation and (
+        regularisation["norms"] or regularisation["recurrent_dropout"] or any(regularisation["zoneout"])
+    ):
+        fusible = False  # the kernels do not take these yet
     packs = fusible and lengths is not None and not cuda
     if packs and (per_step or not lengths.any()):
         packs = fusible = False  # the CPU kernels take packed rows, at least one, and no state of every step for them
     if packs:
         rows = _Lengths(lengths, x.size(0))
-        output, hidden, of_steps = rows.run(call, resets, reset_states, return_state_sequence)
+        extras = Extras(resets, reset_states, None, return_state_sequence, **regularisation)
+        output, hidden, of_steps = rows.run(call, extras, weights)
     else:
         if lengths is not None:
             lengths = lengths.to(x.device, non_blocking=True)
             # What lies behind a row's end may be anything, but zero times NaN would be NaN in the weights' gradients.
             present = torch.arange(x.size(0), device=x.device).unsqueeze(1) < lengths
             x = torch.where(present.unsqueeze(2), x, x.new_zeros(()))
-        extras = Extras(resets, reset_states, lengths, return_state_sequence)
+        extras = Extras(resets, reset_states, lengths, return_state_sequence, **regularisation)
         layer = ops.layer if fusible else reference.layer
         output, hidden, of_steps = call.stack(x, states, call.batch_sizes, extras, layer, weights)
     results = call.results(output, hidden)
@@ -130,7 +136,7 @@ class _Call:
         hidden = module._pack_states(states or module._zero_states(data, batch))
         if self.packed is not None and given:
             hidden = module.permute_hidden(hidden, self.packed.sorted_indices)
-        module.check_forward_args(data, hidden, self.batch_sizes)
+        module._check_arguments(data, module._given_states(hidden), self.batch_sizes)
         if self.packed is None and data.size(1 if module.batch_first else 0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         self.x = data.transpose(0, 1) if module.batch_first and self.packed is None else data
@@ -186,7 +192,7 @@ class _Call:
         if given is None:
             raise TypeError(f"{self.name}: expected reset_state to be a pair (h, c), got {_kind(reset_state)}")
         _check_tensors(self.name, "reset_state", given)
-        rows = self.module.num_layers * (2 if self.module.bidirectional else 1)
+        rows = self.module._state_rows()
         given = given if self.batched else [state.unsqueeze(-2) for state in given]
         per_step = any(state.dim() == 4 for state in given)
         found = []
@@ -211,7 +217,7 @@ class _Call:
         return tuple(found)
 
     def stack(
-        self, x: Tensor, states: Any, batch_sizes: Any, extras: Extras, layer: Any, weights: Any = None
+        self, x: Tensor, states: Any, batch_sizes: Any, extras: Extras, layer: Any, weights: Any
     ) -> tuple[Any, Any, Any]:
         """Output, final states, and the states of every step if they are wanted."""
         output, *rest = self.module._stack(x, states, batch_sizes, weights, layer=layer, extras=extras)
@@ -248,24 +254,18 @@ class _Lengths:
         t, b = present.nonzero(as_tuple=True)
         self.rows = t * self.B + order[b]  # of [T * B, ...], in packed order
 
-    def run(
-        self, call: _Call, resets: Tensor | None, reset_states: Sequence[Tensor | None], state_sequence: bool
-    ) -> tuple[Any, Any, Any]:
-        layers = call.module.num_layers * (2 if call.module.bidirectional else 1)
+    def run(self, call: _Call, extras: Extras, weights: Sequence[Tensor]) -> tuple[Any, Any, Any]:
+        layers = call.module._state_rows()
         sizes = call.module._state_sizes()
         # Of rows without a step the initial state is the final one.
         hidden = [
             call.x.new_zeros(layers, self.B, size) if s is None else s
             for s, size in zip(call.states, sizes, strict=True)
         ]
-        extras = Extras(
-            None if resets is None else resets.flatten().index_select(0, self.rows),
-            self.sorted(reset_states),
-            None,
-            state_sequence,
-        )
+        resets = None if extras.resets is None else extras.resets.flatten().index_select(0, self.rows)
+        extras = replace(extras, resets=resets, reset_states=self.sorted(extras.reset_states))
         x = call.x.flatten(0, 1).index_select(0, self.rows)
-        output, last, of_steps = call.stack(x, self.sorted(call.states), self.batch_sizes, extras, ops.layer)
+        output, last, of_steps = call.stack(x, self.sorted(call.states), self.batch_sizes, extras, ops.layer, weights)
         hidden = [all_rows.index_copy(1, self.order, some) for all_rows, some in zip(hidden, last, strict=True)]
         return self.padded(output), hidden, [self.padded(s).transpose(1, 2) for s in of_steps]
 

@@ -1,0 +1,237 @@
+"""What the constructors take beyond torch.nn: regularised variants, layers of different sizes, recomputation.
+
+Equations and papers are in `fused_rnn.reference`. With all options off a module has torch.nn's parameters, and its
+forward does not come by here. The options are attributes, checked when they are set: a rate may change in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fused_rnn.reference import GATES, Norms
+
+
+class Option:
+    """An attribute with a default, checked when it is set."""
+
+    def __init__(self, default: Any, checked: Callable[[str, Any], Any]) -> None:
+        self.default, self.checked = default, checked
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
+        return self.default if module is None else module.__dict__.get(self.name, self.default)
+
+    def __set__(self, module: Any, value: Any) -> None:
+        module.__dict__[self.name] = self.checked(self.name, value)
+        module._note_variants()
+
+
+def _rate(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name} should be a number in range [0, 1), got {value!r}")
+    return float(value)
+
+
+def _rates(name: str, value: Any) -> float | tuple[float, ...]:
+    if not isinstance(value, (tuple, list)):
+        return _rate(name, value)
+    if len(value) != 2:
+        raise ValueError(f"{name} should be a number or a pair (of h, of c), got {value!r}")
+    return tuple(_rate(name, rate) for rate in value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+    return value
+
+
+def _number(name: str, value: Any) -> float | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"{name} should be a number or None, got {value!r}")
+    return None if value is None else float(value)
+
+
+def _how_much(name: str, value: Any) -> str:
+    if value not in ("none", "full"):
+        raise ValueError(f"{name} must be one of 'none', 'full', got {value!r}")
+    return value
+
+
+class Variants(torch.nn.RNNBase):
+    """The options of `fused_rnn.modules.FusedRNNBase`, which documents them."""
+
+    _varied = False
+    """Whether forward is anything but torch.nn's, only faster."""
+
+    layer_norm = Option(False, _flag)
+    zoneout = Option(0.0, _rates)
+    recurrent_dropout = Option(0.0, _rate)
+    weight_dropout = Option(0.0, _rate)
+    forget_bias = Option(None, _number)
+    recompute = Option("none", _how_much)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        sizes = args[1] if len(args) > 1 else kwargs.get("hidden_size")
+        if isinstance(sizes, (tuple, list)):
+            args, kwargs = _with_first_size(args, kwargs, sizes)
+        super().__init__(*args, **kwargs)
+        if isinstance(sizes, (tuple, list)):
+            self._resize(tuple(sizes))
+        for name, value in options.items():
+            setattr(self, name, value)
+        if self.mode != "LSTM" and (self.forget_bias is not None or isinstance(self.zoneout, tuple)):
+            got = "forget_bias" if self.forget_bias is not None else "zoneout=(h, c)"
+            raise ValueError(f"{got} is only supported for LSTM, not RNN or GRU")
+        if self.forget_bias is not None and not self.bias:
+            raise ValueError("forget_bias needs bias=True, got bias=False")
+        for name, size in self._norm_shapes():
+            self.register_parameter(name, Parameter(self.weight_ih_l0.new_empty(size)))
+        if self.layer_norm or self.forget_bias is not None:
+            self.reset_parameters()
+
+    def _resize(self, sizes: tuple[int, ...]) -> None:
+        """Layers of sizes of their own, from layers of the first one's."""
+        self.hidden_size: Any = sizes
+        gates, D, P = GATES[self.mode.lower()], 2 if self.bidirectional else 1, self.proj_size
+        for name in list(self._parameters):
+            kind, index = _kind_and_layer(name)
+            H = sizes[index]
+            shape = {
+                "weight_ih": (gates * H, D * (P or sizes[index - 1]) if index else self.input_size),
+                "weight_hh": (gates * H, P or H),
+                "weight_hr": (P, H),
+            }.get(kind, (gates * H,))
+            setattr(self, name, Parameter(self._parameters[name].new_empty(shape)))  # type: ignore[union-attr]
+        self._note_variants()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch.nn's; gains of layer normalisation are 1, and the forget gate's biases add up to forget_bias."""
+        if isinstance(self.hidden_size, tuple):
+            for name, parameter in self.named_parameters():
+                bound = self.hidden_size[_kind_and_layer(name)[1]] ** -0.5
+                torch.nn.init.uniform_(parameter, -bound, bound)
+        else:
+            super().reset_parameters()
+        with torch.no_grad():
+            for name, _ in self._norm_shapes():
+                if (norm := self._parameters.get(name)) is not None:
+                    norm.fill_(0.0 if _kind_and_layer(name)[0] == "norm_c_bias" else 1.0)
+            for name, bias in self.named_parameters() if self.forget_bias is not None else ():
+                if name.startswith("bias_"):
+                    bias.chunk(4)[1].fill_(self.forget_bias if name.startswith("bias_ih") else 0.0)
+
+    def _norm_shapes(self) -> Iterator[tuple[str, int]]:
+        """Names and sizes of the parameters of layer normalisation."""
+        if not self.layer_norm:
+            return
+        gates = GATES[self.mode.lower()]
+        sizes = self.hidden_size if isinstance(self.hidden_size, tuple) else (self.hidden_size,) * self.num_layers
+        for index, H in enumerate(sizes):
+            for suffix in ("", "_reverse") if self.bidirectional else ("",):
+                of_kind = {"norm_ih": gates * H, "norm_hh": gates * H}
+                of_kind |= {"norm_c": H, "norm_c_bias": H} if self.mode == "LSTM" else {}
+                yield from ((f"{kind}_l{index}{suffix}", size) for kind, size in of_kind.items())
+
+    def extra_repr(self) -> str:
+        given = {name: getattr(self, name) for name in _OPTIONS if getattr(self, name) != _OPTIONS[name].default}
+        return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in given.items())])
+
+    def _check_arguments(self, data: Tensor, states: tuple[Tensor, ...], batch_sizes: Tensor | None) -> None:
+        """torch.nn's check_forward_args, also of states that lie side by side.
+
+        Raises:
+            RuntimeError, ValueError: as torch.nn.
+        """
+        if not isinstance(self.hidden_size, tuple):
+            return self.check_forward_args(data, self._pack_states(states), batch_sizes)
+        self.check_input(data, batch_sizes)
+        batch = self.get_expected_hidden_size(data, batch_sizes)[1]
+        for state, size in zip(states, self._state_sizes(), strict=True):
+            self.check_hidden_size(state, (self._state_rows(), batch, size))
+
+    def _state_rows(self) -> int:
+        """The first dimension of a state: layers of different sizes have their states side by side in the last one."""
+        layers = 1 if isinstance(self.hidden_size, tuple) else self.num_layers
+        return layers * (2 if self.bidirectional else 1)
+
+    def _state_sizes(self) -> tuple[int, ...]:
+        """The last dimension of each state."""
+        side_by_side = isinstance(self.hidden_size, tuple)
+        size = sum(self.hidden_size) if side_by_side else self.hidden_size
+        projected = getattr(self, "proj_size", 0) * (self.num_layers if side_by_side else 1)
+        return (projected or size, size) if self.mode == "LSTM" else (size,)
+
+    def _note_variants(self) -> None:
+        self.__dict__["_varied"] = isinstance(self.hidden_size, tuple) or any(
+            getattr(self, name) != option.default for name, option in _OPTIONS.items() if name != "forget_bias"
+        )
+
+    def _weights_of_call(self) -> list[Tensor]:
+        """Weights of this call: those of the recurrent products with weight dropout."""
+        if not (self.training and self.weight_dropout > 0):
+            return self._flat_weights
+        return [
+            torch.dropout(weight, self.weight_dropout, True) if name.startswith("weight_hh") else weight
+            for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=True)
+        ]
+
+    def _regularisation(self) -> dict[str, Any]:
+        """What `fused_rnn.functional.Extras` takes of the options."""
+        if not self._varied:
+            return {}
+        zone_h, zone_c = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
+        return {
+            "norms": self._norms(),
+            "recurrent_dropout": self.recurrent_dropout,
+            "zoneout": (zone_h, zone_c) if self.mode == "LSTM" else (zone_h, 0.0),
+            "recompute": self.recompute == "full",
+            "side_by_side": isinstance(self.hidden_size, tuple),
+        }
+
+    def _norms(self) -> list[Norms]:
+        """Of each layer, every gain with a first dimension for the directions."""
+        names = [name for name, _ in self._norm_shapes()]
+        D = 2 if self.bidirectional else 1
+        count = len(names) // (self.num_layers * D)  # of a direction
+        of_direction = [
+            [getattr(self, name) for name in names[first : first + count]] for first in range(0, len(names), count or 1)
+        ]
+        return [
+            Norms(*(torch.stack(kind) for kind in zip(*of_direction[first : first + D], strict=True)))
+            for first in range(0, len(of_direction), D)
+        ]
+
+
+_OPTIONS = {name: option for name, option in vars(Variants).items() if isinstance(option, Option)}
+
+
+def _kind_and_layer(name: str) -> tuple[str, int]:
+    """("weight_ih", 1) of "weight_ih_l1_reverse"."""
+    kind, _, layer = name.removesuffix("_reverse").rpartition("_l")
+    return kind, int(layer)
+
+
+def _with_first_size(
+    args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The constructor's arguments for layers that are all of the first one's size."""
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"hidden_size must be an int or a list of positive ints, one for each layer, got {sizes!r}")
+    kwargs = {name: value for name, value in kwargs.items() if name != "hidden_size"}
+    num_layers = args[2] if len(args) > 2 else kwargs.pop("num_layers", len(sizes))
+    if num_layers != len(sizes):
+        raise ValueError(f"hidden_size names {len(sizes)} layers, but num_layers is {num_layers}")
+    if kwargs.get("proj_size", 0) >= min(sizes):
+        raise ValueError("proj_size has to be smaller than hidden_size")
+    input_size = args[0] if args else kwargs.pop("input_size")
+    return (input_size, sizes[0], len(sizes), *args[3:]), kwargs
