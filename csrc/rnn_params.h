@@ -22,12 +22,19 @@ struct LayerShape {
   int64_t directions;
   bool projected;              // LSTM with a projection: P < H, W_hr present
   bool train;                  // forward fills the reserve, for backward
+  bool gates_given;            // x is W_ih x already, [N, D * G*H], and there is no W_ih
+  bool drops_h, zones_h;       // recurrent dropout, zoneout of h; see Variant
+  bool normalised;             // layer normalisation; only with gates_given
   const int64_t* batch_sizes;  // [T] non-increasing, batch_sizes[0] == B; null: every step has B rows
   const int64_t* row_offsets;  // [T] rows before step t; null with batch_sizes
   const uint8_t* resets;       // [N] 1: the state is replaced before this step; null: nowhere
 
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
-  bool chains_h(bool saves_h) const { return saves_h && !batch_sizes && !resets; }
+  bool chains_h(bool saves_h) const {
+    return saves_h && !batch_sizes && !resets && !drops_h && !zones_h && !normalised;
+  }
+  // Whether a row's units need each other between two products: then they are one thread's.
+  bool whole_rows() const { return drops_h || normalised; }
   // Whether the walk along a direction replaces the state of row b before step t. The reverse direction starts anew at
   // the same borders, so that what lies between them is a sequence of its own.
   bool reset(int64_t t, int64_t b, bool reverse) const {
@@ -46,7 +53,20 @@ struct Reserve {
   void* h_prev;    // [N, P] h as the step consumed it
   void* c_prev;    // [N, H] c as the step consumed it; LSTM, else null
   void* hidden;    // [N, H] o * tanh(c) before the projection; null unless projected
-  int64_t stride;  // of a row, in all four
+  void* h_direct;  // [N, P] h before dropout, where a cell uses it besides (h_prev is what W_hh multiplied); else null
+  void* h_hat;     // [N, G*H] W_hh h of mean 0 and variance 1, and behind it what it was divided by to be so, inverted;
+                   // null unless normalised
+  int64_t stride;  // of a row, in all of them
+};
+
+// Regularisation of one direction, all null without; reference.py has the equations.
+struct Variant {
+  const void* drop_h;                    // [B, P]
+  const void* zone_h;                    // [N, P]
+  const void* zone_c;                    // [N, H]; LSTM
+  int64_t zone_h_stride, zone_c_stride;  // of a row; 0: the same for all
+  const void* norm_hh;                   // [G*H]
+  const void *norm_c, *norm_c_bias;      // [H]; LSTM
 };
 
 // What replaces the state at a reset: null zeros, else row b of step t at t * step + b rows; step 0: the same at every
@@ -58,14 +78,15 @@ struct ResetState {
 };
 
 struct ForwardDirection {
-  const void* x;     // [N, I]
-  const void* w_ih;  // [G*H, I]
+  const void* x;     // [N, I]; with gates_given [N, G*H], rows D * G*H apart
+  const void* w_ih;  // [G*H, I], null with gates_given
   const void* w_hh;  // [G*H, P]
   const void* b_ih;  // [G*H], may be null: zeros
   const void* b_hh;  // [G*H], may be null: zeros
   const void* w_hr;  // [P, H], null unless projected
   const void* h0;    // [B, P], may be null: zeros
   ResetState reset;  // read only
+  Variant variant;
   Reserve reserve;
   void* y;           // [N, P] out: h of every step
   int64_t y_stride;  // of a row of y: D * P, so that two directions interleave
@@ -89,24 +110,29 @@ struct BackwardDirection {
   int64_t dy_stride;        // of a row of dy: D * P
   const void* dh_n;         // [B, P], may be null: zeros
   const void* dc_sequence;  // [N, H], rows D * H apart; may be null: zeros. LSTM
-  Reserve reserve;          // as forward left it; read only
-  void* dgates;             // [N, kGrads * H] out: gradients before the activations
-  void* dh_total;           // [N, P] out: gradient of h after the projection; null unless projected
-  void* dh0;                // [B, P] out, may be null: not wanted
-  void* dc;                 // [B, H] in: gradient of c_n; out: gradient of c0. LSTM, else null
+  Variant variant;
+  Reserve reserve;  // as forward left it; read only
+  void* dgates;     // [N, kGrads * H] out: gradients before the activations
+  void* dproduct;   // [N, G*H] out: gradients of W_hh h behind its normalisation; null unless normalised
+  void* dnormal;    // [N, 2 * H] out: of norm_c times its factor, and of norm_c_bias; null without norm_c
+  void* dh_total;   // [N, P] out: gradient of h after the projection; null unless projected
+  void* dh0;        // [B, P] out, may be null: not wanted
+  void* dc;         // [B, H] in: gradient of c_n; out: gradient of c0. LSTM, else null
   ResetState dreset;
   void* dw_ih;      // [G*H, I] out, may be null: not wanted; so the others
   void* dw_hh;      // [G*H, P] out
   void* db_ih;      // [G*H] out
   void* db_hh;      // [G*H] out
   void* dw_hr;      // [P, H] out
+  void* dnorm_hh;   // [G*H] out
+  void* dnorm_c;    // [2 * H] out: of norm_c and norm_c_bias
   void* workspace;  // backward_workspace(shape) elements, 64-byte aligned
 };
 
 struct BackwardParams {
   LayerShape shape;
   BackwardDirection direction[2];
-  void* dx;         // [N, I] out: the sum over directions; may be null: not wanted
+  void* dx;         // [N, I] out: the sum over directions; may be null: not wanted. With gates_given [N, D * G*H]
   void* workspace;  // gradients_workspace(shape) elements for each thread, 64-byte aligned; may be the directions' own
 };
 

@@ -29,8 +29,11 @@ class TorchConvertible(Module):
         What a subclass of ours adds is left behind.
 
         Raises:
-            TypeError: a parameter is parametrised, which ties it to its class.
+            TypeError: a parameter is parametrised, which ties it to its class; or the module is a variant that
+                torch.nn has nothing like (see `fused_rnn.variants`).
         """
+        if getattr(self, "_varied", False):
+            raise TypeError(f"torch.nn has nothing like {self}")
         return _recast(self, _torch_class(type(self)))
 
     def __prepare_scriptable__(self) -> Module:

@@ -188,13 +188,15 @@ def lstm(input: Any, weights: Sequence[Tensor], hx: Any = None, **options: Any) 
         weights: of every layer and direction ``w_ih, w_hh[, b_ih, b_hh][, w_hr]``, torch.nn's order of parameters.
             Sizes and the number of layers are theirs.
         options: ``bidirectional``, ``batch_first``, ``dropout``, ``training`` as in torch.nn (False, False, 0.0,
-            False), and the keywords of the module's forward (``resets`` and so on).
+            False); the keywords of the module's forward (``resets`` and so on); of its constructor ``zoneout``,
+            ``recurrent_dropout``, ``weight_dropout``, ``recompute``; and for layer normalisation ``norms``, its gains
+            of every layer and direction ``norm_ih, norm_hh[, norm_c, norm_c_bias]``.
 
     Returns:
         What the module's forward does.
 
     Raises:
-        ValueError: the number or the shapes of the weights are no module's.
+        ValueError: the number or the shapes of the weights or gains are no module's.
         ValueError, RuntimeError: as the module's forward.
     """
     return _call("LSTM", input, weights, hx, **options)
@@ -214,11 +216,13 @@ def _call(
     reset_state: Any = None,
     lengths: Tensor | None = None,
     return_state_sequence: bool = False,
+    norms: Sequence[Tensor] | None = None,
     **of_class: Any,
 ) -> Any:
     from fused_rnn import modules, segments  # both are built on this file
 
-    unknown = set(of_class) - ({"nonlinearity"} if name == "RNN" else set())
+    known = {"zoneout", "recurrent_dropout", "weight_dropout", "recompute"}
+    unknown = set(of_class) - (known | {"nonlinearity"} if name == "RNN" else known)
     if unknown:
         raise TypeError(f"{name.lower()}() got an unexpected keyword argument {sorted(unknown)[0]!r}")
     weights = list(weights)
@@ -228,29 +232,34 @@ def _call(
         )
     gates = {"RNN": 1, "LSTM": 4, "GRU": 3}[name]
     bias = len(weights) > 2 and weights[2].dim() == 1
-    hidden_size, width = weights[1].size(0) // gates, weights[1].size(1)
-    projected = name == "LSTM" and width != hidden_size
+    width = weights[1].size(1)
+    projected = name == "LSTM" and width * gates != weights[1].size(0)
     count = (2 + 2 * bias + projected) * (2 if bidirectional else 1)  # of a layer
+    sizes = tuple(w.size(0) // gates for w in weights[1::count])
     template = _template(
-        getattr(modules, name), weights[0].size(1), hidden_size, max(len(weights) // count, 1), bias, batch_first,
-        dropout, bidirectional, width if projected else 0, tuple(of_class.items()),
+        getattr(modules, name), weights[0].size(1), sizes[0] if len(set(sizes)) == 1 else sizes, len(sizes), bias,
+        batch_first, dropout, bidirectional, width if projected else 0, norms is not None, tuple(of_class.items()),
     )  # fmt: skip
-    expected = [tuple(w.shape) for w in template._flat_weights]
-    got = [tuple(w.shape) for w in weights]
-    if got != expected:
-        raise ValueError(f"{name.lower()}: expected weights of shapes {expected}, got {got}")
     module = copy(template)  # with other weights; what it holds of its own is only read
+    gains = {norm: template._parameters[norm] for norm, _ in template._norm_shapes()}
+    for what, given, own in (("weights", weights, template._flat_weights), ("norms", norms or (), gains.values())):
+        expected, got = [tuple(w.shape) for w in own], [tuple(w.shape) for w in given]
+        if got != expected:
+            raise ValueError(f"{name.lower()}: expected {what} of shapes {expected}, got {got}")
     module.__dict__.update(_flat_weights=weights, training=training)
+    if norms is not None:
+        module.__dict__["_parameters"] = template._parameters | dict(zip(gains, norms, strict=True))
     return segments.run(module, input, hx, resets, reset_state, lengths, return_state_sequence)
 
 
 @lru_cache(maxsize=256)
 def _template(
-    cls: Any, input_size: int, hidden_size: int, num_layers: int, bias: bool, batch_first: bool, dropout: float,
-    bidirectional: bool, proj_size: int, of_class: tuple[tuple[str, Any], ...],
+    cls: Any, input_size: int, hidden_size: Any, num_layers: int, bias: bool, batch_first: bool, dropout: float,
+    bidirectional: bool, proj_size: int, layer_norm: bool, of_class: tuple[tuple[str, Any], ...],
 ) -> Any:  # fmt: skip
     """A module of these sizes without memory."""
     options = dict(of_class) | ({"proj_size": proj_size} if proj_size else {})
+    options |= {"layer_norm": True} if layer_norm else {}
     return cls(
         input_size, hidden_size, num_layers, bias=bias, batch_first=batch_first, dropout=dropout,
         bidirectional=bidirectional, device="meta", **options,

@@ -214,12 +214,13 @@ def _call_forward(
     x, h0, c0, reset_h, reset_c, *rest = inputs
     if on_cuda(x):
         return cuda.forward(steering, inputs, train)
-    weights = rest[3:]
+    norms, weights = rest[:3], rest[3:]
     if len(weights) == 5:
         weights += _NO_WEIGHTS
     s = steering
     y, h_n, c_n, reserve, c_of_steps = _forward(
         x, h0, c0, NUMBER[s.cell], train, *weights, s.batch_sizes, s.resets, reset_h, reset_c, s.c_sequence,
+        s.drop_h, s.zone_h, s.zone_c, *norms,
     )  # fmt: skip
     return y, h_n, c_n, (c_of_steps,) if s.c_sequence else (), (reserve,)
 
@@ -233,24 +234,25 @@ def _call_backward(
 ) -> list[Tensor | None]:
     """Gradients in the order of inputs."""
     x, _, _, reset_h, reset_c, *rest = inputs
-    w_ih, w_hh, _, _, w_hr, *reverse = rest[3:]
+    norms, (w_ih, w_hh, _, _, w_hr, *reverse) = rest[:3], rest[3:]
     w_ih_reverse, w_hh_reverse, _, _, w_hr_reverse = reverse or _NO_WEIGHTS
     of_weights = [*needs[_WEIGHTS:], *[False] * 5]
     need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = (of_weights[i] or of_weights[i + 5] for i in range(5))
     dy, dh_n, dc_n, *dc_sequence = grads
     s = steering
-    dnorm_hh = dnorm_c = dnorm_c_bias = None
-    dx, dh0, dc0, *of_both, dreset_h, dreset_c = _backward(
+    dx, dh0, dc0, *of_both, dreset_h, dreset_c, dnorm_hh, dnorm_c = _backward(
         dy, dh_n, dc_n, x, *kept, NUMBER[s.cell], needs[0], needs[1] or needs[2], need_w_ih, need_w_hh,
         need_b_ih or need_b_hh, need_w_hr, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse, s.batch_sizes,
-        s.resets, _steps_of_reset_states(x, (reset_h, reset_c), needs), *dc_sequence,
+        s.resets, _steps_of_reset_states(x, (reset_h, reset_c), needs), *dc_sequence or (None,), s.drop_h, s.zone_h,
+        s.zone_c, *norms,
     )  # fmt: skip
     # In a sequence of one step a state for each is a state for all, but for its shape.
     dresets = (
         d if state is None or d.numel() != state.numel() else d.view_as(state)
         for state, d in ((reset_h, dreset_h), (reset_c, dreset_c))
     )
-    return [dx, dh0, dc0, *dresets, dnorm_hh, dnorm_c, dnorm_c_bias, *of_both]
+    dnorms = (dnorm_hh, *(dnorm_c.unbind(1) if norms[1] is not None else (None, None)))
+    return [dx, dh0, dc0, *dresets, *dnorms, *of_both]
 
 
 def _steps_of_reset_states(x: Any, states: Sequence[Tensor | None], needs: Sequence[bool]) -> int:
@@ -369,19 +371,21 @@ def _differentiable_backward(
 def _fake_forward(  # type: ignore[no-untyped-def]
     x, h0, c0, cell, train, w_ih, w_hh, b_ih=None, b_hh=None, w_hr=None, w_ih_reverse=None, w_hh_reverse=None,
     b_ih_reverse=None, b_hh_reverse=None, w_hr_reverse=None, batch_sizes=None, resets=None, reset_h=None,
-    reset_c=None, want_c_sequence=False,
+    reset_c=None, want_c_sequence=False, drop_h=None, zone_h=None, zone_c=None, norm_hh=None, norm_c=None,
+    norm_c_bias=None,
 ):  # fmt: skip
     cell = reference.CELLS[cell]
     H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
-    D = 1 if w_ih_reverse is None else 2
+    D = 1 if w_hh_reverse is None else 2
     is_step = x.dim() == 2 and batch_sizes is None
     batch, rows = _batch_and_rows(x, h0, batch_sizes)
     state = (batch,) if is_step else (D, batch)
     y = x.new_empty((*x.shape[:-1], D * P))
     h_n = x.new_empty((0,) if is_step else (*state, P))
     c_n = x.new_empty((*state, H) if cell == "lstm" else (0,))
-    chained = batch_sizes is None and resets is None
-    reserve = x.new_empty((D if train else 0, *_reserve_shape(cell, H, P, rows, batch, w_hr, chained)))
+    chained = reference.GATES[cell] == 1 and all(t is None for t in (batch_sizes, resets, drop_h, zone_h, norm_hh))
+    width = H if chained else _reserve_width(cell, H, P, w_hr, drop_h, norm_hh)
+    reserve = x.new_empty((D if train else 0, rows + batch if chained else rows, width))
     if x.dtype in (torch.bfloat16, torch.float16):
         reserve = reserve.float()
     return y, h_n, c_n, reserve, x.new_empty((*x.shape[:-1], D * H) if want_c_sequence else (0,))
@@ -397,11 +401,11 @@ def _fake_step(x, h0, c0, cell, w_ih, w_hh, b_ih=None, b_hh=None, w_hr=None):  #
 def _fake_backward(  # type: ignore[no-untyped-def]
     dy, dh_n, dc_n, x, reserve, cell, need_dx, need_dstate, need_dw_ih, need_dw_hh, need_db, need_dw_hr,
     w_ih, w_hh, w_hr=None, w_ih_reverse=None, w_hh_reverse=None, w_hr_reverse=None, batch_sizes=None, resets=None,
-    reset_steps=0, dc_sequence=None,
+    reset_steps=0, dc_sequence=None, drop_h=None, zone_h=None, zone_c=None, norm_hh=None, norm_c=None, norm_c_bias=None,
 ):  # fmt: skip
     cell = reference.CELLS[cell]
     H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
-    D = 1 if w_ih_reverse is None else 2
+    D = 1 if w_hh_reverse is None else 2
     is_step = x.dim() == 2 and batch_sizes is None
     batch, _ = _batch_and_rows(x, dh_n if dh_n is not None else dc_n, batch_sizes)
     state = (batch,) if is_step else (D, batch)
@@ -417,7 +421,7 @@ def _fake_backward(  # type: ignore[no-untyped-def]
     for direction in range(2):
         has = direction < D
         grads += [
-            wanted(w_ih.shape, has and need_dw_ih),
+            wanted((w_hh.size(0), x.size(-1)), has and need_dw_ih),
             wanted(w_hh.shape, has and need_dw_hh),
             wanted(w_hh.shape[:1], has and need_db),
             wanted(w_hh.shape[:1], has and need_db),
@@ -425,6 +429,8 @@ def _fake_backward(  # type: ignore[no-untyped-def]
         ]
     of_reset = (D, batch) if reset_steps == 1 else (reset_steps, D, batch)
     grads += [wanted((*of_reset, P), reset_steps > 0), wanted((*of_reset, H), reset_steps > 0 and cell == "lstm")]
+    normalised = norm_hh is not None
+    grads += [wanted((D, w_hh.size(0)), normalised), wanted((D, 2, H), normalised and cell == "lstm")]
     return tuple(grads)
 
 
@@ -437,10 +443,9 @@ def _batch_and_rows(x: Tensor, state: Tensor | None, batch_sizes: Tensor | None)
     return x.size(1), x.size(0) * x.size(1)
 
 
-def _reserve_shape(  # type: ignore[no-untyped-def]
-    cell: str, H: int, P: int, rows, batch, w_hr: Tensor | None, chained: bool
-) -> tuple[Any, int]:
-    if reference.GATES[cell] == 1 and chained:
-        return rows + batch, H
-    saved = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4}[cell]
-    return rows, saved * H + P + (H if cell == "lstm" else 0) + (H if w_hr is not None else 0)
+def _reserve_width(cell: str, H: int, P: int, w_hr: Any, drop_h: Any, norm_hh: Any) -> int:
+    width = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4}[cell] * H + P
+    width += H if cell == "lstm" else 0
+    width += H if w_hr is not None else 0
+    width += P if drop_h is not None and cell == "gru" else 0
+    return width + (reference.GATES[cell] * H + 1 if norm_hh is not None else 0)

@@ -45,13 +45,9 @@ def run(
     fusible = (
         module.backend != "torch"
         and ops.fusible(x, *states, *reset_states, *weights)
-        and not (cuda and (module.proj_size > 0 or x.numel() == 0))
+        and not (cuda and (module.proj_size > 0 or x.numel() == 0 or not _cuda_takes(**regularisation)))
     )
     of_steps: Sequence[Tensor] = ()
-    if regularisation and (
-        regularisation["norms"] or regularisation["recurrent_dropout"] or any(regularisation["zoneout"])
-    ):
-        fusible = False  # the kernels do not take these yet
     packs = fusible and lengths is not None and not cuda
     if packs and (per_step or not lengths.any()):
         packs = fusible = False  # the CPU kernels take packed rows, at least one, and no state of every step for them
@@ -67,9 +63,14 @@ def run(
             x = torch.where(present.unsqueeze(2), x, x.new_zeros(()))
         extras = Extras(resets, reset_states, lengths, return_state_sequence, **regularisation)
         layer = ops.layer if fusible else reference.layer
+        extras = extras if fusible else replace(extras, recompute=False)
         output, hidden, of_steps = call.stack(x, states, call.batch_sizes, extras, layer, weights)
     results = call.results(output, hidden)
     return (*results, call.state_sequence(of_steps)) if return_state_sequence else results
+
+
+def _cuda_takes(norms: Any = (), recurrent_dropout: float = 0.0, zoneout: Any = (), **_: Any) -> bool:
+    return not (norms or recurrent_dropout or any(zoneout))
 
 
 def before_step(module: Any, input: Tensor, hx: Any, resets: Tensor | None, reset_state: Any) -> Any:

@@ -19,16 +19,16 @@ namespace {
 struct CellInfo {
   CellKind kind;
   int64_t gates, saved, grads;
-  bool has_c, saves_h;
+  bool has_c, saves_h, uses_h;
 };
 
 // `cell` is a place in the list of cells, which costs an operator call less than a name.
 CellInfo cell_info(int64_t cell) {
   switch (cell) {
-#define FUSED_RNN_INFO(kind, policy, label)                                                        \
-  case static_cast<int64_t>(CellKind::kind): {                                                     \
-    using Cell = policy;                                                                           \
-    return {CellKind::kind, Cell::kGates, Cell::kSaved, Cell::kGrads, Cell::kHasC, Cell::kSavesH}; \
+#define FUSED_RNN_INFO(kind, policy, label)                                                                      \
+  case static_cast<int64_t>(CellKind::kind): {                                                                   \
+    using Cell = policy;                                                                                         \
+    return {CellKind::kind, Cell::kGates, Cell::kSaved, Cell::kGrads, Cell::kHasC, Cell::kSavesH, Cell::kUsesH}; \
   }
     FUSED_RNN_CELLS(FUSED_RNN_INFO)
 #undef FUSED_RNN_INFO
@@ -42,8 +42,14 @@ CellInfo cell_info(int64_t cell) {
 }
 
 struct Weights {
-  Tensor w_ih, w_hh;
+  OptionalTensor w_ih;
+  Tensor w_hh;
   OptionalTensor b_ih, b_hh, w_hr;
+};
+
+// Of both directions; see Variant.
+struct VariantTensors {
+  OptionalTensor drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias;
 };
 
 // The layer's shape from its tensors, every size checked against every other.
@@ -97,8 +103,10 @@ class Layer {
   int64_t reserve_rows() const { return chains_h() ? shape.N + shape.B : shape.N; }
   int64_t reserve_width() const {
     if (chains_h()) return shape.H;
-    return cell.saved * shape.H + shape.P + (cell.has_c ? shape.H : 0) + (shape.projected ? shape.H : 0);
+    return cell.saved * shape.H + shape.P + (cell.has_c ? shape.H : 0) + (shape.projected ? shape.H : 0) +
+           (keeps_h_direct() ? shape.P : 0) + (shape.normalised ? cell.gates * shape.H + 1 : 0);
   }
+  bool keeps_h_direct() const { return cell.uses_h && shape.drops_h; }
 
   // Where forward in training keeps a direction's values: [D, reserve_rows(), reserve_width()].
   Reserve reserve(void* base, int64_t direction) const {
@@ -106,12 +114,25 @@ class Layer {
     char* at = static_cast<char*>(base) + direction * reserve_rows() * width * element();
     if (chains_h()) {
       char* next = at + shape.B * width * element();
-      return direction == 0 ? Reserve{next, at, nullptr, nullptr, width} : Reserve{at, next, nullptr, nullptr, width};
+      Reserve r{};
+      r.gates = direction == 0 ? next : at;
+      r.h_prev = direction == 0 ? at : next;
+      r.stride = width;
+      return r;
     }
-    const int64_t after_gates = cell.saved * shape.H, after_h = after_gates + shape.P;
-    Reserve r{at, at + after_gates * element(), nullptr, nullptr, width};
-    if (cell.has_c) r.c_prev = at + after_h * element();
-    if (shape.projected) r.hidden = at + (after_h + shape.H) * element();
+    const auto take = [&](bool present, int64_t elements) {
+      char* const taken = present ? at : nullptr;
+      at += present ? elements * element() : 0;
+      return taken;
+    };
+    Reserve r{};
+    r.gates = take(true, cell.saved * shape.H);
+    r.h_prev = take(true, shape.P);
+    r.c_prev = take(cell.has_c, shape.H);
+    r.hidden = take(shape.projected, shape.H);
+    r.h_direct = take(keeps_h_direct(), shape.P);
+    r.h_hat = take(shape.normalised, cell.gates * shape.H + 1);
+    r.stride = width;
     return r;
   }
 
@@ -142,6 +163,52 @@ class Layer {
     return found;
   }
 
+  // Without w_ih, x holds the gates' share of every direction. Call this and the next before reserve_width().
+  void without_input_weights(bool given, bool given_reverse) {
+    FUSED_RNN_CHECK(shape.directions == 1 || given == given_reverse, "both directions need w_ih, or neither");
+    shape.gates_given = !given;
+    const int64_t width = shape.directions * cell.gates * shape.H;
+    FUSED_RNN_CHECK(given || shape.I == width, "without w_ih, x must have ", width, " columns, got ", shape.I);
+  }
+  void regularise(VariantTensors& v) {
+    shape.drops_h = v.drop_h.has_value();
+    shape.zones_h = v.zone_h.has_value();
+    shape.normalised = v.norm_hh.has_value();
+    const int64_t D = shape.directions;
+    FUSED_RNN_CHECK(cell.has_c || !(v.zone_c || v.norm_c || v.norm_c_bias), "only the LSTM has c");
+    FUSED_RNN_CHECK(!shape.normalised || shape.gates_given, "norm_hh needs x to hold the gates' share: no w_ih");
+    FUSED_RNN_CHECK(
+        v.norm_c.has_value() == (cell.has_c && shape.normalised) && v.norm_c_bias.has_value() == v.norm_c.has_value(),
+        "the LSTM's norm_c and norm_c_bias go with norm_hh");
+    v.drop_h = checked_state(v.drop_h, "drop_h", shape.P);
+    v.zone_h = checked_zone(v.zone_h, "zone_h", D * shape.P);
+    v.zone_c = checked_zone(v.zone_c, "zone_c", D * shape.H);
+    v.norm_hh = readable(v.norm_hh, "norm_hh", {D, cell.gates * shape.H});
+    v.norm_c = readable(v.norm_c, "norm_c", {D, shape.H});
+    v.norm_c_bias = readable(v.norm_c_bias, "norm_c_bias", {D, shape.H});
+  }
+  // For each row of y, or one for all of them.
+  OptionalTensor checked_zone(const OptionalTensor& zone, const char* name, int64_t width) const {
+    if (!zone) return std::nullopt;
+    return zone->dim() == 1 ? readable(*zone, name, {width}) : checked_sequence(*zone, name, width);
+  }
+  Variant variant(const VariantTensors& v, int64_t direction) const {
+    const auto at = [&](const OptionalTensor& tensor, int64_t elements) -> const void* {
+      return tensor ? offset(*tensor, direction * elements) : nullptr;
+    };
+    const auto stride = [](const OptionalTensor& zone) {
+      return zone && zone->dim() > 1 ? zone->stride(zone->dim() - 2) : 0;
+    };
+    return {at(v.drop_h, shape.B * shape.P),
+            at(v.zone_h, shape.P),
+            at(v.zone_c, shape.H),
+            stride(v.zone_h),
+            stride(v.zone_c),
+            at(v.norm_hh, cell.gates * shape.H),
+            at(v.norm_c, shape.H),
+            at(v.norm_c_bias, shape.H)};
+  }
+
   int64_t element() const { return dtype == ScalarType::Float ? 4 : 8; }
   void* offset(const Tensor& tensor, int64_t elements) const {
     return static_cast<char*>(tensor.data_ptr()) + elements * element();
@@ -156,7 +223,7 @@ class Layer {
     return readable(*tensor, name, sizes);
   }
 
-  Weights checked_weights(const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+  Weights checked_weights(const OptionalTensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
                           const OptionalTensor& b_hh, const OptionalTensor& w_hr) const {
     const int64_t rows = cell.gates * shape.H;
     FUSED_RNN_CHECK(w_hr.has_value() == shape.projected, "both directions need w_hr, or neither");
@@ -236,17 +303,18 @@ ForwardDirection inputs_of_forward(const Tensor& x, const Weights& w) {
 
 // y, h_n, c_n, reserve, c of every step (as y). c_n is empty without c, h_n for a single step (it would be y), reserve
 // without `train`, the last one unless it is wanted.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
-                                                           bool train, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
-                                                           OptionalTensor b_hh, OptionalTensor w_hr,
-                                                           OptionalTensor w_ih_reverse, OptionalTensor w_hh_reverse,
-                                                           OptionalTensor b_ih_reverse, OptionalTensor b_hh_reverse,
-                                                           OptionalTensor w_hr_reverse, OptionalTensor batch_sizes,
-                                                           OptionalTensor resets, OptionalTensor reset_h,
-                                                           OptionalTensor reset_c, bool want_c_sequence) {
-  FUSED_RNN_CHECK(w_ih_reverse.has_value() == w_hh_reverse.has_value(), "the reverse direction needs w_ih and w_hh");
-  Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_ih_reverse.has_value(), batch_sizes);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bool train, OptionalTensor w_ih, Tensor w_hh,
+    OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
+    OptionalTensor w_hh_reverse, OptionalTensor b_ih_reverse, OptionalTensor b_hh_reverse, OptionalTensor w_hr_reverse,
+    OptionalTensor batch_sizes, OptionalTensor resets, OptionalTensor reset_h, OptionalTensor reset_c,
+    bool want_c_sequence, OptionalTensor drop_h, OptionalTensor zone_h, OptionalTensor zone_c, OptionalTensor norm_hh,
+    OptionalTensor norm_c, OptionalTensor norm_c_bias) {
+  Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), batch_sizes);
   layer.shape.train = train;
+  layer.without_input_weights(w_ih.has_value(), w_ih_reverse.has_value());
+  VariantTensors variant{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias};
+  layer.regularise(variant);
   layer.replace_at(resets);
   reset_h = layer.checked_reset(reset_h, "reset_h", layer.shape.P);
   FUSED_RNN_CHECK(layer.cell.has_c || !reset_c, "only the LSTM has reset_c");
@@ -257,7 +325,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTen
   h0 = layer.checked_state(h0, "h0", s.P);
   std::vector<Weights> weights{layer.checked_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
   if (D == 2) {
-    weights.push_back(layer.checked_weights(*w_ih_reverse, *w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
+    weights.push_back(layer.checked_weights(w_ih_reverse, *w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
   }
 
   const Tensor y = layer.new_sequence(D * s.P);
@@ -273,6 +341,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTen
     ForwardParams params{s, {}};
     for (int64_t d = 0; d < D; ++d) {
       ForwardDirection& p = params.direction[d] = inputs_of_forward(x, weights[d]);
+      if (s.gates_given) p.x = layer.offset(x, d * layer.cell.gates * s.H);
+      p.variant = layer.variant(variant, d);
       p.h0 = h0 ? layer.offset(*h0, d * s.B * s.P) : nullptr;
       p.reset = layer.reset_state(reset_h, reset_c, d);
       p.reserve = train ? layer.reserve(reserve.data_ptr(), d) : Reserve{};
@@ -315,18 +385,23 @@ std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, 
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                             Tensor, Tensor, Tensor, Tensor>;
+                             Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // dx, dh0, dc0, then dw_ih, dw_hh, db_ih, db_hh, dw_hr of each direction, then of the states at resets (reset_steps: of
-// how many steps there are states, 1 if they are the same at all, 0 if no gradient is wanted); what was not asked for
-// is empty.
+// how many steps there are states, 1 if they are the same at all, 0 if no gradient is wanted), of norm_hh
+// [D, G*H], of norm_c and norm_c_bias [D, 2, H]; what was not asked for is empty.
 Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor reserve, int64_t cell,
                    bool need_dx, bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr,
-                   Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
+                   OptionalTensor w_ih, Tensor w_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
                    OptionalTensor w_hh_reverse, OptionalTensor w_hr_reverse, OptionalTensor batch_sizes,
-                   OptionalTensor resets, int64_t reset_steps, OptionalTensor dc_sequence) {
-  FUSED_RNN_CHECK(w_ih_reverse.has_value() == w_hh_reverse.has_value(), "the reverse direction needs w_ih and w_hh");
-  Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_ih_reverse.has_value(), batch_sizes);
+                   OptionalTensor resets, int64_t reset_steps, OptionalTensor dc_sequence, OptionalTensor drop_h,
+                   OptionalTensor zone_h, OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c,
+                   OptionalTensor norm_c_bias) {
+  Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), batch_sizes);
+  layer.without_input_weights(w_ih.has_value(), w_ih_reverse.has_value());
+  VariantTensors variant{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias};
+  layer.regularise(variant);
+  FUSED_RNN_CHECK(w_ih || !need_dw_ih, "without w_ih there is no dw_ih");
   layer.replace_at(resets);
   const LayerShape& s = layer.shape;
   const int64_t D = s.directions;
@@ -340,7 +415,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   reserve = checked(reserve, "reserve", {D, layer.reserve_rows(), layer.reserve_width()}, layer.dtype);
   std::vector<Weights> weights{layer.checked_weights(w_ih, w_hh, std::nullopt, std::nullopt, w_hr)};
   if (D == 2) {
-    weights.push_back(layer.checked_weights(*w_ih_reverse, *w_hh_reverse, std::nullopt, std::nullopt, w_hr_reverse));
+    weights.push_back(layer.checked_weights(w_ih_reverse, *w_hh_reverse, std::nullopt, std::nullopt, w_hr_reverse));
   }
 
   const auto none = [&] { return empty({0}, layer.dtype); };  // results of an operator may not alias
@@ -370,13 +445,18 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   };
   const OfWeights dw[2] = {of_weights(true), of_weights(D == 2)};
 
-  // Scratch: the workspaces of directions, then of threads, gates' gradients, gradients of h behind a projection.
+  const Tensor dnorm_hh = s.normalised ? empty({D, rows}, layer.dtype) : none();
+  const Tensor dnorm_c = s.normalised && layer.cell.has_c ? empty({D, 2, s.H}, layer.dtype) : none();
+
+  // Scratch: the workspaces of directions, then of threads, gates' gradients, gradients of h behind a projection, and
+  // what layer normalisation needs.
   const int64_t workers = cpu::gradient_workers(s, threads());
   const int64_t workspace = whole_lines(cpu::kernels().backward_workspace(s));
   const int64_t of_workers = workers * cpu::kernels().gradients_workspace(s);
   const int64_t grads = s.N * layer.cell.grads * s.H, dh_total = s.projected ? s.N * s.P : 0;
+  const int64_t dproduct = s.normalised ? s.N * rows : 0, dnormal = dnorm_c.numel() ? s.N * 2 * s.H : 0;
   const int64_t workspaces = whole_lines(std::max(D * workspace, of_workers));
-  const Scratch scratch((workspaces + D * (grads + dh_total)) * layer.element());
+  const Scratch scratch((workspaces + D * (grads + dh_total + dproduct + dnormal)) * layer.element());
   char* next = scratch.data();
   const auto take = [&](int64_t elements) {
     char* taken = next;
@@ -395,8 +475,13 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
     p.dy = dy ? layer.offset(*dy, d * s.P) : nullptr;
     p.dy_stride = D * s.P;
     p.dh_n = dh_n ? layer.offset(*dh_n, d * s.B * s.P) : nullptr;
+    p.variant = layer.variant(variant, d);
     p.reserve = layer.reserve(reserve.data_ptr(), d);
     p.dgates = take(grads);
+    p.dproduct = take(dproduct);
+    p.dnormal = take(dnormal);
+    p.dnorm_hh = s.normalised ? layer.offset(dnorm_hh, d * rows) : nullptr;
+    p.dnorm_c = dnormal ? layer.offset(dnorm_c, d * 2 * s.H) : nullptr;
     p.dh_total = s.projected ? take(dh_total) : nullptr;
     p.dh0 = need_dstate ? layer.offset(dh0, d * s.B * s.P) : nullptr;
     p.dc = layer.cell.has_c ? layer.offset(dc, d * s.B * s.H) : nullptr;
@@ -411,11 +496,12 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   cpu::backward(params, threads(), workers);
   const auto& [w, r] = dw;
   const auto out = [&](const Tensor& t) { return converted(t, layer.stored); };
-  return {out(dx),     out(dh0),      out(need_dstate ? dc : none()),
-          out(w.w_ih), out(w.w_hh),   out(w.b_ih),
-          out(w.b_hh), out(w.w_hr),   out(r.w_ih),
-          out(r.w_hh), out(r.b_ih),   out(r.b_hh),
-          out(r.w_hr), out(dreset_h), out(dreset_c)};
+  return {out(dx),       out(dh0),      out(need_dstate ? dc : none()),
+          out(w.w_ih),   out(w.w_hh),   out(w.b_ih),
+          out(w.b_hh),   out(w.w_hr),   out(r.w_ih),
+          out(r.w_hh),   out(r.b_ih),   out(r.b_hh),
+          out(r.w_hr),   out(dreset_h), out(dreset_c),
+          out(dnorm_hh), out(dnorm_c)};
 }
 
 }  // namespace
@@ -423,20 +509,23 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
 // `cell` as in cells.h: 0 rnn_tanh, 1 rnn_relu, 2 lstm, 3 gru.
 STABLE_TORCH_LIBRARY(fused_rnn, m) {
   m.def(
-      "forward(Tensor x, Tensor? h0, Tensor? c0, int cell, bool train, Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, "
+      "forward(Tensor x, Tensor? h0, Tensor? c0, int cell, bool train, Tensor? w_ih, Tensor w_hh, Tensor? b_ih=None, "
       "Tensor? b_hh=None, Tensor? w_hr=None, Tensor? w_ih_reverse=None, Tensor? w_hh_reverse=None, "
       "Tensor? b_ih_reverse=None, Tensor? b_hh_reverse=None, Tensor? w_hr_reverse=None, Tensor? batch_sizes=None, "
-      "Tensor? resets=None, Tensor? reset_h=None, Tensor? reset_c=None, bool want_c_sequence=False) -> "
+      "Tensor? resets=None, Tensor? reset_h=None, Tensor? reset_c=None, bool want_c_sequence=False, "
+      "Tensor? drop_h=None, Tensor? zone_h=None, Tensor? zone_c=None, Tensor? norm_hh=None, Tensor? norm_c=None, "
+      "Tensor? norm_c_bias=None) -> "
       "(Tensor y, Tensor h_n, Tensor c_n, Tensor reserve, Tensor c_sequence)");
   m.def(
       "backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor reserve, int cell, bool need_dx, "
-      "bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr, Tensor w_ih, Tensor w_hh, "
+      "bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr, Tensor? w_ih, Tensor w_hh, "
       "Tensor? w_hr=None, Tensor? w_ih_reverse=None, Tensor? w_hh_reverse=None, Tensor? w_hr_reverse=None, "
       "Tensor? batch_sizes=None, Tensor? resets=None, int reset_steps=0, "
-      "Tensor? dc_sequence=None) -> "
+      "Tensor? dc_sequence=None, Tensor? drop_h=None, Tensor? zone_h=None, Tensor? zone_c=None, "
+      "Tensor? norm_hh=None, Tensor? norm_c=None, Tensor? norm_c_bias=None) -> "
       "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
       "Tensor dw_ih_reverse, Tensor dw_hh_reverse, Tensor db_ih_reverse, Tensor db_hh_reverse, "
-      "Tensor dw_hr_reverse, Tensor dreset_h, Tensor dreset_c)");
+      "Tensor dw_hr_reverse, Tensor dreset_h, Tensor dreset_c, Tensor dnorm_hh, Tensor dnorm_c)");
   m.def(
       "step(Tensor x, Tensor? h0, Tensor? c0, int cell, Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, "
       "Tensor? b_hh=None, Tensor? w_hr=None) -> (Tensor h, Tensor c)");

@@ -26,22 +26,44 @@ struct LstmCell {
     const V g = math::tanh(x[2] + r[2]);
     const V o = math::sigmoid(x[3] + r[3]);
     c = f * c + i * g;
-    h = o * math::tanh(c);
+    h = output(o, c);
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o;
+  }
+
+  template <class V>
+  static FUSED_RNN_INLINE V output(const V& o, const V& c) {
+    return o * math::tanh(c);
   }
 
   // dc comes in as the gradient of c', leaves as that of c. tanh(c') is cheaper to compute again than to keep.
   template <class V>
   static FUSED_RNN_INLINE void backward(const V (&saved)[4], const V&, const V& c, const V& dh, V& dc, V (&grads)[4],
                                         V&) {
-    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
-    const V tanh_c = math::tanh(f * c + i * g);
-    const V dc_next = dc + dh * o * math::tanh_slope(tanh_c);
-    grads[0] = dc_next * g * math::sigmoid_slope(i);
-    grads[1] = dc_next * c * math::sigmoid_slope(f);
-    grads[2] = dc_next * i * math::tanh_slope(g);
-    grads[3] = dh * tanh_c * math::sigmoid_slope(o);
-    dc = dc_next * f;
+    dc += output_backward(saved[3], next_c(saved, c), dh, grads[3]);
+    gates_backward(saved, c, dc, grads);
+  }
+
+  template <class V>
+  static FUSED_RNN_INLINE V next_c(const V (&saved)[4], const V& c) {
+    return saved[1] * c + saved[0] * saved[2];
+  }
+
+  // The gradient that reaches the c in output(o, c), and that of o's gate.
+  template <class V>
+  static FUSED_RNN_INLINE V output_backward(const V& o, const V& c, const V& dh, V& grad_o) {
+    const V tanh_c = math::tanh(c);
+    grad_o = dh * tanh_c * math::sigmoid_slope(o);
+    return dh * o * math::tanh_slope(tanh_c);
+  }
+
+  // dc comes in as all that reaches c', leaves as the gradient of c.
+  template <class V>
+  static FUSED_RNN_INLINE void gates_backward(const V (&saved)[4], const V& c, V& dc, V (&grads)[4]) {
+    const V i = saved[0], f = saved[1], g = saved[2];
+    grads[0] = dc * g * math::sigmoid_slope(i);
+    grads[1] = dc * c * math::sigmoid_slope(f);
+    grads[2] = dc * i * math::tanh_slope(g);
+    dc = dc * f;
   }
 };
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../cells/cells.h"
+#include "layer_norm.h"
 #include "tile.h"
 #include "worker.h"
 
@@ -13,7 +14,7 @@ namespace FUSED_RNN_ISA {
 
 template <class Cell, class T>
 struct BackwardWorkspace {
-  int64_t recurrent, projection, direct, zeros, size;
+  int64_t recurrent, projection, direct, dh, zeros, size;
 
   explicit BackwardWorkspace(const LayerShape& s) {
     const int64_t block = kUnitVectors<1> * kLanes<T>;
@@ -21,7 +22,8 @@ struct BackwardWorkspace {
     recurrent = 0;
     projection = recurrent + ceil_div(s.P, block) * block * K;
     direct = projection + (s.projected ? ceil_div(s.H, block) * block * s.P : 0);
-    zeros = direct + (Cell::kUsesH ? s.B * s.H : 0);
+    dh = direct + (Cell::kUsesH || s.zones_h ? s.B * s.P : 0);
+    zeros = dh + (s.normalised ? s.B * 2 * s.H : 0);
     size = zeros + (K > s.P ? K : s.P);
   }
 };
@@ -42,6 +44,7 @@ class Backward {
     recurrent_ = workspace + part.recurrent;
     projection_ = workspace + part.projection;
     direct_ = workspace + part.direct;
+    dh_ = workspace + part.dh;
     zeros_ = workspace + part.zeros;
   }
 
@@ -106,24 +109,33 @@ class Backward {
     rows_ = s_.rows(t);
     if (reverse_) {
       continued_ = t == 0 ? 0 : rows_;
-      next_ = continued_ ? dgates(s_.row(t - 1)) : nullptr;
+      next_ = continued_ ? dproduct(s_.row(t - 1)) : nullptr;
     } else {
       continued_ = t == s_.T - 1 ? 0 : s_.rows(t + 1);
-      next_ = continued_ ? dgates(s_.row(t + 1)) : nullptr;
+      next_ = continued_ ? dproduct(s_.row(t + 1)) : nullptr;
     }
   }
 
   T* dgates(int64_t row) const { return at(d_.dgates) + row * Cell::kGrads * s_.H; }
 
-  const T* next_dgates(int64_t b) const {
-    const bool goes_on = b < continued_ && !s_.reset(reverse_ ? t_ - 1 : t_ + 1, b, reverse_);
-    return goes_on ? next_ + b * Cell::kGrads * s_.H + Cell::kHiddenGrads * s_.H : zeros_;
+  // The gradient of W_hh h, [G*H]; its rows are dproduct_stride() apart.
+  const T* dproduct(int64_t row) const {
+    return s_.normalised ? at(d_.dproduct) + row * gates() : dgates(row) + Cell::kHiddenGrads * s_.H;
   }
+  int64_t dproduct_stride() const { return s_.normalised ? gates() : Cell::kGrads * s_.H; }
+
+  const T* next_dproduct(int64_t b) const {
+    const bool goes_on = b < continued_ && !s_.reset(reverse_ ? t_ - 1 : t_ + 1, b, reverse_);
+    return goes_on ? next_ + b * dproduct_stride() : zeros_;
+  }
+
+  // Whether a step passes gradients to the h before it other than through W_hh.
+  bool passes_directly() const { return Cell::kUsesH || s_.zones_h; }
 
   // What reaches h of row b other than through the next step's gates, before dy; null: nothing.
   const T* beside(int64_t b) const {
     if (b >= continued_) return d_.dh_n ? at(d_.dh_n) + b * s_.P : nullptr;
-    return Cell::kUsesH ? direct_ + b * s_.H : nullptr;
+    return passes_directly() ? direct_ + b * s_.P : nullptr;
   }
 
   void step(int64_t t) {
@@ -134,6 +146,7 @@ class Backward {
       if (worker_.splits_units) worker_.wait();
       each_part(row_end, s_.H, [&](const Part& part) { unproject(part); });
     }
+    for (int64_t b = row_begin_; s_.normalised && b < row_end; ++b) normalised(b);
     if (worker_.splits_units) worker_.wait();
   }
 
@@ -150,20 +163,79 @@ class Backward {
     clear(sums, part);
     if (part.row < continued_) {
       const T* rows[kChunk];
-      for (int r = 0; r < part.rows; ++r) rows[r] = next_dgates(part.row + r);
+      for (int r = 0; r < part.rows; ++r) rows[r] = next_dproduct(part.row + r);
       add_product(sums, part, rows, recurrent_, d_.w_hh, gates(), s_.P);
     }
     each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) FUSED_RNN_INLINED {
       const int64_t b = part.row_of(slot), unit = units.unit, n = units.count;
-      Vec<T> dh = sums[slot][u];
+      Vec<T> dh = through_dropout(sums[slot][u], b, units);
       if (const T* more = beside(b)) dh += load(more + unit, n);
       if (d_.dy) dh += load(at(d_.dy) + (s_.row(t_) + b) * d_.dy_stride + unit, n);
+      if (s_.zones_h) dh = unmix(dh, b, units);
       if (s_.projected) {
         store(at(d_.dh_total) + (s_.row(t_) + b) * s_.P + unit, dh, n);
       } else {
-        cell(dh, b, units);
+        take(dh, b, units);
       }
     });
+  }
+
+  FUSED_RNN_INLINE Vec<T> through_dropout(const Vec<T>& dh, int64_t b, Units units) const {
+    return s_.drops_h ? dh * load(at(d_.variant.drop_h) + b * s_.P + units.unit, units.count) : dh;
+  }
+
+  // Of the gradient of a mixed h what belongs to the new one; the old one's goes to where the step came from.
+  FUSED_RNN_INLINE Vec<T> unmix(const Vec<T>& dh, int64_t b, Units units) const {
+    const int64_t unit = units.unit, n = units.count, row = s_.row(t_) + b;
+    const Vec<T> of_new = dh * load(at(d_.variant.zone_h) + row * d_.variant.zone_h_stride + unit, n);
+    Vec<T> of_old = dh - of_new;
+    if (s_.reset(t_, b, reverse_)) {
+      add_to(d_.dreset.h, t_ * d_.dreset.step_h + b * s_.P + unit, of_old, n);
+      of_old = Vec<T>{};
+    }
+    store(direct_ + b * s_.P + unit, of_old, n);
+    return of_new;
+  }
+
+  FUSED_RNN_INLINE void take(const Vec<T>& dh, int64_t b, Units units) const {
+    if (s_.normalised) {
+      store(dh_ + b * 2 * s_.H + units.unit, dh, units.count);
+    } else {
+      cell(dh, b, units);
+    }
+  }
+
+  // Row b behind normalised sums: its cell, and then the gradient of the sums as they were before.
+  void normalised(int64_t b) const {
+    T* dh = dh_ + b * 2 * s_.H;
+    const int64_t row = s_.row(t_) + b;
+    if constexpr (Cell::kHasC) output(dh, row);
+    each_lanes<T>(s_.H, [&](int64_t i, int64_t n) { cell(load(dh + i, n), b, {i, n}); });
+    const T* hat = at(d_.reserve.h_hat) + row * d_.reserve.stride;
+    normalise_backward(at(d_.dproduct) + row * gates(), dgates(row) + Cell::kHiddenGrads * s_.H, at(d_.variant.norm_hh),
+                       hat, hat[gates()], gates());
+  }
+
+  // h = o * tanh(norm_c * LN(c') + norm_c_bias): dh becomes the gradient of c', and behind it lies that of o's gate.
+  void output(T* dh, int64_t row) const {
+    T *hat = at(d_.dnormal) + row * 2 * s_.H, *d_inner = hat + s_.H;
+    const Reserve& kept = d_.reserve;
+    const T *norm_c = at(d_.variant.norm_c), *norm_c_bias = at(d_.variant.norm_c_bias);
+    const T *gates = at(kept.gates) + row * kept.stride, *c_prev = at(kept.c_prev) + row * kept.stride;
+    each_lanes<T>(s_.H, [&](int64_t i, int64_t n) {
+      Vec<T> saved[Cell::kSaved];
+      for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(gates + k * s_.H + i, n);
+      store(hat + i, Cell::next_c(saved, load(c_prev + i, n)), n);
+    });
+    const T inverse = normalise(hat, s_.H);
+    each_lanes<T>(s_.H, [&](int64_t i, int64_t n) {
+      const Vec<T> inner = load(norm_c + i, n) * load(hat + i, n) + load(norm_c_bias + i, n);
+      Vec<T> grad_o;
+      store(d_inner + i, Cell::output_backward(load(gates + 3 * s_.H + i, n), inner, load(dh + i, n), grad_o), n);
+      store(dh + s_.H + i, grad_o, n);
+    });
+    normalise_backward(dh, d_inner, norm_c, hat, inverse, s_.H);
+    each_lanes<T>(s_.H, [&](int64_t i, int64_t n) { store(hat + i, load(hat + i, n) * load(d_inner + i, n), n); });
   }
 
   void unproject(const Part& part) const {
@@ -172,7 +244,7 @@ class Backward {
     const T* rows[kChunk];
     for (int r = 0; r < part.rows; ++r) rows[r] = at(d_.dh_total) + (s_.row(t_) + part.row + r) * s_.P;
     add_product(sums, part, rows, projection_, d_.w_hr, s_.P, s_.H);
-    each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) { cell(sums[slot][u], part.row_of(slot), units); });
+    each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) { take(sums[slot][u], part.row_of(slot), units); });
   }
 
   FUSED_RNN_INLINE void cell(const Vec<T>& dh, int64_t b, Units units) const {
@@ -183,13 +255,32 @@ class Backward {
     const T* gates = at(kept.gates) + row * kept.stride + unit;
     V saved[Cell::kSaved], grads[Cell::kGrads], h_prev{}, c_prev{}, dc{}, dh_prev{};
     for (int i = 0; i < Cell::kSaved; ++i) saved[i] = load(gates + i * s_.H, n);
-    if constexpr (Cell::kUsesH) h_prev = load(at(kept.h_prev) + row * kept.stride + unit, n);
+    if constexpr (Cell::kUsesH) {
+      h_prev = load(at(kept.h_direct ? kept.h_direct : kept.h_prev) + row * kept.stride + unit, n);
+    }
     if constexpr (Cell::kHasC) {
       c_prev = load(at(kept.c_prev) + row * kept.stride + unit, n);
       dc = load(at(d_.dc) + b * s_.H + unit, n);
       if (d_.dc_sequence) dc += load(at(d_.dc_sequence) + row * s_.directions * s_.H + unit, n);
     }
-    Cell::backward(saved, h_prev, c_prev, dh, dc, grads, dh_prev);
+    V dc_old{};
+    if constexpr (Cell::kHasC) {
+      if (d_.variant.zone_c) {
+        const V zone = load(at(d_.variant.zone_c) + row * d_.variant.zone_c_stride + unit, n);
+        dc_old = dc - dc * zone;
+        dc = dc * zone;
+      }
+    }
+    if (Cell::kHasC && s_.normalised) {
+      if constexpr (Cell::kHasC) {
+        dc += dh;  // see output()
+        Cell::gates_backward(saved, c_prev, dc, grads);
+        grads[3] = load(dh_ + b * 2 * s_.H + s_.H + unit, n);
+      }
+    } else {
+      Cell::backward(saved, h_prev, c_prev, dh, dc, grads, dh_prev);
+    }
+    dc += dc_old;
     T* out = dgates(row) + unit;
     for (int i = 0; i < Cell::kGrads; ++i) store(out + i * s_.H, grads[i], n);
     if (s_.reset(t_, b, reverse_)) {  // what goes back from here reaches the state that came in its place
@@ -198,7 +289,10 @@ class Backward {
       dc = dh_prev = V{};
     }
     if constexpr (Cell::kHasC) store(at(d_.dc) + b * s_.H + unit, dc, n);
-    if constexpr (Cell::kUsesH) store(direct_ + b * s_.H + unit, dh_prev, n);
+    if constexpr (Cell::kUsesH) {
+      T* direct = direct_ + b * s_.P + unit;
+      store(direct, s_.zones_h ? dh_prev + load(direct, n) : dh_prev, n);
+    }
   }
 
   static void add_to(void* sums, int64_t index, const Vec<T>& more, int64_t n) {
@@ -211,22 +305,22 @@ class Backward {
     clear(sums, part);
     const T* rows[kChunk];
     for (int r = 0; r < part.rows; ++r) {
-      const T* first = first_dgates(part.row + r);
-      rows[r] = first ? first + Cell::kHiddenGrads * s_.H : zeros_;
+      const T* first = first_dproduct(part.row + r);
+      rows[r] = first ? first : zeros_;
     }
     add_product(sums, part, rows, recurrent_, d_.w_hh, gates(), s_.P);
     each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) {
       const int64_t b = part.row_of(slot);
-      Vec<T> dh = sums[slot][u];
-      if constexpr (Cell::kUsesH) dh += load(direct_ + b * s_.H + units.unit, units.count);
+      Vec<T> dh = through_dropout(sums[slot][u], b, units);
+      if (passes_directly()) dh += load(direct_ + b * s_.P + units.unit, units.count);
       store(at(d_.dh0) + b * s_.P + units.unit, dh, units.count);
     });
   }
 
-  const T* first_dgates(int64_t b) const {
+  const T* first_dproduct(int64_t b) const {
     int64_t t = reverse_ ? s_.T - 1 : 0;
     while (b >= s_.rows(t)) --t;  // never at t = 0, where every row is active
-    return s_.reset(t, b, reverse_) ? nullptr : dgates(s_.row(t) + b);
+    return s_.reset(t, b, reverse_) ? nullptr : dproduct(s_.row(t) + b);
   }
 
   void initial_state() {
@@ -249,12 +343,13 @@ class Backward {
     const T* rows[kChunk];
     for (int r = 0; r < part.rows; ++r) {
       const int64_t b = part.row + r;
-      rows[r] = s_.reset(t_, b, reverse_) ? dgates(s_.row(t_) + b) + Cell::kHiddenGrads * s_.H : zeros_;
+      rows[r] = s_.reset(t_, b, reverse_) ? dproduct(s_.row(t_) + b) : zeros_;
     }
     add_product(sums, part, rows, recurrent_, d_.w_hh, gates(), s_.P);
     each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) {
       const int64_t b = part.row_of(slot);
-      add_to(d_.dreset.h, t_ * d_.dreset.step_h + b * s_.P + units.unit, sums[slot][u], units.count);
+      const Vec<T> dh = through_dropout(sums[slot][u], b, units);
+      add_to(d_.dreset.h, t_ * d_.dreset.step_h + b * s_.P + units.unit, dh, units.count);
     });
   }
 
@@ -263,7 +358,7 @@ class Backward {
   const bool packed_, reverse_;
   const cpu::Worker& worker_;
   const int64_t row_begin_, row_end_;
-  T *recurrent_, *projection_, *direct_, *zeros_;
+  T *recurrent_, *projection_, *direct_, *dh_, *zeros_;
   int64_t t_ = 0, rows_ = 0, continued_ = 0;
   const T* next_ = nullptr;
 };

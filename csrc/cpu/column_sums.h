@@ -1,5 +1,6 @@
-// Column sums of a matrix: the biases' gradients. Rows are summed in short runs and the runs' sums added, so that
-// rounding grows with the number of runs and the length of one, not with their product.
+// Column sums of a matrix, or of two multiplied element by element: the gradients of biases and of gains. Rows are
+// summed in short runs and the runs' sums added, so that rounding grows with the number of runs and the length of one,
+// not with their product.
 #pragma once
 
 #include "tile.h"
@@ -9,7 +10,8 @@ namespace FUSED_RNN_ISA {
 
 // W vectors of columns at once, so that a row's visit reads whole cache lines side by side.
 template <int W, class T>
-FUSED_RNN_INLINE void column_block(const T* x, int64_t rows, int64_t stride, T* sums, int64_t count) {
+FUSED_RNN_INLINE void column_block(const T* x, int64_t rows, int64_t stride, const T* by, int64_t by_stride, T* sums,
+                                   int64_t count) {
   constexpr int64_t kRun = 64, n = kLanes<T>;
   Vec<T> total[W] = {};
   for (int64_t begin = 0; begin < rows; begin += kRun) {
@@ -17,20 +19,27 @@ FUSED_RNN_INLINE void column_block(const T* x, int64_t rows, int64_t stride, T* 
     Vec<T> run[W] = {};
     for (int64_t row = begin; row < end; ++row) {
 #pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) run[w] += load(x + row * stride + w * n, W == 1 ? count : n);
+      for (int w = 0; w < W; ++w) {
+        const int64_t columns = W == 1 ? count : n;
+        const Vec<T> v = load(x + row * stride + w * n, columns);
+        run[w] += by ? v * load(by + row * by_stride + w * n, columns) : v;
+      }
     }
     for (int w = 0; w < W; ++w) total[w] += run[w];
   }
   for (int w = 0; w < W; ++w) store(sums + w * n, total[w], W == 1 ? count : n);
 }
 
+// `by` may be null.
 template <class T>
-void column_sums(const T* x, int64_t rows, int64_t columns, int64_t stride, T* sums) {
+void column_sums(const T* x, int64_t rows, int64_t columns, int64_t stride, const T* by, int64_t by_stride, T* sums) {
   constexpr int64_t n = kLanes<T>;
-  int64_t column = 0;
-  for (; column + 8 * n <= columns; column += 8 * n) column_block<8>(x + column, rows, stride, sums + column, n);
-  for (; column < columns; column += n) {
-    column_block<1>(x + column, rows, stride, sums + column, columns - column < n ? columns - column : n);
+  for (int64_t column = 0; column < columns;) {
+    const bool wide = column + 8 * n <= columns;
+    const int64_t count = columns - column < n ? columns - column : n;
+    const auto block = wide ? column_block<8, T> : column_block<1, T>;
+    block(x + column, rows, stride, by ? by + column : nullptr, by_stride, sums + column, count);
+    column += wide ? 8 * n : n;
   }
 }
 

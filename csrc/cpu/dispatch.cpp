@@ -123,6 +123,7 @@ Plan plan(const LayerShape& shape, int64_t threads) {
   const int64_t most = threads / teams;
   if (most <= 1) return {teams, 1, false};
   if (shape.B >= most * kRows) return {teams, most, false};
+  if (shape.whole_rows()) return {teams, std::min(most, std::max<int64_t>(shape.B, 1)), false};
   const int64_t blocks = (shape.H + 15) / 16;
   const int64_t useful = std::min({most, blocks, int64_t(step / kStep)});
   return {teams, std::max<int64_t>(useful, 1), useful > 1};

@@ -5,9 +5,11 @@
 // that its weights are read for more than a few rows at a time. A single row per step reads W_hh as it lies, and a
 // handful of rows in all W_ih, too.
 // With a projection the cell's output goes to `hidden` and a second product makes h.
+// With layer normalisation a step's products are stored, and the cell runs row by row on them.
 #pragma once
 
 #include "../cells/cells.h"
+#include "layer_norm.h"
 #include "tile.h"
 #include "worker.h"
 
@@ -20,30 +22,33 @@ struct ForwardProducts {
   bool x_beforehand;        // x W_ih^T of all steps before the first
 
   explicit ForwardProducts(const LayerShape& s)
-      : packed_x(s.N >= kRowsWorthPacking),
-        packed_h(packed_x && s.B > 1),
-        x_beforehand(packed_x && s.T > 1 && s.B < kTileRows<4>) {}
+      : packed_x(s.N >= kRowsWorthPacking && !s.gates_given),
+        packed_h(s.N >= kRowsWorthPacking && s.B > 1),
+        x_beforehand(s.gates_given || (packed_x && s.T > 1 && s.B < kTileRows<4>)) {}
 };
 
 // Where the parts of a direction's workspace begin, in elements.
 template <class Cell, class T>
 struct ForwardWorkspace {
-  int64_t recurrent, input, bias, projection, hidden, zeros, x_product, size;
+  int64_t recurrent, input, bias, projection, hidden, zeros, dropped, products, outputs, x_product, size;
 
   explicit ForwardWorkspace(const LayerShape& s) {
     const ForwardProducts products(s);
     const int64_t blocks = ceil_div(s.H, kUnitVectors<Cell::kGates> * kLanes<T>);
     const int64_t columns = Cell::kGates * kUnitVectors<Cell::kGates> * kLanes<T>;
     const int64_t block = kUnitVectors<1> * kLanes<T>;
-    const int64_t outputs = s.projected && products.packed_h ? ceil_div(s.P, block) * block : 0;
+    const int64_t projected = s.projected && products.packed_h ? ceil_div(s.P, block) * block : 0;
     recurrent = 0;
     input = recurrent + (products.packed_h ? blocks * columns * s.P : 0);
     bias = input + (products.packed_x ? blocks * columns * s.I : 0);
     projection = bias + blocks * columns * 2;
-    hidden = projection + outputs * s.H;
+    hidden = projection + projected * s.H;
     zeros = hidden + (s.projected ? s.B * s.H : 0);
-    x_product = zeros + s.P;
-    size = x_product + (products.x_beforehand && !s.train ? s.N * Cell::kGates * s.H : 0);
+    dropped = zeros + s.P;
+    this->products = dropped + (s.drops_h ? s.B * s.P : 0);
+    outputs = this->products + (s.normalised ? s.B * Cell::kGates * s.H : 0);
+    x_product = outputs + (s.normalised && Cell::kHasC ? s.B * 2 * s.H : 0);
+    size = x_product + (products.x_beforehand && !s.gates_given && !s.train ? s.N * Cell::kGates * s.H : 0);
   }
 };
 
@@ -66,14 +71,19 @@ class Forward {
     projection_ = workspace + part.projection;
     scratch_hidden_ = workspace + part.hidden;
     zeros_ = workspace + part.zeros;
+    dropped_ = workspace + part.dropped;
+    scratch_products_ = workspace + part.products;
+    outputs_ = workspace + part.outputs;
     x_product_ = s_.train ? at(d_.reserve.gates) : workspace + part.x_product;
     x_product_stride_ = s_.train ? d_.reserve.stride : Cell::kGates * s_.H;
+    made_ = s_.gates_given ? at(d_.x) : x_product_;
+    made_stride_ = s_.gates_given ? s_.directions * Cell::kGates * s_.H : x_product_stride_;
   }
 
   void operator()() {
     pack();
     worker_.wait();
-    if (products_.x_beforehand) {
+    if (products_.x_beforehand && !s_.gates_given) {
       multiply_x();
       worker_.wait();
     }
@@ -186,6 +196,12 @@ class Forward {
     return d_.h0 ? at(d_.h0) + b * s_.P : zeros_;
   }
 
+  // What W_hh multiplies.
+  const T* consumed(int64_t b) const { return s_.drops_h ? dropped(b) : h_prev(b); }
+  T* dropped(int64_t b) const {
+    return s_.train ? at(d_.reserve.h_prev) + (s_.row(t_) + b) * d_.reserve.stride : dropped_ + b * s_.P;
+  }
+
   T* hidden(int64_t b) const {
     return d_.reserve.hidden ? at(d_.reserve.hidden) + (s_.row(t_) + b) * d_.reserve.stride
                              : scratch_hidden_ + b * s_.H;
@@ -195,8 +211,10 @@ class Forward {
     enter(t);
     const int64_t row_end = least(row_end_, rows_);
     const int64_t blocks = ceil_div(s_.H, kBlock);
+    if (s_.drops_h) drop(row_end);
     cover<C>(row_begin_, row_end, first(blocks), last(blocks), narrow_end(), [&](const Part& part) { gates(part); });
-    if (s_.train && !(s_.chains_h(Cell::kSavesH) && carried_ > 0)) keep_h_prev(row_end);
+    for (int64_t b = row_begin_; s_.normalised && b < row_end; ++b) normalised(b);
+    if (s_.train && !s_.drops_h && !(s_.chains_h(Cell::kSavesH) && carried_ > 0)) keep_h_prev(row_end);
     if (s_.projected) {
       if (worker_.splits_units) worker_.wait();
       const int64_t outputs = ceil_div(s_.P, kProjectionBlock);
@@ -204,6 +222,17 @@ class Forward {
       cover<UP>(row_begin_, row_end, first(outputs), last(outputs), narrow, [&](const Part& part) { project(part); });
     }
     if (worker_.splits_units) worker_.wait();
+  }
+
+  void drop(int64_t row_end) const {
+    for (int64_t b = row_begin_; b < row_end; ++b) {
+      const T *h = h_prev(b), *factor = at(d_.variant.drop_h) + b * s_.P;
+      T* out = dropped(b);
+      each_lanes<T>(s_.P, [&](int64_t i, int64_t n) { store(out + i, load(h + i, n) * load(factor + i, n), n); });
+      if (d_.reserve.h_direct) {
+        __builtin_memcpy(at(d_.reserve.h_direct) + (s_.row(t_) + b) * d_.reserve.stride, h, s_.P * sizeof(T));
+      }
+    }
   }
 
   void keep_h_prev(int64_t row_end) {
@@ -232,16 +261,22 @@ class Forward {
     const T *x[kChunk], *h[kChunk];
     for (int r = 0; r < part.rows; ++r) {
       x[r] = at(d_.x) + (s_.row(t_) + part.row + r) * s_.I;
-      h[r] = h_prev(part.row + r);
+      h[r] = consumed(part.row + r);
     }
     for (int slot = 0; slot < part.slots(); ++slot) {
       const T* bias = bias_ + part.block_of(slot) * 2 * C * kLanes<T>;
       for (int c = 0; c < C; ++c) from_x[slot][c] = load(bias + c * kLanes<T>);
-      for (int c = 0; c < C; ++c) from_h[slot][c] = load(bias + (C + c) * kLanes<T>);
+      for (int c = 0; c < C; ++c) from_h[slot][c] = s_.normalised ? Vec<T>{} : load(bias + (C + c) * kLanes<T>);
     }
     if (!products_.x_beforehand) add_product<G>(from_x, part, x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
     if (carried_ > 0 || d_.h0 || d_.reset.h)
       add_product<G>(from_h, part, h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P);
+    if (s_.normalised) {
+      return each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) {
+        T* out = product(part.row_of(slot)) + units.unit;
+        for (int g = 0; g < G; ++g) store(out + g * s_.H, from_h[slot][g * U + u], units.count);
+      });
+    }
     each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) FUSED_RNN_INLINED {
       const int64_t b = part.row_of(slot);
       Vec<T> input[G], recurrent[G];
@@ -250,11 +285,65 @@ class Forward {
         recurrent[g] = from_h[slot][g * U + u];
       }
       if (products_.x_beforehand) {
-        const T* made = x_product_ + (s_.row(t_) + b) * x_product_stride_ + units.unit;
+        const T* made = made_ + (s_.row(t_) + b) * made_stride_ + units.unit;
         for (int g = 0; g < G; ++g) input[g] += load(made + g * s_.H, units.count);
       }
-      cell(input, recurrent, h[b - part.row], b, units);
+      cell(input, recurrent, s_.drops_h ? h_prev(b) : h[b - part.row], b, units);
     });
+  }
+
+  // W_hh h of row b at this step, to be normalised.
+  T* product(int64_t b) const {
+    return s_.train ? at(d_.reserve.h_hat) + (s_.row(t_) + b) * d_.reserve.stride : scratch_products_ + b * G * s_.H;
+  }
+
+  // The cell of row b on its normalised sums.
+  void normalised(int64_t b) const {
+    T* hat = product(b);
+    const T inverse = normalise(hat, G * s_.H);
+    if (s_.train) hat[G * s_.H] = inverse;
+    const T *made = made_ + (s_.row(t_) + b) * made_stride_, *gain = at(d_.variant.norm_hh);
+    const Part row{b, 0, 1, int(ceil_div(s_.H, kBlock))};
+    each_vector<T, U>(row, s_.H, [&](int slot, int u, Units units) {
+      const T* bias = bias_ + slot * 2 * C * kLanes<T> + u * kLanes<T>;
+      Vec<T> input[G], recurrent[G];
+      for (int g = 0; g < G; ++g) {
+        const int64_t at_gate = g * s_.H + units.unit, n = units.count;
+        input[g] = load(bias + g * U * kLanes<T>) + load(made + at_gate, n);
+        recurrent[g] = load(bias + (C + g * U) * kLanes<T>) + load(gain + at_gate, n) * load(hat + at_gate, n);
+      }
+      cell(input, recurrent, h_prev(b), b, units);
+    });
+    if constexpr (Cell::kHasC) {
+      T *c = outputs_ + b * 2 * s_.H, *o = c + s_.H;
+      const T *norm_c = at(d_.variant.norm_c), *norm_c_bias = at(d_.variant.norm_c_bias);
+      normalise(c, s_.H);
+      each_lanes<T>(s_.H, [&](int64_t i, int64_t n) {
+        const Vec<T> inner = load(norm_c + i, n) * load(c + i, n) + load(norm_c_bias + i, n);
+        put_h(Cell::output(load(o + i, n), inner), h_prev(b), b, {i, n});
+      });
+    }
+  }
+
+  // Where h of row b goes at this step: to its projection, or to y, the old h mixed in.
+  FUSED_RNN_INLINE void put_h(const Vec<T>& h, const T* h_prev, int64_t b, Units units) const {
+    if (s_.projected) {
+      store(hidden(b) + units.unit, h, units.count);
+    } else {
+      put_y(h, h_prev, b, units);
+    }
+  }
+
+  FUSED_RNN_INLINE void put_y(const Vec<T>& h, const T* h_prev, int64_t b, Units units) const {
+    const int64_t unit = units.unit, n = units.count, row = s_.row(t_) + b;
+    T* y = at(d_.y) + row * d_.y_stride + unit;
+    if (!s_.zones_h) return store(y, h, n);
+    const T* zone = at(d_.variant.zone_h) + row * d_.variant.zone_h_stride;
+    store(y, mixed(load(h_prev + unit, n), h, load(zone + unit, n)), n);
+  }
+
+  static FUSED_RNN_INLINE Vec<T> mixed(const Vec<T>& before, const Vec<T>& after, const Vec<T>& zone) {
+    return before + zone * (after - before);
   }
 
   // The cell of some units of row b at this step, from the two halves of the pre-activations.
@@ -274,8 +363,18 @@ class Forward {
       }
       if (s_.train) store(at(keep.c_prev) + row * keep.stride + unit, c, n);
     }
+    const V c_in = c;
     Cell::forward(input, recurrent, h_in, c, saved, h);
     if constexpr (Cell::kHasC) {
+      if (s_.normalised) {
+        T* const inner = outputs_ + b * 2 * s_.H + unit;
+        store(inner, c, n);
+        store(inner + s_.H, saved[3], n);
+      }
+      if (d_.variant.zone_c) {
+        const T* zone = at(d_.variant.zone_c) + row * d_.variant.zone_c_stride;
+        c = mixed(c_in, c, load(zone + unit, n));
+      }
       store(at(d_.c) + b * s_.H + unit, c, n);
       if (d_.c_sequence) store(at(d_.c_sequence) + row * s_.directions * s_.H + unit, c, n);
     }
@@ -283,7 +382,7 @@ class Forward {
       T* gates = at(keep.gates) + row * keep.stride + unit;
       for (int i = 0; i < Cell::kSaved; ++i) store(gates + i * s_.H, saved[i], n);
     }
-    store(s_.projected ? hidden(b) + unit : at(d_.y) + row * d_.y_stride + unit, h, n);
+    if (!(Cell::kHasC && s_.normalised)) put_h(h, h_prev, b, units);
   }
 
   void project(const Part& part) const {
@@ -295,8 +394,8 @@ class Forward {
     }
     add_product<1>(sums, part, rows, products_.packed_h, projection_, d_.w_hr, s_.P, s_.H);
     each_vector<T, UP>(part, s_.P, [&](int slot, int u, Units units) {
-      T* h = at(d_.y) + (s_.row(t_) + part.row_of(slot)) * d_.y_stride;
-      store(h + units.unit, sums[slot][u], units.count);
+      const int64_t b = part.row_of(slot);
+      put_y(sums[slot][u], s_.zones_h ? h_prev(b) : nullptr, b, units);
     });
   }
 
@@ -307,7 +406,9 @@ class Forward {
   const cpu::Worker& worker_;
   const int64_t row_begin_, row_end_;
   T *recurrent_, *input_, *bias_, *projection_, *scratch_hidden_, *zeros_, *x_product_;
-  int64_t x_product_stride_;
+  T *dropped_, *scratch_products_, *outputs_;
+  const T* made_;  // W_ih x, where it comes from before the first step
+  int64_t x_product_stride_, made_stride_;
   int64_t t_ = 0, rows_ = 0, carried_ = 0;
   const T* previous_ = nullptr;
 };

@@ -157,10 +157,12 @@ class Gradients {
       if (p_.dx) input(d, direction > 0);
       if (d.dw_ih) input_weights(d);
       if (d.dw_hh) {
-        products_.transposed(at(d.dw_hh), hidden_grads(d), kWidth * s_.H, at(d.reserve.h_prev), d.reserve.stride,
-                             kRows * s_.H, s_.P, s_.N);
+        const T* grads = s_.normalised ? at(d.dproduct) : hidden_grads(d);
+        products_.transposed(at(d.dw_hh), grads, (s_.normalised ? kRows : kWidth) * s_.H, at(d.reserve.h_prev),
+                             d.reserve.stride, kRows * s_.H, s_.P, s_.N);
       }
       if (d.db_ih) biases(d);
+      if (d.dnorm_hh) gains(d);
       if (d.dw_hr) {
         products_.transposed(at(d.dw_hr), at(d.dh_total), s_.P, at(d.reserve.hidden), d.reserve.stride, s_.P, s_.H,
                              s_.N);
@@ -184,12 +186,24 @@ class Gradients {
     f(kShift * s_.H, 0, (kRows - kShift) * s_.H);
   }
 
-  // Both directions add up in dx.
+  // Both directions add up in dx, or lie side by side.
   void input(const BackwardDirection& d, bool accumulate) {
+    if (s_.gates_given) return input_gates(d);
     each_input_run([&](int64_t column, int64_t row, int64_t count) {
       products_.rows(at(p_.dx), at(d.dgates) + column, kWidth * s_.H, at(d.w_ih) + row * s_.I, s_.N, s_.I, count,
                      accumulate || column > 0);
     });
+  }
+
+  void input_gates(const BackwardDirection& d) {
+    const int64_t width = kRows * s_.H, direction = &d - p_.direction;
+    for (int64_t n = worker_.begin(s_.N); n < worker_.end(s_.N); ++n) {
+      T* out = at(p_.dx) + (n * s_.directions + direction) * width;
+      const T* grads = at(d.dgates) + n * kWidth * s_.H;
+      each_input_run([&](int64_t column, int64_t row, int64_t count) {
+        __builtin_memcpy(out + row, grads + column, count * sizeof(T));
+      });
+    }
   }
 
   void input_weights(const BackwardDirection& d) {
@@ -200,15 +214,22 @@ class Gradients {
   }
 
   void biases(const BackwardDirection& d) {
-    each_input_run(
-        [&](int64_t column, int64_t row, int64_t count) { sum(at(d.dgates) + column, count, at(d.db_ih) + row); });
-    sum(hidden_grads(d), kRows * s_.H, at(d.db_hh));
+    each_input_run([&](int64_t column, int64_t row, int64_t count) {
+      sum(at(d.dgates) + column, kWidth * s_.H, count, at(d.db_ih) + row);
+    });
+    sum(hidden_grads(d), kWidth * s_.H, kRows * s_.H, at(d.db_hh));
   }
 
-  void sum(const T* columns, int64_t count, T* out) {
+  void gains(const BackwardDirection& d) {
+    sum(hidden_grads(d), kWidth * s_.H, kRows * s_.H, at(d.dnorm_hh), at(d.reserve.h_hat), d.reserve.stride);
+    if (d.dnorm_c) sum(at(d.dnormal), 2 * s_.H, 2 * s_.H, at(d.dnorm_c));
+  }
+
+  void sum(const T* columns, int64_t stride, int64_t count, T* out, const T* by = nullptr, int64_t by_stride = 0) {
     const int64_t lines = ceil_div(count, 16), begin = worker_.begin(lines) * 16;
     const int64_t end = least(worker_.end(lines) * 16, count);
-    if (begin < end) column_sums(columns + begin, s_.N, end - begin, kWidth * s_.H, out + begin);
+    if (begin >= end) return;
+    column_sums(columns + begin, s_.N, end - begin, stride, by ? by + begin : nullptr, by_stride, out + begin);
   }
 
   const BackwardParams& p_;
