@@ -6,6 +6,7 @@
     python benchmarks/run.py --suite memory           the peak of a training step, in processes of its own
     python benchmarks/run.py --suite rl               rollouts with resets, against every way to do that with torch.nn
     python benchmarks/run.py --suite ragged           sequences of many lengths, against packing them
+    python benchmarks/run.py --suite variants         layer normalisation, zoneout, dropout, against loops over time
     python benchmarks/run.py --suite grid --shape 35,32,28,256,1 --cell gru --compare torch,onnxruntime
 
 Each suite prints a table and writes a CSV file and a picture of its name into benchmarks/results. The
@@ -43,6 +44,7 @@ try:
     import report
     import rl
     import training_examples
+    import variants
     from competitors import COMPETITORS, require_packages
     from machine import describe_machine
     from measurement import Measurement, Row
@@ -53,7 +55,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f'{error.name} is not installed: run pip install ".[bench]" in the project folder')
 
-SUITES = {suite.name: suite for suite in (grid.SUITE, cells.SUITE, memory.SUITE, rl.SUITE, ragged.SUITE)}
+SUITES = {each.SUITE.name: each.SUITE for each in (grid, cells, memory, rl, ragged, variants)}
 EXAMPLES = "examples"
 EXAMPLES_OPTIONS = frozenset({"threads", "only"})
 DTYPES = ("float32", "float64", "bfloat16", "float16")

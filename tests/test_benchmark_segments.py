@@ -1,4 +1,4 @@
-"""The suites `rl` and `ragged` of benchmarks/run.py: their ways agree, and a small run of each."""
+"""The suites `rl`, `ragged` and `variants` of benchmarks/run.py: their ways agree, and a small run of each."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import rl
 import run
 import speed
 import timing
+import variants
 from measurement import FUSED, TORCH, Measurement, Row
 from shapes import Shape
 from suite import Method
@@ -72,6 +73,14 @@ def test_ways_of_lengths_agree(cell: str, mode: str) -> None:
     assert measurement.of_torch == [TORCH]
 
 
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("option", variants.OPTIONS)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_ways_of_variants_agree(cell: str, option: str, mode: str) -> None:
+    measurement = variants.measure(replace(ROW, call=option, cell=cell, mode=mode), METHOD)
+    assert list(measurement.samples) == [TORCH, FUSED, variants.PLAIN]
+
+
 def test_lengths_differ() -> None:
     lengths = ragged.random_lengths(replace(ROW, shape=replace(SHAPE, T=64, B=100)))
     assert 8 <= lengths.min() < 16 and 56 < lengths.max() <= 64
@@ -108,17 +117,23 @@ def test_behind_torch_is_behind_any_way_of_torch() -> None:
     assert report.competitors_of([Measurement(ROW, "s", samples, of_torch=["pad", "loop"])]) == ["pad", "loop"]
 
 
-@pytest.mark.parametrize(("suite", "columns"), [("rl", ["loop", "no resets"]), ("ragged", [TORCH, "packed"])])
+@pytest.mark.parametrize(
+    ("suite", "columns", "calls"),
+    [
+        ("rl", ["loop", "no resets"], [f" {rate}" for rate in rl.RATES]),
+        ("ragged", [TORCH, "packed"], ["", ""]),
+        ("variants", [TORCH, "plain"], [f" {option}" for option in variants.OPTIONS] * 2),
+    ],
+)
 def test_a_run_writes_its_table_and_its_picture(
-    suite: str, columns: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    suite: str, columns: list[str], calls: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = f"--suite {suite} --quick --shape 5,3,4,6,1 --cell gru --threads 1 --output"
     run.main([*arguments.split(), str(tmp_path)])
     with (tmp_path / f"{suite}.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == (4 if suite == "rl" else 2)
+    assert [line["row"] for line in lines] == [f"T5_B3_I4_H6_L1{call}" for call in calls]
     assert all(float(line[f"{column} ratio"]) > 0 for line in lines for column in columns)
-    assert lines[0]["row"] == ("T5_B3_I4_H6_L1 0%" if suite == "rl" else "T5_B3_I4_H6_L1")
     assert (tmp_path / f"{suite}.png").read_bytes().startswith(b"\x89PNG")
     assert max(map(len, capsys.readouterr().out.split("Written:")[0].splitlines())) <= 100
 

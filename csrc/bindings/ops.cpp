@@ -165,7 +165,8 @@ class Layer {
 
   // Without w_ih, x holds the gates' share of every direction. Call this and the next before reserve_width().
   void without_input_weights(bool given, bool given_reverse) {
-    FUSED_RNN_CHECK(shape.directions == 1 || given == given_reverse, "both directions need w_ih, or neither");
+    FUSED_RNN_CHECK(shape.directions == 1 ? !given_reverse : given == given_reverse,
+                    "the reverse direction needs w_ih and w_hh");
     shape.gates_given = !given;
     const int64_t width = shape.directions * cell.gates * shape.H;
     FUSED_RNN_CHECK(given || shape.I == width, "without w_ih, x must have ", width, " columns, got ", shape.I);
