@@ -66,7 +66,22 @@ def _how_much(name: str, value: Any) -> str:
 
 
 class Variants(torch.nn.RNNBase):
-    """The options of `fused_rnn.modules.FusedRNNBase`, which documents them."""
+    """The options that RNN, LSTM and GRU share; equations and papers are in `fused_rnn.reference`.
+
+    Attributes:
+        hidden_size: a list of sizes makes as many layers. Their states lie side by side: hx and final states are
+            ``(D, B, sum(hidden_size))``, and ``h.split(hidden_size, -1)`` takes them apart.
+        layer_norm: normalises both products of a step, and the LSTM's c on its way to h. Adds parameters
+            ``norm_ih_l0``, ``norm_hh_l0`` ``(gates * hidden_size,)``, and for the LSTM ``norm_c_l0`` and ``norm_c_bias_l0``
+            ``(hidden_size,)``.
+        zoneout: probability in [0, 1) that a unit keeps its state at a step; LSTM: or a pair (of h, of c). Outside of
+            training a state moves by the expectation.
+        recurrent_dropout: probability that W_hh does not see a unit of h, in training; drawn once per call and row.
+        weight_dropout: probability that an element of W_hh is zero, in training; drawn once per call.
+        forget_bias: LSTM: what the forget gate's biases add up to at the beginning (Gers et al. 2000, Jozefowicz et
+            al. 2015); None: as torch.nn.
+        recompute: "full": backward computes forward again layer by layer, and keeps no gates between the two; "none".
+    """
 
     _varied = False
     """Whether forward is anything but torch.nn's, only faster."""
@@ -79,6 +94,11 @@ class Variants(torch.nn.RNNBase):
     recompute = Option("none", _how_much)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As torch.nn's class; the options are keyword only.
+
+        Raises:
+            ValueError, TypeError: an option is out of range, of the wrong type, or not this class's.
+        """
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         sizes = args[1] if len(args) > 1 else kwargs.get("hidden_size")
         if isinstance(sizes, (tuple, list)):

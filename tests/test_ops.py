@@ -184,7 +184,7 @@ def test_needs_decide_what_is_computed(cell: str) -> None:
     needs = [name for name in arguments if name.startswith("need_")]
     everything = torch.ops.fused_rnn.backward(**arguments)
     owner = ["need_dx", "need_dstate", "need_dstate"]
-    owner += ["need_dw_ih", "need_dw_hh", "need_db", "need_db", "need_dw_hr"] * 2 + ["resets", "resets"]
+    owner += ["need_dw_ih", "need_dw_hh", "need_db", "need_db", "need_dw_hr"] * 2 + ["resets"] * 2 + ["norms"] * 2
     for need in needs:
         only = arguments | {name: name == need for name in needs}
         for whose, alone, together in zip(owner, torch.ops.fused_rnn.backward(**only), everything, strict=True):
