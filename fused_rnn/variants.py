@@ -72,7 +72,7 @@ class Variants(torch.nn.RNNBase):
         hidden_size: a list of sizes makes as many layers. Their states lie side by side: hx and final states are
             ``(D, B, sum(hidden_size))``, and ``h.split(hidden_size, -1)`` takes them apart.
         layer_norm: normalises both products of a step, and the LSTM's c on its way to h. Adds parameters
-            ``norm_ih_l0``, ``norm_hh_l0`` ``(gates * hidden_size,)``, and for the LSTM ``norm_c_l0`` and ``norm_c_bias_l0``
+            ``norm_ih_l0``, ``norm_hh_l0`` ``(gates * hidden_size,)`` and for the LSTM ``norm_c_l0``, ``norm_c_bias_l0``
             ``(hidden_size,)``.
         zoneout: probability in [0, 1) that a unit keeps its state at a step; LSTM: or a pair (of h, of c). Outside of
             training a state moves by the expectation.
