@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn import ops
+from fused_rnn import autocast, ops
 from fused_rnn.convert import TorchConvertible, fx_leaf
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -25,6 +25,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         w_ih, w_hh, b_ih, b_hh = weights
         if (
             ops.watched()
+            or torch.is_autocast_enabled("cpu")
             or not (ops.plain(input, 2) and input.dtype in ops.DTYPES and ops.plain(w_ih, 2) and ops.plain(w_hh, 2))
             or (self.bias and not (ops.plain(b_ih, 1) and ops.plain(b_hh, 1)))
             or (h0 is not None and not ops.plain(h0, 2))
@@ -46,6 +47,9 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         parameters = self._parameters
         # A parametrised weight is no parameter, and an attribute of the module is slow to get.
         weights = [parameters[name] if name in parameters else getattr(self, name) for name in _WEIGHTS]
+        casts = None if ops.watched() else autocast.casts(cell, input, states, weights)
+        if casts:
+            (input,), states, weights = (casts.into(tensors) for tensors in ((input,), states, weights))
         if not ops.fusible(input, *states, *weights):
             return None
         dim = input.dim()
@@ -59,8 +63,8 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
             input, states = input.unsqueeze(0), tuple(s.unsqueeze(0) for s in states)
         h0, c0 = (*states, None, None)[:2]
         h, _, c = ops.layer(cell, input, h0, c0, (*weights, None))
-        if dim == 1:
-            h, c = h.squeeze(0), None if c is None else c.squeeze(0)
+        results = [s if dim == 2 else s.squeeze(0) for s in (h, c) if s is not None]
+        h, c = (*(casts.out_of(results) if casts else results), None)[:2]
         return h, c
 
     def _check_ranks(self, input: Any, states: tuple[Any, ...]) -> None:

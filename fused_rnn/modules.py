@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import cuda, functional, ops, segments
+from fused_rnn import autocast, cuda, functional, ops, segments
 from fused_rnn.convert import TorchConvertible, fx_leaf
 from fused_rnn.variants import Variants
 
@@ -131,7 +131,7 @@ class FusedRNNBase(TorchConvertible, Variants):
         """
         x = input.transpose(0, 1) if self.batch_first else input
         y, *hidden = self._stack(x, (None, None) if hx is None else self._given_states(hx))
-        return y.transpose(0, 1) if self.batch_first else y, self._pack_states(hidden)
+        return _batch_major(y) if self.batch_first else y, self._pack_states(hidden)
 
     def _usual(self, input: Any, dim: int, hx: Any) -> bool:
         """Whether this is the usual call, where every check that is left is made by the operators."""
@@ -185,8 +185,9 @@ class FusedRNNBase(TorchConvertible, Variants):
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
         states, weights = self._given_states(hx), self._flat_weights
-        if states is not None and isinstance(data, Tensor) and ops.on_cuda(data) and ops.autocast_dtype(data):
-            data, states, weights = (ops.autocast(t) for t in (data, states, weights))
+        casts = None if states is None or ops.watched() else self._casts(data, states, weights, packed)
+        if casts:
+            (data,), states, weights = (casts.into(tensors) for tensors in ((data,), states, weights))
         if states is None or not self._regular(data, states, weights, packed):
             return super().forward(input, hx)
 
@@ -212,6 +213,8 @@ class FusedRNNBase(TorchConvertible, Variants):
 
         time_major = data.transpose(0, 1) if self.batch_first and not packed else data
         output, *hidden = self._stack(time_major, states, batch_sizes, weights)
+        if casts:
+            output, hidden = output.to(casts.h), casts.out_of(hidden)
 
         if packed:
             output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
@@ -219,8 +222,11 @@ class FusedRNNBase(TorchConvertible, Variants):
             output = output.squeeze(1)
             hidden = [s.squeeze(1) for s in hidden]
         elif self.batch_first:
-            output = output.transpose(0, 1)
+            output = _batch_major(output)
         return output, self.permute_hidden(self._pack_states(hidden), unsorted_indices)
+
+    def _casts(self, data: Any, states: Any, weights: Any, packed: bool) -> autocast.Casts | None:
+        return autocast.casts(self.mode.lower(), data, states, weights, not packed, getattr(self, "proj_size", 0) > 0)
 
     def _refresh_flat_weights(self) -> None:
         # torch.nn's _update_flat_weights, without the cost of its attribute look-ups in the usual case.
@@ -252,9 +258,9 @@ class FusedRNNBase(TorchConvertible, Variants):
         time_dim = 1 if self.batch_first and dim == 3 else 0
         return (
             isinstance(self.bidirectional, bool)
-            and not self._torch_computes(data, packed)
             and (packed or (dim in (2, 3) and data.size(time_dim) > 0))
             and (packed or all(s.dim() == dim for s in states))
+            and not self._torch_computes(data, packed)
         )
 
     def _torch_computes(self, data: Tensor, packed: bool) -> bool:
@@ -264,15 +270,24 @@ class FusedRNNBase(TorchConvertible, Variants):
             return self.backend == "torch"
         batched = not packed and data.dim() == 3
         batch = data.size(0 if self.batch_first else 1) if batched else 1
-        if not ops.on_cuda(data):
-            return ops.torch_is_faster(self.mode, data.dtype, batch, self.hidden_size)
         steps = data.size(1 if batched and self.batch_first else 0)
+        if not ops.on_cuda(data):
+            half = autocast.dtype_on(data.device)
+            if half is not None:
+                return autocast.torch_is_faster(self.mode.lower(), half, steps, batch, self.hidden_size)
+            return ops.torch_is_faster(self.mode, data.dtype, batch, self.hidden_size)
         directions = 2 if self.bidirectional else 1
         shape = (steps, batch, data.size(-1))
         properties = cuda.device_properties(data.device)
         return cuda.torch_is_faster(
             self.mode, data.dtype, shape, self.hidden_size, self.num_layers, directions, properties
         )
+
+
+def _batch_major(output: Tensor) -> Tensor:
+    # In place on the CPU, as torch.nn does: FSDP2 would lose its hooks when the user writes to a view. On CUDA backward
+    # reads the output.
+    return output.transpose_(0, 1) if output.is_cpu else output.transpose(0, 1)
 
 
 @fx_leaf

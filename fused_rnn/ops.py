@@ -128,7 +128,7 @@ def runs_eagerly(function: Callable) -> Callable:
     return function
 
 
-_HAS_BF16_PRODUCTS = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+HAS_BF16_PRODUCTS = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def torch_is_faster(mode: str, dtype: torch.dtype, batch: int, hidden_size: int) -> bool:
@@ -137,7 +137,7 @@ def torch_is_faster(mode: str, dtype: torch.dtype, batch: int, hidden_size: int)
     The kernels widen bfloat16 to float32. Where the processor multiplies bfloat16 at twice the speed,
     torch.nn's LSTM gains from it unless it runs row by row, its RNN and GRU where their products are large.
     """
-    if dtype is not torch.bfloat16 or not _HAS_BF16_PRODUCTS:
+    if dtype is not torch.bfloat16 or not HAS_BF16_PRODUCTS:
         return False
     return batch >= 3 if mode == "LSTM" else batch >= 8 and hidden_size >= 384
 
@@ -151,10 +151,9 @@ def fusible(x: Any, *others: Any) -> bool:
     """Whether the kernels may compute with these; if not, torch does.
 
     They take plain tensors of one supported dtype on one CPU or CUDA device, and only while nothing watches or
-    rewrites torch's operations: a compiler, a tracer, autocast (but on CUDA, where the caller casts), a mode, a
-    functorch transform.
+    rewrites torch's operations: a compiler, a tracer, a mode, a functorch transform. Autocast is for the caller.
     """
-    if type(x) not in PLAIN_TYPES or watched(autocast=not on_cuda(x)):
+    if type(x) not in PLAIN_TYPES or watched():
         return False
     dtype, device = x.dtype, x.device
     if dtype not in DTYPES or x.is_nested or not (x.is_cpu or (on_cuda(x) and cuda.available())):
@@ -167,26 +166,11 @@ def fusible(x: Any, *others: Any) -> bool:
     return True
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast has recurrent layers compute in on x's device; None outside of it."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def autocast(tensors: Any) -> Any:
-    """A tensor, or each of several (None stays), as autocast gives them to torch.nn's layers."""
-    if not isinstance(tensors, Tensor):
-        return None if tensors is None else tuple(autocast(t) for t in tensors)
-    eligible = tensors.is_floating_point() and tensors.dtype is not torch.float64
-    return tensors.to(autocast_dtype(tensors)) if eligible else tensors
-
-
-def watched(autocast: bool = True) -> bool:
-    """Whether a compiler, a tracer, autocast, a mode or a functorch transform looks at torch's operations."""
+def watched() -> bool:
+    """Whether a compiler, a tracer, a mode or a functorch transform looks at torch's operations."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or (autocast and torch.is_autocast_enabled("cpu"))
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0

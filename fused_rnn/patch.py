@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.jit._builtins import _register_builtin
 from torch.nn.modules import rnn
 
-from fused_rnn import functional, ops
+from fused_rnn import autocast, functional, ops
 
 
 @contextlib.contextmanager
@@ -86,6 +86,7 @@ def _sequence(cell: str) -> Callable:
 def _regular(cell: str, x: Any, states: Any, weights: Any, bidirectional: Any) -> bool:
     return (
         len(states) == (2 if cell == "lstm" else 1)
+        and autocast.dtype_on(x.device) is None
         and ops.fusible(x, *states, *weights)
         and isinstance(bidirectional, bool)
     )
@@ -111,6 +112,7 @@ def _fits(cell: str, input: Any, states: Any, weights: Any) -> bool:
     w_hh = weights[1]
     return (
         len(states) == (2 if cell == "lstm" else 1)
+        and autocast.dtype_on(input.device) is None
         and ops.fusible(input, *states, *weights)
         and input.dim() == 2
         and input.size(1) == weights[0].size(1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import ops, reference
+from fused_rnn import autocast, ops, reference
 from fused_rnn.functional import Extras
 
 
@@ -34,14 +34,17 @@ def run(
     if isinstance(lengths, Tensor) and call.x.is_cpu:
         lengths = lengths.cpu()
     call.check_lengths(lengths)
-    x, states = call.x, call.states
     reset_states = call.reset_states(reset_state)
+    weights, regularisation = module._weights_of_call(), module._regularisation()
+    casts = module._casts(call.x, call.states, (*weights, *reset_states), call.packed is not None)
+    if casts:
+        (call.x,), call.states, reset_states, weights = (
+            casts.into(tensors) for tensors in ((call.x,), call.states, reset_states, weights)
+        )
+    x, states = call.x, call.states
     per_step = any(s is not None and s.dim() == 4 for s in reset_states)
     resets = None if resets is None else call.time_major(resets)
-    weights, regularisation = module._weights_of_call(), module._regularisation()
     cuda = ops.on_cuda(x)
-    if cuda and ops.autocast_dtype(x):
-        x, states, reset_states, weights = (ops.autocast(t) for t in (x, states, reset_states, weights))
     fusible = (
         module.backend != "torch"
         and ops.fusible(x, *states, *reset_states, *weights)
@@ -65,6 +68,8 @@ def run(
         layer = ops.layer if fusible else reference.layer
         extras = extras if fusible else replace(extras, recompute=False)
         output, hidden, of_steps = call.stack(x, states, call.batch_sizes, extras, layer, weights)
+    if casts:
+        output, hidden, of_steps = output.to(casts.h), casts.out_of(hidden), casts.out_of(of_steps)
     results = call.results(output, hidden)
     return (*results, call.state_sequence(of_steps)) if return_state_sequence else results
 
@@ -196,9 +201,10 @@ class _Call:
         rows = self.module._state_rows()
         given = given if self.batched else [state.unsqueeze(-2) for state in given]
         per_step = any(state.dim() == 4 for state in given)
+        dtypes = autocast.CASTABLE if autocast.dtype_on(self.x.device) else (self.x.dtype,)
         found = []
         for state, size in zip(given, sizes, strict=True):
-            if state.dtype is not self.x.dtype or state.device != self.x.device:
+            if state.dtype not in dtypes or state.device != self.x.device:
                 raise ValueError(
                     f"{self.name}: expected reset_state to be {self.x.dtype} on {self.x.device} as input is, "
                     f"got {state.dtype} on {state.device}"

@@ -13,6 +13,7 @@ from contract import (
     HIDDEN,
     INPUT,
     MODULES,
+    allowed_error,
     arguments,
     close,
     derivative,
@@ -123,6 +124,7 @@ def test_j02_fake_tensors(key):
 @each_call
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_j03_autocast(key, packed, dtype):
+    """torch.nn's dtypes; a float32 result, too, holds what bfloat16 products made. More of it in test_amp.py."""
     expected, actual = pair(key)
     input, hx = arguments(actual, packed=packed)
     input = input.to(dtype)
@@ -130,11 +132,18 @@ def test_j03_autocast(key, packed, dtype):
 
     def call(module):
         with torch.autocast("cpu", torch.bfloat16):
-            results = module(input, hx)
-        value = loss(t.float() for t in tensors(results))
-        return tensors(results), derivative(value, module, (input, hx))
+            results = tensors(module(input, hx))
+        grads = torch.autograd.grad(loss([t.float() for t in results]), list(module.parameters()))
+        assert all(g.dtype is torch.float32 for g in grads)
+        return [t.dtype for t in results], [t.bfloat16() for t in results], [g.bfloat16() for g in grads]
 
-    same_outcome(lambda: call(expected), lambda: call(actual))
+    with allowed_error(call, expected):  # oneDNN has no bfloat16 LSTM on some processors
+        dtypes, results, grads = call(actual)
+        wanted = call(expected)
+        assert dtypes == wanted[0]
+        close(results, wanted[1])
+        if "relu" not in key:  # on which side of its kink a value lies is a matter of rounding
+            close(grads, wanted[2], grad=True)
 
 
 @each_module

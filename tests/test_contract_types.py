@@ -275,7 +275,6 @@ def test_x01_checks_are_torchs_own(key):
 
 UNSUPPORTED = {
     "complex": (torch.complex64, nullcontext),
-    "autocast": (torch.float32, lambda: torch.autocast("cpu", torch.bfloat16)),
     "function_mode": (torch.float32, FunctionLog),
     "dispatch_mode": (torch.float32, OperatorLog),
 }

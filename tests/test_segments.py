@@ -313,7 +313,7 @@ def test_threads_and_sizes_agree() -> None:
         torch.set_num_threads(threads)
 
 
-def test_an_autocast_or_transform_falls_back() -> None:
+def test_a_transform_falls_back() -> None:
     """Where the kernels may not be used, plain torch computes the same."""
     _, ours = pair("GRU", 4, 9, dtype=torch.float32)
     x, resets = torch.randn(6, 3, 4), torch.rand(6, 3) < 0.3

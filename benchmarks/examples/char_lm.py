@@ -4,18 +4,25 @@ The text is your own file (`--text FILE`), or the English help texts that come w
 the example runs without a download. The recipe is the usual one for a first language model: 28
 symbols, one-hot; hidden size 256; sequences of 35 steps in batches of 32; SGD with learning rate 1
 and gradients clipped to norm 1.
+
+`torchrun --nproc-per-node 2 benchmarks/examples/char_lm.py` shares the rows of each batch among
+processes (as many as divide 32) and learns the same.
 """
 
 import math
+import os
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from training import Example, command_line, run_examples
 
@@ -72,20 +79,35 @@ def train(model: nn.Module, file: Path | None, sampling: str) -> Iterator[float]
     """Train without end, epoch after epoch; Example.steps says when to stop."""
     text, _ = load_text(file)
     optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    trained = DistributedDataParallel(model) if dist.is_initialized() else model
     while True:
         state = None
         batches = sequential_batches(text) if sampling == "sequential" else random_batches(text)
-        for inputs, labels in batches:
+        for inputs, labels in map(own_rows, batches):
             if sampling == "random":
                 state = None  # the sequence does not continue the one before
             optimizer.zero_grad()
-            scores, state = model(inputs, state)
+            scores, state = trained(inputs, state)
             loss = F.cross_entropy(scores.flatten(0, 1), labels.T.flatten())
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), max_norm=1)
             optimizer.step()
             state = detach(state)
-            yield loss.item()
+            yield mean_over_processes(loss.detach())
+
+
+def own_rows(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """What this process trains on: all rows, unless torchrun has started several processes."""
+    if not dist.is_initialized():
+        return batch
+    return tuple(rows.chunk(dist.get_world_size())[dist.get_rank()] for rows in batch)
+
+
+def mean_over_processes(loss: Tensor) -> float:
+    if not dist.is_initialized():
+        return loss.item()
+    dist.all_reduce(loss)
+    return loss.item() / dist.get_world_size()
 
 
 def detach(state: State) -> State:
@@ -142,12 +164,14 @@ def to_indices(text: str) -> Tensor:
     return torch.tensor([max(SYMBOLS.find(symbol), 0) for symbol in text])
 
 
-def character_example(cell: str, file: Path | None = None, sampling: str = "sequential") -> Example:
+def character_example(
+    cell: str, file: Path | None = None, sampling: str = "sequential", steps: int | None = None
+) -> Example:
     return Example(
         name=f"char_{cell}",
         build=partial(CharacterModel, cell=cell),
         train=partial(train, file=file, sampling=sampling),
-        steps=STEPS[cell],
+        steps=steps or STEPS[cell],
         predict=partial(predict, file=file),
         summary=partial(summary, file=file),
     )
@@ -161,10 +185,17 @@ def main() -> None:
     parser.add_argument("--cell", choices=STEPS, help="only this one (default: all three)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="an English text to train on")
     parser.add_argument("--sampling", choices=["sequential", "random"], default="sequential")
+    parser.add_argument("--steps", type=int, help="of training (default: 500 to 600)")
     options = parser.parse_args()
     cells = [options.cell] if options.cell else STEPS
-    examples = [character_example(cell, options.text, options.sampling) for cell in cells]
+    examples = [character_example(cell, options.text, options.sampling, options.steps) for cell in cells]
+    if "RANK" in os.environ:  # set by torchrun
+        dist.init_process_group("gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = None  # one process prints
     run_examples(examples, options)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
