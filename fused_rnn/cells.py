@@ -25,15 +25,20 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         w_ih, w_hh, b_ih, b_hh = weights
         if (
             ops.watched()
-            or torch.is_autocast_enabled("cpu")
             or not (ops.plain(input, 2) and input.dtype in ops.DTYPES and ops.plain(w_ih, 2) and ops.plain(w_hh, 2))
             or (self.bias and not (ops.plain(b_ih, 1) and ops.plain(b_hh, 1)))
             or (h0 is not None and not ops.plain(h0, 2))
             or (c0 is not None and not ops.plain(c0, 2))
         ):
             return None
+        casts = None
+        if torch.is_autocast_enabled("cpu"):
+            casts = autocast.casts(cell, input, (h0, c0) if cell == "lstm" else (h0,), weights)
         try:
-            return ops.step(cell, input, h0, c0, *weights)
+            if casts is None:
+                return ops.step(cell, input, h0, c0, *weights)
+            h, c = ops.step(cell, *casts.into((input, h0, c0)), *casts.into(weights))
+            return tuple(casts.out_of((h, c)))  # type: ignore[return-value]
         except RuntimeError:
             return None  # something does not fit, or belongs to torch
 

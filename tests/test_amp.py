@@ -191,7 +191,7 @@ def test_without_kernels_the_dtypes_stay(name: str) -> None:
 
 @each_name
 def test_gradient_penalty(name: str) -> None:
-    """backward of a backward inside autocast."""
+    """backward of a backward inside autocast: through the specification, whose products autocast rounds."""
     theirs, ours = pair(name, 4, 8)
     penalties = []
     for module in (theirs.double(), ours):
