@@ -8,6 +8,7 @@ compute in float32, and only the results are rounded, to torch.nn's dtypes: near
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,11 @@ def dtype_on(device: torch.device) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def left(device: torch.device) -> AbstractContextManager:
+    """A block without autocast: all in it is cast already, and has one dtype."""
+    return nullcontext() if dtype_on(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def casts(
@@ -96,6 +102,9 @@ def torch_is_faster(cell: str, half: torch.dtype, steps: int, batch: int, hidden
     """
     if half is not torch.bfloat16 or not ops.HAS_BF16_PRODUCTS:
         return False
+    training = torch.is_grad_enabled()
+    if steps == 1:
+        return training and batch * hidden_size**2 >= 2**21
     if cell == "lstm":
-        return steps * batch * hidden_size >= 8192 and (batch >= 3 or not torch.is_grad_enabled())
+        return steps * batch * hidden_size >= 8192 and (batch >= 3 or not training)
     return batch * hidden_size**2 >= 3 * 2**20

@@ -33,6 +33,8 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
             return None
         casts = None
         if torch.is_autocast_enabled("cpu"):
+            if self._torch_is_faster(cell, input):
+                return None
             casts = autocast.casts(cell, input, (h0, c0) if cell == "lstm" else (h0,), weights)
         try:
             if casts is None:
@@ -54,6 +56,8 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         weights = [parameters[name] if name in parameters else getattr(self, name) for name in _WEIGHTS]
         casts = None if ops.watched() else autocast.casts(cell, input, states, weights)
         if casts:
+            if self._torch_is_faster(cell, input):
+                return None
             (input,), states, weights = (casts.into(tensors) for tensors in ((input,), states, weights))
         if not ops.fusible(input, *states, *weights):
             return None
@@ -71,6 +75,16 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         results = [s if dim == 2 else s.squeeze(0) for s in (h, c) if s is not None]
         h, c = (*(casts.out_of(results) if casts else results), None)[:2]
         return h, c
+
+    def _torch_is_faster(self, cell: str, input: Tensor) -> bool:
+        """Under autocast."""
+        half = autocast.dtype_on(input.device)
+        batch = input.size(0) if input.dim() == 2 else 1
+        return (
+            not ops.on_cuda(input)
+            and half is not None
+            and autocast.torch_is_faster(cell, half, 1, batch, self.hidden_size)
+        )
 
     def _check_ranks(self, input: Any, states: tuple[Any, ...]) -> None:
         for state in states:

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import autocast, ops, reference
 from fused_rnn.functional import Extras
+from fused_rnn.reference import Norms
 
 
 def run(
@@ -41,6 +42,7 @@ def run(
         (call.x,), call.states, reset_states, weights = (
             casts.into(tensors) for tensors in ((call.x,), call.states, reset_states, weights)
         )
+        regularisation |= {"norms": [Norms(*casts.into(norms)) for norms in regularisation.get("norms", ())]}
     x, states = call.x, call.states
     per_step = any(s is not None and s.dim() == 4 for s in reset_states)
     resets = None if resets is None else call.time_major(resets)
@@ -54,20 +56,21 @@ def run(
     packs = fusible and lengths is not None and not cuda
     if packs and (per_step or not lengths.any()):
         packs = fusible = False  # the CPU kernels take packed rows, at least one, and no state of every step for them
-    if packs:
-        rows = _Lengths(lengths, x.size(0))
-        extras = Extras(resets, reset_states, None, return_state_sequence, **regularisation)
-        output, hidden, of_steps = rows.run(call, extras, weights)
-    else:
-        if lengths is not None:
-            lengths = lengths.to(x.device, non_blocking=True)
-            # What lies behind a row's end may be anything, but zero times NaN would be NaN in the weights' gradients.
-            present = torch.arange(x.size(0), device=x.device).unsqueeze(1) < lengths
-            x = torch.where(present.unsqueeze(2), x, x.new_zeros(()))
-        extras = Extras(resets, reset_states, lengths, return_state_sequence, **regularisation)
-        layer = ops.layer if fusible else reference.layer
-        extras = extras if fusible else replace(extras, recompute=False)
-        output, hidden, of_steps = call.stack(x, states, call.batch_sizes, extras, layer, weights)
+    with autocast.left(x.device):
+        if packs:
+            rows = _Lengths(lengths, x.size(0))
+            extras = Extras(resets, reset_states, None, return_state_sequence, **regularisation)
+            output, hidden, of_steps = rows.run(call, extras, weights)
+        else:
+            if lengths is not None:
+                lengths = lengths.to(x.device, non_blocking=True)
+                # Behind a row's end may be anything, but zero times NaN would be NaN in the weights' gradients.
+                present = torch.arange(x.size(0), device=x.device).unsqueeze(1) < lengths
+                x = torch.where(present.unsqueeze(2), x, x.new_zeros(()))
+            extras = Extras(resets, reset_states, lengths, return_state_sequence, **regularisation)
+            layer = ops.layer if fusible else reference.layer
+            extras = extras if fusible else replace(extras, recompute=False)
+            output, hidden, of_steps = call.stack(x, states, call.batch_sizes, extras, layer, weights)
     if casts:
         output, hidden, of_steps = output.to(casts.h), casts.out_of(hidden), casts.out_of(of_steps)
     results = call.results(output, hidden)

@@ -176,6 +176,23 @@ def test_what_torch_does_not_have(name: str, device: str) -> None:
 
 
 @each_sequence
+@pytest.mark.parametrize("options", [{"layer_norm": True, "zoneout": 0.2}, {"recompute": "full"}], ids=str)
+def test_regularised_variants(name: str, options: dict) -> None:
+    """Their own parameters are cast, too, and autocast does not reach into the layers."""
+    ours = getattr(fused_rnn, name)(6, [20, 7], **options).eval()
+    x = torch.randn(5, 3, 6)
+    wanted = [t.detach() for t in tensors(ours(x))]
+    for ours.backend, of_x in product(("fused", "torch"), (F32, BF16)):
+        with torch.autocast("cpu", BF16), fused_calls() as calls:
+            actual = tensors(ours(x.to(of_x)))
+            sum(t.float().sum() for t in actual).backward()
+        assert bool(calls) == (ours.backend == "fused")
+        for a, w in zip(actual, wanted, strict=True):
+            torch.testing.assert_close(a.float(), w, rtol=0, atol=3e-2)
+        assert all(p.grad.dtype is F32 for p in ours.parameters())
+
+
+@each_sequence
 def test_without_kernels_the_dtypes_stay(name: str) -> None:
     """backend="torch" computes what torch.nn does not have by the specification."""
     _, ours = pair(name, 6, 20)
@@ -294,8 +311,11 @@ def test_where_torch_is_faster_it_computes(monkeypatch: pytest.MonkeyPatch) -> N
         assert not autocast.torch_is_faster("lstm", BF16, 5, 1, 64)
         assert not autocast.torch_is_faster("gru", BF16, 50, 4, 256)
         assert not autocast.torch_is_faster("gru", F16, 50, 64, 1024)
-    _, ours = pair("LSTM", 4, 8)
+        assert autocast.torch_is_faster("gru", BF16, 1, 64, 512) is expected  # a cell's step, in training
+        with torch.no_grad():
+            assert not autocast.torch_is_faster("gru", BF16, 1, 64, 512)
     monkeypatch.setattr(autocast, "torch_is_faster", lambda *size: True)
     with torch.autocast("cpu", BF16), fused_calls() as calls:
-        ours(torch.randn(5, 3, 4))
+        for name in NAMES:
+            pair(name, 4, 8)[1](torch.randn(*((3, 4) if name in CELLS else (5, 3, 4))))
     assert not calls
