@@ -36,9 +36,16 @@ MEASURED: frozenset[int] = frozenset()
 """Compute capabilities (10 * major + minor) of devices with results in benchmarks/results: none yet."""
 
 
-@lru_cache(maxsize=1)
 def available() -> bool:
     """Whether the CUDA library was built, and this torch can use it. Loads it, which registers its operators."""
+    return _load()
+
+
+available._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, short of importing the compiler
+
+
+@lru_cache(maxsize=1)
+def _load() -> bool:
     library = Path(__file__).with_name("_cuda.so")
     if torch.version.cuda is None or not library.is_file():
         return False

@@ -196,13 +196,12 @@ class FusedRNNBase(TorchConvertible, Variants):
         batch_dim = 0 if self.batch_first else 1
         if packed:
             _, batch_sizes, sorted_indices, unsorted_indices = input
-            batch = int(batch_sizes[0])
         else:
             if not batched:
                 data = data.unsqueeze(batch_dim)
                 states = tuple(s.unsqueeze(1) for s in states)
-            batch = data.size(batch_dim)
         if states or not self._checks_are_torchs:
+            batch = int(batch_sizes[0]) if packed else data.size(batch_dim)
             hidden = self._pack_states(states or self._zero_states(data, batch))
             hidden = self.permute_hidden(hidden, sorted_indices) if states else hidden
             self.check_forward_args(data, hidden, batch_sizes)
@@ -268,6 +267,8 @@ class FusedRNNBase(TorchConvertible, Variants):
             return True  # the CUDA kernels have no projection
         if self.backend != "auto":
             return self.backend == "torch"
+        if torch.compiler.is_compiling():
+            return ops.on_cuda(data)  # not by sizes, which may be symbols here, and would be guarded
         batched = not packed and data.dim() == 3
         batch = data.size(0 if self.batch_first else 1) if batched else 1
         steps = data.size(1 if batched and self.batch_first else 0)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.functional import layer_norm, linear
 
@@ -23,6 +25,7 @@ NUMBER = cuda.NUMBER
 
 BACKENDS = ("auto", "fused", "torch")
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
+COMPILERS_TYPES = (*PLAIN_TYPES, FakeTensor, FunctionalTensor)  # what plain tensors are while a compiler looks
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NO_WEIGHTS = (None,) * 5
 
@@ -66,23 +69,50 @@ def layer(
 ) -> tuple[Tensor | None, ...]:
     """One layer over a whole sequence on the fused kernels; the meaning is `fused_rnn.reference.layer`'s.
 
-    On the CPU, `lengths` is for the caller to turn into `batch_sizes`. With `recompute`, backward computes forward
+    On the CPU, `lengths` is for the caller to turn into `batch_sizes`, but for a compiler. With `recompute`, backward computes forward
     again rather than keeping the gates of every step.
 
     Raises:
         RuntimeError: a tensor does not fit the others in shape, dtype or device.
     """
+    # A compiler gets one operator, defined in fused_rnn/compiled.py.
+    run = torch.ops.fused_rnn.layer.default if torch.compiler.is_compiling() else layer_of_kernels
+    y, h_n, c_n, *more = run(
+        cell, x, h0, c0, weights, batch_sizes, resets, reset_h, reset_c, c_sequence, lengths, norms, drop_h, zone_h,
+        zone_c, recompute,
+    )  # fmt: skip
+    is_step = batch_sizes is None and x.dim() == 2
+    return y, y if is_step else h_n, c_n if cell == "lstm" else None, *more
+
+
+def layer_of_kernels(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    c_sequence: bool,
+    lengths: Tensor | None,
+    norms: Sequence[Tensor | None],
+    drop_h: Tensor | None,
+    zone_h: Tensor | None,
+    zone_c: Tensor | None,
+    recompute: bool,
+) -> Sequence[Tensor]:
+    """`layer`, but that h_n of a single step is empty, and so is c_n but for the LSTM."""
     norm_ih, *gains = norms
     if norm_ih is not None:
         x, weights = _normalised_gates(x, norm_ih, weights)
     inputs = (x, h0, c0, reset_h, reset_c, *gains, *weights)
     steering = Steering(cell, c_sequence, recompute, batch_sizes, lengths, resets, drop_h, zone_h, zone_c)
     if torch.is_grad_enabled() and _any_requires_grad(inputs):
-        y, h_n, c_n, *more = _apply(*steering, *inputs)
-    else:
-        y, h_n, c_n, more, _ = _call_forward(steering, inputs, False)
-    is_step = batch_sizes is None and x.dim() == 2
-    return y, y if is_step else h_n, c_n if cell == "lstm" else None, *more
+        return _apply(*steering, *inputs)
+    y, h_n, c_n, more, _ = _call_forward(steering, inputs, False)
+    return [y, h_n, c_n, *more]
 
 
 def _normalised_gates(
@@ -150,17 +180,21 @@ def plain(tensor: Any, dim: int) -> bool:
 def fusible(x: Any, *others: Any) -> bool:
     """Whether the kernels may compute with these; if not, torch does.
 
-    They take plain tensors of one supported dtype on one CPU or CUDA device, and only while nothing watches or
-    rewrites torch's operations: a compiler, a tracer, a mode, a functorch transform. Autocast is for the caller.
+    They take plain tensors of one supported dtype on one CPU or CUDA device, and only while nothing but a compiler
+    watches or rewrites torch's operations: a tracer, a mode, a functorch transform, an exporter to ONNX. Autocast is for
+    the caller.
     """
-    if type(x) not in PLAIN_TYPES or watched():
+    compiling = torch.compiler.is_compiling()
+    types = COMPILERS_TYPES if compiling else PLAIN_TYPES
+    # `watched` in terms that a compiler can trace.
+    if type(x) not in types or (transformed() or torch.onnx.is_in_onnx_export() if compiling else watched()):
         return False
     dtype, device = x.dtype, x.device
     if dtype not in DTYPES or x.is_nested or not (x.is_cpu or (on_cuda(x) and cuda.available())):
         return False
     for t in (x, *others):
         if t is not None and (
-            type(t) not in PLAIN_TYPES or t.dtype is not dtype or t.device != device or t.layout is not torch.strided
+            type(t) not in types or t.dtype is not dtype or t.device != device or t.layout is not torch.strided
         ):
             return False
     return True
@@ -176,6 +210,11 @@ def watched() -> bool:
         or forward_ad._current_level >= 0
         or (torch._C._len_torch_function_stack() > 0 and _function_mode_matters())
     )
+
+
+def transformed() -> bool:
+    """Whether a functorch transform or a forward-mode derivative rewrites torch's operations."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
 
 
 def _function_mode_matters() -> bool:
@@ -227,22 +266,17 @@ def _call_backward(
     dx, dh0, dc0, *of_both, dreset_h, dreset_c, dnorm_hh, dnorm_c = _backward(
         dy, dh_n, dc_n, x, *kept, NUMBER[s.cell], needs[0], needs[1] or needs[2], need_w_ih, need_w_hh,
         need_b_ih or need_b_hh, need_w_hr, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse, s.batch_sizes,
-        s.resets, _steps_of_reset_states(x, (reset_h, reset_c), needs), *dc_sequence or (None,), s.drop_h, s.zone_h,
+        s.resets, _steps_of_reset_states((reset_h, reset_c), needs), *dc_sequence or (None,), s.drop_h, s.zone_h,
         s.zone_c, *norms,
     )  # fmt: skip
-    # In a sequence of one step a state for each is a state for all, but for its shape.
-    dresets = (
-        d if state is None or d.numel() != state.numel() else d.view_as(state)
-        for state, d in ((reset_h, dreset_h), (reset_c, dreset_c))
-    )
     dnorms = (dnorm_hh, *(dnorm_c.unbind(1) if norms[1] is not None else (None, None)))
-    return [dx, dh0, dc0, *dresets, *dnorms, *of_both]
+    return [dx, dh0, dc0, dreset_h, dreset_c, *dnorms, *of_both]
 
 
-def _steps_of_reset_states(x: Any, states: Sequence[Tensor | None], needs: Sequence[bool]) -> int:
-    """0: no gradient of a state at resets is wanted; 1: of one for all steps; T: of one for each."""
+def _steps_of_reset_states(states: Sequence[Tensor | None], needs: Sequence[bool]) -> int:
+    """0: no gradient of a state at resets is wanted; 1: of one for all steps; -1: of one for each."""
     wanted = [s for s, need in zip(states, needs[3:5], strict=True) if need and s is not None]
-    return 0 if not wanted else x.size(0) if wanted[0].dim() == 4 else 1
+    return 0 if not wanted else -1 if wanted[0].dim() == 4 else 1
 
 
 class _Layer(torch.autograd.Function):
@@ -317,7 +351,7 @@ def _unchanged(tensor: Tensor, version: int) -> Tensor:
 def _any_batched(*grads: Tensor | None) -> bool:
     # A gradient under vmap (is_grads_batched=True): torch's own operations know how to take it.
     for g in grads:  # noqa: SIM110 - several times faster than any()
-        if g is not None and (type(g) is not Tensor or torch._C._functorch.is_batchedtensor(g)):
+        if g is not None and (type(g) not in COMPILERS_TYPES or torch._C._functorch.is_batchedtensor(g)):
             return True
     return False
 
@@ -411,8 +445,8 @@ def _fake_backward(  # type: ignore[no-untyped-def]
             wanted(w_hh.shape[:1], has and need_db),
             wanted((P, H), has and need_dw_hr and w_hr is not None),
         ]
-    of_reset = (D, batch) if reset_steps == 1 else (reset_steps, D, batch)
-    grads += [wanted((*of_reset, P), reset_steps > 0), wanted((*of_reset, H), reset_steps > 0 and cell == "lstm")]
+    of_reset = (D, batch) if reset_steps == 1 else (x.size(0), D, batch)
+    grads += [wanted((*of_reset, P), reset_steps != 0), wanted((*of_reset, H), reset_steps != 0 and cell == "lstm")]
     normalised = norm_hh is not None
     grads += [wanted((D, w_hh.size(0)), normalised), wanted((D, 2, H), normalised and cell == "lstm")]
     return tuple(grads)

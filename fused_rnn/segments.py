@@ -53,7 +53,7 @@ def run(
         and not (cuda and (module.proj_size > 0 or x.numel() == 0 or not _cuda_takes(**regularisation)))
     )
     of_steps: Sequence[Tensor] = ()
-    packs = fusible and lengths is not None and not cuda
+    packs = fusible and lengths is not None and not cuda and not torch.compiler.is_compiling()
     if packs and (per_step or not lengths.any()):
         packs = fusible = False  # the CPU kernels take packed rows, at least one, and no state of every step for them
     with autocast.left(x.device):
@@ -216,7 +216,7 @@ class _Call:
             wanted = (self.x.size(0), *of_one) if per_step else of_one
             state = state.unsqueeze(0) if per_step and state.dim() == 3 else state
             fits = state.dim() == len(wanted) and all(
-                got in (1, want) for got, want in zip(state.shape, wanted, strict=True)
+                got == 1 or got == want for got, want in zip(state.shape, wanted, strict=True)
             )
             if not fits:
                 raise RuntimeError(

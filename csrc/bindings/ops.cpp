@@ -388,9 +388,8 @@ std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                              Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// dx, dh0, dc0, then dw_ih, dw_hh, db_ih, db_hh, dw_hr of each direction, then of the states at resets (reset_steps: of
-// how many steps there are states, 1 if they are the same at all, 0 if no gradient is wanted), of norm_hh
-// [D, G*H], of norm_c and norm_c_bias [D, 2, H]; what was not asked for is empty.
+// dx, dh0, dc0, then dw_ih, dw_hh, db_ih, db_hh, dw_hr of each direction, then of the states at resets (reset_steps: 1 if
+// they are the same at all steps, -1 if each has its own, 0 if no gradient is wanted), of norm_hh [D, G*H], of norm_c and norm_c_bias [D, 2, H]; what was not asked for is empty.
 Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor reserve, int64_t cell,
                    bool need_dx, bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr,
                    OptionalTensor w_ih, Tensor w_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
@@ -424,8 +423,8 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   Tensor dh0 = need_dstate ? layer.new_state(s.P) : none();
   Tensor dc = layer.cell.has_c ? layer.new_state(s.H) : none();
   if (layer.cell.has_c) layer.copy_or_zeros(dc_n, dc);
-  FUSED_RNN_CHECK(reset_steps == 0 || (resets && (reset_steps == 1 || reset_steps == s.T)),
-                  "reset_steps must be 0, 1 or the number of steps, got ", reset_steps);
+  FUSED_RNN_CHECK(reset_steps == 0 || (resets && (reset_steps == 1 || reset_steps == -1)),
+                  "reset_steps must be 0, 1 or, for one state for each step, -1, got ", reset_steps);
   const auto new_reset = [&](int64_t width) {
     if (reset_steps == 0 || width == 0) return none();
     const Tensor sums =

@@ -1,0 +1,111 @@
+"""One layer as one operator, ``torch.ops.fused_rnn.layer``: what torch.compile and torch.export put into their graphs.
+
+It is composed of others. Called eagerly it does what `fused_rnn.ops.layer` does, derivatives of any order included, so
+that an exported program can be trained; lowered by a compiler, it leaves ``fused_rnn::forward`` and ``backward``, which
+need no Python. Nothing here reads a tensor's values, and nothing but a CUDA layer's batch decides by a size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rnn import ops, reference
+
+_library = torch.library.Library("fused_rnn", "FRAGMENT")
+# The arguments are `fused_rnn.ops.layer`'s; the results, too, but that what that leaves out is empty here.
+_library.define(
+    "layer(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor?[] weights, Tensor? batch_sizes=None, "
+    "Tensor? resets=None, Tensor? reset_h=None, Tensor? reset_c=None, bool c_sequence=False, Tensor? lengths=None, "
+    "Tensor?[] norms=[], Tensor? drop_h=None, Tensor? zone_h=None, Tensor? zone_c=None, bool recompute=False) -> "
+    "Tensor[]"
+)
+
+
+def _layer(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    c_sequence: bool = False,
+    lengths: Tensor | None = None,
+    norms: Sequence[Tensor | None] = (),
+    *regularisation: Any,
+) -> list[Tensor]:
+    norms = norms or reference.NO_NORMS
+    layer = (cell, x, h0, c0, weights)
+    segments = (resets, reset_h, reset_c)
+    if ops.transformed():
+        y, h_n, c_n, *more = reference.layer(
+            *layer, batch_sizes, *segments, c_sequence, lengths, norms, *regularisation[:3]
+        )
+        return [y, h_n, x.new_empty(0) if c_n is None else c_n, *more]  # type: ignore[list-item]
+    regularisation = (*regularisation, *(None, None, None, False)[len(regularisation) :])
+    if lengths is not None and not ops.on_cuda(x):
+        return _with_lengths(*layer, *segments, c_sequence, lengths, norms, *regularisation)
+    return ops.layer_of_kernels(*layer, batch_sizes, *segments, c_sequence, lengths, norms, *regularisation)
+
+
+_library.impl("layer", _layer, "CompositeImplicitAutograd")
+
+
+def _with_lengths(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    c_sequence: bool,
+    lengths: Tensor,
+    *regularisation: Any,
+) -> list[Tensor]:
+    """Rows that end, on kernels that take packed rows only: which rows those are, the values of `lengths` would say.
+
+    Behind its end a row is reset at every step, so the reverse direction begins at the end, and with the initial state.
+    The forward direction's final state is looked up among those of every step.
+    """
+    T, D = x.size(0), len(weights) // 5
+    t = torch.arange(T, device=x.device).unsqueeze(1)
+    ended = t >= lengths
+    # A state comes in at step t in the forward direction, in the reverse one between t + 1 and t.
+    behind = torch.stack([ended, t + 1 >= lengths][:D], 1).unsqueeze(-1)  # [T, D, B, 1]
+    if resets is None:
+        reset_h, reset_c, resets = h0, c0, ended
+    else:
+        reset_h, reset_c = (_where(behind, a, b) for a, b in ((h0, reset_h), (c0, reset_c)))
+        resets = resets | ended
+    y, h_n, c_n, *c_steps = ops.layer_of_kernels(
+        cell, x, h0, c0, weights, None, resets, reset_h, reset_c, cell == "lstm", None, *regularisation
+    )
+    last = (lengths - 1).clamp(0, T - 1).long().view(1, -1, 1)
+    taken = (lengths > 0).unsqueeze(1)
+
+    def final(of_steps: Tensor, state: Tensor, initial: Tensor | None) -> Tensor:
+        of_end = of_steps.narrow(2, 0, state.size(2)).gather(0, last.expand(1, -1, state.size(2)))
+        return _where(~taken, initial, torch.cat((of_end, state[1:])))
+
+    sequences = [_where(ended.unsqueeze(2), None, s) for s in (y, *c_steps)]
+    states = [final(s, state, initial) for s, state, initial in zip((y, *c_steps), (h_n, c_n), (h0, c0), strict=False)]
+    if cell != "lstm":
+        return [sequences[0], states[0], c_n]
+    return [sequences[0], *states, *sequences[1 : 1 + c_sequence]]
+
+
+def _where(condition: Tensor, this: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """torch.where; None stands for zeros."""
+    if this is None and other is None:
+        return None
+    like = this if this is not None else other
+    zero = like.new_zeros(())
+    return torch.where(condition, zero if this is None else this, zero if other is None else other)
