@@ -350,7 +350,7 @@ def _unchanged(tensor: Tensor, version: int) -> Tensor:
 
 def _any_batched(*grads: Tensor | None) -> bool:
     # A gradient under vmap (is_grads_batched=True): torch's own operations know how to take it.
-    for g in grads:  # noqa: SIM110 - several times faster than any()
+    for g in grads:
         if g is not None and (type(g) not in COMPILERS_TYPES or torch._C._functorch.is_batchedtensor(g)):
             return True
     return False

@@ -1,0 +1,327 @@
+"""torch.compile: the fused operators are in the graph, whole, once for all lengths and batches, with eager's results.
+
+Nearly all of it without inductor, whose C++ takes long to build: a graph that AOTAutograd has differentiated, run as it
+is. The sizes of a call all differ: of two that are equal at first the compiler assumes that they stay so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+
+import fused_rnn
+from contract import CELL_MODULES, CELLS, MODULES, NAMES, SEQUENCES, allowed_error, close, pair, tensors
+from fused_rnn import functional
+
+INPUT, HIDDEN = 3, 5
+SIZES = [(6, 7), (9, 7), (11, 8)]  # T, B
+
+
+@pytest.fixture(autouse=True)
+def one_compiler() -> Iterator[None]:
+    """Each test compiles anew, never twice, and torch's switch lets it at recurrent modules."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True, error_on_recompile=True):
+        yield
+
+
+class Graphs:
+    """A backend that notes the fused operators: as traced, and after AOTAutograd in forward and backward."""
+
+    def __init__(self, differentiated: bool = True) -> None:
+        self.differentiated = differentiated
+        self.traced: list[str] = []
+        self.forward: list[str] = []
+        self.backward: list[str] = []
+        self.count = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        def keeps(where: str) -> Any:
+            def compiler(graph: Any, _: Any) -> Any:
+                setattr(self, where, fused(graph))
+                return make_boxed_func(graph)
+
+            return compiler
+
+        self.count += 1
+        self.traced = fused(graph)
+        if not self.differentiated:
+            return graph
+        return aot_autograd(fw_compiler=keeps("forward"), bw_compiler=keeps("backward"))(graph, inputs)
+
+
+def fused(graph: Any) -> list[str]:
+    targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    return [target.removeprefix("fused_rnn.") for target in targets if target.startswith("fused_rnn.")]
+
+
+def whole(model: Any, differentiated: bool = True) -> tuple[Any, Graphs]:
+    graphs = Graphs(differentiated)
+    return torch.compile(model, backend=graphs, fullgraph=True, dynamic=True), graphs
+
+
+class Model(nn.Module):
+    """A recurrent module inside, with whatever its forward takes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.before = nn.Linear(INPUT, INPUT)
+        self.rnn = module
+
+    def forward(self, input: Tensor, hx: Any = None, **options: Any) -> Any:
+        return self.rnn(self.before(input), hx, **options)
+
+
+def built(key: str, **options: Any) -> Model:
+    torch.manual_seed(0)
+    name, changes = MODULES[key]
+    return Model(getattr(fused_rnn, name)(INPUT, HIDDEN, **changes, **options))
+
+
+def drawn(module: nn.RNNBase, T: int, B: int) -> tuple[Tensor, Any, dict[str, Any]]:
+    """input, hx, and one value for each keyword of forward."""
+    generator = torch.Generator().manual_seed(100 * T + B)
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+
+    def state(*lead: int) -> Any:
+        states = [torch.randn(*lead, size, generator=generator, requires_grad=True) for size in module._state_sizes()]
+        return tuple(states) if len(states) == 2 else states[0]
+
+    def sequence(values: Tensor) -> Tensor:
+        return values.transpose(0, 1) if module.batch_first else values
+
+    input = sequence(torch.randn(T, B, INPUT, generator=generator)).requires_grad_()
+    options = {
+        "resets": sequence(torch.rand(T, B, generator=generator) < 0.3),
+        "learned": state(rows, 1),
+        "of_steps": state(T, rows, B),
+        "lengths": torch.randint(0, T + 1, (B,), generator=generator),
+    }
+    return input, state(rows, B), options
+
+
+def same(compiled: Any, model: Any, *args: Any, **options: Any) -> None:
+    """Results and gradients of the compiled model are the eager one's."""
+    wanted = [t for t in tensors([*args, *options.values()]) if t.requires_grad] + list(model.parameters())
+    found = []
+    for call in (compiled, model):
+        results = tensors(call(*args, **options))
+        loss = sum((t * t * torch.linspace(-1, 2, t.numel(), dtype=t.dtype).view(t.shape)).sum() for t in results)
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        found.append((results, grads))
+    close(found[0][0], found[1][0])
+    close(found[0][1], found[1][1], grad=True)
+
+
+@pytest.mark.parametrize("key", [key for key in MODULES if key not in CELL_MODULES])
+def test_sequences(key: str) -> None:
+    model = built(key)
+    compiled, graphs = whole(model)
+    for T, B in SIZES:
+        input, hx, _ = drawn(model.rnn, T, B)
+        same(compiled, model, input, hx)
+    layers = model.rnn.num_layers
+    assert graphs.traced == ["layer.default"] * layers
+    assert graphs.forward == ["forward.default"] * layers
+    assert graphs.backward == ["backward.default"] * layers
+
+
+@pytest.mark.parametrize("key", ["rnn_deep", "lstm", "gru"])
+def test_zero_states_unbatched_and_inference(key: str) -> None:
+    model = built(key)
+    for shape in [(6, 7, INPUT), (6, INPUT)]:
+        torch._dynamo.reset()
+        compiled, graphs = whole(model)
+        for T in (6, 9):
+            same(compiled, model, torch.randn(T, *shape[1:]))
+        assert len(graphs.traced) == model.rnn.num_layers
+    torch._dynamo.reset()
+    compiled, graphs = whole(model)
+    with torch.no_grad():
+        for T, B in SIZES:
+            input = torch.randn(T, B, INPUT)
+            close(compiled(input), model(input))
+    assert graphs.forward == ["forward.default"] * model.rnn.num_layers
+
+
+EXTRAS = {
+    "resets": ("resets",),
+    "learned": ("resets", "learned"),
+    "of_steps": ("resets", "of_steps"),
+    "lengths": ("lengths",),
+    "lengths_resets": ("lengths", "resets"),
+    "lengths_learned": ("lengths", "resets", "learned"),
+    "lengths_of_steps": ("lengths", "resets", "of_steps"),
+}
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "zeros"])
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("key", ["rnn_deep", "lstm_proj", "gru"])
+def test_resets_lengths_and_the_states_of_every_step(key: str, extra: str, given: bool) -> None:
+    if not given and extra not in ("lengths", "lengths_resets", "lengths_learned"):
+        pytest.skip("states are handled apart from resets only with lengths")
+    model = built(key)
+    compiled, graphs = whole(model)
+    for T, B in SIZES[1:]:
+        input, hx, drawn_options = drawn(model.rnn, T, B)
+        options = {name: drawn_options[name] for name in EXTRAS[extra]}
+        for name in ("learned", "of_steps"):
+            if name in options:
+                options["reset_state"] = options.pop(name)
+        same(compiled, model, input, hx if given else None, **options, return_state_sequence=True)
+    assert graphs.traced == ["layer.default"] * model.rnn.num_layers
+    assert graphs.backward == ["backward.default"] * model.rnn.num_layers
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout(training: bool) -> None:
+    model = built("lstm_deep", dropout=0.5).train(training)
+    compiled, _ = whole(model)
+    input, hx, _ = drawn(model.rnn, *SIZES[0])
+    results = []
+    for call in (compiled, model):
+        torch.manual_seed(3)
+        results.append(call(input, hx))
+    close(*results)
+
+
+@pytest.mark.parametrize("key", CELL_MODULES)
+def test_cells(key: str) -> None:
+    _, cell = pair(key, sizes=(INPUT, HIDDEN))
+    compiled, graphs = whole(cell)
+    states = 2 if isinstance(cell, nn.LSTMCell) else 1
+    for B in (7, 8):
+        h = [torch.randn(B, HIDDEN, requires_grad=True) for _ in range(states)]
+        same(compiled, cell, torch.randn(B, INPUT, requires_grad=True), tuple(h) if states == 2 else h[0])
+    assert (graphs.traced, graphs.forward, graphs.backward) == (
+        ["layer.default"], ["forward.default"], ["backward.default"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["rnn_tanh", "lstm_batch_first", "gru"])
+def test_step(key: str) -> None:
+    model = built(key).rnn
+
+    def step(*args: Any, **options: Any) -> Any:
+        return model.step(*args, **options)
+
+    compiled, graphs = whole(step)
+    for B in (7, 8):
+        _, hx, options = drawn(model, 9, B)
+        input = torch.randn(B, INPUT, requires_grad=True)
+        resets = torch.rand(B) < 0.5
+        found = [call(input, hx, resets=resets, reset_state=options["learned"]) for call in (compiled, step)]
+        close(*found)
+    assert graphs.traced == ["layer.default"] * model.num_layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    model = built("gru_deep").to(dtype)
+    compiled, graphs = whole(model)
+    input = torch.randn(4, 6, INPUT, dtype=dtype, requires_grad=True)
+    same(compiled, model, input)
+    assert graphs.backward == ["backward.default"] * 2
+
+
+def test_functions() -> None:
+    """`fused_rnn.functional` makes a module on the way: the graph breaks there, results are the same."""
+    weights = [w.detach().requires_grad_() for w in built("lstm").rnn.parameters()]
+
+    def dropped(input: Tensor, *weights: Tensor) -> Any:
+        return functional.lstm(input, [weights[0], weights[1] * 0.5, *weights[2:]])
+
+    compiled = torch.compile(dropped, backend=Graphs())
+    input = torch.randn(6, 7, INPUT)
+    close(compiled(input, *weights), dropped(input, *weights))
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_without_the_switch(name: str) -> None:
+    """The graph breaks at the module as at torch.nn's, and the module runs eagerly."""
+    models = [Model(getattr(library, name)(INPUT, HIDDEN)) for library in (nn, fused_rnn)]
+    models[1].load_state_dict(models[0].state_dict())
+    counts = []
+    with torch._dynamo.config.patch(allow_rnn=False):
+        for model in models:
+            torch._dynamo.reset()
+            graphs = Graphs()
+            input = torch.randn(6, 7, INPUT, requires_grad=True)
+            same(torch.compile(model, backend=graphs), model, input)
+            counts.append(graphs.count)
+            torch._dynamo.reset()
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="allow_rnn"):
+                torch.compile(model, backend="eager", fullgraph=True)(input)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_patched(name: str) -> None:
+    """torch.nn's own classes compile to the fused operators inside `patched`."""
+    torch.manual_seed(0)
+    module = getattr(nn, name)(INPUT, HIDDEN)
+    input = torch.randn((7, INPUT) if name in CELLS else (6, 7, INPUT))
+    wanted = module(input)
+    with fused_rnn.patched():
+        compiled, graphs = whole(module)
+        close(compiled(input), wanted)
+    assert graphs.traced == ["layer.default"]
+
+
+def test_what_torch_computes() -> None:
+    """The kernels do not take these, in a graph either."""
+    model = built("gru")
+    input = torch.randn(6, 7, INPUT)
+    for change in ("autocast", "backend", "complex"):
+        torch._dynamo.reset()
+        compiled, graphs = whole(model, differentiated=False)  # torch.nn's operator unrolls the steps
+        if change == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                close(compiled(input), model(input))
+        elif change == "backend":
+            model.rnn.backend = "torch"
+            close(compiled(input), model(input))
+            model.rnn.backend = "auto"
+        else:
+            model.to(torch.complex64)
+            with allowed_error(model, input.to(torch.complex64)):
+                close(compiled(input.to(torch.complex64)), model(input.to(torch.complex64)))
+        assert graphs.traced == []
+
+
+def test_errors() -> None:
+    model = built("lstm")
+    compiled, _ = whole(model)
+    wrong = torch.randn(6, 7, INPUT + 1)
+    with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size"):
+        torch.compile(model.rnn, backend="eager", dynamic=True)(wrong)
+    compiled(torch.randn(6, 7, INPUT))  # and works afterwards
+
+
+def test_vmap() -> None:
+    """In a compiled function, too, cells under vmap are torch.nn's."""
+    _, cell = pair("gru_cell", sizes=(INPUT, HIDDEN))
+    input, h = torch.randn(7, INPUT), torch.randn(7, HIDDEN)
+
+    def call(input: Tensor, h: Tensor) -> Tensor:
+        return torch.vmap(lambda *args: cell(*args))(input, h)
+
+    compiled, graphs = whole(call)
+    close(compiled(input, h), cell(input, h))
+    assert graphs.traced == []
+
+
+@pytest.mark.parametrize("key", ["lstm_proj", "gru"])
+def test_inductor(key: str) -> None:
+    model = built(key)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for T, B in SIZES[1:]:
+        input, hx, options = drawn(model.rnn, T, B)
+        same(compiled, model, input, hx, resets=options["resets"], lengths=options["lengths"])

@@ -1,0 +1,172 @@
+"""torch.export, AOTInductor and ONNX: programs that hold the fused operators, run anew at other sizes and elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import fused_rnn
+from contract import NAMES, close, gradients, tensors
+from test_compile import HIDDEN, INPUT, built, fused
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned during export"),  # torch.nn's warns, too
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+def exported(model: nn.Module, input: Tensor, strict: bool = False) -> torch.export.ExportedProgram:
+    """Of any length and batch."""
+    shapes = {"input": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
+    return torch.export.export(model, (input,), dynamic_shapes=shapes, strict=strict)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("key", ["rnn_deep", "lstm_proj", "gru_deep"])
+def test_any_length_and_batch(key: str, strict: bool) -> None:
+    model = built(key).eval()
+    program = exported(model, torch.randn(6, 7, INPUT), strict=strict)
+    lowered = program.run_decompositions()
+    assert fused(program.graph_module) == ["layer.default"] * 2
+    assert fused(lowered.graph_module) == ["forward.default"] * 2
+    for T, B in [(6, 7), (9, 8), (2, 3)]:
+        input = torch.randn(T, B, INPUT)
+        for runs in (program.module(), lowered.module()):
+            close(runs(input), model(input))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_keywords(strict: bool) -> None:
+    module = fused_rnn.LSTM(INPUT, HIDDEN).eval()
+
+    def options(T: int, B: int) -> dict[str, Any]:
+        return dict(
+            input=torch.randn(T, B, INPUT),
+            hx=(torch.randn(1, B, HIDDEN), torch.randn(1, B, HIDDEN)),
+            resets=torch.rand(T, B) < 0.3,
+            lengths=torch.randint(0, T + 1, (B,)),
+            return_state_sequence=True,
+        )
+
+    both, second = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, {1: Dim.DYNAMIC}
+    shapes = dict(input=both, hx=(second, second), resets=both, lengths={0: Dim.DYNAMIC}, return_state_sequence=None)
+    program = torch.export.export(module, (), options(6, 7), dynamic_shapes=shapes, strict=strict)
+    assert fused(program.graph_module) == ["layer.default"]
+    for T, B in [(9, 8), (2, 3)]:
+        given = options(T, B)
+        close(program.module()(**given), module(**given))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cells_and_patched(name: str) -> None:
+    """In torch.nn's own classes, while they are patched."""
+    cell = name.endswith("Cell")
+    torch.manual_seed(0)
+    modules = [getattr(library, name)(INPUT, HIDDEN).eval() for library in (fused_rnn, nn)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    input = torch.randn((7, INPUT) if cell else (6, 7, INPUT))
+    dims = {0: Dim.DYNAMIC} if cell else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    for module in modules:
+        with fused_rnn.patched():
+            program = torch.export.export(module, (input,), dynamic_shapes=(dims,))
+        assert fused(program.graph_module) == ["layer.default"]
+        other = torch.randn((8, INPUT) if cell else (9, 8, INPUT))
+        close(program.module()(other), modules[0](other))
+
+
+@pytest.mark.parametrize("key", ["rnn_deep", "lstm_proj", "gru"])
+def test_a_program_can_be_trained(key: str) -> None:
+    model = built(key)
+    program = exported(model, torch.randn(6, 7, INPUT)).module()
+    input = torch.randn(9, 8, INPUT)
+    close(gradients(program, input), gradients(model, input), grad=True)
+    names = [name for name, _ in model.named_parameters()]
+    assert [name for name, _ in program.named_parameters()] == names
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = built("lstm")
+    before = copy.deepcopy(model)
+    exported(model, torch.randn(6, 7, INPUT))
+    input = torch.randn(9, 8, INPUT)
+    close(gradients(model, input), gradients(before, input), grad=True)
+
+
+def elsewhere(code: str, folder: Path, *, path: bool = True) -> None:
+    """Runs code in a process of its own, in folder; without `path` only what is installed can be imported."""
+    places = os.pathsep.join(filter(None, sys.path)) if path else ""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": places},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_saved_program_runs_elsewhere(tmp_path: Path) -> None:
+    model = built("gru_deep").eval()
+    program = exported(model, torch.randn(6, 7, INPUT))
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.export.save(program.run_decompositions(), tmp_path / "lowered.pt2")
+    input = torch.randn(9, 8, INPUT)
+    torch.save(input, tmp_path / "input.pt")
+    library = fused_rnn._C.__file__
+    run = "torch.save(torch.export.load(f'{name}.pt2').module()(torch.load('input.pt')), f'{name}.pt')"
+    elsewhere(f"import torch, fused_rnn; name = 'program'; {run}", tmp_path)
+    # The lowered one needs the operators alone.
+    elsewhere(f"import torch; torch.ops.load_library({library!r}); name = 'lowered'; {run}", tmp_path, path=False)
+    for name in ("program", "lowered"):
+        close(torch.load(tmp_path / f"{name}.pt"), model(input))
+
+
+def test_aot_inductor(tmp_path: Path) -> None:
+    """A package of machine code, where only the operators' library is loaded."""
+    model = built("lstm_deep").eval()
+    program = exported(model, torch.randn(6, 7, INPUT))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    sizes = [(9, 8), (2, 3)]
+    inputs = [torch.randn(T, B, INPUT) for T, B in sizes]
+    torch.save(inputs, tmp_path / "inputs.pt")
+    code = f"""
+import sys, torch
+torch.ops.load_library({fused_rnn._C.__file__!r})
+model = torch._inductor.aoti_load_package({package!r})
+torch.save([model(x) for x in torch.load("inputs.pt")], "results.pt")
+assert not any(name.startswith("fused_rnn") for name in sys.modules)
+"""
+    elsewhere(code, tmp_path, path=False)
+    for found, input in zip(torch.load(tmp_path / "results.pt"), inputs, strict=True):
+        close(found, model(input))
+
+
+@pytest.mark.parametrize("key", ["rnn_deep", "lstm_deep", "gru_deep"])
+def test_onnx(key: str) -> None:
+    """Through to_torch(): ONNX has layers of its own."""
+    pytest.importorskip("onnx", reason="torch.onnx.export needs the package onnx")
+    runtime = pytest.importorskip("onnxruntime", reason="the exported model is run in onnxruntime")
+    model = built(key).eval()
+    plain = copy.deepcopy(model)
+    plain.rnn = plain.rnn.to_torch()
+    file = io.BytesIO()
+    input = torch.randn(6, 7, INPUT)
+    axes = {"input": {0: "a", 1: "b"}}
+    torch.onnx.export(plain, (input,), file, dynamo=False, input_names=["input"], dynamic_axes=axes)
+    session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    for shape in [(6, 7, INPUT), (8, 9, INPUT)] if not model.rnn.batch_first else [(6, 7, INPUT)]:
+        input = torch.randn(shape)
+        found = session.run(None, {"input": input.numpy()})
+        close([torch.from_numpy(f) for f in found], tensors(model(input)))
