@@ -150,31 +150,26 @@ def test_zero_states_unbatched_and_inference(key: str) -> None:
     assert graphs.forward == ["forward.default"] * model.rnn.num_layers
 
 
-EXTRAS = {
-    "resets": ("resets",),
-    "learned": ("resets", "learned"),
-    "of_steps": ("resets", "of_steps"),
-    "lengths": ("lengths",),
-    "lengths_resets": ("lengths", "resets"),
-    "lengths_learned": ("lengths", "resets", "learned"),
-    "lengths_of_steps": ("lengths", "resets", "of_steps"),
-}
+EXTRAS = [  # module, keywords, whether there are initial states
+    ("gru", "resets", True),
+    ("lstm_proj", "resets learned", True),
+    ("rnn_deep", "resets of_steps", True),
+    ("gru_deep", "lengths", True),
+    ("lstm_batch_first", "lengths", False),
+    ("lstm", "lengths resets", True),
+    ("rnn_relu", "lengths resets", False),
+    ("rnn_deep", "lengths resets learned", False),
+    ("gru", "lengths resets of_steps", True),
+]
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["given", "zeros"])
-@pytest.mark.parametrize("extra", EXTRAS)
-@pytest.mark.parametrize("key", ["rnn_deep", "lstm_proj", "gru"])
-def test_resets_lengths_and_the_states_of_every_step(key: str, extra: str, given: bool) -> None:
-    if not given and extra not in ("lengths", "lengths_resets", "lengths_learned"):
-        pytest.skip("states are handled apart from resets only with lengths")
+@pytest.mark.parametrize(("key", "names", "given"), EXTRAS)
+def test_resets_lengths_and_the_states_of_every_step(key: str, names: str, given: bool) -> None:
     model = built(key)
     compiled, graphs = whole(model)
     for T, B in SIZES[1:]:
-        input, hx, drawn_options = drawn(model.rnn, T, B)
-        options = {name: drawn_options[name] for name in EXTRAS[extra]}
-        for name in ("learned", "of_steps"):
-            if name in options:
-                options["reset_state"] = options.pop(name)
+        input, hx, values = drawn(model.rnn, T, B)
+        options = {"reset_state" if name in ("learned", "of_steps") else name: values[name] for name in names.split()}
         same(compiled, model, input, hx if given else None, **options, return_state_sequence=True)
     assert graphs.traced == ["layer.default"] * model.rnn.num_layers
     assert graphs.backward == ["backward.default"] * model.rnn.num_layers
@@ -318,10 +313,9 @@ def test_vmap() -> None:
     assert graphs.traced == []
 
 
-@pytest.mark.parametrize("key", ["lstm_proj", "gru"])
-def test_inductor(key: str) -> None:
-    model = built(key)
+def test_inductor() -> None:
+    model = built("lstm")
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for T, B in SIZES[1:]:
         input, hx, options = drawn(model.rnn, T, B)
-        same(compiled, model, input, hx, resets=options["resets"], lengths=options["lengths"])
+        same(compiled, model, input, hx, resets=options["resets"])
