@@ -185,7 +185,8 @@ def _layer(cell: str, call: _Call, weights: Sequence[Tensor | None], kept: Seque
     if kept:
         return Layer(cell, weights, kept[0].size(1) == call.steps, tf32_allowed())
     properties = device_properties(w_hh.device)
-    resident = call.steps > 1 and is_resident(cell, w_hh.dtype, call.batch, w_hh.size(1), directions, properties)
+    batch = int(call.batch)  # the kernels differ by it: a compiler has to settle for one
+    resident = call.steps > 1 and is_resident(cell, w_hh.dtype, batch, w_hh.size(1), directions, properties)
     return Layer(cell, weights, resident, tf32_allowed())
 
 

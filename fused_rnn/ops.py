@@ -69,14 +69,15 @@ def layer(
 ) -> tuple[Tensor | None, ...]:
     """One layer over a whole sequence on the fused kernels; the meaning is `fused_rnn.reference.layer`'s.
 
-    On the CPU, `lengths` is for the caller to turn into `batch_sizes`, but for a compiler. With `recompute`, backward computes forward
-    again rather than keeping the gates of every step.
+    On the CPU, `lengths` is for the caller to turn into `batch_sizes`, but for a compiler. With `recompute`, backward
+    computes forward again rather than keeping the gates of every step.
 
     Raises:
         RuntimeError: a tensor does not fit the others in shape, dtype or device.
     """
-    # A compiler gets one operator, defined in fused_rnn/compiled.py.
-    run = torch.ops.fused_rnn.layer.default if torch.compiler.is_compiling() else layer_of_kernels
+    run: Callable = layer_of_kernels
+    if torch.compiler.is_compiling():  # one operator, defined in fused_rnn/compiled.py
+        run, norms = torch.ops.fused_rnn.layer.default, list(norms)
     y, h_n, c_n, *more = run(
         cell, x, h0, c0, weights, batch_sizes, resets, reset_h, reset_c, c_sequence, lengths, norms, drop_h, zone_h,
         zone_c, recompute,

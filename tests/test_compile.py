@@ -187,6 +187,36 @@ def test_dropout(training: bool) -> None:
     close(*results)
 
 
+VARIANTS = dict(layer_norm=True, zoneout=0.2, recurrent_dropout=0.3, weight_dropout=0.2, dropout=0.1, recompute="full")
+
+
+@pytest.mark.parametrize("key", ["rnn_deep", "lstm_batch_first", "gru_deep"])
+def test_variants(key: str) -> None:
+    model = built(key, **VARIANTS)
+    compiled, graphs = whole(model.eval())
+    for T, B in SIZES[1:]:
+        input, hx, options = drawn(model.rnn, T, B)
+        same(compiled, model, input, hx, resets=options["resets"], lengths=options["lengths"])
+    assert graphs.traced == ["layer.default"] * 2
+    torch._dynamo.reset()
+    compiled, graphs = whole(model.train())
+    found = []
+    for call in (compiled, model):
+        torch.manual_seed(3)  # the same masks
+        found.append(call(input, hx))
+    close(*found)
+    assert graphs.traced == ["layer.default"] * 2
+
+
+def test_layers_of_different_sizes() -> None:
+    torch.manual_seed(0)
+    model = Model(fused_rnn.GRU(INPUT, (HIDDEN, 2 * HIDDEN), num_layers=2))
+    compiled, graphs = whole(model)
+    for T, B in SIZES[1:]:
+        same(compiled, model, torch.randn(T, B, INPUT))
+    assert graphs.traced == ["layer.default"] * 2
+
+
 @pytest.mark.parametrize("key", CELL_MODULES)
 def test_cells(key: str) -> None:
     _, cell = pair(key, sizes=(INPUT, HIDDEN))

@@ -388,8 +388,9 @@ std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                              Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// dx, dh0, dc0, then dw_ih, dw_hh, db_ih, db_hh, dw_hr of each direction, then of the states at resets (reset_steps: 1 if
-// they are the same at all steps, -1 if each has its own, 0 if no gradient is wanted), of norm_hh [D, G*H], of norm_c and norm_c_bias [D, 2, H]; what was not asked for is empty.
+// dx, dh0, dc0, then dw_ih, dw_hh, db_ih, db_hh, dw_hr of each direction, then of the states at resets (reset_steps:
+// 1 if they are the same at all steps, -1 if each has its own, 0 if no gradient is wanted), of norm_hh [D, G*H], of
+// norm_c and norm_c_bias [D, 2, H]; what was not asked for is empty.
 Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor reserve, int64_t cell,
                    bool need_dx, bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr,
                    OptionalTensor w_ih, Tensor w_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
