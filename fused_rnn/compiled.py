@@ -18,10 +18,9 @@ from fused_rnn import ops, reference
 _library = torch.library.Library("fused_rnn", "FRAGMENT")
 # The arguments are `fused_rnn.ops.layer`'s; the results, too, but that what that leaves out is empty here.
 _library.define(
-    "layer(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor?[] weights, Tensor? batch_sizes=None, "
-    "Tensor? resets=None, Tensor? reset_h=None, Tensor? reset_c=None, bool c_sequence=False, Tensor? lengths=None, "
-    "Tensor?[] norms=[], Tensor? drop_h=None, Tensor? zone_h=None, Tensor? zone_c=None, bool recompute=False) -> "
-    "Tensor[]"
+    "layer(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor?[] weights, Tensor? batch_sizes, Tensor? resets, "
+    "Tensor? reset_h, Tensor? reset_c, bool c_sequence, Tensor? lengths, Tensor?[] norms, Tensor? drop_h, "
+    "Tensor? zone_h, Tensor? zone_c, bool recompute) -> Tensor[]"
 )
 
 
@@ -31,27 +30,21 @@ def _layer(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
-    batch_sizes: Tensor | None = None,
-    resets: Tensor | None = None,
-    reset_h: Tensor | None = None,
-    reset_c: Tensor | None = None,
-    c_sequence: bool = False,
-    lengths: Tensor | None = None,
-    norms: Sequence[Tensor | None] = (),
-    *regularisation: Any,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    c_sequence: bool,
+    lengths: Tensor | None,
+    *variant: Any,
 ) -> list[Tensor]:
-    norms = norms or reference.NO_NORMS
-    layer = (cell, x, h0, c0, weights)
-    segments = (resets, reset_h, reset_c)
+    layer, of_resets = (cell, x, h0, c0, weights), (resets, reset_h, reset_c)
     if ops.transformed():
-        y, h_n, c_n, *more = reference.layer(
-            *layer, batch_sizes, *segments, c_sequence, lengths, norms, *regularisation[:3]
-        )
+        y, h_n, c_n, *more = reference.layer(*layer, batch_sizes, *of_resets, c_sequence, lengths, *variant[:-1])
         return [y, h_n, x.new_empty(0) if c_n is None else c_n, *more]  # type: ignore[list-item]
-    regularisation = (*regularisation, *(None, None, None, False)[len(regularisation) :])
     if lengths is not None and not ops.on_cuda(x):
-        return _with_lengths(*layer, *segments, c_sequence, lengths, norms, *regularisation)
-    return ops.layer_of_kernels(*layer, batch_sizes, *segments, c_sequence, lengths, norms, *regularisation)
+        return _with_lengths(*layer, *of_resets, c_sequence, lengths, *variant)
+    return ops.layer_of_kernels(*layer, batch_sizes, *of_resets, c_sequence, lengths, *variant)
 
 
 _library.impl("layer", _layer, "CompositeImplicitAutograd")
@@ -68,7 +61,7 @@ def _with_lengths(
     reset_c: Tensor | None,
     c_sequence: bool,
     lengths: Tensor,
-    *regularisation: Any,
+    *variant: Any,
 ) -> list[Tensor]:
     """Rows that end, on kernels that take packed rows only: which rows those are, the values of `lengths` would say.
 
@@ -86,7 +79,7 @@ def _with_lengths(
         reset_h, reset_c = (_where(behind, a, b) for a, b in ((h0, reset_h), (c0, reset_c)))
         resets = resets | ended
     y, h_n, c_n, *c_steps = ops.layer_of_kernels(
-        cell, x, h0, c0, weights, None, resets, reset_h, reset_c, cell == "lstm", None, *regularisation
+        cell, x, h0, c0, weights, None, resets, reset_h, reset_c, cell == "lstm", None, *variant
     )
     last = (lengths - 1).clamp(0, T - 1).long().view(1, -1, 1)
     taken = (lengths > 0).unsqueeze(1)

@@ -170,16 +170,19 @@ def _join(states: list[Tensor], dim: int) -> Tensor:
     return states[0] if len(states) == 1 else torch.cat(states, dim)
 
 
+@ops.runs_eagerly
 def rnn(input: Any, weights: Sequence[Tensor], hx: Any = None, *, nonlinearity: str = "tanh", **options: Any) -> Any:
     """torch.nn.RNN's function of plain tensors; see `lstm`."""
     return _call("RNN", input, weights, hx, nonlinearity=nonlinearity, **options)
 
 
+@ops.runs_eagerly
 def gru(input: Any, weights: Sequence[Tensor], hx: Any = None, **options: Any) -> Any:
     """torch.nn.GRU's function of plain tensors; see `lstm`."""
     return _call("GRU", input, weights, hx, **options)
 
 
+@ops.runs_eagerly
 def lstm(input: Any, weights: Sequence[Tensor], hx: Any = None, **options: Any) -> Any:
     """torch.nn.LSTM's function of plain tensors, for weights that are computed: dropped, tied, made by another network.
 
