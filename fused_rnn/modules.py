@@ -287,8 +287,9 @@ class FusedRNNBase(TorchConvertible, Variants):
 
 def _batch_major(output: Tensor) -> Tensor:
     # In place on the CPU, as torch.nn does: FSDP2 would lose its hooks when the user writes to a view. On CUDA backward
-    # reads the output.
-    return output.transpose_(0, 1) if output.is_cpu else output.transpose(0, 1)
+    # reads the output, and a compiler knows how to deal with views.
+    in_place = output.is_cpu and not torch.compiler.is_compiling()
+    return output.transpose_(0, 1) if in_place else output.transpose(0, 1)
 
 
 @fx_leaf

@@ -182,13 +182,12 @@ def fusible(x: Any, *others: Any) -> bool:
     """Whether the kernels may compute with these; if not, torch does.
 
     They take plain tensors of one supported dtype on one CPU or CUDA device, and only while nothing but a compiler
-    watches or rewrites torch's operations: a tracer, a mode, a functorch transform, an exporter to ONNX. Autocast is for
-    the caller.
+    watches or rewrites torch's operations: a tracer, a mode, a functorch transform, an exporter to ONNX. Autocast is
+    for the caller, but in a compiler, where it leaves the layer to torch.
     """
     compiling = torch.compiler.is_compiling()
     types = COMPILERS_TYPES if compiling else PLAIN_TYPES
-    # `watched` in terms that a compiler can trace.
-    if type(x) not in types or (transformed() or torch.onnx.is_in_onnx_export() if compiling else watched()):
+    if type(x) not in types or (_rewritten_in_compiler(x) if compiling else watched()):
         return False
     dtype, device = x.dtype, x.device
     if dtype not in DTYPES or x.is_nested or not (x.is_cpu or (on_cuda(x) and cuda.available())):
@@ -216,6 +215,11 @@ def watched() -> bool:
 def transformed() -> bool:
     """Whether a functorch transform or a forward-mode derivative rewrites torch's operations."""
     return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
+
+
+def _rewritten_in_compiler(x: Tensor) -> bool:
+    # `watched` in terms that a compiler can trace.
+    return transformed() or torch.is_autocast_enabled(x.device.type) or torch.onnx.is_in_onnx_export()
 
 
 def _function_mode_matters() -> bool:
