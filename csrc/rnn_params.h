@@ -25,6 +25,7 @@ struct LayerShape {
   bool gates_given;            // x is W_ih x already, [N, D * G*H], and there is no W_ih
   bool drops_h, zones_h;       // recurrent dropout, zoneout of h; see Variant
   bool normalised;             // layer normalisation; only with gates_given
+  bool deterministic;          // a row's sums run in the same order whatever stands beside it: weights always packed
   const int64_t* batch_sizes;  // [T] non-increasing, batch_sizes[0] == B; null: every step has B rows
   const int64_t* row_offsets;  // [T] rows before step t; null with batch_sizes
   const uint8_t* resets;       // [N] 1: the state is replaced before this step; null: nowhere

@@ -21,6 +21,7 @@ from fused_rnn import cuda, reference
 _forward = torch.ops.fused_rnn.forward.default
 _backward = torch.ops.fused_rnn.backward.default
 _step = torch.ops.fused_rnn.step.default
+_deterministic = torch.are_deterministic_algorithms_enabled
 NUMBER = cuda.NUMBER
 
 BACKENDS = ("auto", "fused", "torch")
@@ -137,6 +138,8 @@ def step(cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: T
     if torch.is_grad_enabled() and _any_requires_grad((x, h0, c0, *weights)):
         h, _, c = _apply(*Steering(cell), x, h0, c0, *_NO_WEIGHTS, *weights, *_NO_WEIGHTS[len(weights) :])
         return h, c
+    if _deterministic():
+        return _step(x, h0, c0, NUMBER[cell], *weights, *_NO_WEIGHTS[len(weights) :], True)
     return _step(x, h0, c0, NUMBER[cell], *weights)
 
 
@@ -168,7 +171,7 @@ def torch_is_faster(mode: str, dtype: torch.dtype, batch: int, hidden_size: int)
     The kernels widen bfloat16 to float32. Where the processor multiplies bfloat16 at twice the speed,
     torch.nn's LSTM gains from it unless it runs row by row, its RNN and GRU where their products are large.
     """
-    if dtype is not torch.bfloat16 or not HAS_BF16_PRODUCTS:
+    if dtype is not torch.bfloat16 or not HAS_BF16_PRODUCTS or _deterministic():  # which takes one way for any batch
         return False
     return batch >= 3 if mode == "LSTM" else batch >= 8 and hidden_size >= 384
 
@@ -248,7 +251,7 @@ def _call_forward(
     s = steering
     y, h_n, c_n, reserve, c_of_steps = _forward(
         x, h0, c0, NUMBER[s.cell], train, *weights, s.batch_sizes, s.resets, reset_h, reset_c, s.c_sequence,
-        s.drop_h, s.zone_h, s.zone_c, *norms,
+        s.drop_h, s.zone_h, s.zone_c, *norms, _deterministic(),
     )  # fmt: skip
     return y, h_n, c_n, (c_of_steps,) if s.c_sequence else (), (reserve,)
 
@@ -395,7 +398,7 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     x, h0, c0, cell, train, w_ih, w_hh, b_ih=None, b_hh=None, w_hr=None, w_ih_reverse=None, w_hh_reverse=None,
     b_ih_reverse=None, b_hh_reverse=None, w_hr_reverse=None, batch_sizes=None, resets=None, reset_h=None,
     reset_c=None, want_c_sequence=False, drop_h=None, zone_h=None, zone_c=None, norm_hh=None, norm_c=None,
-    norm_c_bias=None,
+    norm_c_bias=None, deterministic=False,
 ):  # fmt: skip
     cell = reference.CELLS[cell]
     H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
@@ -415,7 +418,9 @@ def _fake_forward(  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("fused_rnn::step")
-def _fake_step(x, h0, c0, cell, w_ih, w_hh, b_ih=None, b_hh=None, w_hr=None):  # type: ignore[no-untyped-def]
+def _fake_step(  # type: ignore[no-untyped-def]
+    x, h0, c0, cell, w_ih, w_hh, b_ih=None, b_hh=None, w_hr=None, deterministic=False
+):
     h = x.new_empty((x.size(0), w_hh.size(1)))
     return h, x.new_empty((x.size(0), w_hh.size(0) // 4) if reference.CELLS[cell] == "lstm" else (0,))
 

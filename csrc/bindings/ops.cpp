@@ -310,9 +310,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     OptionalTensor w_hh_reverse, OptionalTensor b_ih_reverse, OptionalTensor b_hh_reverse, OptionalTensor w_hr_reverse,
     OptionalTensor batch_sizes, OptionalTensor resets, OptionalTensor reset_h, OptionalTensor reset_c,
     bool want_c_sequence, OptionalTensor drop_h, OptionalTensor zone_h, OptionalTensor zone_c, OptionalTensor norm_hh,
-    OptionalTensor norm_c, OptionalTensor norm_c_bias) {
+    OptionalTensor norm_c, OptionalTensor norm_c_bias, bool deterministic) {
   Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), batch_sizes);
   layer.shape.train = train;
+  layer.shape.deterministic = deterministic;
   layer.without_input_weights(w_ih.has_value(), w_ih_reverse.has_value());
   VariantTensors variant{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias};
   layer.regularise(variant);
@@ -362,9 +363,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 
 // One step in inference: h and c of [B, ...]. forward's T == 1, short of all that a step has no need of.
 std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, Tensor w_ih, Tensor w_hh,
-                                OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr) {
+                                OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, bool deterministic) {
   FUSED_RNN_CHECK(x.dim() == 2, "x must be [B, I], got ", shape_text(x.sizes()));
-  const Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, false, std::nullopt);
+  Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, false, std::nullopt);
+  layer.shape.deterministic = deterministic;
   const LayerShape& s = layer.shape;
   x = layer.checked_sequence(x, "x", s.I);
   h0 = layer.checked_state(h0, "h0", s.P);
@@ -507,7 +509,8 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
 
 }  // namespace
 
-// `cell` as in cells.h: 0 rnn_tanh, 1 rnn_relu, 2 lstm, 3 gru.
+// `cell` as in cells.h: 0 rnn_tanh, 1 rnn_relu, 2 lstm, 3 gru. `deterministic`: bit for bit the same for a row alone
+// and in any batch; backward has nothing to choose.
 STABLE_TORCH_LIBRARY(fused_rnn, m) {
   m.def(
       "forward(Tensor x, Tensor? h0, Tensor? c0, int cell, bool train, Tensor? w_ih, Tensor w_hh, Tensor? b_ih=None, "
@@ -515,7 +518,7 @@ STABLE_TORCH_LIBRARY(fused_rnn, m) {
       "Tensor? b_ih_reverse=None, Tensor? b_hh_reverse=None, Tensor? w_hr_reverse=None, Tensor? batch_sizes=None, "
       "Tensor? resets=None, Tensor? reset_h=None, Tensor? reset_c=None, bool want_c_sequence=False, "
       "Tensor? drop_h=None, Tensor? zone_h=None, Tensor? zone_c=None, Tensor? norm_hh=None, Tensor? norm_c=None, "
-      "Tensor? norm_c_bias=None) -> "
+      "Tensor? norm_c_bias=None, bool deterministic=False) -> "
       "(Tensor y, Tensor h_n, Tensor c_n, Tensor reserve, Tensor c_sequence)");
   m.def(
       "backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor reserve, int cell, bool need_dx, "
@@ -529,7 +532,7 @@ STABLE_TORCH_LIBRARY(fused_rnn, m) {
       "Tensor dw_hr_reverse, Tensor dreset_h, Tensor dreset_c, Tensor dnorm_hh, Tensor dnorm_c)");
   m.def(
       "step(Tensor x, Tensor? h0, Tensor? c0, int cell, Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, "
-      "Tensor? b_hh=None, Tensor? w_hr=None) -> (Tensor h, Tensor c)");
+      "Tensor? b_hh=None, Tensor? w_hr=None, bool deterministic=False) -> (Tensor h, Tensor c)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {

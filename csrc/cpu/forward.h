@@ -3,7 +3,7 @@
 // A step multiplies x and the previous h by the packed weights and runs the cell on the sums while they are in the
 // first-level cache; h goes to y, where the next step reads it. Small batches multiply x of all steps beforehand, so
 // that its weights are read for more than a few rows at a time. A single row per step reads W_hh as it lies, and a
-// handful of rows in all W_ih, too.
+// handful of rows in all W_ih, too; unless a row's result has to be the same in every company (`deterministic`).
 // With a projection the cell's output goes to `hidden` and a second product makes h.
 // With layer normalisation a step's products are stored, and the cell runs row by row on them.
 #pragma once
@@ -19,11 +19,11 @@ namespace FUSED_RNN_ISA {
 // How forward multiplies by each weight.
 struct ForwardProducts {
   bool packed_x, packed_h;  // W_ih, W_hh (and W_hr) in panels, not as they lie
-  bool x_beforehand;        // x W_ih^T of all steps before the first
+  bool x_beforehand;        // x W_ih^T + b_ih of all steps before the first
 
   explicit ForwardProducts(const LayerShape& s)
-      : packed_x(s.N >= kRowsWorthPacking && !s.gates_given),
-        packed_h(s.N >= kRowsWorthPacking && s.B > 1),
+      : packed_x((s.deterministic || s.N >= kRowsWorthPacking) && !s.gates_given),
+        packed_h(s.deterministic || (s.N >= kRowsWorthPacking && s.B > 1)),
         x_beforehand(s.gates_given || (packed_x && s.T > 1 && s.B < kTileRows<4>)) {}
 };
 
@@ -159,14 +159,20 @@ class Forward {
     }
   }
 
+  // What a part's sums begin with: b_ih (0) or b_hh (1).
+  void load_biases(Sums<T, C>& sums, const Part& part, int which) const {
+    for (int slot = 0; slot < part.slots(); ++slot) {
+      const T* bias = bias_ + (part.block_of(slot) * 2 + which) * C * kLanes<T>;
+      for (int c = 0; c < C; ++c) sums[slot][c] = load(bias + c * kLanes<T>);
+    }
+  }
+
   void multiply_x() {
     const auto multiply_part = [&](const Part& part) {
       const T* rows[kChunk];
       for (int r = 0; r < part.rows; ++r) rows[r] = at(d_.x) + (part.row + r) * s_.I;
       Sums<T, C> sums;
-      for (int slot = 0; slot < part.slots(); ++slot) {
-        for (int c = 0; c < C; ++c) sums[slot][c] = Vec<T>{};
-      }
+      load_biases(sums, part, 0);
       add_product<G>(sums, part, rows, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
       each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) {
         T* out = x_product_ + part.row_of(slot) * x_product_stride_ + units.unit;
@@ -263,14 +269,19 @@ class Forward {
       x[r] = at(d_.x) + (s_.row(t_) + part.row + r) * s_.I;
       h[r] = consumed(part.row + r);
     }
-    for (int slot = 0; slot < part.slots(); ++slot) {
-      const T* bias = bias_ + part.block_of(slot) * 2 * C * kLanes<T>;
-      for (int c = 0; c < C; ++c) from_x[slot][c] = load(bias + c * kLanes<T>);
-      for (int c = 0; c < C; ++c) from_h[slot][c] = s_.normalised ? Vec<T>{} : load(bias + (C + c) * kLanes<T>);
-    }
+    if (!products_.x_beforehand || s_.gates_given) load_biases(from_x, part, 0);
     if (!products_.x_beforehand) add_product<G>(from_x, part, x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
-    if (carried_ > 0 || d_.h0 || d_.reset.h)
-      add_product<G>(from_h, part, h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P);
+    load_biases(from_h, part, 1);
+    for (int slot = 0; s_.normalised && slot < part.slots(); ++slot) {
+      for (int c = 0; c < C; ++c) from_h[slot][c] = Vec<T>{};
+    }
+    // Where all rows begin with zeros, one stands for them: W_hh may hold a NaN or an infinity.
+    Part of_h = part;
+    if (carried_ == 0 && !d_.h0 && !d_.reset.h) of_h.rows = 1;
+    add_product<G>(from_h, of_h, h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P);
+    for (int r = of_h.rows; r < part.rows; ++r) {
+      for (int c = 0; c < C; ++c) from_h[r][c] = from_h[0][c];
+    }
     if (s_.normalised) {
       return each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) {
         T* out = product(part.row_of(slot)) + units.unit;
@@ -279,14 +290,12 @@ class Forward {
     }
     each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) FUSED_RNN_INLINED {
       const int64_t b = part.row_of(slot);
+      const T* made = products_.x_beforehand ? made_ + (s_.row(t_) + b) * made_stride_ + units.unit : nullptr;
       Vec<T> input[G], recurrent[G];
       for (int g = 0; g < G; ++g) {
-        input[g] = from_x[slot][g * U + u];
+        input[g] = made ? load(made + g * s_.H, units.count) : from_x[slot][g * U + u];
+        if (s_.gates_given) input[g] += from_x[slot][g * U + u];
         recurrent[g] = from_h[slot][g * U + u];
-      }
-      if (products_.x_beforehand) {
-        const T* made = made_ + (s_.row(t_) + b) * made_stride_ + units.unit;
-        for (int g = 0; g < G; ++g) input[g] += load(made + g * s_.H, units.count);
       }
       cell(input, recurrent, s_.drops_h ? h_prev(b) : h[b - part.row], b, units);
     });
