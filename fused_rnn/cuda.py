@@ -446,6 +446,17 @@ def _products_in_tf32(on: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
+def require_one_device(*tensors: Tensor | None) -> None:
+    """For fake kernels, which torch calls as soon as one tensor is on "meta".
+
+    Raises:
+        RuntimeError: another is on a real device; what a fake kernel returns there would be memory nobody wrote to.
+    """
+    devices = {str(t.device) for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise RuntimeError(f"fused_rnn: expected all tensors on one device, got {' and '.join(sorted(devices))}")
+
+
 def register_fakes(namespace: str) -> None:
     """Tells torch's compilers the shapes of the recurrence operators' results."""
 
@@ -453,6 +464,7 @@ def register_fakes(namespace: str) -> None:
         x_gates, h0, c0, cell, train, resident, instance, w_hh, b_ih, b_hh, lengths=None, resets=None, reset_h=None,
         reset_c=None, want_c_sequence=False,
     ):  # fmt: skip
+        require_one_device(x_gates, h0, c0, w_hh, b_ih, b_hh, lengths, resets, reset_h, reset_c)
         cell = reference.CELLS[cell]
         D, T, B, width = x_gates.shape
         H, kept = width // reference.GATES[cell], D if train else 0
@@ -472,6 +484,7 @@ def register_fakes(namespace: str) -> None:
         dy, dh_n, dc_n, h_prev, saved, c_prev, cell, resident, instance, w_hh_t, lengths=None, resets=None,
         need_dreset=False, dc_sequence=None,
     ):  # fmt: skip
+        require_one_device(dy, dh_n, dc_n, h_prev, saved, c_prev, w_hh_t, lengths, resets, dc_sequence)
         cell = reference.CELLS[cell]
         D, T, B, _ = saved.shape
         H, padded = w_hh_t.size(1), w_hh_t.size(2) // reference.GATES[cell]

@@ -400,6 +400,8 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     reset_c=None, want_c_sequence=False, drop_h=None, zone_h=None, zone_c=None, norm_hh=None, norm_c=None,
     norm_c_bias=None, deterministic=False,
 ):  # fmt: skip
+    weights = (w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse)
+    cuda.require_one_device(x, h0, c0, *weights, resets, reset_h, reset_c)
     cell = reference.CELLS[cell]
     H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
     D = 1 if w_hh_reverse is None else 2
@@ -421,6 +423,7 @@ def _fake_forward(  # type: ignore[no-untyped-def]
 def _fake_step(  # type: ignore[no-untyped-def]
     x, h0, c0, cell, w_ih, w_hh, b_ih=None, b_hh=None, w_hr=None, deterministic=False
 ):
+    cuda.require_one_device(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     h = x.new_empty((x.size(0), w_hh.size(1)))
     return h, x.new_empty((x.size(0), w_hh.size(0) // 4) if reference.CELLS[cell] == "lstm" else (0,))
 
@@ -431,6 +434,8 @@ def _fake_backward(  # type: ignore[no-untyped-def]
     w_ih, w_hh, w_hr=None, w_ih_reverse=None, w_hh_reverse=None, w_hr_reverse=None, batch_sizes=None, resets=None,
     reset_steps=0, dc_sequence=None, drop_h=None, zone_h=None, zone_c=None, norm_hh=None, norm_c=None, norm_c_bias=None,
 ):  # fmt: skip
+    weights = (w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse)
+    cuda.require_one_device(dy, dh_n, dc_n, x, reserve, *weights, resets, dc_sequence)
     cell = reference.CELLS[cell]
     H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
     D = 1 if w_hh_reverse is None else 2

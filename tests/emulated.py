@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,6 +44,13 @@ def build(folder: Path, *options: str) -> Path:
     where = [f"-L{path}" for path in library_paths()]
     subprocess.run(["g++", "-shared", *options, *objects, "-o", library, *where, "-ltorch_cpu"], check=True)
     return library
+
+
+@functools.cache
+def load_once() -> None:
+    """Builds and loads it for all tests of this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        load(build(Path(folder)))
 
 
 def load(library: Path) -> None:

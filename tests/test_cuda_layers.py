@@ -37,8 +37,8 @@ EMULATED += [Case(**cell, **size) for cell in _CELLS for size in _LARGER]
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> None:
-    emulated.load(emulated.build(tmp_path_factory.mktemp("emulator")))
+def library() -> None:
+    emulated.load_once()
 
 
 @pytest.fixture(autouse=True)

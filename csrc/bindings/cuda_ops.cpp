@@ -98,6 +98,7 @@ class Layer {
       FUSED_RNN_CHECK(
           l.scalar_type() == ScalarType::Int && l.is_contiguous() && l.dim() == 1 && l.size(0) == B && same_device(l),
           "lengths must be int32 of shape [", B, "], contiguous, and on the device of the others");
+      require_storage(l, "lengths", B);
       lengths = static_cast<const int32_t*>(l.data_ptr());
     }
     stream = current_stream(on_device(like) ? like.get_device_index() : 0);
@@ -143,6 +144,7 @@ class Layer {
     FUSED_RNN_CHECK(tensor.scalar_type() == other_type.value_or(type), name, " must have the dtype of the others");
     FUSED_RNN_CHECK(same_device(tensor), name, " must be on the device of the others");
     FUSED_RNN_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+    require_storage(tensor, name, tensor.numel());
     return tensor;
   }
   const OptionalTensor& given(const OptionalTensor& tensor, const char* name,
@@ -152,6 +154,7 @@ class Layer {
   }
 
   cuda::Plan plan(bool backward, int64_t instance) const {
+    FUSED_RNN_CHECK(instance >= -1 && instance <= INT32_MAX, "there is no kernel ", instance);
     const cuda::Problem problem{
         kind, element(), B, static_cast<int>(H), static_cast<int>(D), backward, static_cast<int>(instance)};
     const std::optional<cuda::Plan> found = cuda::plan(problem, cuda::current_device());
@@ -186,6 +189,11 @@ char* slice(const Tensor& tensor, int64_t at) {
   return static_cast<char*>(tensor.data_ptr()) + at * tensor.stride(0) * bytes;
 }
 char* slice(const OptionalTensor& tensor, int64_t at) { return tensor ? slice(*tensor, at) : nullptr; }
+
+// The resident kernels load weights by 16 bytes; a view of a larger buffer may begin anywhere.
+Tensor aligned(const Tensor& weights) {
+  return reinterpret_cast<uintptr_t>(weights.data_ptr()) % 16 ? torch::stable::clone(weights) : weights;
+}
 
 // out = a @ b, by torch.
 void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
@@ -260,6 +268,7 @@ Forward recurrence_forward(Tensor x_gates, OptionalTensor h0, OptionalTensor c0,
   const Tensor saved = l.empty({train ? D : 0, T, B, l.cell.saved * H});
   const Tensor c_prev = l.empty_arithmetic({keeps_c ? D : 0, T, B, H});
   if (resident) {
+    w_hh = aligned(w_hh);
     const cuda::Plan plan = l.plan(false, instance);
     const bool exchanges = train || plan.instance.exchange == cuda::Exchange::kThroughL2;
     const Tensor h_prev = l.exchange(plan, {exchanges ? D : 0, T, B, l.padded});
@@ -346,6 +355,7 @@ Backward recurrence_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTen
   const Tensor dreset_c = copied(std::nullopt, l.empty({has_dreset_c ? D : 0, T, B, H}));
   const Tensor dh0 = l.empty({D, B, H}), dc0 = l.empty({info.has_c ? D : 0, B, H});
   if (resident) {
+    w_hh_t = aligned(w_hh_t);
     const cuda::Plan plan = l.plan(true, instance);
     const Tensor dgates = l.exchange(plan, {D, T, B, info.grads * l.padded});
     cuda::BackwardParams params{l.sequence(), {}};

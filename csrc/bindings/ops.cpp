@@ -60,8 +60,8 @@ class Layer {
   bool step = false;  // x is [B, I], states [B, ...]: one time step, no time dimension in the results
   ScalarType stored = ScalarType::Float;  // dtype of x and of all that comes in or goes out
   ScalarType dtype = ScalarType::Float;   // that the kernels compute in: 16-bit tensors are widened for them
-  OptionalTensor batch_sizes, resets;
-  std::vector<int64_t> row_offsets;
+  OptionalTensor resets;
+  std::vector<int64_t> batch_sizes, row_offsets;  // our own: another thread may write to the caller's
 
   // x: [T, B, I]; [N, I] with batch_sizes; [B, I] for a single step. w_hh: [G*H, P].
   Layer(int64_t kind, torch::headeronly::IntHeaderOnlyArrayRef x, ScalarType type, const Tensor& w_hh,
@@ -70,6 +70,7 @@ class Layer {
     FUSED_RNN_CHECK(stored == dtype || stored == ScalarType::BFloat16 || stored == ScalarType::Half,
                     "x must be float32, float64, bfloat16 or float16");
     FUSED_RNN_CHECK(w_hh.dim() == 2, "w_hh must have 2 dimensions, got ", w_hh.dim());
+    FUSED_RNN_CHECK(w_hh.size(0) <= kMost, "w_hh has too many rows: ", w_hh.size(0));
     FUSED_RNN_CHECK(w_hh.size(0) % cell.gates == 0, "w_hh must have a multiple of ", cell.gates, " rows, got ",
                     w_hh.size(0));
     shape.cell = cell.kind;
@@ -96,6 +97,7 @@ class Layer {
       shape.B = step ? x[0] : x[1];
       FUSED_RNN_CHECK(!__builtin_mul_overflow(shape.T, shape.B, &shape.N), "x has too many rows: ", shape_text(x));
     }
+    FUSED_RNN_CHECK(shape.N <= kMost && shape.I <= kMost, "x is too large: ", shape_text(x));
     FUSED_RNN_CHECK(shape.T > 0, "Expected sequence length to be larger than 0 in RNN");
   }
 
@@ -266,14 +268,17 @@ class Layer {
   }
 
  private:
+  static constexpr int64_t kMost = INT64_MAX / 8;  // of rows, and of columns that take no memory: sums of them are safe
+
   void pack(const Tensor& sizes, int64_t rows) {
     FUSED_RNN_CHECK(sizes.is_cpu() && sizes.scalar_type() == ScalarType::Long && sizes.dim() == 1,
                     "batch_sizes must be a 1-D int64 tensor on the CPU");
-    batch_sizes = sizes.is_contiguous() ? sizes : torch::stable::contiguous(sizes);
-    shape.T = batch_sizes->size(0);
+    shape.T = sizes.size(0);
     FUSED_RNN_CHECK(shape.T > 0, "batch_sizes must not be empty");
-    const int64_t* at = static_cast<const int64_t*>(batch_sizes->data_ptr());
-    shape.batch_sizes = at;
+    const Tensor given = contiguous(sizes, "batch_sizes");
+    const int64_t* at = static_cast<const int64_t*>(given.data_ptr());
+    batch_sizes.assign(at, at + shape.T);
+    at = shape.batch_sizes = batch_sizes.data();
     shape.B = at[0];
     row_offsets.resize(shape.T);
     for (int64_t t = 0; t < shape.T; ++t) {

@@ -51,6 +51,27 @@ std::string shape_text(const Sizes& sizes) {
   return text.str();
 }
 
+// A tensor's storage may have been resized behind its back; torch does not look.
+inline void require_storage(const Tensor& tensor, const char* name, int64_t elements) {
+  int64_t bytes = 0;
+  aoti_torch_get_storage_size(tensor.get(), &bytes);
+  FUSED_RNN_CHECK(tensor.storage_offset() + elements <= bytes / static_cast<int64_t>(tensor.element_size()), name,
+                  " reaches beyond the end of its storage");
+}
+
+inline Tensor contiguous(const Tensor& tensor, const char* name) {
+  const int64_t numel = tensor.numel();
+  if (numel == 0) return tensor;
+  if (tensor.is_contiguous()) {
+    require_storage(tensor, name, numel);
+    return tensor;
+  }
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  require_storage(tensor, name, last + 1);
+  return torch::stable::contiguous(tensor);
+}
+
 // `tensor`, contiguous, after checking that it has these sizes and x's dtype.
 inline Tensor checked(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   FUSED_RNN_CHECK(tensor.is_cpu(), name, " must be on the CPU");
@@ -60,7 +81,7 @@ inline Tensor checked(const Tensor& tensor, const char* name, std::initializer_l
   size_t i = 0;
   for (int64_t size : sizes) same = same && got[i++] == size;
   FUSED_RNN_CHECK(same, name, " must have shape ", shape_text(sizes), ", got ", shape_text(got));
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  return contiguous(tensor, name);
 }
 
 inline OptionalTensor checked(const OptionalTensor& tensor, const char* name, std::initializer_list<int64_t> sizes,

@@ -143,7 +143,9 @@ int64_t gradient_workers(const LayerShape& shape, int64_t threads) {
 
 void backward(const BackwardParams& params, int64_t threads, int64_t gradient_workers) {
   const Kernels& k = kernels();
-  run(params.shape, threads, [&](int64_t d, const Worker& worker) { k.backward(params, d, worker); });
+  if (params.shape.N > 0 && params.shape.P > 0) {  // else there may be any number of steps, and nothing in them
+    run(params.shape, threads, [&](int64_t d, const Worker& worker) { k.backward(params, d, worker); });
+  }
   if (gradient_workers == 1) return k.gradients(params, Worker{0, 1, false, nullptr});
 #pragma omp parallel num_threads(static_cast<int>(gradient_workers))
   {

@@ -1,0 +1,204 @@
+"""Long and hard use: many threads, thousands of calls, NaN and infinity anywhere, denormal numbers.
+
+Each value on its own is in test_contract_values.py; what hostile arguments do in test_fuzz.py; forks in test_isa.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_rnn
+from contract import survives
+
+CELLS = ["RNN", "LSTM", "GRU"]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """One, and the number of before behind the test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pair(cell: str, *args: int, **options: bool) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """torch.nn's module and ours, of the same weights."""
+    torch.manual_seed(0)
+    theirs = getattr(torch.nn, cell)(*args, **options)
+    return theirs, fused_rnn.from_torch(theirs)
+
+
+# Many Python threads
+
+
+@pytest.mark.parametrize("threads_of_torch", [1, 2])
+def test_python_threads_through_one_module_and_many(threads_of_torch: int) -> None:
+    """Forward, backward, packed, steps and cells at once, large and small, sharing a module and not."""
+    torch.set_num_threads(threads_of_torch)
+    shared = [getattr(fused_rnn, cell)(16, 96, bidirectional=True) for cell in CELLS]
+    shared_cell = fused_rnn.GRUCell(16, 32)
+
+    def call(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        T, B = 1 + seed % 7, (1, 3, 8, 33)[seed % 4]
+        x = torch.randn(T, B, 16, generator=generator).requires_grad_()
+        module = shared[seed % 3]
+        own = getattr(fused_rnn, CELLS[seed % 3])(16, 24, num_layers=2)
+        with torch.no_grad():
+            for weight in own.parameters():
+                weight.copy_(torch.linspace(-0.2, 0.2, weight.numel()).view_as(weight))
+        found = []
+        for m in (module, own):
+            output, _ = m(x, resets=torch.rand(T, B, generator=generator) < 0.2 if seed % 2 else None)
+            found += [output.detach(), *torch.autograd.grad(output.sin().sum(), [x, *m.parameters()])]
+        with torch.no_grad():
+            found += [shared_cell(x[0]), own(x, lengths=torch.arange(B) % (T + 1))[0], own.step(x[0])[0]]
+        return found
+
+    expected = [call(seed) for seed in range(48)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(2):
+            for found, wanted in zip(pool.map(call, range(48)), expected, strict=True):
+                for a, b in zip(found, wanted, strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# Memory
+
+
+def resident_kilobytes() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+def leaks_nothing() -> None:
+    """10,000 rounds of inference, training, resets and lengths, steps and refusals in a process of their own."""
+    torch.set_num_threads(1)
+    x, h, done, lengths = torch.randn(4, 3, 5), torch.zeros(2, 3, 7), torch.rand(4, 3) < 0.3, torch.tensor([4, 0, 2])
+    modules = [(getattr(fused_rnn, c)(5, 7, bidirectional=True), getattr(fused_rnn, c)(5, 7)) for c in CELLS]
+
+    def call(number: int) -> None:
+        module, stepped = modules[number % 3]
+        state = (h, h) if number % 3 == CELLS.index("LSTM") else h
+        with torch.inference_mode():
+            module(x)
+            stepped.step(x[0])
+        more = dict(resets=done, reset_state=state, lengths=lengths, return_state_sequence=True)
+        module(x, state, **more if number % 2 else {})[0].sum().backward()
+        module.zero_grad()
+        with pytest.raises(RuntimeError):
+            torch.ops.fused_rnn.forward(x, None, None, 2, True, x, x)
+
+    sizes = []
+    for number in range(10_001):
+        call(number)
+        if number in (2_000, 10_000):
+            sizes.append(resident_kilobytes())
+    assert sizes[1] - sizes[0] < 800, f"{sizes[0]} KB, then {sizes[1]} KB"  # 100 bytes a round
+
+
+def test_no_leak() -> None:
+    survives(leaks_nothing)
+
+
+# NaN and infinity
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 9), (3, 2), (9, 1), (6, 5), (4, 30)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_special_values_in_weights(cell: str, T: int, B: int, value: float) -> None:
+    """Zero states are multiplied, too: zero times infinity is NaN."""
+    for name in ("weight_ih_l0", "weight_hh_l0", "weight_hh_l0_reverse", "bias_hh_l0"):
+        theirs, ours = pair(cell, 4, 20, bidirectional=True)
+        with torch.no_grad():
+            theirs.get_parameter(name)[3] = value
+        x = torch.randn(T, B, 4)
+        torch.testing.assert_close(ours(x)[0], theirs(x)[0], equal_nan=True)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x)[0], theirs(x)[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("cell", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_special_values_in_a_cells_weights(cell: str) -> None:
+    theirs, ours = pair(cell, 4, 20)
+    with torch.no_grad():
+        theirs.weight_hh[3, 5] = float("nan")
+        for B in (1, 5, 40):
+            x = torch.randn(B, 4)
+            torch.testing.assert_close(ours(x), theirs(x), equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("what", ["x", "h", "dy"])
+@pytest.mark.parametrize("B", [3, 30])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_row_with_special_values_leaves_the_others_alone(cell: str, B: int, what: str, value: float) -> None:
+    """Outputs, states and the gradients of inputs of the other rows are bit for bit what they were."""
+    _, module = pair(cell, 6, 20, bidirectional=True)
+    x, h, dy = torch.randn(5, B, 6), torch.randn(2, B, 20), torch.randn(5, B, 40)
+    tensors = {"x": x, "h": h, "dy": dy}
+
+    def call() -> list[Tensor]:
+        of_input, state = x.clone().requires_grad_(), h.clone().requires_grad_()
+        output, last = module(of_input, (state, state) if cell == "LSTM" else state)
+        grads = torch.autograd.grad([output], [of_input, state], [dy])
+        return [output.detach(), *(last if cell == "LSTM" else [last]), *grads]
+
+    expected = call()
+    tensors[what][1 if what != "h" else 0, 1] = value
+    found, others = call(), [b for b in range(B) if b != 1]
+    assert not all(torch.equal(a[:, 1], b[:, 1]) for a, b in zip(found, expected, strict=True))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a[:, others], b[:, others])
+
+
+# Denormal numbers
+
+
+def seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    for _ in range(4):
+        call()
+    return time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("what", ["x", "weights", "dy"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_denormal_numbers_do_not_slow_it(cell: str, what: str) -> None:
+    """By no more than torch.nn, or by half: some processors take a hundred times as long for an operation on one."""
+    modules = pair(cell, 64, 128)
+    small = pair(cell, 64, 128)
+    if what == "weights":
+        with torch.no_grad():
+            for weight in small[0].parameters():
+                weight.mul_(1e-39)
+    x, dy = torch.randn(16, 12, 64), torch.randn(16, 12, 128)
+    small_x, small_dy = (x * 1e-39 if what == "x" else x), (dy * 1e-39 if what == "dy" else dy)
+
+    def ratio(which: int) -> float:
+        def usual() -> None:
+            modules[which](x)[0].backward(dy)
+
+        def denormal() -> None:
+            small[which](small_x)[0].backward(small_dy)
+
+        usual(), denormal()
+        return statistics.median(seconds(denormal) / seconds(usual) for _ in range(9))
+
+    for _attempt in range(3):  # a busy machine makes the times of a moment wrong
+        theirs, ours = ratio(0), ratio(1)
+        if ours <= max(1.2 * theirs, 1.5):
+            return
+    pytest.fail(f"{ours:.1f} times as long with denormal numbers, torch.nn {theirs:.1f} times")
