@@ -401,7 +401,8 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     norm_c_bias=None, deterministic=False,
 ):  # fmt: skip
     weights = (w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse)
-    cuda.require_one_device(x, h0, c0, *weights, resets, reset_h, reset_c)
+    variant = (drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias)
+    cuda.require_one_device(x, h0, c0, *weights, resets, reset_h, reset_c, *variant)
     cell = reference.CELLS[cell]
     H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
     D = 1 if w_hh_reverse is None else 2
@@ -435,7 +436,8 @@ def _fake_backward(  # type: ignore[no-untyped-def]
     reset_steps=0, dc_sequence=None, drop_h=None, zone_h=None, zone_c=None, norm_hh=None, norm_c=None, norm_c_bias=None,
 ):  # fmt: skip
     weights = (w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse)
-    cuda.require_one_device(dy, dh_n, dc_n, x, reserve, *weights, resets, dc_sequence)
+    variant = (drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias)
+    cuda.require_one_device(dy, dh_n, dc_n, x, reserve, *weights, resets, dc_sequence, *variant)
     cell = reference.CELLS[cell]
     H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
     D = 1 if w_hh_reverse is None else 2

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fused_rnn
 from fused_rnn import reference
 from test_ops import KINDS, backward_arguments, forward_arguments
 
@@ -276,6 +277,15 @@ def test_any_number_of_steps_of_nothing(cell: str) -> None:
     with pytest.raises(RuntimeError, match="too large"):
         x, w_ih = torch.empty(1, 0, 2**63 - 1), torch.empty(0, 2**63 - 1)
         torch.ops.fused_rnn.forward(x, None, None, number, True, w_ih, torch.empty(0, 0))
+
+
+def test_the_gains_of_an_empty_batch_have_no_gradient() -> None:
+    """Written to, and not memory as it was found."""
+    garbage = [torch.full((2, 5), float("nan")) for _ in range(64)]
+    lstm = fused_rnn.LSTM(4, 5, layer_norm=True)
+    del garbage
+    lstm(torch.empty(3, 0, 4))[0].sum().backward()
+    assert not any(weight.grad.any() for weight in lstm.parameters() if weight.grad is not None)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -489,7 +489,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
     p.dproduct = take(dproduct);
     p.dnormal = take(dnormal);
     p.dnorm_hh = s.normalised ? layer.offset(dnorm_hh, d * rows) : nullptr;
-    p.dnorm_c = dnormal ? layer.offset(dnorm_c, d * 2 * s.H) : nullptr;
+    p.dnorm_c = dnorm_c.numel() ? layer.offset(dnorm_c, d * 2 * s.H) : nullptr;
     p.dh_total = s.projected ? take(dh_total) : nullptr;
     p.dh0 = need_dstate ? layer.offset(dh0, d * s.B * s.P) : nullptr;
     p.dc = layer.cell.has_c ? layer.offset(dc, d * s.B * s.H) : nullptr;
