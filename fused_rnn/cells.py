@@ -5,12 +5,13 @@ Only `forward` is new; as in `fused_rnn.modules`, what the kernels do not take g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_rnn import autocast, ops
+from fused_rnn import autocast, ops, reference
 from fused_rnn.convert import TorchConvertible, fx_leaf
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -44,22 +45,27 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         except RuntimeError:
             return None  # something does not fit, or belongs to torch
 
-    def _step(self, cell: str, input: Any, states: tuple[Any, ...]) -> tuple[Tensor, Tensor | None] | None:
-        """h' and c' (None but for the LSTM); None if torch has to compute this call.
+    def _step(
+        self, cell: str, input: Any, states: tuple[Any, ...], layer: Callable = ops.layer
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """h' and c' (None but for the LSTM) by `layer`; None if torch has to compute this call, or to raise.
 
         Raises:
             RuntimeError: input and hidden differ in rank, where torch.nn would read past the end.
         """
         self._check_ranks(input, states)
+        fuses = layer is ops.layer
+        if fuses and (ops.watched() or not isinstance(input, Tensor) or input.dtype not in ops.DTYPES):
+            return None
         parameters = self._parameters
-        # A parametrised weight is no parameter, and an attribute of the module is slow to get.
+        # A parametrised weight is no parameter, may change whenever it is got, and an attribute is slow to get.
         weights = [parameters[name] if name in parameters else getattr(self, name) for name in _WEIGHTS]
-        casts = None if ops.watched() else autocast.casts(cell, input, states, weights)
+        casts = autocast.casts(cell, input, states, weights) if fuses else None
         if casts:
             if self._torch_is_faster(cell, input):
                 return None
             (input,), states, weights = (casts.into(tensors) for tensors in ((input,), states, weights))
-        if not ops.fusible(input, *states, *weights):
+        if fuses and not ops.fusible(input, *states, *weights):
             return None
         dim = input.dim()
         if dim not in (1, 2) or input.size(-1) != self.input_size:
@@ -71,7 +77,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         if dim == 1:
             input, states = input.unsqueeze(0), tuple(s.unsqueeze(0) for s in states)
         h0, c0 = (*states, None, None)[:2]
-        h, _, c = ops.layer(cell, input, h0, c0, (*weights, None))
+        h, _, c = layer(cell, input, h0, c0, (*weights, None))
         results = [s if dim == 2 else s.squeeze(0) for s in (h, c) if s is not None]
         h, c = (*(casts.out_of(results) if casts else results), None)[:2]
         return h, c
@@ -85,6 +91,18 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
             and half is not None
             and autocast.torch_is_faster(cell, half, 1, batch, self.hidden_size)
         )
+
+    def _torchs(self, cell: str, input: Any, hx: Any, states: tuple[Any, ...]) -> Any:
+        """torch.nn's own forward; the specification where that has no rule for a transform (vmap, jvp)."""
+        if torch.compiler.is_compiling() or not ops.transformed():
+            return super().forward(input, hx)
+        try:
+            return super().forward(input, hx)
+        except RuntimeError:
+            result = self._step(cell, input, states, reference.layer)
+            if result is None:
+                raise
+            return result if cell == "lstm" else result[0]
 
     def _check_ranks(self, input: Any, states: tuple[Any, ...]) -> None:
         for state in states:
@@ -104,8 +122,9 @@ class RNNCell(FusedCellBase, torch.nn.RNNCell):
         if self.nonlinearity not in ("tanh", "relu"):
             return super().forward(input, hx)
         cell = f"rnn_{self.nonlinearity}"
-        result = self._usual_step(cell, input, hx) or self._step(cell, input, () if hx is None else (hx,))
-        return super().forward(input, hx) if result is None else result[0]
+        states = () if hx is None else (hx,)
+        result = self._usual_step(cell, input, *states) or self._step(cell, input, states)
+        return self._torchs(cell, input, hx, states) if result is None else result[0]
 
 
 @fx_leaf
@@ -114,8 +133,9 @@ class GRUCell(FusedCellBase, torch.nn.GRUCell):
 
     def forward(self, input: Any, hx: Any = None) -> Tensor:
         """input ``(B, input_size)`` or ``(input_size)``, hx alike of hidden_size; returns h'."""
-        result = self._usual_step("gru", input, hx) or self._step("gru", input, () if hx is None else (hx,))
-        return super().forward(input, hx) if result is None else result[0]
+        states = () if hx is None else (hx,)
+        result = self._usual_step("gru", input, *states) or self._step("gru", input, states)
+        return self._torchs("gru", input, hx, states) if result is None else result[0]
 
 
 @fx_leaf
@@ -129,4 +149,4 @@ class LSTMCell(FusedCellBase, torch.nn.LSTMCell):
             return super().forward(input, hx)
         states = () if hx is None else tuple(hx)
         result = self._usual_step("lstm", input, *states) or self._step("lstm", input, states)
-        return super().forward(input, hx) if result is None else result  # type: ignore[return-value]
+        return self._torchs("lstm", input, hx, states) if result is None else result  # type: ignore[return-value]

@@ -181,14 +181,18 @@ class FusedRNNBase(TorchConvertible, Variants):
 
     def _checked(self, input: Any, hx: Any) -> Any:
         """Any call: packed, unbatched, irregular or wrong; torch.nn itself takes what the kernels cannot."""
-        self._refresh_flat_weights()
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
-        states, weights = self._given_states(hx), self._flat_weights
-        casts = None if states is None or ops.watched() else self._casts(data, states, weights, packed)
+        states = self._given_states(hx)
+        # The weights last: torch.nn's forward gets its own, and a parametrised one may change whenever it is got.
+        if states is None or not isinstance(data, Tensor) or data.dtype not in ops.DTYPES or ops.watched():
+            return self._torchs(input, hx)
+        self._refresh_flat_weights()
+        weights = self._flat_weights
+        casts = self._casts(data, states, weights, packed)
         if casts:
             (data,), states, weights = (casts.into(tensors) for tensors in ((data,), states, weights))
-        if states is None or not self._regular(data, states, weights, packed):
+        if not self._regular(data, states, weights, packed):
             return super().forward(input, hx)
 
         batch_sizes = sorted_indices = unsorted_indices = None
@@ -226,6 +230,15 @@ class FusedRNNBase(TorchConvertible, Variants):
 
     def _casts(self, data: Any, states: Any, weights: Any, packed: bool) -> autocast.Casts | None:
         return autocast.casts(self.mode.lower(), data, states, weights, not packed, getattr(self, "proj_size", 0) > 0)
+
+    def _torchs(self, input: Any, hx: Any) -> Any:
+        """torch.nn's own forward; the specification where that has no rule for a transform (vmap: for none)."""
+        if torch.compiler.is_compiling() or not ops.transformed() or self.backend == "torch":
+            return super().forward(input, hx)
+        try:
+            return super().forward(input, hx)
+        except RuntimeError:
+            return segments.run(self, input, hx, None, None, None, False)
 
     def _refresh_flat_weights(self) -> None:
         # torch.nn's _update_flat_weights, without the cost of its attribute look-ups in the usual case.

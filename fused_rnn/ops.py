@@ -209,8 +209,7 @@ def watched() -> bool:
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        or transformed()
         or (torch._C._len_torch_function_stack() > 0 and _function_mode_matters())
     )
 
@@ -317,7 +316,7 @@ class _Layer(torch.autograd.Function):
         saved = ctx.saved_tensors
         steering, saved = Steering(*ctx.flags, *saved[:of_steering]), saved[of_steering:]
         kept, inputs = saved[: ctx.kept], list(saved[ctx.kept :])
-        again = torch.is_grad_enabled() or _any_batched(*grads)
+        again = torch.is_grad_enabled() or _any_transformed(*grads)
         for index, of_aside in enumerate(ctx.aside):
             if of_aside is not None:
                 inputs[index] = _unchanged(*of_aside) if again else of_aside[0]
@@ -356,10 +355,15 @@ def _unchanged(tensor: Tensor, version: int) -> Tensor:
     return tensor
 
 
-def _any_batched(*grads: Tensor | None) -> bool:
-    # A gradient under vmap (is_grads_batched=True): torch's own operations know how to take it.
+def _any_transformed(*grads: Tensor | None) -> bool:
+    # A gradient under vmap (is_grads_batched=True) or with a tangent: torch's own operations know how to take it.
+    if forward_ad._current_level >= 0:
+        return True
+    functorch = torch._C._functorch
     for g in grads:
-        if g is not None and (type(g) not in COMPILERS_TYPES or torch._C._functorch.is_batchedtensor(g)):
+        if g is not None and (
+            type(g) not in COMPILERS_TYPES or functorch.is_batchedtensor(g) or functorch.is_gradtrackingtensor(g)
+        ):
             return True
     return False
 
@@ -372,25 +376,29 @@ def _differentiable_backward(
 ) -> list[Tensor | None]:
     """The layer's gradients as a differentiable function of its inputs and of the outputs' gradients."""
     s = steering
-    with torch.enable_grad():
-        # Views cut every input off from the others: h0 may itself have been computed from x.
-        x, h0, c0, reset_h, reset_c, *rest = views = [None if t is None else t.view_as(t) for t in inputs]
-        outputs = reference.layer(
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    used = [g for g in grads if g is not None]
+
+    def outputs(*given: Tensor) -> tuple[Tensor, ...]:
+        left = iter(given)
+        x, h0, c0, reset_h, reset_c, *rest = [next(left) if need else t for t, need in zip(inputs, needs, strict=True)]
+        found = reference.layer(
             s.cell, x, h0, c0, rest[3:], s.batch_sizes, s.resets, reset_h, reset_c, s.c_sequence, s.lengths,
             (None, *rest[:3]), s.drop_h, s.zone_h, s.zone_c,
         )  # fmt: skip
-        used = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
-        wanted = [v for v, need in zip(views, needs, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in used],
-                wanted,
-                [g for _, g in used],
-                create_graph=torch.is_grad_enabled(),
-                allow_unused=True,
-            )
-        )
-    return [next(found) if need else None for need in needs]
+        return tuple(o for o, g in zip(found, grads, strict=True) if g is not None)
+
+    if torch._C._functorch.get_dynamic_layer_stack_depth() > 0:
+        # Inside a transform autograd does not see what was recorded outside; the transform of its kind does.
+        found = torch.func.vjp(outputs, *wanted)[1](tuple(used))
+    else:
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views cut every input off from the others: h0 may itself have been computed from x.
+            views = [t.view_as(t) for t in wanted]
+            found = torch.autograd.grad(outputs(*views), views, used, create_graph=create_graph, allow_unused=True)
+    left = iter(found)
+    return [next(left) if need else None for need in needs]
 
 
 @torch.library.register_fake("fused_rnn::forward")
