@@ -55,12 +55,12 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         """
         self._check_ranks(input, states)
         fuses = layer is ops.layer
-        if fuses and (ops.watched() or not isinstance(input, Tensor) or input.dtype not in ops.DTYPES):
+        if fuses and not ops.fusible(input):
             return None
         parameters = self._parameters
         # A parametrised weight is no parameter, may change whenever it is got, and an attribute is slow to get.
         weights = [parameters[name] if name in parameters else getattr(self, name) for name in _WEIGHTS]
-        casts = autocast.casts(cell, input, states, weights) if fuses else None
+        casts = None if ops.watched() else autocast.casts(cell, input, states, weights)
         if casts:
             if self._torch_is_faster(cell, input):
                 return None

@@ -185,11 +185,11 @@ class FusedRNNBase(TorchConvertible, Variants):
         data = input.data if packed else input
         states = self._given_states(hx)
         # The weights last: torch.nn's forward gets its own, and a parametrised one may change whenever it is got.
-        if states is None or not isinstance(data, Tensor) or data.dtype not in ops.DTYPES or ops.watched():
+        if states is None or not ops.fusible(data):
             return self._torchs(input, hx)
         self._refresh_flat_weights()
         weights = self._flat_weights
-        casts = self._casts(data, states, weights, packed)
+        casts = None if ops.watched() else self._casts(data, states, weights, packed)
         if casts:
             (data,), states, weights = (casts.into(tensors) for tensors in ((data,), states, weights))
         if not self._regular(data, states, weights, packed):
