@@ -14,7 +14,9 @@ enum class CellKind : int32_t { kRnnTanh, kRnnRelu, kLstm, kGru };
 enum class Dtype : int32_t { kFloat32, kFloat64 };
 
 // The shape of one layer and the place of its rows.
-// Row (t, b) of every [N, ...] buffer is row(t) + b; a packed sequence has fewer rows at later steps.
+// Row (t, b) of every [N, ...] buffer is row(t) + b; a packed sequence has fewer rows at later steps. What the caller
+// hands in and gets may lie elsewhere, as in a padded batch whose rows are worked on longest first: `places` says where
+// the rows of x, y, c_sequence, resets and of their gradients are, `order` where those of the states are.
 struct LayerShape {
   CellKind cell;
   Dtype dtype;
@@ -29,6 +31,8 @@ struct LayerShape {
   const int64_t* batch_sizes;  // [T] non-increasing, batch_sizes[0] == B; null: every step has B rows
   const int64_t* row_offsets;  // [T] rows before step t; null with batch_sizes
   const uint8_t* resets;       // [N] 1: the state is replaced before this step; null: nowhere
+  const int64_t* places;       // [N] where row n lies; null: at n
+  const int64_t* order;        // [B] where row b of the states (h0, c, h_n, reset and their gradients) lies; null: at b
 
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   bool chains_h(bool saves_h) const {
@@ -40,10 +44,12 @@ struct LayerShape {
   // the same borders, so that what lies between them is a sequence of its own.
   bool reset(int64_t t, int64_t b, bool reverse) const {
     if (!resets) return false;
-    if (!reverse) return resets[row(t) + b];
-    return t + 1 < T && b < rows(t + 1) && resets[row(t + 1) + b];
+    if (!reverse) return resets[place(row(t) + b)];
+    return t + 1 < T && b < rows(t + 1) && resets[place(row(t + 1) + b)];
   }
   int64_t row(int64_t t) const { return row_offsets ? row_offsets[t] : t * B; }
+  int64_t place(int64_t n) const { return places ? places[n] : n; }
+  int64_t state(int64_t b) const { return order ? order[b] : b; }
 };
 
 // What forward keeps for backward, one row per (t, b), `stride` apart. All null in inference.
@@ -92,7 +98,7 @@ struct ForwardDirection {
   void* y;           // [N, P] out: h of every step
   int64_t y_stride;  // of a row of y: D * P, so that two directions interleave
   void* c_sequence;  // [N, H] out: c of every step, rows D * H apart; may be null: not wanted. LSTM
-  void* h_n;         // [B, P] out: h after each row's last step; may be null: not wanted
+  void* h_n;         // [B, P] out: h after each row's last step; may be h0; may be null: not wanted
   void* c;           // [B, H] in: c0; out: c_n. LSTM, else null
   void* workspace;   // forward_workspace(shape) elements, 64-byte aligned
 };

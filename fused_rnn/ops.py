@@ -70,8 +70,7 @@ def layer(
 ) -> tuple[Tensor | None, ...]:
     """One layer over a whole sequence on the fused kernels; the meaning is `fused_rnn.reference.layer`'s.
 
-    On the CPU, `lengths` is for the caller to turn into `batch_sizes`, but for a compiler. With `recompute`, backward
-    computes forward again rather than keeping the gates of every step.
+    With `recompute`, backward computes forward again rather than keeping the gates of every step.
 
     Raises:
         RuntimeError: a tensor does not fit the others in shape, dtype or device.
@@ -108,6 +107,7 @@ def layer_of_kernels(
     """`layer`, but that h_n of a single step is empty, and so is c_n but for the LSTM."""
     norm_ih, *gains = norms
     if norm_ih is not None:
+        x = x if lengths is None else reference.without_what_follows(x, lengths)
         x, weights = _normalised_gates(x, norm_ih, weights)
     inputs = (x, h0, c0, reset_h, reset_c, *gains, *weights)
     steering = Steering(cell, c_sequence, recompute, batch_sizes, lengths, resets, drop_h, zone_h, zone_c)
@@ -250,7 +250,7 @@ def _call_forward(
     s = steering
     y, h_n, c_n, reserve, c_of_steps = _forward(
         x, h0, c0, NUMBER[s.cell], train, *weights, s.batch_sizes, s.resets, reset_h, reset_c, s.c_sequence,
-        s.drop_h, s.zone_h, s.zone_c, *norms, _deterministic(),
+        s.drop_h, s.zone_h, s.zone_c, *norms, _deterministic(), s.lengths,
     )  # fmt: skip
     return y, h_n, c_n, (c_of_steps,) if s.c_sequence else (), (reserve,)
 
@@ -268,13 +268,13 @@ def _call_backward(
     w_ih_reverse, w_hh_reverse, _, _, w_hr_reverse = reverse or _NO_WEIGHTS
     of_weights = [*needs[_WEIGHTS:], *[False] * 5]
     need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = (of_weights[i] or of_weights[i + 5] for i in range(5))
-    dy, dh_n, dc_n, *dc_sequence = grads
+    dy, dh_n, dc_n, dc_sequence = (*grads, None)[:4]
     s = steering
     dx, dh0, dc0, *of_both, dreset_h, dreset_c, dnorm_hh, dnorm_c = _backward(
         dy, dh_n, dc_n, x, *kept, NUMBER[s.cell], needs[0], needs[1] or needs[2], need_w_ih, need_w_hh,
         need_b_ih or need_b_hh, need_w_hr, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse, s.batch_sizes,
-        s.resets, _steps_of_reset_states((reset_h, reset_c), needs), *dc_sequence or (None,), s.drop_h, s.zone_h,
-        s.zone_c, *norms,
+        s.resets, _steps_of_reset_states((reset_h, reset_c), needs), dc_sequence, s.drop_h, s.zone_h, s.zone_c, *norms,
+        s.lengths,
     )  # fmt: skip
     dnorms = (dnorm_hh, *(dnorm_c.unbind(1) if norms[1] is not None else (None, None)))
     return [dx, dh0, dc0, dreset_h, dreset_c, *dnorms, *of_both]
@@ -406,7 +406,7 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     x, h0, c0, cell, train, w_ih, w_hh, b_ih=None, b_hh=None, w_hr=None, w_ih_reverse=None, w_hh_reverse=None,
     b_ih_reverse=None, b_hh_reverse=None, w_hr_reverse=None, batch_sizes=None, resets=None, reset_h=None,
     reset_c=None, want_c_sequence=False, drop_h=None, zone_h=None, zone_c=None, norm_hh=None, norm_c=None,
-    norm_c_bias=None, deterministic=False,
+    norm_c_bias=None, deterministic=False, lengths=None,
 ):  # fmt: skip
     weights = (w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse)
     variant = (drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias)
@@ -421,6 +421,8 @@ def _fake_forward(  # type: ignore[no-untyped-def]
     h_n = x.new_empty((0,) if is_step else (*state, P))
     c_n = x.new_empty((*state, H) if cell == "lstm" else (0,))
     chained = reference.GATES[cell] == 1 and all(t is None for t in (batch_sizes, resets, drop_h, zone_h, norm_hh))
+    if lengths is not None:  # how many rows have steps is in the values
+        rows, chained = torch.library.get_ctx().new_dynamic_size(), False
     width = H if chained else _reserve_width(cell, H, P, w_hr, drop_h, norm_hh)
     reserve = x.new_empty((D if train else 0, rows + batch if chained else rows, width))
     if x.dtype in (torch.bfloat16, torch.float16):
@@ -442,6 +444,7 @@ def _fake_backward(  # type: ignore[no-untyped-def]
     dy, dh_n, dc_n, x, reserve, cell, need_dx, need_dstate, need_dw_ih, need_dw_hh, need_db, need_dw_hr,
     w_ih, w_hh, w_hr=None, w_ih_reverse=None, w_hh_reverse=None, w_hr_reverse=None, batch_sizes=None, resets=None,
     reset_steps=0, dc_sequence=None, drop_h=None, zone_h=None, zone_c=None, norm_hh=None, norm_c=None, norm_c_bias=None,
+    lengths=None,
 ):  # fmt: skip
     weights = (w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse)
     variant = (drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias)

@@ -160,6 +160,9 @@ def layer(
         )
         return y[0], h_n[0], None if c_n is None else c_n[0]
 
+    if lengths is not None:
+        x = without_what_follows(x, lengths)
+
     def by_step(rows: Tensor) -> list[Tensor]:
         return list(rows.unbind(0) if batch_sizes is None else rows.split(batch_sizes.tolist()))
 
@@ -224,6 +227,12 @@ def layer(
     c_n = None if c_last[0] is None else torch.stack(c_last)
     results = (torch.cat(outputs, dim=-1), torch.stack(h_last), c_n)
     return (*results, torch.cat(c_outputs, dim=-1)) if c_sequence else results
+
+
+def without_what_follows(x: Tensor, lengths: Tensor) -> Tensor:
+    """`x` ``[T, B, I]``, zero behind each row's end: there it may be NaN, which times zero is NaN in a gradient."""
+    present = torch.arange(x.size(0), device=x.device).unsqueeze(1) < lengths
+    return torch.where(present.unsqueeze(2), x, x.new_zeros(()))
 
 
 def _begins(resets: list[Tensor], t: int, direction: int) -> Tensor:

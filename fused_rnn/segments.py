@@ -30,6 +30,11 @@ def run(
     return_state_sequence: bool,
 ) -> tuple[Any, ...]:
     """`fused_rnn.modules.FusedRNNBase.forward` with any of its keyword arguments; they are explained there."""
+    if _is_usual(module, input, hx, resets, reset_state, lengths):
+        try:
+            return _usual(module, input, hx, resets, reset_state, lengths, return_state_sequence)
+        except RuntimeError:
+            pass  # something does not fit: find out below
     call = _Call(module, input, hx)
     call.check_resets(resets, reset_state)
     if isinstance(lengths, Tensor) and call.x.is_cpu:
@@ -44,33 +49,23 @@ def run(
         )
         regularisation |= {"norms": [Norms(*casts.into(norms)) for norms in regularisation.get("norms", ())]}
     x, states = call.x, call.states
-    per_step = any(s is not None and s.dim() == 4 for s in reset_states)
     resets = None if resets is None else call.time_major(resets)
+    lengths = None if lengths is None else lengths.to(x.device, non_blocking=True)
     cuda = ops.on_cuda(x)
     fusible = (
         module.backend != "torch"
         and ops.fusible(x, *states, *reset_states, *weights)
         and not (cuda and (module.proj_size > 0 or x.numel() == 0 or not _cuda_takes(**regularisation)))
     )
-    of_steps: Sequence[Tensor] = ()
-    packs = fusible and lengths is not None and not cuda and not torch.compiler.is_compiling()
-    if packs and (per_step or not lengths.any()):
-        packs = fusible = False  # the CPU kernels take packed rows, at least one, and no state of every step for them
+    if fusible and lengths is not None and (cuda or torch.compiler.is_compiling()):
+        x = reference.without_what_follows(x, lengths)  # products over all steps read it
+    extras = Extras(resets, reset_states, lengths, return_state_sequence, **regularisation)
+    extras = extras if fusible else replace(extras, recompute=False)
     with autocast.left(x.device):
-        if packs:
-            rows = _Lengths(lengths, x.size(0))
-            extras = Extras(resets, reset_states, None, return_state_sequence, **regularisation)
-            output, hidden, of_steps = rows.run(call, extras, weights)
-        else:
-            if lengths is not None:
-                lengths = lengths.to(x.device, non_blocking=True)
-                # Behind a row's end may be anything, but zero times NaN would be NaN in the weights' gradients.
-                present = torch.arange(x.size(0), device=x.device).unsqueeze(1) < lengths
-                x = torch.where(present.unsqueeze(2), x, x.new_zeros(()))
-            extras = Extras(resets, reset_states, lengths, return_state_sequence, **regularisation)
-            layer = ops.layer if fusible else reference.layer
-            extras = extras if fusible else replace(extras, recompute=False)
-            output, hidden, of_steps = call.stack(x, states, call.batch_sizes, extras, layer, weights)
+        output, *rest = module._stack(
+            x, states, call.batch_sizes, weights, layer=ops.layer if fusible else reference.layer, extras=extras
+        )
+    hidden, of_steps = rest[: len(states)], rest[len(states) :]
     if casts:
         output, hidden, of_steps = output.to(casts.h), casts.out_of(hidden), casts.out_of(of_steps)
     results = call.results(output, hidden)
@@ -79,6 +74,45 @@ def run(
 
 def _cuda_takes(norms: Any = (), recurrent_dropout: float = 0.0, zoneout: Any = (), **_: Any) -> bool:
     return not (norms or recurrent_dropout or any(zoneout))
+
+
+def _is_usual(module: Any, input: Any, hx: Any, resets: Any, reset_state: Any, lengths: Any) -> bool:
+    """Whether every check that is left is made by the operators."""
+    fresh = module._given_states(reset_state)
+    return (
+        not module._varied
+        and (resets is None or ops.plain(resets, 2))
+        and (lengths is None or ops.plain(lengths, 1))
+        and fresh is not None
+        and (not fresh or resets is not None)
+        and all(ops.plain(s, 3) or ops.plain(s, 4) for s in fresh)
+        and module._usual(input, 3, hx)
+    )
+
+
+def _usual(
+    module: Any, input: Tensor, hx: Any, resets: Any, reset_state: Any, lengths: Any, return_state_sequence: bool
+) -> tuple[Any, ...]:
+    """A batch of plain tensors on the CPU, without options.
+
+    Raises:
+        RuntimeError: the operators cannot compute this.
+    """
+    x = input
+    if module.batch_first:
+        x, resets = input.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
+    sizes, fresh = module._state_sizes(), module._given_states(reset_state)
+    if fresh:
+        steps_to_width = [(x.size(0), module._state_rows(), x.size(1), size) for size in sizes]
+        fresh = [s.expand(shape[4 - s.dim() :]) for s, shape in zip(fresh, steps_to_width, strict=True)]
+    output, *rest = module._stack(
+        x,
+        (None, None) if hx is None else module._given_states(hx),
+        extras=Extras(resets, fresh, lengths, return_state_sequence),
+    )
+    count = len(sizes)
+    results = output.transpose(0, 1) if module.batch_first else output, module._pack_states(rest[:count])
+    return (*results, module._pack_states(rest[count:])) if return_state_sequence else results
 
 
 def before_step(module: Any, input: Tensor, hx: Any, resets: Tensor | None, reset_state: Any) -> Any:
@@ -226,14 +260,6 @@ class _Call:
             found.append(state.expand(wanted))
         return tuple(found)
 
-    def stack(
-        self, x: Tensor, states: Any, batch_sizes: Any, extras: Extras, layer: Any, weights: Any
-    ) -> tuple[Any, Any, Any]:
-        """Output, final states, and the states of every step if they are wanted."""
-        output, *rest = self.module._stack(x, states, batch_sizes, weights, layer=layer, extras=extras)
-        count = len(self.module._state_sizes())
-        return output, rest[:count], rest[count:]
-
     def results(self, output: Tensor, hidden: Sequence[Tensor]) -> tuple[Any, Any]:
         """As torch.nn returns them."""
         module, packed = self.module, self.packed
@@ -250,42 +276,6 @@ class _Call:
             indices = (packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
             return self.module._pack_states([PackedSequence(s, *indices) for s in of_steps])
         return self.module._pack_states(of_steps if self.batched else [s.squeeze(2) for s in of_steps])
-
-
-class _Lengths:
-    """A padded batch as packed rows, longest first, for kernels that take those; rows without a step are left out."""
-
-    def __init__(self, lengths: Tensor, T: int) -> None:
-        self.T, self.B = T, lengths.size(0)
-        sorted_lengths, order = lengths.sort(descending=True, stable=True)
-        self.order = order[: int((lengths > 0).sum())]
-        present = torch.arange(int(sorted_lengths[0])).unsqueeze(1) < sorted_lengths
-        self.batch_sizes = present.sum(1)
-        t, b = present.nonzero(as_tuple=True)
-        self.rows = t * self.B + order[b]  # of [T * B, ...], in packed order
-
-    def run(self, call: _Call, extras: Extras, weights: Sequence[Tensor]) -> tuple[Any, Any, Any]:
-        layers = call.module._state_rows()
-        sizes = call.module._state_sizes()
-        # Of rows without a step the initial state is the final one.
-        hidden = [
-            call.x.new_zeros(layers, self.B, size) if s is None else s
-            for s, size in zip(call.states, sizes, strict=True)
-        ]
-        resets = None if extras.resets is None else extras.resets.flatten().index_select(0, self.rows)
-        extras = replace(extras, resets=resets, reset_states=self.sorted(extras.reset_states))
-        x = call.x.flatten(0, 1).index_select(0, self.rows)
-        output, last, of_steps = call.stack(x, self.sorted(call.states), self.batch_sizes, extras, ops.layer, weights)
-        hidden = [all_rows.index_copy(1, self.order, some) for all_rows, some in zip(hidden, last, strict=True)]
-        return self.padded(output), hidden, [self.padded(s).transpose(1, 2) for s in of_steps]
-
-    def sorted(self, states: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        return tuple(None if s is None else s.index_select(1, self.order) for s in states)
-
-    def padded(self, rows: Tensor) -> Tensor:
-        """``[T, B, ...]``, zero where a row has ended."""
-        out = rows.new_zeros(self.T * self.B, *rows.shape[1:]).index_copy_(0, self.rows, rows)
-        return out.unflatten(0, (self.T, self.B))
 
 
 def _check_tensors(name: str, argument: str, states: Sequence[Any]) -> None:

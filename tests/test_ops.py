@@ -35,13 +35,15 @@ def forward_arguments(
             given = present and (name != "w_hr" or kind == "projected")
             arguments[name + suffix] = torch.randn(shape, dtype=dtype) if given else None
     arguments["batch_sizes"] = torch.tensor([2, 2, 1]) if kind == "packed" else None
+    arguments["lengths"] = torch.tensor([1, 3]) if kind == "ragged" else None
     return arguments | dict(cell=CELLS.index(cell), train=True)
 
 
 def backward_arguments(forward: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a valid call of torch.ops.fused_rnn.backward after that forward."""
     y, h_n, c_n, reserve, _ = torch.ops.fused_rnn.forward(**forward)
-    names = ["x", "w_ih", "w_hh", "w_hr", "w_ih_reverse", "w_hh_reverse", "w_hr_reverse", "batch_sizes", "cell"]
+    names = ["x", "w_ih", "w_hh", "w_hr", "w_ih_reverse", "w_hh_reverse", "w_hr_reverse", "batch_sizes"]
+    names += ["lengths", "cell"]
     needs = ["dx", "dstate", "dw_ih", "dw_hh", "db", "dw_hr"]
     return dict(
         dy=torch.randn_like(y),
@@ -53,7 +55,7 @@ def backward_arguments(forward: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-KINDS = [("padded", 1), ("padded", 2), ("packed", 1), ("packed", 2), ("step", 1)]
+KINDS = [("padded", 1), ("padded", 2), ("packed", 1), ("packed", 2), ("ragged", 1), ("ragged", 2), ("step", 1)]
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -145,6 +147,23 @@ def test_hostile_forward(change: dict[str, Any], message: str) -> None:
 )
 def test_hostile_batch_sizes(sizes: Tensor, message: str) -> None:
     _fails(torch.ops.fused_rnn.forward, forward_arguments("lstm", "packed") | dict(batch_sizes=sizes), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(lengths=torch.tensor([1, 4])), "lengths must be between 0 and 3, got 4"),
+        (dict(lengths=torch.tensor([-1, 3])), "lengths must be between 0 and 3, got -1"),
+        (dict(lengths=torch.tensor([1, 2, 3])), r"lengths must have shape \[2\], got \[3\]"),
+        (dict(lengths=torch.tensor([1.0, 2.0])), "lengths must be int32 or int64"),
+        (dict(lengths=torch.tensor([True, False])), "lengths must be int32 or int64"),
+        (dict(x=torch.randn(5, 4), batch_sizes=torch.tensor([2, 2, 1])), "lengths need x to be"),
+        (dict(x=torch.randn(2, 4), h0=None, c0=None), "lengths need x to be"),
+        (dict(resets=torch.zeros(4, dtype=torch.bool)), r"resets must have shape \[3, 2\], got \[4\]"),
+    ],
+)
+def test_hostile_lengths(change: dict[str, Any], message: str) -> None:
+    _fails(torch.ops.fused_rnn.forward, forward_arguments("lstm", "ragged") | change, message)
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,8 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("cell", reference.CELLS)
 @pytest.mark.parametrize("D", [1, 2])
-def test_gradcheck(cell: str, D: int) -> None:
+@pytest.mark.parametrize("lengths", [None, torch.tensor([2, 4])], ids=["whole", "ragged"])
+def test_gradcheck(cell: str, D: int, lengths: Tensor | None) -> None:
     """First and second derivatives of a layer, its reset states among the inputs."""
     torch.manual_seed(3)
     T, B, size, H, G = 4, 2, 2, 3, reference.GATES[cell]
@@ -289,7 +290,7 @@ def test_gradcheck(cell: str, D: int) -> None:
     def call(*given: Tensor) -> tuple[Tensor, ...]:
         left = iter(given)
         x, h0, c0, *rest = (None if t is None else next(left) for t in inputs)
-        outputs = ops.layer(cell, x, h0, c0, rest[:-2], None, resets, *rest[-2:], has_c)
+        outputs = ops.layer(cell, x, h0, c0, rest[:-2], None, resets, *rest[-2:], has_c, lengths)
         return tuple(o for o in outputs if o is not None)
 
     assert torch.autograd.gradcheck(call, present, fast_mode=True)
@@ -393,11 +394,12 @@ def test_weights_are_those_of_the_moment(name: str) -> None:
     assert all(g.any() for g in torch.autograd.grad(found.sum(), list(others.values())))
 
 
-def test_resets_changed_before_backward() -> None:
+@pytest.mark.parametrize("changed", ["resets", "lengths"])
+def test_changed_before_backward(changed: str) -> None:
     _, ours = pair("GRU", 4, 9)
-    resets = torch.rand(6, 3) < 0.5
-    y, _ = ours(torch.randn(6, 3, 4, dtype=torch.float64), resets=resets)
-    resets.zero_()
+    arguments = dict(resets=torch.rand(6, 3) < 0.5, lengths=torch.tensor([2, 6, 4]))
+    y, _ = ours(torch.randn(6, 3, 4, dtype=torch.float64), **arguments)
+    arguments[changed].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -423,9 +425,22 @@ def test_what_lies_behind_a_rows_end_does_not_matter(monkeypatch: pytest.MonkeyP
     _, ours = pair("GRU", 4, 9)
     x = torch.randn(6, 3, 4, dtype=torch.float64)
     x[4:, 0] = torch.nan
-    arguments = dict(lengths=torch.tensor([4, 6, 6]))
+    arguments, inputs = dict(lengths=torch.tensor([4, 6, 6])), [x.requires_grad_(), *ours.parameters()]
     for y, _ in (ours(x, **arguments), of_reference(ours, x, **arguments, monkeypatch=monkeypatch)):
-        assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), list(ours.parameters())))
+        found = torch.autograd.grad(y.pow(2).sum(), inputs, create_graph=True)
+        found += torch.autograd.grad(sum(g.pow(2).sum() for g in found), inputs)
+        assert all(g.isfinite().all() for g in found) and not found[0][4:, 0].any()
+
+
+@each_name
+def test_the_kernels_take_every_combination(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "layer", None)
+    _, ours = pair(name, 4, 9, bidirectional=True)
+    x, resets = torch.randn(6, 3, 4, dtype=torch.float64, requires_grad=True), torch.rand(6, 3) < 0.4
+    for lengths, steps in itertools.product((None, [0, 0, 0], [2, 6, 0]), ([], [6])):
+        arguments = dict(resets=resets, reset_state=draw_state(ours, 3, *steps), return_state_sequence=True)
+        y, *_ = ours(x, **arguments, lengths=None if lengths is None else torch.tensor(lengths))
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("state", [0.0, torch.zeros(1, 3, 9).double(), (torch.zeros(1, 3, 9),) * 2])

@@ -8,6 +8,7 @@
 
 #include "../cells/cells.h"
 #include "../cpu/dispatch.h"
+#include "ragged.h"
 #include "tensors.h"
 
 namespace fused_rnn {
@@ -60,12 +61,14 @@ class Layer {
   bool step = false;  // x is [B, I], states [B, ...]: one time step, no time dimension in the results
   ScalarType stored = ScalarType::Float;  // dtype of x and of all that comes in or goes out
   ScalarType dtype = ScalarType::Float;   // that the kernels compute in: 16-bit tensors are widened for them
+  int64_t T = 0, B = 0;  // of the tensors; shape has less of both where rows end before T, or have no step at all
+  bool packed = false;   // x is [N, I]
   OptionalTensor resets;
-  std::vector<int64_t> batch_sizes, row_offsets;  // our own: another thread may write to the caller's
+  RaggedRows ragged;
 
-  // x: [T, B, I]; [N, I] with batch_sizes; [B, I] for a single step. w_hh: [G*H, P].
+  // x: [T, B, I], perhaps with lengths; [N, I] with batch_sizes; [B, I] for a single step. w_hh: [G*H, P].
   Layer(int64_t kind, torch::headeronly::IntHeaderOnlyArrayRef x, ScalarType type, const Tensor& w_hh,
-        const OptionalTensor& w_hr, bool two_directions, const OptionalTensor& sizes)
+        const OptionalTensor& w_hr, bool two_directions, const OptionalTensor& sizes, const OptionalTensor& lengths)
       : cell(cell_info(kind)), stored(type), dtype(type == ScalarType::Double ? type : ScalarType::Float) {
     FUSED_RNN_CHECK(stored == dtype || stored == ScalarType::BFloat16 || stored == ScalarType::Half,
                     "x must be float32, float64, bfloat16 or float16");
@@ -99,6 +102,11 @@ class Layer {
     }
     FUSED_RNN_CHECK(shape.N <= kMost && shape.I <= kMost, "x is too large: ", shape_text(x));
     FUSED_RNN_CHECK(shape.T > 0, "Expected sequence length to be larger than 0 in RNN");
+    T = shape.T, B = shape.B;
+    if (!lengths) return;
+    FUSED_RNN_CHECK(!step && !sizes, "lengths need x to be [T, B, I]");
+    ragged.of_lengths(*lengths, T, B);
+    ragged.describe(shape);
   }
 
   bool chains_h() const { return shape.chains_h(cell.saves_h); }
@@ -142,22 +150,21 @@ class Layer {
   void replace_at(const OptionalTensor& given) {
     if (!given) return;
     FUSED_RNN_CHECK(!step, "a single step has no resets");
-    resets = shape.batch_sizes ? checked(*given, "resets", {shape.N}, ScalarType::Bool)
-                               : checked(*given, "resets", {shape.T, shape.B}, ScalarType::Bool);
+    resets = packed ? checked(*given, "resets", {shape.N}, ScalarType::Bool)
+                    : checked(*given, "resets", {T, B}, ScalarType::Bool);
     shape.resets = static_cast<const uint8_t*>(resets->data_ptr());
   }
   // A state that comes in at resets: [D, B, width], or with one for each step [T, D, B, width].
   OptionalTensor checked_reset(const OptionalTensor& state, const char* name, int64_t width) const {
     FUSED_RNN_CHECK(!state || resets, name, " needs resets");
-    if (!state || state->dim() != 4) return readable(state, name, {shape.directions, shape.B, width});
-    FUSED_RNN_CHECK(!shape.batch_sizes, name, " of every step does not go with batch_sizes");
-    return readable(state, name, {shape.T, shape.directions, shape.B, width});
+    if (!state || state->dim() != 4) return readable(state, name, {shape.directions, B, width});
+    return readable(state, name, {T, shape.directions, B, width});
   }
   ResetState reset_state(const OptionalTensor& h, const OptionalTensor& c, int64_t direction) const {
     const auto of = [&](const OptionalTensor& state, int64_t width, void*& at, int64_t& stride) {
       if (!state || state->numel() == 0) return;
-      at = offset(*state, direction * shape.B * width);
-      stride = state->dim() == 4 ? shape.directions * shape.B * width : 0;
+      at = offset(*state, direction * B * width);
+      stride = state->dim() == 4 ? shape.directions * B * width : 0;
     };
     ResetState found{};
     of(h, shape.P, found.h, found.step_h);
@@ -202,14 +209,9 @@ class Layer {
     const auto stride = [](const OptionalTensor& zone) {
       return zone && zone->dim() > 1 ? zone->stride(zone->dim() - 2) : 0;
     };
-    return {at(v.drop_h, shape.B * shape.P),
-            at(v.zone_h, shape.P),
-            at(v.zone_c, shape.H),
-            stride(v.zone_h),
-            stride(v.zone_c),
-            at(v.norm_hh, cell.gates * shape.H),
-            at(v.norm_c, shape.H),
-            at(v.norm_c_bias, shape.H)};
+    return {at(v.drop_h, B * shape.P), at(v.zone_h, shape.P),     at(v.zone_c, shape.H),
+            stride(v.zone_h),          stride(v.zone_c),          at(v.norm_hh, cell.gates * shape.H),
+            at(v.norm_c, shape.H),     at(v.norm_c_bias, shape.H)};
   }
 
   int64_t element() const { return dtype == ScalarType::Float ? 4 : 8; }
@@ -236,10 +238,10 @@ class Layer {
 
   // [D, B, width], or [B, width] of a single step.
   OptionalTensor checked_state(const OptionalTensor& state, const char* name, int64_t width) const {
-    return step ? readable(state, name, {shape.B, width}) : readable(state, name, {shape.directions, shape.B, width});
+    return step ? readable(state, name, {B, width}) : readable(state, name, {shape.directions, B, width});
   }
   Tensor new_state(int64_t width) const {
-    return step ? empty({shape.B, width}, dtype) : empty({shape.directions, shape.B, width}, dtype);
+    return step ? empty({B, width}, dtype) : empty({shape.directions, B, width}, dtype);
   }
   // What the kernels turn from c0 into c_n; empty without c.
   Tensor first_c(const OptionalTensor& c0) const {
@@ -258,13 +260,20 @@ class Layer {
   }
   // x, y and their gradients.
   Tensor new_sequence(int64_t width) const {
-    if (step) return empty({shape.B, width}, dtype);
-    return shape.batch_sizes ? empty({shape.N, width}, dtype) : empty({shape.T, shape.B, width}, dtype);
+    if (step) return empty({B, width}, dtype);
+    return packed ? empty({shape.N, width}, dtype) : empty({T, B, width}, dtype);
   }
   Tensor checked_sequence(const Tensor& sequence, const char* name, int64_t width) const {
-    if (step) return readable(sequence, name, {shape.B, width});
-    return shape.batch_sizes ? readable(sequence, name, {shape.N, width})
-                             : readable(sequence, name, {shape.T, shape.B, width});
+    if (step) return readable(sequence, name, {B, width});
+    return packed ? readable(sequence, name, {shape.N, width}) : readable(sequence, name, {T, B, width});
+  }
+  // Zeros where rows have ended.
+  void clear_absent(const Tensor& sequence, int64_t width) const {
+    ragged.each_absent([&](int64_t row) { std::memset(offset(sequence, row * width), 0, width * element()); });
+  }
+  // What a row without a step hands on.
+  void pass_on(const OptionalTensor& from, const Tensor& to) const {
+    if (shape.B < B) copy_or_zeros(from, to);
   }
 
  private:
@@ -277,17 +286,18 @@ class Layer {
     FUSED_RNN_CHECK(shape.T > 0, "batch_sizes must not be empty");
     const Tensor given = contiguous(sizes, "batch_sizes");
     const int64_t* at = static_cast<const int64_t*>(given.data_ptr());
-    batch_sizes.assign(at, at + shape.T);
-    at = shape.batch_sizes = batch_sizes.data();
+    ragged.batch_sizes.assign(at, at + shape.T);
+    at = shape.batch_sizes = ragged.batch_sizes.data();
+    packed = true;
     shape.B = at[0];
-    row_offsets.resize(shape.T);
+    ragged.row_offsets.resize(shape.T);
     for (int64_t t = 0; t < shape.T; ++t) {
       FUSED_RNN_CHECK(at[t] > 0 && at[t] <= (t ? at[t - 1] : rows), "batch_sizes must be positive and not increase");
-      row_offsets[t] = shape.N;
+      ragged.row_offsets[t] = shape.N;
       shape.N += at[t];
     }
     FUSED_RNN_CHECK(shape.N == rows, "batch_sizes must sum to the rows of x: ", shape.N, " is not ", rows);
-    shape.row_offsets = row_offsets.data();
+    shape.row_offsets = ragged.row_offsets.data();
   }
 };
 
@@ -315,8 +325,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     OptionalTensor w_hh_reverse, OptionalTensor b_ih_reverse, OptionalTensor b_hh_reverse, OptionalTensor w_hr_reverse,
     OptionalTensor batch_sizes, OptionalTensor resets, OptionalTensor reset_h, OptionalTensor reset_c,
     bool want_c_sequence, OptionalTensor drop_h, OptionalTensor zone_h, OptionalTensor zone_c, OptionalTensor norm_hh,
-    OptionalTensor norm_c, OptionalTensor norm_c_bias, bool deterministic) {
-  Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), batch_sizes);
+    OptionalTensor norm_c, OptionalTensor norm_c_bias, bool deterministic, OptionalTensor lengths) {
+  Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), batch_sizes, lengths);
   layer.shape.train = train;
   layer.shape.deterministic = deterministic;
   layer.without_input_weights(w_ih.has_value(), w_ih_reverse.has_value());
@@ -344,20 +354,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const int64_t workspace = whole_lines(cpu::kernels().forward_workspace(s));
   const Scratch scratch(D * workspace * layer.element());
 
+  layer.clear_absent(y, D * s.P);
+  if (want_c_sequence) layer.clear_absent(c_sequence, D * s.H);
+  if (!layer.step) layer.pass_on(h0, h_n);
   if (s.N > 0 && s.P > 0) {
     ForwardParams params{s, {}};
     for (int64_t d = 0; d < D; ++d) {
       ForwardDirection& p = params.direction[d] = inputs_of_forward(x, weights[d]);
       if (s.gates_given) p.x = layer.offset(x, d * layer.cell.gates * s.H);
       p.variant = layer.variant(variant, d);
-      p.h0 = h0 ? layer.offset(*h0, d * s.B * s.P) : nullptr;
+      p.h0 = h0 ? layer.offset(*h0, d * layer.B * s.P) : nullptr;
       p.reset = layer.reset_state(reset_h, reset_c, d);
       p.reserve = train ? layer.reserve(reserve.data_ptr(), d) : Reserve{};
       p.y = layer.offset(y, d * s.P);
       p.y_stride = D * s.P;
       p.c_sequence = want_c_sequence ? layer.offset(c_sequence, d * s.H) : nullptr;
-      p.h_n = layer.step ? nullptr : layer.offset(h_n, d * s.B * s.P);
-      p.c = layer.cell.has_c ? layer.offset(c_n, d * s.B * s.H) : nullptr;
+      p.h_n = layer.step ? nullptr : layer.offset(h_n, d * layer.B * s.P);
+      p.c = layer.cell.has_c ? layer.offset(c_n, d * layer.B * s.H) : nullptr;
       p.workspace = scratch.data() + d * workspace * layer.element();
     }
     cpu::forward(params, threads());
@@ -370,7 +383,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, Tensor w_ih, Tensor w_hh,
                                 OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, bool deterministic) {
   FUSED_RNN_CHECK(x.dim() == 2, "x must be [B, I], got ", shape_text(x.sizes()));
-  Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, false, std::nullopt);
+  Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, false, std::nullopt, std::nullopt);
   layer.shape.deterministic = deterministic;
   const LayerShape& s = layer.shape;
   x = layer.checked_sequence(x, "x", s.I);
@@ -404,8 +417,8 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
                    OptionalTensor w_hh_reverse, OptionalTensor w_hr_reverse, OptionalTensor batch_sizes,
                    OptionalTensor resets, int64_t reset_steps, OptionalTensor dc_sequence, OptionalTensor drop_h,
                    OptionalTensor zone_h, OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c,
-                   OptionalTensor norm_c_bias) {
-  Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), batch_sizes);
+                   OptionalTensor norm_c_bias, OptionalTensor lengths) {
+  Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), batch_sizes, lengths);
   layer.without_input_weights(w_ih.has_value(), w_ih_reverse.has_value());
   VariantTensors variant{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias};
   layer.regularise(variant);
@@ -431,12 +444,14 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   Tensor dh0 = need_dstate ? layer.new_state(s.P) : none();
   Tensor dc = layer.cell.has_c ? layer.new_state(s.H) : none();
   if (layer.cell.has_c) layer.copy_or_zeros(dc_n, dc);
+  if (need_dx) layer.clear_absent(dx, s.I);
+  if (need_dstate) layer.pass_on(dh_n, dh0);
   FUSED_RNN_CHECK(reset_steps == 0 || (resets && (reset_steps == 1 || reset_steps == -1)),
                   "reset_steps must be 0, 1 or, for one state for each step, -1, got ", reset_steps);
   const auto new_reset = [&](int64_t width) {
     if (reset_steps == 0 || width == 0) return none();
     const Tensor sums =
-        reset_steps == 1 ? empty({D, s.B, width}, layer.dtype) : empty({s.T, D, s.B, width}, layer.dtype);
+        reset_steps == 1 ? empty({D, layer.B, width}, layer.dtype) : empty({layer.T, D, layer.B, width}, layer.dtype);
     return layer.copy_or_zeros(std::nullopt, sums);
   };
   const Tensor dreset_h = new_reset(s.P), dreset_c = new_reset(layer.cell.has_c ? s.H : 0);
@@ -482,7 +497,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
     p.w_hr = data(weights[d].w_hr);
     p.dy = dy ? layer.offset(*dy, d * s.P) : nullptr;
     p.dy_stride = D * s.P;
-    p.dh_n = dh_n ? layer.offset(*dh_n, d * s.B * s.P) : nullptr;
+    p.dh_n = dh_n ? layer.offset(*dh_n, d * layer.B * s.P) : nullptr;
     p.variant = layer.variant(variant, d);
     p.reserve = layer.reserve(reserve.data_ptr(), d);
     p.dgates = take(grads);
@@ -491,8 +506,8 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
     p.dnorm_hh = s.normalised ? layer.offset(dnorm_hh, d * rows) : nullptr;
     p.dnorm_c = dnorm_c.numel() ? layer.offset(dnorm_c, d * 2 * s.H) : nullptr;
     p.dh_total = s.projected ? take(dh_total) : nullptr;
-    p.dh0 = need_dstate ? layer.offset(dh0, d * s.B * s.P) : nullptr;
-    p.dc = layer.cell.has_c ? layer.offset(dc, d * s.B * s.H) : nullptr;
+    p.dh0 = need_dstate ? layer.offset(dh0, d * layer.B * s.P) : nullptr;
+    p.dc = layer.cell.has_c ? layer.offset(dc, d * layer.B * s.H) : nullptr;
     p.dc_sequence = dc_sequence ? layer.offset(*dc_sequence, d * s.H) : nullptr;
     p.dreset = layer.reset_state(dreset_h, dreset_c, d);
     p.dw_ih = need_dw_ih ? dw[d].w_ih.data_ptr() : nullptr;
@@ -523,7 +538,7 @@ STABLE_TORCH_LIBRARY(fused_rnn, m) {
       "Tensor? b_ih_reverse=None, Tensor? b_hh_reverse=None, Tensor? w_hr_reverse=None, Tensor? batch_sizes=None, "
       "Tensor? resets=None, Tensor? reset_h=None, Tensor? reset_c=None, bool want_c_sequence=False, "
       "Tensor? drop_h=None, Tensor? zone_h=None, Tensor? zone_c=None, Tensor? norm_hh=None, Tensor? norm_c=None, "
-      "Tensor? norm_c_bias=None, bool deterministic=False) -> "
+      "Tensor? norm_c_bias=None, bool deterministic=False, Tensor? lengths=None) -> "
       "(Tensor y, Tensor h_n, Tensor c_n, Tensor reserve, Tensor c_sequence)");
   m.def(
       "backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor reserve, int cell, bool need_dx, "
@@ -531,7 +546,7 @@ STABLE_TORCH_LIBRARY(fused_rnn, m) {
       "Tensor? w_hr=None, Tensor? w_ih_reverse=None, Tensor? w_hh_reverse=None, Tensor? w_hr_reverse=None, "
       "Tensor? batch_sizes=None, Tensor? resets=None, int reset_steps=0, "
       "Tensor? dc_sequence=None, Tensor? drop_h=None, Tensor? zone_h=None, Tensor? zone_c=None, "
-      "Tensor? norm_hh=None, Tensor? norm_c=None, Tensor? norm_c_bias=None) -> "
+      "Tensor? norm_hh=None, Tensor? norm_c=None, Tensor? norm_c_bias=None, Tensor? lengths=None) -> "
       "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
       "Tensor dw_ih_reverse, Tensor dw_hh_reverse, Tensor db_ih_reverse, Tensor db_hh_reverse, "
       "Tensor dw_hr_reverse, Tensor dreset_h, Tensor dreset_c, Tensor dnorm_hh, Tensor dnorm_c)");

@@ -81,7 +81,7 @@ class Backward {
   void pack_columns_of(T* panels, const T* W, int64_t K, int64_t N) {
     const int64_t blocks = ceil_div(N, kBlock), whole = N / kBlock;
     for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
-      if (packed_ || b >= whole) pack_columns(panels + b * K * kBlock, W, K, N, N, b * kBlock);
+      if (packed_ || b >= whole) pack_columns(panels + b * K * kBlock, Rows<const T>{W, N}, K, N, b * kBlock);
     }
   }
 
@@ -134,7 +134,7 @@ class Backward {
 
   // What reaches h of row b other than through the next step's gates, before dy; null: nothing.
   const T* beside(int64_t b) const {
-    if (b >= continued_) return d_.dh_n ? at(d_.dh_n) + b * s_.P : nullptr;
+    if (b >= continued_) return d_.dh_n ? at(d_.dh_n) + s_.state(b) * s_.P : nullptr;
     return passes_directly() ? direct_ + b * s_.P : nullptr;
   }
 
@@ -170,7 +170,7 @@ class Backward {
       const int64_t b = part.row_of(slot), unit = units.unit, n = units.count;
       Vec<T> dh = through_dropout(sums[slot][u], b, units);
       if (const T* more = beside(b)) dh += load(more + unit, n);
-      if (d_.dy) dh += load(at(d_.dy) + (s_.row(t_) + b) * d_.dy_stride + unit, n);
+      if (d_.dy) dh += load(at(d_.dy) + s_.place(s_.row(t_) + b) * d_.dy_stride + unit, n);
       if (s_.zones_h) dh = unmix(dh, b, units);
       if (s_.projected) {
         store(at(d_.dh_total) + (s_.row(t_) + b) * s_.P + unit, dh, n);
@@ -181,16 +181,16 @@ class Backward {
   }
 
   FUSED_RNN_INLINE Vec<T> through_dropout(const Vec<T>& dh, int64_t b, Units units) const {
-    return s_.drops_h ? dh * load(at(d_.variant.drop_h) + b * s_.P + units.unit, units.count) : dh;
+    return s_.drops_h ? dh * load(at(d_.variant.drop_h) + s_.state(b) * s_.P + units.unit, units.count) : dh;
   }
 
   // Of the gradient of a mixed h what belongs to the new one; the old one's goes to where the step came from.
   FUSED_RNN_INLINE Vec<T> unmix(const Vec<T>& dh, int64_t b, Units units) const {
     const int64_t unit = units.unit, n = units.count, row = s_.row(t_) + b;
-    const Vec<T> of_new = dh * load(at(d_.variant.zone_h) + row * d_.variant.zone_h_stride + unit, n);
+    const Vec<T> of_new = dh * load(at(d_.variant.zone_h) + s_.place(row) * d_.variant.zone_h_stride + unit, n);
     Vec<T> of_old = dh - of_new;
     if (s_.reset(t_, b, reverse_)) {
-      add_to(d_.dreset.h, t_ * d_.dreset.step_h + b * s_.P + unit, of_old, n);
+      add_to(d_.dreset.h, t_ * d_.dreset.step_h + s_.state(b) * s_.P + unit, of_old, n);
       of_old = Vec<T>{};
     }
     store(direct_ + b * s_.P + unit, of_old, n);
@@ -251,7 +251,7 @@ class Backward {
     using V = Vec<T>;
     const int64_t unit = units.unit, n = units.count;
     const Reserve& kept = d_.reserve;
-    const int64_t row = s_.row(t_) + b;
+    const int64_t row = s_.row(t_) + b, state = s_.state(b) * s_.H + unit;
     const T* gates = at(kept.gates) + row * kept.stride + unit;
     V saved[Cell::kSaved], grads[Cell::kGrads], h_prev{}, c_prev{}, dc{}, dh_prev{};
     for (int i = 0; i < Cell::kSaved; ++i) saved[i] = load(gates + i * s_.H, n);
@@ -260,13 +260,13 @@ class Backward {
     }
     if constexpr (Cell::kHasC) {
       c_prev = load(at(kept.c_prev) + row * kept.stride + unit, n);
-      dc = load(at(d_.dc) + b * s_.H + unit, n);
-      if (d_.dc_sequence) dc += load(at(d_.dc_sequence) + row * s_.directions * s_.H + unit, n);
+      dc = load(at(d_.dc) + state, n);
+      if (d_.dc_sequence) dc += load(at(d_.dc_sequence) + s_.place(row) * s_.directions * s_.H + unit, n);
     }
     V dc_old{};
     if constexpr (Cell::kHasC) {
       if (d_.variant.zone_c) {
-        const V zone = load(at(d_.variant.zone_c) + row * d_.variant.zone_c_stride + unit, n);
+        const V zone = load(at(d_.variant.zone_c) + s_.place(row) * d_.variant.zone_c_stride + unit, n);
         dc_old = dc - dc * zone;
         dc = dc * zone;
       }
@@ -284,11 +284,11 @@ class Backward {
     T* out = dgates(row) + unit;
     for (int i = 0; i < Cell::kGrads; ++i) store(out + i * s_.H, grads[i], n);
     if (s_.reset(t_, b, reverse_)) {  // what goes back from here reaches the state that came in its place
-      if constexpr (Cell::kHasC) add_to(d_.dreset.c, t_ * d_.dreset.step_c + b * s_.H + unit, dc, n);
-      if constexpr (Cell::kUsesH) add_to(d_.dreset.h, t_ * d_.dreset.step_h + b * s_.H + unit, dh_prev, n);
+      if constexpr (Cell::kHasC) add_to(d_.dreset.c, t_ * d_.dreset.step_c + state, dc, n);
+      if constexpr (Cell::kUsesH) add_to(d_.dreset.h, t_ * d_.dreset.step_h + state, dh_prev, n);
       dc = dh_prev = V{};
     }
-    if constexpr (Cell::kHasC) store(at(d_.dc) + b * s_.H + unit, dc, n);
+    if constexpr (Cell::kHasC) store(at(d_.dc) + state, dc, n);
     if constexpr (Cell::kUsesH) {
       T* direct = direct_ + b * s_.P + unit;
       store(direct, s_.zones_h ? dh_prev + load(direct, n) : dh_prev, n);
@@ -313,7 +313,7 @@ class Backward {
       const int64_t b = part.row_of(slot);
       Vec<T> dh = through_dropout(sums[slot][u], b, units);
       if (passes_directly()) dh += load(direct_ + b * s_.P + units.unit, units.count);
-      store(at(d_.dh0) + b * s_.P + units.unit, dh, units.count);
+      store(at(d_.dh0) + s_.state(b) * s_.P + units.unit, dh, units.count);
     });
   }
 
@@ -349,7 +349,7 @@ class Backward {
     each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) {
       const int64_t b = part.row_of(slot);
       const Vec<T> dh = through_dropout(sums[slot][u], b, units);
-      add_to(d_.dreset.h, t_ * d_.dreset.step_h + b * s_.P + units.unit, dh, units.count);
+      add_to(d_.dreset.h, t_ * d_.dreset.step_h + s_.state(b) * s_.P + units.unit, dh, units.count);
     });
   }
 

@@ -170,7 +170,7 @@ class Forward {
   void multiply_x() {
     const auto multiply_part = [&](const Part& part) {
       const T* rows[kChunk];
-      for (int r = 0; r < part.rows; ++r) rows[r] = at(d_.x) + (part.row + r) * s_.I;
+      for (int r = 0; r < part.rows; ++r) rows[r] = at(d_.x) + s_.place(part.row + r) * s_.I;
       Sums<T, C> sums;
       load_biases(sums, part, 0);
       add_product<G>(sums, part, rows, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
@@ -189,17 +189,18 @@ class Forward {
     rows_ = s_.rows(t);
     if (reverse_) {
       carried_ = t == s_.T - 1 ? 0 : s_.rows(t + 1);
-      previous_ = carried_ ? at(d_.y) + s_.row(t + 1) * d_.y_stride : nullptr;
+      previous_ = carried_ ? s_.row(t + 1) : 0;
     } else {
       carried_ = t == 0 ? 0 : rows_;
-      previous_ = carried_ ? at(d_.y) + s_.row(t - 1) * d_.y_stride : nullptr;
+      previous_ = carried_ ? s_.row(t - 1) : 0;
     }
   }
 
   const T* h_prev(int64_t b) const {
-    if (s_.reset(t_, b, reverse_)) return d_.reset.h ? at(d_.reset.h) + t_ * d_.reset.step_h + b * s_.P : zeros_;
-    if (b < carried_) return previous_ + b * d_.y_stride;
-    return d_.h0 ? at(d_.h0) + b * s_.P : zeros_;
+    const int64_t state = s_.state(b) * s_.P;
+    if (s_.reset(t_, b, reverse_)) return d_.reset.h ? at(d_.reset.h) + t_ * d_.reset.step_h + state : zeros_;
+    if (b < carried_) return y(previous_ + b);
+    return d_.h0 ? at(d_.h0) + state : zeros_;
   }
 
   // What W_hh multiplies.
@@ -207,6 +208,7 @@ class Forward {
   T* dropped(int64_t b) const {
     return s_.train ? at(d_.reserve.h_prev) + (s_.row(t_) + b) * d_.reserve.stride : dropped_ + b * s_.P;
   }
+  T* y(int64_t row) const { return at(d_.y) + s_.place(row) * d_.y_stride; }
 
   T* hidden(int64_t b) const {
     return d_.reserve.hidden ? at(d_.reserve.hidden) + (s_.row(t_) + b) * d_.reserve.stride
@@ -232,7 +234,7 @@ class Forward {
 
   void drop(int64_t row_end) const {
     for (int64_t b = row_begin_; b < row_end; ++b) {
-      const T *h = h_prev(b), *factor = at(d_.variant.drop_h) + b * s_.P;
+      const T *h = h_prev(b), *factor = at(d_.variant.drop_h) + s_.state(b) * s_.P;
       T* out = dropped(b);
       each_lanes<T>(s_.P, [&](int64_t i, int64_t n) { store(out + i, load(h + i, n) * load(factor + i, n), n); });
       if (d_.reserve.h_direct) {
@@ -255,8 +257,7 @@ class Forward {
     int64_t t = reverse_ ? 0 : s_.T - 1;
     for (int64_t b = row_begin_; b < row_end_; ++b) {
       while (b >= s_.rows(t)) --t;
-      const T* h = at(d_.y) + (s_.row(t) + b) * d_.y_stride + from;
-      __builtin_memcpy(at(d_.h_n) + b * s_.P + from, h, count * sizeof(T));
+      __builtin_memcpy(at(d_.h_n) + s_.state(b) * s_.P + from, y(s_.row(t) + b) + from, count * sizeof(T));
       if (!reverse_) t = s_.T - 1;
     }
   }
@@ -266,7 +267,7 @@ class Forward {
     Sums<T, C> from_x, from_h;
     const T *x[kChunk], *h[kChunk];
     for (int r = 0; r < part.rows; ++r) {
-      x[r] = at(d_.x) + (s_.row(t_) + part.row + r) * s_.I;
+      x[r] = at(d_.x) + s_.place(s_.row(t_) + part.row + r) * s_.I;
       h[r] = consumed(part.row + r);
     }
     if (!products_.x_beforehand || s_.gates_given) load_biases(from_x, part, 0);
@@ -290,7 +291,7 @@ class Forward {
     }
     each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) FUSED_RNN_INLINED {
       const int64_t b = part.row_of(slot);
-      const T* made = products_.x_beforehand ? made_ + (s_.row(t_) + b) * made_stride_ + units.unit : nullptr;
+      const T* made = products_.x_beforehand ? made_of(b) + units.unit : nullptr;
       Vec<T> input[G], recurrent[G];
       for (int g = 0; g < G; ++g) {
         input[g] = made ? load(made + g * s_.H, units.count) : from_x[slot][g * U + u];
@@ -299,6 +300,12 @@ class Forward {
       }
       cell(input, recurrent, s_.drops_h ? h_prev(b) : h[b - part.row], b, units);
     });
+  }
+
+  // W_ih x of row b at this step, where it was made beforehand, or given.
+  const T* made_of(int64_t b) const {
+    const int64_t row = s_.row(t_) + b;
+    return made_ + (s_.gates_given ? s_.place(row) : row) * made_stride_;
   }
 
   // W_hh h of row b at this step, to be normalised.
@@ -311,7 +318,7 @@ class Forward {
     T* hat = product(b);
     const T inverse = normalise(hat, G * s_.H);
     if (s_.train) hat[G * s_.H] = inverse;
-    const T *made = made_ + (s_.row(t_) + b) * made_stride_, *gain = at(d_.variant.norm_hh);
+    const T *made = made_of(b), *gain = at(d_.variant.norm_hh);
     const Part row{b, 0, 1, int(ceil_div(s_.H, kBlock))};
     each_vector<T, U>(row, s_.H, [&](int slot, int u, Units units) {
       const T* bias = bias_ + slot * 2 * C * kLanes<T> + u * kLanes<T>;
@@ -345,10 +352,10 @@ class Forward {
 
   FUSED_RNN_INLINE void put_y(const Vec<T>& h, const T* h_prev, int64_t b, Units units) const {
     const int64_t unit = units.unit, n = units.count, row = s_.row(t_) + b;
-    T* y = at(d_.y) + row * d_.y_stride + unit;
-    if (!s_.zones_h) return store(y, h, n);
-    const T* zone = at(d_.variant.zone_h) + row * d_.variant.zone_h_stride;
-    store(y, mixed(load(h_prev + unit, n), h, load(zone + unit, n)), n);
+    T* out = y(row) + unit;
+    if (!s_.zones_h) return store(out, h, n);
+    const T* zone = at(d_.variant.zone_h) + s_.place(row) * d_.variant.zone_h_stride;
+    store(out, mixed(load(h_prev + unit, n), h, load(zone + unit, n)), n);
   }
 
   static FUSED_RNN_INLINE Vec<T> mixed(const Vec<T>& before, const Vec<T>& after, const Vec<T>& zone) {
@@ -361,14 +368,14 @@ class Forward {
     using V = Vec<T>;
     const int64_t unit = units.unit, n = units.count;
     const Reserve& keep = d_.reserve;
-    const int64_t row = s_.row(t_) + b;
+    const int64_t row = s_.row(t_) + b, state = s_.state(b) * s_.H + unit;
     V saved[Cell::kSaved], h, h_in{}, c{};
     if constexpr (Cell::kUsesH) h_in = load(h_prev + unit, n);
     if constexpr (Cell::kHasC) {
       if (!s_.reset(t_, b, reverse_)) {
-        c = load(at(d_.c) + b * s_.H + unit, n);
+        c = load(at(d_.c) + state, n);
       } else if (d_.reset.c) {
-        c = load(at(d_.reset.c) + t_ * d_.reset.step_c + b * s_.H + unit, n);
+        c = load(at(d_.reset.c) + t_ * d_.reset.step_c + state, n);
       }
       if (s_.train) store(at(keep.c_prev) + row * keep.stride + unit, c, n);
     }
@@ -381,11 +388,11 @@ class Forward {
         store(inner + s_.H, saved[3], n);
       }
       if (d_.variant.zone_c) {
-        const T* zone = at(d_.variant.zone_c) + row * d_.variant.zone_c_stride;
+        const T* zone = at(d_.variant.zone_c) + s_.place(row) * d_.variant.zone_c_stride;
         c = mixed(c_in, c, load(zone + unit, n));
       }
-      store(at(d_.c) + b * s_.H + unit, c, n);
-      if (d_.c_sequence) store(at(d_.c_sequence) + row * s_.directions * s_.H + unit, c, n);
+      store(at(d_.c) + state, c, n);
+      if (d_.c_sequence) store(at(d_.c_sequence) + s_.place(row) * s_.directions * s_.H + unit, c, n);
     }
     if (s_.train) {
       T* gates = at(keep.gates) + row * keep.stride + unit;
@@ -418,8 +425,7 @@ class Forward {
   T *dropped_, *scratch_products_, *outputs_;
   const T* made_;  // W_ih x, where it comes from before the first step
   int64_t x_product_stride_, made_stride_;
-  int64_t t_ = 0, rows_ = 0, carried_ = 0;
-  const T* previous_ = nullptr;
+  int64_t t_ = 0, rows_ = 0, carried_ = 0, previous_ = 0;  // previous_: the first row of the step before
 };
 
 }  // namespace FUSED_RNN_ISA

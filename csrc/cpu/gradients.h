@@ -43,7 +43,8 @@ class Products {
   }
 
   // out [M, N] = a b or out += a b, for row-major a [M, K] and b [K, N].
-  void rows(T* out, const T* a, int64_t a_stride, const T* b, int64_t M, int64_t N, int64_t K, bool accumulate) {
+  void rows(const Rows<T>& out, const T* a, int64_t a_stride, const T* b, int64_t M, int64_t N, int64_t K,
+            bool accumulate) {
     const Share share(M, N, kBlock, worker_);
     const auto add_part = [&](const Part& part, const Panel<T>& panel) {
       const T* from[kChunk];
@@ -59,17 +60,17 @@ class Products {
       if (whole > block) block = whole;
     }
     for (; block < share.block_end; ++block) {
-      pack_columns(workspace_, b, K, N, N, block * kBlock);
+      pack_columns(workspace_, Rows<const T>{b, N}, K, N, block * kBlock);
       const Panel<T> panel = own_panel(workspace_, block, N);
       cover<U>(share.row, share.row_end, block, block + 1, true, [&](const Part& part) { add_part(part, panel); });
     }
   }
 
   // out [M, N] = a^T b for row-major a [K, M] and b [K, N].
-  void transposed(T* out, const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t M, int64_t N, int64_t K) {
+  void transposed(T* out, const T* a, int64_t a_stride, const Rows<const T>& b, int64_t M, int64_t N, int64_t K) {
     const Share share(M, N, kBlock, worker_);
     if (share.row == share.row_end) return;
-    if (K < kRowsWorthPacking) return add_outer_products(out, a, a_stride, b, b_stride, share, N, K);
+    if (K < kRowsWorthPacking) return add_outer_products(out, a, a_stride, b, share, N, K);
     T* const columns = workspace_;
     T* const panels = columns + kChunk * least(K, kRowsAtOnce);
     for (int64_t begin = share.block; begin < share.block_end; begin += kBlocksAtOnce) {
@@ -77,7 +78,7 @@ class Products {
       for (int64_t k = 0; k < K; k += kRowsAtOnce) {
         const int64_t count = least(kRowsAtOnce, K - k), panel = count * kBlock;
         for (int64_t block = begin; block < end; ++block) {
-          pack_columns(panels + (block - begin) * panel, b + k * b_stride, count, N, b_stride, block * kBlock);
+          pack_columns(panels + (block - begin) * panel, b.from(k), count, N, block * kBlock);
         }
         for (int64_t row = share.row; row < share.row_end; row += kChunk) {
           const int rows = int(least(kChunk, share.row_end - row));
@@ -86,7 +87,7 @@ class Products {
           for (int r = 0; r < rows; ++r) from[r] = columns + r * count;
           for (int64_t block = begin; block < end; ++block) {
             const Panel<T> of_block = own_panel(panels + (block - begin) * panel, block, N);
-            add(out, Part{row, block, rows, 1}, from, of_block, count, N, k > 0);
+            add(Rows<T>{out, N}, Part{row, block, rows, 1}, from, of_block, count, N, k > 0);
           }
         }
       }
@@ -100,14 +101,14 @@ class Products {
   static constexpr int64_t kRowsAtOnce = 512, kBlocksAtOnce = 8;
 
   // A few rows: nothing to gain from packing, and the result is all there is to write.
-  static void add_outer_products(T* out, const T* a, int64_t a_stride, const T* b, int64_t b_stride, const Share& share,
+  static void add_outer_products(T* out, const T* a, int64_t a_stride, const Rows<const T>& b, const Share& share,
                                  int64_t N, int64_t K) {
     const int64_t end = least(share.block_end * kBlock, N);
     for (int64_t m = share.row; m < share.row_end; ++m) {
       for (int64_t n = share.block * kBlock; n < end; n += kLanes<T>) {
         const int64_t count = least(end - n, kLanes<T>);
         Vec<T> sum{};
-        for (int64_t k = 0; k < K; ++k) sum += a[k * a_stride + m] * load(b + k * b_stride + n, count);
+        for (int64_t k = 0; k < K; ++k) sum += a[k * a_stride + m] * load(b[k] + n, count);
         store(out + m * N + n, sum, count);
       }
     }
@@ -117,15 +118,15 @@ class Products {
     return {data, kBlock, 0, int(least(ceil_div(N - block * kBlock, kLanes<T>), U))};
   }
 
-  static void add(T* out, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K, int64_t N,
-                  bool accumulate) {
+  static void add(const Rows<T>& out, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K,
+                  int64_t N, bool accumulate) {
     Sums<T, U> sums;
     for (int slot = 0; slot < part.slots(); ++slot) {
       for (int u = 0; u < U; ++u) sums[slot][u] = Vec<T>{};
     }
     multiply<T, U>(sums, part, rows, panel, K);
     each_vector<T, U>(part, N, [&](int slot, int u, Units units) {
-      T* to = out + part.row_of(slot) * N + units.unit;
+      T* to = out[part.row_of(slot)] + units.unit;
       store(to, accumulate ? sums[slot][u] + load(to, units.count) : sums[slot][u], units.count);
     });
   }
@@ -158,14 +159,14 @@ class Gradients {
       if (d.dw_ih) input_weights(d);
       if (d.dw_hh) {
         const T* grads = s_.normalised ? at(d.dproduct) : hidden_grads(d);
-        products_.transposed(at(d.dw_hh), grads, (s_.normalised ? kRows : kWidth) * s_.H, at(d.reserve.h_prev),
-                             d.reserve.stride, kRows * s_.H, s_.P, s_.N);
+        products_.transposed(at(d.dw_hh), grads, (s_.normalised ? kRows : kWidth) * s_.H,
+                             Rows<const T>{at(d.reserve.h_prev), d.reserve.stride}, kRows * s_.H, s_.P, s_.N);
       }
       if (d.db_ih) biases(d);
       if (d.dnorm_hh) gains(d);
       if (d.dw_hr) {
-        products_.transposed(at(d.dw_hr), at(d.dh_total), s_.P, at(d.reserve.hidden), d.reserve.stride, s_.P, s_.H,
-                             s_.N);
+        products_.transposed(at(d.dw_hr), at(d.dh_total), s_.P, Rows<const T>{at(d.reserve.hidden), d.reserve.stride},
+                             s_.P, s_.H, s_.N);
       }
     }
   }
@@ -190,15 +191,15 @@ class Gradients {
   void input(const BackwardDirection& d, bool accumulate) {
     if (s_.gates_given) return input_gates(d);
     each_input_run([&](int64_t column, int64_t row, int64_t count) {
-      products_.rows(at(p_.dx), at(d.dgates) + column, kWidth * s_.H, at(d.w_ih) + row * s_.I, s_.N, s_.I, count,
-                     accumulate || column > 0);
+      products_.rows(Rows<T>{at(p_.dx), s_.I, s_.places}, at(d.dgates) + column, kWidth * s_.H, at(d.w_ih) + row * s_.I,
+                     s_.N, s_.I, count, accumulate || column > 0);
     });
   }
 
   void input_gates(const BackwardDirection& d) {
     const int64_t width = kRows * s_.H, direction = &d - p_.direction;
     for (int64_t n = worker_.begin(s_.N); n < worker_.end(s_.N); ++n) {
-      T* out = at(p_.dx) + (n * s_.directions + direction) * width;
+      T* out = at(p_.dx) + (s_.place(n) * s_.directions + direction) * width;
       const T* grads = at(d.dgates) + n * kWidth * s_.H;
       each_input_run([&](int64_t column, int64_t row, int64_t count) {
         __builtin_memcpy(out + row, grads + column, count * sizeof(T));
@@ -208,8 +209,8 @@ class Gradients {
 
   void input_weights(const BackwardDirection& d) {
     each_input_run([&](int64_t column, int64_t row, int64_t count) {
-      products_.transposed(at(d.dw_ih) + row * s_.I, at(d.dgates) + column, kWidth * s_.H, at(d.x), s_.I, count, s_.I,
-                           s_.N);
+      products_.transposed(at(d.dw_ih) + row * s_.I, at(d.dgates) + column, kWidth * s_.H,
+                           Rows<const T>{at(d.x), s_.I, s_.places}, count, s_.I, s_.N);
     });
   }
 

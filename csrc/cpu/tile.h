@@ -217,15 +217,27 @@ void pack_rows(T* panel, const T* W, int64_t H, int64_t K, int64_t unit) {
   }
 }
 
-// panel[k][u] of one block, from W [K, N] with rows `stride` apart, whose columns are the block's units: a copy.
+// Rows of a matrix, `stride` apart, in the order of `places`, or as they lie if that is null.
 template <class T>
-void pack_columns(T* panel, const T* W, int64_t K, int64_t N, int64_t stride, int64_t unit) {
+struct Rows {
+  T* data;
+  int64_t stride;
+  const int64_t* places = nullptr;
+
+  T* operator[](int64_t n) const { return data + (places ? places[n] : n) * stride; }
+  Rows from(int64_t n) const { return places ? Rows{data, stride, places + n} : Rows{data + n * stride, stride}; }
+};
+
+// panel[k][u] of one block, from W [K, N] whose columns are the block's units: a copy.
+template <class T>
+void pack_columns(T* panel, const Rows<const T>& W, int64_t K, int64_t N, int64_t unit) {
   constexpr int U = kUnitVectors<1>, n = kLanes<T>;
   for (int64_t k = 0; k < K; ++k) {
+    const T* row = W[k];
     for (int u = 0; u < U; ++u) {
       const int64_t left = N - (unit + u * n);
       const int64_t width = left < 0 ? 0 : least(left, n);
-      store(panel + (k * U + u) * n, width ? load(W + k * stride + unit + u * n, width) : Vec<T>{});
+      store(panel + (k * U + u) * n, width ? load(row + unit + u * n, width) : Vec<T>{});
     }
   }
 }
