@@ -61,10 +61,7 @@ def stack(
     for index in range(num_layers):
         if index > 0 and train and dropout > 0:
             x = torch.dropout(x, dropout, True)
-        start = index * D * count
-        of_layer = _five(weights[start : start + count], has_biases)
-        if bidirectional:
-            of_layer += _five(weights[start + count : start + 2 * count], has_biases)
+        of_layer = weights_of_layer(weights, index, num_layers, D, has_biases)
         if extras is not None:
             more = extras.of_layer(index, cell, x, of_layer, batch_sizes, widths, num_layers, train)
         x, h, c, *c_steps = layer(cell, x, h0[index], c0[index], of_layer, batch_sizes, **more)
@@ -144,6 +141,16 @@ class Extras:
                     x.new_empty(*x.shape[:-1], width).bernoulli_(1 - rate) if train else x.new_full((width,), 1 - rate)
                 )
         return found
+
+
+def weights_of_layer(
+    weights: Sequence[Tensor], index: int, num_layers: int, D: int, has_biases: bool
+) -> tuple[Tensor | None, ...]:
+    """Of torch.nn's ``_flat_weights``, five of each direction."""
+    count = len(weights) // (num_layers * D)  # of a direction
+    start = index * D * count
+    of_layer = _five(weights[start : start + count], has_biases)
+    return of_layer if D == 1 else of_layer + _five(weights[start + count : start + 2 * count], has_biases)
 
 
 def _five(weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor | None, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import autocast, cuda, functional, ops, segments
+from fused_rnn import autocast, cuda, functional, ops, segments, steps
 from fused_rnn.convert import TorchConvertible, fx_leaf
 from fused_rnn.variants import Variants
 
@@ -89,7 +89,16 @@ class FusedRNNBase(TorchConvertible, Variants):
         return self._checked(input, hx)
 
     @ops.runs_eagerly
-    def step(self, input: Tensor, hx: Any = None, *, resets: Tensor | None = None, reset_state: Any = None) -> Any:
+    def step(
+        self,
+        input: Tensor,
+        hx: Any = None,
+        *,
+        resets: Tensor | None = None,
+        reset_state: Any = None,
+        active: Tensor | None = None,
+        out: Any = None,
+    ) -> Any:
         """One time step, for streaming and rollouts: equals `forward` on a sequence of length one, without hooks.
 
         Args:
@@ -97,22 +106,27 @@ class FusedRNNBase(TorchConvertible, Variants):
             hx: as in `forward`; None: zeros.
             resets: bool ``(B,)``, or ``()`` unbatched: the rows whose state is replaced before the step.
             reset_state: what replaces it, shaped like hx or broadcasting to it; None: zeros.
+            active: bool ``(B,)``, or ``()`` unbatched: the rows that take the step. The others keep their state,
+                whatever their input and `resets` say, and their output is zero. None: all.
+            out: a pair (output, hx) shaped like the results, to write them to; the states may be those given as hx,
+                which are then updated in place. On the CPU, with contiguous float32 or float64 tensors and without
+                dropout and regularisation, the call allocates no memory for tensors. Not differentiable.
 
         Returns:
             output ``(B, proj_size or hidden_size)``, or unbatched without B, and the state(s) to pass to the next
-            step, shaped like hx.
+            step, shaped like hx. With `out`, its two members.
 
         Raises:
             ValueError: the module is bidirectional: a step has no future to read.
-            RuntimeError: as `forward`.
+            RuntimeError: as `forward`; `out` is given and an argument requires a gradient.
         """
         if self.bidirectional:
             raise ValueError(f"{self._get_name()}.step: expected bidirectional=False, got {self.bidirectional}")
         if isinstance(input, PackedSequence) or input.dim() not in (1, 2):
             got = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D tensor"
             raise RuntimeError(f"{self._get_name()}.step: expected input to be 1-D or 2-D, got {got}")
-        if not (resets is None and reset_state is None):
-            hx = segments.before_step(self, input, hx, resets, reset_state)
+        if not (resets is None and reset_state is None and active is None and out is None):
+            return steps.run(self, input, hx, resets, reset_state, active, out)
         if not self._varied and self._usual(input, 2, hx):
             try:
                 y, *hidden = self._stack(input.unsqueeze(0), (None, None) if hx is None else self._given_states(hx))
@@ -144,7 +158,9 @@ class FusedRNNBase(TorchConvertible, Variants):
         ):
             return False
         batch = input.size(0 if dim == 2 or self.batch_first else 1)
-        if self.backend != "auto" or ops.torch_is_faster(self.mode, input.dtype, batch, self.hidden_size):
+        if self.backend == "torch" or (
+            self.backend == "auto" and ops.torch_is_faster(self.mode, input.dtype, batch, self.hidden_size)
+        ):
             return False
         if hx is None:
             return True

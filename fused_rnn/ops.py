@@ -22,6 +22,7 @@ _forward = torch.ops.fused_rnn.forward.default
 _backward = torch.ops.fused_rnn.backward.default
 _step = torch.ops.fused_rnn.step.default
 _deterministic = torch.are_deterministic_algorithms_enabled
+_step_into = torch.ops.fused_rnn.step_into.default
 NUMBER = cuda.NUMBER
 
 BACKENDS = ("auto", "fused", "torch")
@@ -111,7 +112,7 @@ def layer_of_kernels(
         x, weights = _normalised_gates(x, norm_ih, weights)
     inputs = (x, h0, c0, reset_h, reset_c, *gains, *weights)
     steering = Steering(cell, c_sequence, recompute, batch_sizes, lengths, resets, drop_h, zone_h, zone_c)
-    if torch.is_grad_enabled() and _any_requires_grad(inputs):
+    if torch.is_grad_enabled() and any_requires_grad(inputs):
         return _apply(*steering, *inputs)
     y, h_n, c_n, more, _ = _call_forward(steering, inputs, False)
     return [y, h_n, c_n, *more]
@@ -135,7 +136,7 @@ def step(cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: T
     Raises:
         RuntimeError: a tensor does not fit the others in shape, dtype or device.
     """
-    if torch.is_grad_enabled() and _any_requires_grad((x, h0, c0, *weights)):
+    if torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
         h, _, c = _apply(*Steering(cell), x, h0, c0, *_NO_WEIGHTS, *weights, *_NO_WEIGHTS[len(weights) :])
         return h, c
     if _deterministic():
@@ -143,7 +144,38 @@ def step(cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: T
     return _step(x, h0, c0, NUMBER[cell], *weights)
 
 
-def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+def step_into(
+    cell: str,
+    x: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    layer: int,
+    weights: Sequence[Tensor | None],
+    masks: tuple[Tensor | None, Tensor | None],
+    fresh: tuple[Tensor | None, Tensor | None],
+    y: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+) -> None:
+    """One time step of one layer in inference, which allocates nothing.
+
+    Args:
+        x: ``[B, I]``; None: h of the layer below.
+        h0, c0: the states of all layers, ``[L, B, ...]``; None: zeros.
+        layer: which layer this is.
+        masks: active and resets, bool ``[B]``: rows that take the step (the others keep their state), and those of them
+            whose state is replaced before it; or None.
+        fresh: what replaces the states, shaped like them; None: zeros.
+        y, h, c: the results. y ``[B, P]`` is written by the last layer, zero where a row is not active; h may be h0,
+            and c may be c0.
+
+    Raises:
+        RuntimeError: a tensor does not fit the others in shape, dtype or device, or shares memory with a result.
+    """
+    _step_into(x, h0, c0, layer, NUMBER[cell], *weights, *masks, *fresh, y, h, c, _deterministic())
+
+
+def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     for t in tensors:  # noqa: SIM110 - several times faster than any()
         if t is not None and t.requires_grad:
             return True
@@ -201,6 +233,15 @@ def fusible(x: Any, *others: Any) -> bool:
         ):
             return False
     return True
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have bytes in common, or lie so close that they may."""
+    (a_begin, a_end), (b_begin, b_end) = (
+        (t.data_ptr(), t.data_ptr() + t.itemsize * sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))
+        for t in (a, b)
+    )
+    return a.numel() > 0 < b.numel() and a_begin <= b_end and b_begin <= a_end
 
 
 def watched() -> bool:
@@ -437,6 +478,11 @@ def _fake_step(  # type: ignore[no-untyped-def]
     cuda.require_one_device(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     h = x.new_empty((x.size(0), w_hh.size(1)))
     return h, x.new_empty((x.size(0), w_hh.size(0) // 4) if reference.CELLS[cell] == "lstm" else (0,))
+
+
+@torch.library.register_fake("fused_rnn::step_into")
+def _fake_step_into(*arguments) -> None:  # type: ignore[no-untyped-def]
+    pass
 
 
 @torch.library.register_fake("fused_rnn::backward")

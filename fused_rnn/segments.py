@@ -115,30 +115,6 @@ def _usual(
     return (*results, module._pack_states(rest[count:])) if return_state_sequence else results
 
 
-def before_step(module: Any, input: Tensor, hx: Any, resets: Tensor | None, reset_state: Any) -> Any:
-    """hx as one step consumes it: replaced in the rows that `resets` names."""
-    call = _Call(module, input.unsqueeze(1 if module.batch_first and input.dim() == 2 else 0), hx)
-    if isinstance(resets, Tensor):
-        if resets.shape != input.shape[:-1]:
-            raise RuntimeError(
-                f"{call.name}.step: Expected resets of shape {list(input.shape[:-1])}, got {list(resets.shape)}"
-            )
-        resets = resets.unsqueeze(1 if call.batch_first else 0)  # a sequence of one
-    call.check_resets(resets, reset_state)
-    begins = call.time_major(resets).squeeze(0).unsqueeze(1)
-    fresh = call.reset_states(reset_state)
-    if any(s is not None and s.dim() == 4 for s in fresh):
-        raise RuntimeError(f"{call.name}.step: Expected reset_state to be shaped like hx, got {list(fresh[0].shape)}")
-    if all(s is None for s in (*call.states, *fresh)):
-        return None
-    zeros = module._zero_states(call.x, call.batch)
-    states = [
-        torch.where(begins, zero if new is None else new, zero if state is None else state)
-        for zero, new, state in zip(zeros, fresh, call.states, strict=True)
-    ]
-    return module._pack_states(states if call.batched else [s.squeeze(1) for s in states])
-
-
 class _Call:
     """The arguments of one call in one form, and the way back from its results.
 

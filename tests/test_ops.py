@@ -231,3 +231,71 @@ def test_an_empty_batch() -> None:
     assert h_n.shape == c_n.shape == (1, 0, 5)
     gradients = torch.ops.fused_rnn.backward(**backward_arguments(forward))
     assert all(not gradient.any() for gradient in gradients)
+
+
+def step_arguments(cell: str) -> dict[str, Any]:
+    """Arguments of a valid call of torch.ops.fused_rnn.step_into: the second of two layers."""
+    torch.manual_seed(0)
+    B, size, H, G, lstm = 3, 4, 5, reference.GATES[cell], cell == "lstm"
+    h = torch.randn(6, 2, B, H)
+    return dict(
+        x=torch.randn(B, size), h0=h[0], c0=h[1] if lstm else None, layer=1, cell=CELLS.index(cell),
+        w_ih=torch.randn(G * H, size), w_hh=torch.randn(G * H, H), b_ih=torch.randn(G * H), b_hh=torch.randn(G * H),
+        w_hr=None, active=torch.tensor([True, False, True]), resets=torch.tensor([True, True, False]),
+        reset_h=h[4], reset_c=h[5] if lstm else None, y=torch.randn(B, H), h=h[2], c=h[3] if lstm else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck_step_into(cell: str) -> None:
+    torch.library.opcheck(torch.ops.fused_rnn.step_into.default, (), step_arguments(cell))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(layer=2), "layer must be between 0 and 1, got 2"),
+        (dict(layer=-1), "layer must be between"),
+        (dict(x=torch.randn(2, 4)), r"x must have shape \[3, 4\], got \[2, 4\]"),
+        (dict(x=None), "x is missing, or w_ih does not fit h"),
+        (dict(x=torch.randn(3, 4).double()), "x must have the dtype of x"),
+        (dict(h0=torch.randn(1, 3, 5)), r"h0 must have shape \[2, 3, 5\], got \[1, 3, 5\]"),
+        (dict(h=torch.randn(2, 3, 4)), "h must be 5 wide, got 4"),
+        (dict(h=torch.randn(3, 5)), "h must be contiguous"),
+        (dict(h=torch.randn(5, 3, 2).permute(2, 1, 0)), "h must be contiguous"),
+        (dict(h=torch.zeros(2, 3, 5).half()), "h must be float32 or float64"),
+        (dict(c=torch.randn(2, 3, 4)), r"c must have shape \[2, 3, 5\]"),
+        (dict(c=torch.randn(5, 3, 2).permute(2, 1, 0)), "c must be contiguous"),
+        (dict(c=None), "the LSTM, and no other cell, has c"),
+        (dict(cell=3), "no other cell|multiple|must be"),
+        (dict(y=torch.randn(3, 4)), r"y must have shape \[3, 5\]"),
+        (dict(y=torch.randn(5, 3).T), "y must have contiguous rows"),
+        (dict(y=torch.randn(1, 5).expand(3, 5)), "rows of y must not overlap"),
+        (dict(w_ih=torch.randn(20)), "w_ih must be"),
+        (dict(w_hh=torch.randn(20, 4)), "w_hh must have shape"),
+        (dict(b_ih=torch.randn(19)), "b_ih must have shape"),
+        (dict(w_hr=torch.randn(4, 5)), "w_hr must have shape"),
+        (dict(active=torch.ones(2, dtype=torch.bool)), "active must have shape"),
+        (dict(resets=torch.ones(3)), "resets must have the dtype"),
+        (dict(resets=None), "need resets"),
+        (dict(reset_h=torch.randn(2, 1, 5).expand(2, 4, 5)), "reset_h must have shape"),
+        (dict(reset_c=torch.randn(2, 3, 4)), "reset_c must have shape"),
+    ],
+)
+def test_hostile_step_into(change: dict[str, Any], message: str) -> None:
+    _fails(torch.ops.fused_rnn.step_into, step_arguments("lstm") | change, message)
+
+
+@pytest.mark.parametrize(("one", "other"), [("y", "x"), ("y", "h"), ("h", "c"), ("h", "c0"), ("c", "reset_c")])
+def test_step_into_refuses_shared_memory(one: str, other: str) -> None:
+    arguments, memory = step_arguments("lstm"), torch.randn(31)
+    for name in (one, other):
+        arguments[name] = memory[: arguments[name].numel()].view_as(arguments[name])
+    _fails(torch.ops.fused_rnn.step_into, arguments, f"{one} must not share memory with {other}")
+
+
+def test_step_into_writes_to_the_state_it_reads_or_apart_from_it() -> None:
+    arguments, memory = step_arguments("lstm"), torch.randn(31)
+    torch.ops.fused_rnn.step_into(**arguments | dict(h=arguments["h0"], c=arguments["c0"]))
+    arguments |= dict(h0=memory[1:].view(2, 3, 5), h=memory[:-1].view(2, 3, 5))
+    _fails(torch.ops.fused_rnn.step_into, arguments, "h must not share memory with h0")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fused_rnn
-from fused_rnn import ops
+from fused_rnn import ops, steps
 
 SIZES = [dict(B=1, I=4, H=5), dict(B=3, I=7, H=20, num_layers=2), dict(B=9, I=33, H=77, batch_first=True)]
 CELLS = [("RNN", {}), ("RNN", {"nonlinearity": "relu"}), ("LSTM", {}), ("LSTM", {"proj_size": 3}), ("GRU", {})]
@@ -180,3 +180,211 @@ def test_hooks_are_forwards_alone() -> None:
     module.step(torch.randn(3, 4))
     module.step(torch.randn(4))
     assert not calls
+
+
+def state_of(module: Any, B: int, **options: Any) -> Any:
+    sizes = [module.proj_size or module.hidden_size] + [module.hidden_size] * (module.mode == "LSTM")
+    dtype = module.weight_ih_l0.dtype
+    states = [torch.randn(module.num_layers, B, size).to(dtype).requires_grad_(**options) for size in sizes]
+    return tuple(states) if len(states) == 2 else states[0]
+
+
+def copied(state: Any) -> Any:
+    return tuple(s.clone() for s in state) if isinstance(state, tuple) else state.clone()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@each_size
+@each_module
+def test_out_holds_the_results(
+    cell: str, options: dict[str, Any], size: dict[str, Any], dtype: torch.dtype, in_place: bool
+) -> None:
+    module = build(cell, options, size, dtype)
+    x, hx = torch.randn(size["B"], size["I"]).to(dtype), state_of(module, size["B"], requires_grad=False)
+    with torch.no_grad():
+        expected, final = module.step(x, hx)
+        before = copied(hx)
+        out = torch.full_like(expected, torch.nan), hx if in_place else copied(hx)
+        y, state = module.step(x, hx, out=out)
+    assert y is out[0] and state is out[1]
+    assert torch.equal(y, expected)
+    for a, b in zip(tensors(state), tensors(final), strict=True):
+        assert torch.equal(a, b)
+    if not in_place:
+        assert all(torch.equal(a, b) for a, b in zip(tensors(hx), tensors(before), strict=True))
+
+
+@each_module
+def test_a_loop_in_place_is_forward(cell: str, options: dict[str, Any]) -> None:
+    """Outputs go straight into a buffer of either layout, the state is updated where it lies."""
+    module = build(cell, options, SIZES[1])
+    x = torch.randn(6, 3, 7, dtype=torch.float64)
+    with torch.no_grad():
+        expected, final = module(x)
+        for buffer in (torch.empty_like(expected), torch.empty_like(expected.transpose(0, 1)).transpose(0, 1)):
+            hx = copied(final)
+            for state in tensors(hx):
+                state.zero_()
+            for t in range(6):
+                module.step(x[t], hx, out=(buffer[t], hx))
+            torch.testing.assert_close(buffer, expected, rtol=1e-12, atol=1e-12)
+            for a, b in zip(tensors(hx), tensors(final), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def allocations(call: Any) -> int:
+    """How often torch takes memory on the CPU."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    names = [event.name() for event in profiler.profiler.kineto_results.events()]
+    return names.count("[memory]")
+
+
+@pytest.mark.parametrize("unbatched", [False, True])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize(("cell", "H"), [("RNN", 20), ("GRU", 20), ("LSTM", 20), ("LSTM", 200)])
+def test_with_out_nothing_is_allocated(cell: str, H: int, num_layers: int, unbatched: bool) -> None:
+    module = getattr(fused_rnn, cell)(7, H, num_layers)
+    hx, learned = state_of(module, 3, requires_grad=False), state_of(module, 1, requires_grad=False)
+    x, y = torch.randn(3, 7), torch.empty(3, H)
+    masks = dict(active=torch.tensor([True, False, True]), resets=torch.tensor([False, True, True]))
+    if unbatched:
+        x, y, *states = x[0], y[0], *(s[:, 0].contiguous() for s in (*tensors(hx), *tensors(learned)))
+        hx, learned = (tuple(states[:2]), tuple(states[2:])) if cell == "LSTM" else states
+        masks = {name: mask[0] for name, mask in masks.items()}
+    with torch.no_grad():
+        assert allocations(lambda: module.step(x, hx)) > 0
+        assert allocations(lambda: module.step(x, hx, out=(y, hx))) == 0
+        assert allocations(lambda: module.step(x, hx, **masks, out=(y, hx))) == 0
+        assert allocations(lambda: module.step(x, hx, **masks, reset_state=learned, out=(y, hx))) == 0
+
+
+def expected_of(module: Any, x: Tensor, hx: Any, active: Tensor, resets: Tensor, reset_state: Any) -> Any:
+    """By torch.nn, of the active rows alone."""
+    theirs = module.to_torch()
+    zeros = [torch.zeros_like(h) for h in tensors(hx)]
+    fresh = tensors(reset_state) if reset_state is not None else zeros
+    replaced = [torch.where(resets.unsqueeze(1), f, h) for f, h in zip(fresh, tensors(hx), strict=True)]
+    states = [h[:, active] for h in replaced]
+    time_dim = 1 if module.batch_first else 0
+    y, final = theirs(x[active].unsqueeze(time_dim), tuple(states) if isinstance(hx, tuple) else states[0])
+    y_all = x.new_zeros(len(x), y.size(-1)).index_put((active,), y.squeeze(time_dim))
+    return y_all, [h.index_copy(1, active.nonzero()[:, 0], s) for h, s in zip(tensors(hx), tensors(final), strict=True)]
+
+
+MASKS = [([True, False, True], [True, True, False]), ([False] * 3, [True] * 3), ([True] * 3, [False] * 3)]
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(("active", "resets"), MASKS)
+@each_module
+def test_rows_that_wait(
+    cell: str, options: dict[str, Any], active: list[bool], resets: list[bool], learned: bool
+) -> None:
+    """They keep their state, whatever comes in; the others step as if they were alone. With all derivatives."""
+    module = build(cell, options, SIZES[1])
+    x, hx = torch.randn(3, 7, dtype=torch.float64), state_of(module, 3)
+    reset_state = state_of(module, 1) if learned else None
+    masks = dict(active=torch.tensor(active), resets=torch.tensor(resets))
+    x[~masks["active"]] = torch.nan
+    x.requires_grad_()
+    expected, final = expected_of(module, x.nan_to_num(), hx, **masks, reset_state=reset_state)
+    inputs = [*tensors(hx), *(tensors(reset_state) if learned else ()), *module.parameters()]
+    found = module.step(x, hx, **masks, reset_state=reset_state)
+
+    def gradients(y: Tensor, states: Any) -> Any:
+        total = sum((t * torch.arange(1, t.numel() + 1).view_as(t)).sum() for t in (y, *states))
+        return torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
+
+    with torch.no_grad():
+        y, state = torch.full_like(expected, torch.nan), copied(hx)
+        module.step(x, state, **masks, reset_state=reset_state, out=(y, state))
+        fresh = module.step(x, hx, **masks, reset_state=reset_state)
+    for results in (found, (y, state), fresh):
+        for a, b in zip((results[0], *tensors(results[1])), (expected, *final), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            assert a is results[0] or torch.equal(a[:, ~masks["active"]], b[:, ~masks["active"]])
+    for a, b in zip(gradients(found[0], tensors(found[1])), gradients(expected, final), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_what_the_operator_does_not_take_is_right() -> None:
+    """Strided states, torch.nn's own forward, an output in the input's memory: computed elsewhere, and copied."""
+    hx = torch.randn(2, 3, 7)
+    for module in (
+        fused_rnn.GRU(7, 7, 2),
+        fused_rnn.GRU(7, 7, 2, backend="torch"),
+        fused_rnn.GRU(7, 7, 2, zoneout=0.5),
+    ):
+        module.eval()
+        x, active = torch.randn(3, 7), torch.tensor([True, False, True])
+        with torch.no_grad():
+            expected, final = module.step(x, hx, active=active)
+            for y, state in ((torch.empty(7, 3).T, torch.empty(7, 3, 2).permute(2, 1, 0)), (x, hx.clone())):
+                module.step(x, hx, active=active, out=(y, state))
+                torch.testing.assert_close(y, expected)
+                torch.testing.assert_close(state, final)
+
+
+def test_writing_to_out_is_seen_by_autograd() -> None:
+    module, w = fused_rnn.GRU(4, 5), torch.ones(1, 3, 5, requires_grad=True)
+    hx = torch.randn(1, 3, 5)
+    total = (w * hx).sum()
+    with torch.no_grad():
+        module.step(torch.randn(3, 4), hx, out=(torch.empty(3, 5), hx))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+@pytest.mark.parametrize("name", ["weight", "input", "hx", "out"])
+def test_out_has_no_derivative(name: str) -> None:
+    module = fused_rnn.GRU(4, 5).requires_grad_(name == "weight")
+    x, hx, y = torch.randn(3, 4), torch.zeros(1, 3, 5), torch.empty(3, 5)
+    {"input": x, "hx": hx, "out": y}.get(name, x).requires_grad_(name != "weight")
+    with pytest.raises(RuntimeError, match=r"GRU.step: functions with out=... arguments don't support automatic diff"):
+        module.step(x, hx, out=(y, torch.empty(1, 3, 5)))
+
+
+Y, H_N = torch.empty(3, 5), torch.empty(1, 3, 5)
+BAD = [
+    (dict(out=Y), TypeError, "expected out to be a pair .* got Tensor"),
+    (dict(out=(Y,)), TypeError, "expected out to be a pair .* got tuple"),
+    (dict(out=(Y, None)), TypeError, "expected out to be a pair"),
+    (dict(out=(Y, (H_N, H_N))), TypeError, r"expected out\[1\] to be a tensor, got tuple"),
+    (dict(out=(Y[:2], H_N)), RuntimeError, r"out to hold .* of shape \[3, 5\] on cpu, got .* of shape \[2, 5\]"),
+    (
+        dict(out=(Y, H_N[:, :2])),
+        RuntimeError,
+        r"shape \[1, 3, 5\] on cpu, got a torch.float32 tensor of shape \[1, 2, 5",
+    ),
+    (dict(out=(Y, H_N.expand(2, 3, 5))), RuntimeError, r"of shape \[1, 3, 5\]"),
+    (dict(out=(Y.double(), H_N)), RuntimeError, "expected out to hold a torch.float32 tensor.*got a torch.float64"),
+    (dict(out=(H_N[0], H_N)), RuntimeError, "the tensors of out must not share memory"),
+    (dict(active=torch.ones(3)), ValueError, "expected active to be a bool tensor, got a torch.float32 tensor"),
+    (dict(active=[True] * 3), ValueError, "expected active to be a bool tensor, got list"),
+    (dict(active=torch.ones(2, dtype=torch.bool)), RuntimeError, r"Expected active of shape \[3\], got \[2\]"),
+    (dict(resets=torch.ones(3, 1, dtype=torch.bool)), RuntimeError, r"Expected resets of shape \[3\], got \[3, 1\]"),
+    (dict(reset_state=H_N), ValueError, "reset_state needs resets, got None"),
+    (dict(resets=torch.ones(3, dtype=torch.bool), reset_state=0.0), TypeError, "reset_state to be a tensor, got float"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "text"), BAD)
+def test_wrong_keywords(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
+    module = fused_rnn.GRU(4, 5).requires_grad_(False)
+    with pytest.raises(error, match="GRU.step: .*" + text):
+        module.step(torch.randn(3, 4), **arguments)
+
+
+def test_the_usual_step_with_keywords_needs_no_second_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "_as_sequence", None)
+    for cell, options in CELLS:
+        for size in SIZES:
+            module, mask = build(cell, options, size), torch.ones(size["B"], dtype=torch.bool)
+            x, hx = torch.randn(size["B"], size["I"], dtype=torch.float64), state_of(module, size["B"])
+            with torch.no_grad():
+                out = module.step(x, hx, resets=mask, reset_state=state_of(module, 1))
+                module.step(x, hx, active=mask, out=out)
+                module.step(x, out=out)

@@ -6,8 +6,8 @@
 #include <cstring>
 #include <tuple>
 
-#include "../cells/cells.h"
 #include "../cpu/dispatch.h"
+#include "cell_info.h"
 #include "ragged.h"
 #include "tensors.h"
 
@@ -15,32 +15,6 @@ namespace fused_rnn {
 namespace bindings {
 
 namespace {
-
-// What the operators need to know of a cell; from the policies, which say it once.
-struct CellInfo {
-  CellKind kind;
-  int64_t gates, saved, grads;
-  bool has_c, saves_h, uses_h;
-};
-
-// `cell` is a place in the list of cells, which costs an operator call less than a name.
-CellInfo cell_info(int64_t cell) {
-  switch (cell) {
-#define FUSED_RNN_INFO(kind, policy, label)                                                                      \
-  case static_cast<int64_t>(CellKind::kind): {                                                                   \
-    using Cell = policy;                                                                                         \
-    return {CellKind::kind, Cell::kGates, Cell::kSaved, Cell::kGrads, Cell::kHasC, Cell::kSavesH, Cell::kUsesH}; \
-  }
-    FUSED_RNN_CELLS(FUSED_RNN_INFO)
-#undef FUSED_RNN_INFO
-  }
-  std::string names;
-#define FUSED_RNN_NAME(kind, policy, label) \
-  names += (names.empty() ? "" : ", ") + std::to_string(static_cast<int64_t>(CellKind::kind)) + " (" label ")";
-  FUSED_RNN_CELLS(FUSED_RNN_NAME)
-#undef FUSED_RNN_NAME
-  fail("unknown cell ", cell, "; the cells are: ", names);
-}
 
 struct Weights {
   OptionalTensor w_ih;

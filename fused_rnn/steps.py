@@ -1,0 +1,194 @@
+"""One time step beyond torch.nn: resets, rows that wait, results in given tensors.
+
+In inference on the CPU one operator runs each layer, from the caller's tensors into the caller's tensors, and allocates
+nothing. Everything else is `forward` on a sequence of one, in which a row that waits has length zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fused_rnn import functional, ops
+
+
+def run(
+    module: Any, input: Tensor, hx: Any, resets: Tensor | None, reset_state: Any, active: Tensor | None, out: Any
+) -> tuple[Tensor, Any]:
+    """`fused_rnn.modules.FusedRNNBase.step` with any of its keyword arguments; they are explained there."""
+    name = f"{module._get_name()}.step"
+    module._refresh_flat_weights()
+    states, fresh = _given(module, name, "hx", hx), _given(module, name, "reset_state", reset_state)
+    results = () if out is None else _given_results(module, name, out)
+    differentiable = torch.is_grad_enabled() and ops.any_requires_grad(
+        (input, *states, *fresh, *results, *module._flat_weights)
+    )
+    if differentiable and results:
+        raise RuntimeError(
+            f"{name}: functions with out=... arguments don't support automatic differentiation, but one of the "
+            "arguments requires grad."
+        )
+    _check_mask(name, "resets", resets, input)
+    _check_mask(name, "active", active, input)
+    if fresh and resets is None:
+        raise ValueError(f"{name}: reset_state needs resets, got None")
+
+    batched = input.dim() == 2
+    into = results
+    if not batched:
+        input, resets, active = (None if t is None else t.unsqueeze(0) for t in (input, resets, active))
+        states, fresh = _with_row(name, "hx", states), _with_row(name, "reset_state", fresh)
+        into = (results[0].unsqueeze(0), *_with_row(name, "out[1]", results[1:])) if results else ()
+    found = None
+    if not differentiable and _is_usual(module, input, states, resets, fresh, active, into):
+        with suppress(RuntimeError):  # if something does not fit, that is found out below
+            found = _in_place(module, input, states, resets, fresh, active, into)
+            increment_version(results)
+    if found is None:
+        found = _as_sequence(module, input, states, resets, fresh, active)
+        if results:
+            _copy(name, found, into)
+    if results:
+        return out[0], out[1]
+    y, *hidden = found if batched else (found[0].squeeze(0), *(h.squeeze(1) for h in found[1:]))
+    return y, module._pack_states(hidden)
+
+
+def _is_usual(
+    module: Any,
+    x: Tensor,
+    states: Sequence[Any],
+    resets: Any,
+    fresh: Sequence[Any],
+    active: Any,
+    into: Sequence[Any],
+) -> bool:
+    """Whether every check that is left is made by the operator."""
+    for mask in (resets, active):
+        if mask is not None and not ops.plain(mask, 1):
+            return False
+    for state in (*fresh, *into[1:]):
+        if not ops.plain(state, 3):
+            return False
+    return (
+        not module._varied
+        and x.dtype in (torch.float32, torch.float64)  # the others are widened first
+        and (not into or (ops.plain(into[0], 2) and into[1].size(0) == module.num_layers))
+        and module._usual(x, 2, module._pack_states(states) if states else None)
+    )
+
+
+def _in_place(
+    module: Any,
+    x: Tensor,
+    states: Sequence[Tensor],
+    resets: Tensor | None,
+    fresh: Sequence[Tensor],
+    active: Tensor | None,
+    into: Sequence[Tensor],
+) -> Sequence[Tensor]:
+    """The results, y and each state, in `into` if that is given.
+
+    Raises:
+        RuntimeError: the operator cannot compute this.
+    """
+    L, B, sizes = module.num_layers, x.size(0), module._state_sizes()
+    y, *hidden = into = into or (x.new_empty(B, sizes[0]), *(x.new_empty(L, B, size) for size in sizes))
+    h, c = (*hidden, None)[:2]
+    h0, c0 = (*states, None, None)[:2]
+    replacing = (*(s.expand(L, B, size) for s, size in zip(fresh, sizes, strict=False)), None, None)[:2]
+    cell = module.mode.lower()
+    below: Tensor | None = x
+    for index in range(L):
+        weights = functional.weights_of_layer(module._flat_weights, index, L, 1, module.bias)
+        ops.step_into(cell, below, h0, c0, index, weights, (active, resets), replacing, y, h, c)
+        drops = module.training and module.dropout > 0 and index < L - 1
+        below = torch.dropout(h[index], module.dropout, True) if drops else None
+    return into
+
+
+def _as_sequence(
+    module: Any,
+    x: Tensor,
+    states: Sequence[Tensor],
+    resets: Tensor | None,
+    fresh: Sequence[Tensor],
+    active: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """y and each state, by forward."""
+    from fused_rnn import modules  # which is built on this file
+
+    time_dim = 1 if module.batch_first else 0
+    y, hidden = modules.FusedRNNBase.forward(
+        module,
+        x.unsqueeze(time_dim),
+        module._pack_states(states) if states else None,
+        resets=None if resets is None else resets.unsqueeze(time_dim),
+        reset_state=module._pack_states(fresh) if fresh else None,
+        lengths=None if active is None else active.to(torch.int32),
+    )
+    return y.squeeze(time_dim), *module._given_states(hidden)
+
+
+def _copy(name: str, found: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+    for result, target in zip(found, into, strict=True):
+        if target.shape != result.shape or target.dtype is not result.dtype or target.device != result.device:
+            raise RuntimeError(
+                f"{name}: expected out to hold a {result.dtype} tensor of shape {list(result.shape)} on "
+                f"{result.device}, got a {target.dtype} tensor of shape {list(target.shape)} on {target.device}"
+            )
+    for a, b in combinations(into, 2):
+        if not ops.watched() and ops.share_memory(a, b):
+            raise RuntimeError(f"{name}: the tensors of out must not share memory")
+    for result, target in zip(found, into, strict=True):
+        target.copy_(result)
+
+
+def _given(module: Any, name: str, argument: str, value: Any) -> tuple[Tensor, ...]:
+    """The tensors of hx, or of what is shaped like it; none if it is None.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    states = module._given_states(value)
+    if states is None or not all(isinstance(s, Tensor) for s in states):
+        expected = "a pair of tensors" if module.mode == "LSTM" else "a tensor"
+        raise TypeError(f"{name}: expected {argument} to be {expected}, got {type(value).__name__}")
+    return states
+
+
+def _given_results(module: Any, name: str, out: Any) -> tuple[Tensor, ...]:
+    """y and each state."""
+    if not isinstance(out, (tuple, list)) or len(out) != 2 or not isinstance(out[0], Tensor) or out[1] is None:
+        raise TypeError(f"{name}: expected out to be a pair (output, hx) like the results, got {type(out).__name__}")
+    return out[0], *_given(module, name, "out[1]", out[1])
+
+
+def _with_row(name: str, argument: str, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``[L, size]`` as ``[L, 1, size]``.
+
+    Raises:
+        RuntimeError: they have another number of dimensions.
+    """
+    for state in states:
+        if state.dim() != 2:
+            raise RuntimeError(f"{name}: For unbatched 1-D input, {argument} should be 2-D, got {state.dim()}-D tensor")
+    return tuple(state.unsqueeze(1) for state in states)
+
+
+def _check_mask(name: str, argument: str, mask: Any, input: Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+        got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"{name}: expected {argument} to be a bool tensor, got {got}")
+    if mask.shape != input.shape[:-1]:
+        raise RuntimeError(f"{name}: Expected {argument} of shape {list(input.shape[:-1])}, got {list(mask.shape)}")
+    if mask.device != input.device:
+        raise RuntimeError(f"{name}: expected {argument} on {input.device}, got {mask.device}")
