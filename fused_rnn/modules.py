@@ -60,9 +60,9 @@ class FusedRNNBase(TorchConvertible, Variants):
                 unbatched, or a PackedSequence.
             hx: initial state(s), each ``(L*D, B, size)`` or unbatched ``(L*D, size)``; None: zeros. The LSTM takes
                 a pair (h_0, c_0) of sizes ``proj_size or hidden_size`` and ``hidden_size``.
-            resets: bool ``(T, B)``, ``(B, T)`` with ``batch_first``, ``(T,)`` unbatched. Where it is true a new
-                sequence begins: the state is replaced before that step. The reverse direction starts anew at the same
-                borders. No gradient passes a reset.
+            resets: bool ``(T, B)``, ``(B, T)`` with ``batch_first``, ``(T,)`` unbatched, with a PackedSequence one of
+                bools, packed alike. Where it is true a new sequence begins: the state is replaced before that step. The
+                reverse direction starts anew at the same borders. No gradient passes a reset.
             reset_state: what replaces the state(s): shaped like hx, or with a first dimension T for one per step, or
                 what broadcasts to either (a learned state ``(L*D, 1, size)``). Gradients reach it. None: zeros.
             lengths: int32 or int64 ``(B,)``, in any order, 0 to T, on any device: the steps of each row. Outputs behind

@@ -162,8 +162,10 @@ class _Call:
         self.batch = batch
         self.states = module._given_states(hidden) if given else (None,) * len(module._state_sizes())
 
-    def time_major(self, rows: Tensor) -> Tensor:
-        """``[T, B]`` from how the user has it."""
+    def time_major(self, rows: Any) -> Tensor:
+        """``[T, B]``, or packed ``[N]``, from how the user has it."""
+        if self.packed is not None:
+            return rows.data
         if not self.batched:
             return rows.unsqueeze(1)
         return rows.transpose(0, 1) if self.batch_first else rows
@@ -174,9 +176,16 @@ class _Call:
                 raise ValueError(f"{self.name}: reset_state needs resets, got None")
             return
         if self.packed is not None:
-            raise ValueError(f"{self.name}: resets go with a padded input (see lengths), got a PackedSequence")
-        T, B, _ = self.x.shape
-        shape = (T,) if not self.batched else (B, T) if self.batch_first else (T, B)
+            if not isinstance(resets, PackedSequence):
+                raise ValueError(
+                    f"{self.name}: expected resets to be a PackedSequence as input is, got {_kind(resets)}"
+                )
+            if not _packed_alike(resets, self.packed):
+                raise ValueError(f"{self.name}: expected resets to be packed as input is, in the same order")
+            shape, resets = (self.x.size(0),), resets.data
+        else:
+            T, B, _ = self.x.shape
+            shape = (T,) if not self.batched else (B, T) if self.batch_first else (T, B)
         if not isinstance(resets, Tensor) or resets.dtype is not torch.bool:
             raise ValueError(f"{self.name}: expected resets to be a bool tensor, got {_kind(resets)}")
         if resets.shape != shape:
@@ -215,6 +224,8 @@ class _Call:
         given = given if self.batched else [state.unsqueeze(-2) for state in given]
         per_step = any(state.dim() == 4 for state in given)
         dtypes = autocast.CASTABLE if autocast.dtype_on(self.x.device) else (self.x.dtype,)
+        T = self.x.size(0) if self.batch_sizes is None else self.batch_sizes.size(0)
+        order = None if self.packed is None else self.packed.sorted_indices
         found = []
         for state, size in zip(given, sizes, strict=True):
             if state.dtype not in dtypes or state.device != self.x.device:
@@ -223,16 +234,17 @@ class _Call:
                     f"got {state.dtype} on {state.device}"
                 )
             of_one = (rows, self.batch, size)
-            wanted = (self.x.size(0), *of_one) if per_step else of_one
+            wanted = (T, *of_one) if per_step else of_one
             state = state.unsqueeze(0) if per_step and state.dim() == 3 else state
             fits = state.dim() == len(wanted) and all(
                 got == 1 or got == want for got, want in zip(state.shape, wanted, strict=True)
             )
             if not fits:
                 raise RuntimeError(
-                    f"{self.name}: Expected reset_state of shape {list(of_one)} or {[self.x.size(0), *of_one]}, "
+                    f"{self.name}: Expected reset_state of shape {list(of_one)} or {[T, *of_one]}, "
                     f"got {list(state.shape)}"
                 )
+            state = state if order is None or state.size(-2) == 1 else state.index_select(-2, order)
             found.append(state.expand(wanted))
         return tuple(found)
 
@@ -258,6 +270,14 @@ def _check_tensors(name: str, argument: str, states: Sequence[Any]) -> None:
     for state in states:
         if not isinstance(state, Tensor):
             raise TypeError(f"{name}: expected {argument} to be made of tensors, got {_kind(state)}")
+
+
+def _packed_alike(a: PackedSequence, b: PackedSequence) -> bool:
+    if a.sorted_indices is not b.sorted_indices and (
+        a.sorted_indices is None or b.sorted_indices is None or not torch.equal(a.sorted_indices, b.sorted_indices)
+    ):
+        return False
+    return torch.equal(a.batch_sizes, b.batch_sizes)
 
 
 def _kind(value: Any) -> str:

@@ -227,6 +227,43 @@ def test_state_sequence_of_a_packed_sequence(name: str) -> None:
         assert torch.equal(pad_packed_sequence(a)[0].transpose(1, 2), b)
 
 
+@pytest.mark.parametrize("kind", ["zeros", "learned", "every step"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("lengths", [[2, 6, 4, 4], [6, 4, 4, 1]], ids=["any order", "sorted"])
+@each_name
+def test_resets_of_a_packed_sequence(
+    name: str, lengths: list[int], bidirectional: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, ours = pair(name, 4, 9, bidirectional=bidirectional)
+    x, resets = torch.randn(6, 4, 4, dtype=torch.float64, requires_grad=True), torch.rand(6, 4) < 0.4
+    hx = draw_state(ours, 4)
+    reset_state = None if kind == "zeros" else draw_state(ours, 4, *([6] if kind == "every step" else []))
+    outputs, finals = [], []
+    for b, n in enumerate(lengths):
+        rows = slice(b, b + 1)
+        fresh = [s[..., rows, :] for s in listed(reset_state)] if reset_state is not None else None
+        fresh = tuple(fresh) if name == "LSTM" and fresh else fresh and fresh[0]
+        y, h = in_pieces(theirs, x[:n, rows], row_of(hx, b), resets[:n, rows], fresh)
+        outputs.append(nn.functional.pad(y, (0, 0, 0, 0, 0, 6 - n)))
+        finals.append(listed(h))
+    expected = torch.cat(outputs, 1), [torch.cat(kind, 1) for kind in zip(*finals, strict=True)]
+
+    def packed(rows: Tensor) -> Any:
+        return pack_padded_sequence(rows, torch.tensor(lengths), enforce_sorted=lengths == sorted(lengths)[::-1])
+
+    def call() -> Any:
+        y, h = ours(packed(x), hx, resets=packed(resets), reset_state=reset_state)
+        return pad_packed_sequence(y)[0], h
+
+    inputs = [x, *listed(hx), *([] if reset_state is None else listed(reset_state))]
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "layer", None)  # the kernels take it
+        assert_same(call(), expected, [*inputs, *ours.parameters()], [*inputs, *theirs.parameters()])
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "fusible", lambda *tensors: False)
+        assert_same(call(), expected, [*inputs, *ours.parameters()], [*inputs, *theirs.parameters()])
+
+
 def test_projection(monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = pair("LSTM", 4, 9, proj_size=5, num_layers=2, bidirectional=True)
     x = torch.randn(7, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -346,8 +383,17 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], text: 
 def test_what_does_not_go_together() -> None:
     _, ours = pair("GRU", 4, 9, dtype=torch.float32)
     packed = pack_padded_sequence(torch.randn(6, 3, 4), torch.tensor([6, 4, 1]))
-    with pytest.raises(ValueError, match="got a PackedSequence"):
-        ours(packed, resets=torch.zeros(6, 3, dtype=torch.bool))
+    resets = torch.zeros(6, 3, dtype=torch.bool)
+    for wrong, text in (
+        (resets, "expected resets to be a PackedSequence as input is, got a torch.bool tensor"),
+        (pack_padded_sequence(resets, torch.tensor([6, 4, 2])), "packed as input is, in the same order"),
+        (pack_padded_sequence(resets, torch.tensor([6, 4, 1]), enforce_sorted=False), "in the same order"),
+        (pack_padded_sequence(resets.int(), torch.tensor([6, 4, 1])), "bool tensor, got a torch.int32 tensor"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ours(packed, resets=wrong)
+    with pytest.raises(RuntimeError, match=r"resets of shape \[11\], got \[11, 1\]"):
+        ours(packed, resets=pack_padded_sequence(resets.unsqueeze(2), torch.tensor([6, 4, 1])))
     with pytest.raises(ValueError, match="got a PackedSequence"):
         ours(packed, lengths=torch.tensor([6, 4, 1]))
     with pytest.raises(ValueError, match="got unbatched input"):
