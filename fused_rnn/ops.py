@@ -286,9 +286,14 @@ def _call_forward(
     if on_cuda(x):
         return cuda.forward(steering, inputs, train)
     norms, weights = rest[:3], rest[3:]
-    if len(weights) == 5:
-        weights += _NO_WEIGHTS
     s = steering
+    if len(weights) == 5:
+        if s.batch_sizes is s.lengths is s.resets is s.drop_h is s.zone_h is s.zone_c is norms[0] is None and not (
+            s[1] or _deterministic()
+        ):
+            y, h_n, c_n, reserve, _ = _forward(x, h0, c0, NUMBER[s.cell], train, *weights)  # arguments cost
+            return y, h_n, c_n, (), (reserve,)
+        weights += _NO_WEIGHTS
     y, h_n, c_n, reserve, c_of_steps = _forward(
         x, h0, c0, NUMBER[s.cell], train, *weights, s.batch_sizes, s.resets, reset_h, reset_c, s.c_sequence,
         s.drop_h, s.zone_h, s.zone_c, *norms, _deterministic(), s.lengths,
