@@ -103,8 +103,9 @@ def _usual(
         x, resets = input.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
     sizes, fresh = module._state_sizes(), module._given_states(reset_state)
     if fresh:
-        steps_to_width = [(x.size(0), module._state_rows(), x.size(1), size) for size in sizes]
-        fresh = [s.expand(shape[4 - s.dim() :]) for s, shape in zip(fresh, steps_to_width, strict=True)]
+        steps = (x.size(0),) if any(s.dim() == 4 for s in fresh) else ()
+        rows = module._state_rows()
+        fresh = [s.expand(*steps, rows, x.size(1), size) for s, size in zip(fresh, sizes, strict=True)]
     output, *rest = module._stack(
         x,
         (None, None) if hx is None else module._given_states(hx),

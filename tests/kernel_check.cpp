@@ -328,12 +328,13 @@ Data<T> kernel_results(const cpu::Kernels& k, const Layer& layer, const Data<T>&
     if (train && chains) {
       reserves[d].assign((N + B) * H, nan);
       T *const first = reserves[d].data(), *const second = first + B * H;
-      reserve = {d ? first : second, d ? second : first, nullptr, nullptr, H};
+      reserve.gates = d ? first : second, reserve.h_prev = d ? second : first, reserve.stride = H;
     } else if (train) {
       reserves[d].assign(N * whole, nan);
       T* const at = reserves[d].data();
-      T *const c = layer.lstm ? at + after_h : nullptr, *const hidden = projected ? at + after_h + H : nullptr;
-      reserve = {at, at + layer.saved * H, c, hidden, whole};
+      reserve.gates = at, reserve.h_prev = at + layer.saved * H, reserve.stride = whole;
+      if (layer.lstm) reserve.c_prev = at + after_h;
+      if (projected) reserve.hidden = at + after_h + H;
     }
     dgates[d].assign(N * layer.grads * H, nan);
     dh_totals[d].assign(projected ? N * P : 0, nan);
