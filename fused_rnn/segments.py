@@ -78,10 +78,11 @@ def _cuda_takes(norms: Any = (), recurrent_dropout: float = 0.0, zoneout: Any = 
 
 def _is_usual(module: Any, input: Any, hx: Any, resets: Any, reset_state: Any, lengths: Any) -> bool:
     """Whether every check that is left is made by the operators."""
+    if ops.watched() or module._varied:
+        return False
     fresh = module._given_states(reset_state)
     return (
-        not module._varied
-        and (resets is None or ops.plain(resets, 2))
+        (resets is None or ops.plain(resets, 2))
         and (lengths is None or ops.plain(lengths, 1))
         and fresh is not None
         and (not fresh or resets is not None)

@@ -46,7 +46,7 @@ def run(
         states, fresh = _with_row(name, "hx", states), _with_row(name, "reset_state", fresh)
         into = (results[0].unsqueeze(0), *_with_row(name, "out[1]", results[1:])) if results else ()
     found = None
-    if not differentiable and _is_usual(module, input, states, resets, fresh, active, into):
+    if not differentiable and not ops.watched() and _is_usual(module, input, states, resets, fresh, active, into):
         with suppress(RuntimeError):  # if something does not fit, that is found out below
             found = _in_place(module, input, states, resets, fresh, active, into)
             increment_version(results)
