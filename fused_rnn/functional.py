@@ -54,7 +54,8 @@ def stack(
     if extras is not None and extras.side_by_side:
         w_hh = weights[1 :: D * count]
         widths = [w.size(1) for w in w_hh], [w.size(0) // GATES[cell] for w in w_hh]
-    h0, c0 = (_by_layer(*state, num_layers) for state in zip((*states, None), widths, strict=False))
+    h0 = _by_layer(states[0], widths[0], num_layers)
+    c0 = _by_layer(states[1] if len(states) > 1 else None, widths[1], num_layers)
     h_n, c_n = [], []
     sequences: list[tuple[Tensor, ...]] = []
     more: dict[str, Any] = {}

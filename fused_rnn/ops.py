@@ -46,9 +46,14 @@ class Steering(NamedTuple):
     zone_c: Tensor | None = None
 
 
+# What a call without all that passes, itself: it is known again by its identity, and its operators get few arguments,
+# which cost a good part of a small call.
+_PLAIN = {cell: Steering(cell) for cell in reference.CELLS}
+
 # A layer's inputs that may have gradients are x, h0, c0, reset_h, reset_c, norm_hh, norm_c, norm_c_bias, and five
 # weights of each direction; None where absent.
 _WEIGHTS = 8
+_FLAGS = 3  # of a Steering: what comes before its tensors
 
 
 def layer(
@@ -79,6 +84,18 @@ def layer(
     run: Callable = layer_of_kernels
     if torch.compiler.is_compiling():  # one operator, defined in fused_rnn/compiled.py
         run, norms = torch.ops.fused_rnn.layer.default, list(norms)
+    elif (
+        batch_sizes is resets is lengths is drop_h is zone_h is zone_c is None
+        and norms is reference.NO_NORMS
+        and not (c_sequence or recompute)
+    ):
+        if torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
+            y, h_n, c_n = _apply(_PLAIN[cell], x, h0, c0, *_NO_WEIGHTS, *weights)
+        elif on_cuda(x) or _deterministic():
+            y, h_n, c_n, _, _ = _call_forward(_PLAIN[cell], (x, h0, c0, *_NO_WEIGHTS, *weights), False)
+        else:
+            y, h_n, c_n, _, _ = _forward(x, h0, c0, NUMBER[cell], False, *weights)
+        return y, y if x.dim() == 2 else h_n, c_n if cell == "lstm" else None
     y, h_n, c_n, *more = run(
         cell, x, h0, c0, weights, batch_sizes, resets, reset_h, reset_c, c_sequence, lengths, norms, drop_h, zone_h,
         zone_c, recompute,
@@ -113,7 +130,7 @@ def layer_of_kernels(
     inputs = (x, h0, c0, reset_h, reset_c, *gains, *weights)
     steering = Steering(cell, c_sequence, recompute, batch_sizes, lengths, resets, drop_h, zone_h, zone_c)
     if torch.is_grad_enabled() and any_requires_grad(inputs):
-        return _apply(*steering, *inputs)
+        return _apply(steering, *inputs)
     y, h_n, c_n, more, _ = _call_forward(steering, inputs, False)
     return [y, h_n, c_n, *more]
 
@@ -137,7 +154,7 @@ def step(cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: T
         RuntimeError: a tensor does not fit the others in shape, dtype or device.
     """
     if torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
-        h, _, c = _apply(*Steering(cell), x, h0, c0, *_NO_WEIGHTS, *weights, *_NO_WEIGHTS[len(weights) :])
+        h, _, c = _apply(_PLAIN[cell], x, h0, c0, *_NO_WEIGHTS, *weights, *_NO_WEIGHTS[len(weights) :])
         return h, c
     if _deterministic():
         return _step(x, h0, c0, NUMBER[cell], *weights, *_NO_WEIGHTS[len(weights) :], True)
@@ -282,18 +299,15 @@ def _call_forward(
     steering: Steering, inputs: Sequence[Tensor | None], train: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """y, h_n, c_n, what else was asked for, and what backward needs."""
-    x, h0, c0, reset_h, reset_c, *rest = inputs
+    x, h0, c0, reset_h, reset_c, *norms = inputs[:_WEIGHTS]
     if on_cuda(x):
         return cuda.forward(steering, inputs, train)
-    norms, weights = rest[:3], rest[3:]
-    s = steering
+    s, weights = steering, inputs[_WEIGHTS:]
+    if s is _PLAIN[s.cell] and not _deterministic():
+        y, h_n, c_n, reserve, _ = _forward(x, h0, c0, NUMBER[s.cell], train, *weights)
+        return y, h_n, c_n, (), (reserve,)
     if len(weights) == 5:
-        if s.batch_sizes is s.lengths is s.resets is s.drop_h is s.zone_h is s.zone_c is norms[0] is None and not (
-            s[1] or _deterministic()
-        ):
-            y, h_n, c_n, reserve, _ = _forward(x, h0, c0, NUMBER[s.cell], train, *weights)  # arguments cost
-            return y, h_n, c_n, (), (reserve,)
-        weights += _NO_WEIGHTS
+        weights = (*weights, *_NO_WEIGHTS)
     y, h_n, c_n, reserve, c_of_steps = _forward(
         x, h0, c0, NUMBER[s.cell], train, *weights, s.batch_sizes, s.resets, reset_h, reset_c, s.c_sequence,
         s.drop_h, s.zone_h, s.zone_c, *norms, _deterministic(), s.lengths,
@@ -309,18 +323,23 @@ def _call_backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients in the order of inputs."""
-    x, _, _, reset_h, reset_c, *rest = inputs
-    norms, (w_ih, w_hh, _, _, w_hr, *reverse) = rest[:3], rest[3:]
-    w_ih_reverse, w_hh_reverse, _, _, w_hr_reverse = reverse or _NO_WEIGHTS
-    of_weights = [*needs[_WEIGHTS:], *[False] * 5]
-    need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = (of_weights[i] or of_weights[i + 5] for i in range(5))
-    dy, dh_n, dc_n, dc_sequence = (*grads, None)[:4]
     s = steering
+    x, _, _, reset_h, reset_c, *norms = inputs[:_WEIGHTS]
+    w_ih, w_hh, _, _, w_hr, *reverse = inputs[_WEIGHTS:]
+    w_ih_reverse, w_hh_reverse, _, _, w_hr_reverse = reverse or _NO_WEIGHTS
+    of_both = needs[_WEIGHTS:]
+    need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = (
+        map(bool.__or__, of_both[:5], of_both[5:]) if reverse else of_both
+    )
+    dy, dh_n, dc_n, dc_sequence = (*grads, None)[:4]
+    further: Sequence[Any] = ()
+    if s is not _PLAIN[s.cell]:
+        reset_steps = _steps_of_reset_states((reset_h, reset_c), needs)
+        masks = (s.drop_h, s.zone_h, s.zone_c)
+        further = (s.batch_sizes, s.resets, reset_steps, dc_sequence, *masks, *norms, s.lengths)
     dx, dh0, dc0, *of_both, dreset_h, dreset_c, dnorm_hh, dnorm_c = _backward(
         dy, dh_n, dc_n, x, *kept, NUMBER[s.cell], needs[0], needs[1] or needs[2], need_w_ih, need_w_hh,
-        need_b_ih or need_b_hh, need_w_hr, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse, s.batch_sizes,
-        s.resets, _steps_of_reset_states((reset_h, reset_c), needs), dc_sequence, s.drop_h, s.zone_h, s.zone_c, *norms,
-        s.lengths,
+        need_b_ih or need_b_hh, need_w_hr, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse, *further,
     )  # fmt: skip
     dnorms = (dnorm_hh, *(dnorm_c.unbind(1) if norms[1] is not None else (None, None)))
     return [dx, dh0, dc0, dreset_h, dreset_c, *dnorms, *of_both]
@@ -333,20 +352,18 @@ def _steps_of_reset_states(states: Sequence[Tensor | None], needs: Sequence[bool
 
 
 class _Layer(torch.autograd.Function):
-    """Inputs are a `Steering`'s values and a layer's inputs."""
-
     @staticmethod
-    def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
-        steering, inputs = Steering(*arguments[:_STEERING]), arguments[_STEERING:]
+    def forward(ctx, steering, *inputs):  # type: ignore[no-untyped-def]
         y, h_n, c_n, more, kept = _call_forward(steering, inputs, not steering.recompute)
         kept = () if steering.recompute else kept
         ctx.set_materialize_grads(False)
-        ctx.flags, ctx.kept = steering[:3], len(kept)
+        is_plain = steering is _PLAIN[steering.cell]
+        ctx.steering, ctx.kept = steering if is_plain else steering[:_FLAGS], len(kept)
         # What a first derivative reads is saved for it, and so guarded against writing in place. What only a
         # second derivative reads is kept aside, with its version, so that writing to it stays allowed until then.
-        read = _what_a_derivative_reads(ctx.needs_input_grad[_STEERING:], steering.recompute)
+        read = _what_a_derivative_reads(ctx.needs_input_grad[1:], steering.recompute)
         ctx.save_for_backward(
-            *steering[3:],
+            *(() if is_plain else steering[_FLAGS:]),
             *kept,
             *[t if is_read else None for t, is_read in zip(inputs, read, strict=True)],
         )
@@ -357,25 +374,24 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        needs = ctx.needs_input_grad[_STEERING:]
-        of_steering = _STEERING - len(ctx.flags)
-        saved = ctx.saved_tensors
-        steering, saved = Steering(*ctx.flags, *saved[:of_steering]), saved[of_steering:]
+        needs = ctx.needs_input_grad[1:]
+        steering, saved = ctx.steering, ctx.saved_tensors
+        if len(steering) == _FLAGS:
+            count = len(Steering._fields) - _FLAGS
+            steering, saved = Steering(*steering, *saved[:count]), saved[count:]
         kept, inputs = saved[: ctx.kept], list(saved[ctx.kept :])
         again = torch.is_grad_enabled() or _any_transformed(*grads)
         for index, of_aside in enumerate(ctx.aside):
             if of_aside is not None:
                 inputs[index] = _unchanged(*of_aside) if again else of_aside[0]
         if again:
-            return *[None] * _STEERING, *_differentiable_backward(steering, inputs, needs, grads)
+            return None, *_differentiable_backward(steering, inputs, needs, grads)
         if steering.recompute:
             kept = _call_forward(steering, inputs, True)[-1]
         call = cuda.backward if on_cuda(inputs[0]) else _call_backward
         found = call(steering, grads, inputs, kept, needs)
-        return *[None] * _STEERING, *[g if need else None for g, need in zip(found, needs, strict=False)]
+        return None, *[g if need else None for g, need in zip(found, needs, strict=False)]
 
-
-_STEERING = len(Steering._fields)
 
 # Function.apply without what it adds for functorch transforms, under which `fusible` is false.
 _apply = super(torch.autograd.Function, _Layer).apply
