@@ -104,7 +104,7 @@ def recurrence(cell: str, layer: cuda.Layer, x: torch.Tensor, backward: bool) ->
         return forward
     layer.instance, instance = -1, layer.instance
     forward()
-    dy, w_hh_t, of_forward = torch.randn_like(kept[0]), layer.transposed_recurrent_weights(), kept[3:6]
+    dy, w_hh_t, of_forward = torch.randn_like(kept[0]), layer.transposed_recurrent_weights(), kept[3:8]
     operator = torch.ops.fused_rnn.recurrence_backward
     return lambda: operator(dy, None, None, *of_forward, number, True, instance, w_hh_t)
 

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import layer_norm, linear
 
 from fused_rnn import cuda, reference
+from fused_rnn.cuda_layer import require_one_device
 
 _forward = torch.ops.fused_rnn.forward.default
 _backward = torch.ops.fused_rnn.backward.default
@@ -472,7 +473,7 @@ def _fake_forward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     weights = (w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse)
     variant = (drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias)
-    cuda.require_one_device(x, h0, c0, *weights, resets, reset_h, reset_c, *variant)
+    require_one_device(x, h0, c0, *weights, resets, reset_h, reset_c, *variant)
     cell = reference.CELLS[cell]
     H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
     D = 1 if w_hh_reverse is None else 2
@@ -496,7 +497,7 @@ def _fake_forward(  # type: ignore[no-untyped-def]
 def _fake_step(  # type: ignore[no-untyped-def]
     x, h0, c0, cell, w_ih, w_hh, b_ih=None, b_hh=None, w_hr=None, deterministic=False
 ):
-    cuda.require_one_device(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    require_one_device(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     h = x.new_empty((x.size(0), w_hh.size(1)))
     return h, x.new_empty((x.size(0), w_hh.size(0) // 4) if reference.CELLS[cell] == "lstm" else (0,))
 
@@ -515,7 +516,7 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     weights = (w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse)
     variant = (drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias)
-    cuda.require_one_device(dy, dh_n, dc_n, x, reserve, *weights, resets, dc_sequence, *variant)
+    require_one_device(dy, dh_n, dc_n, x, reserve, *weights, resets, dc_sequence, *variant)
     cell = reference.CELLS[cell]
     H, P = w_hh.size(0) // reference.GATES[cell], w_hh.size(1)
     D = 1 if w_hh_reverse is None else 2

@@ -55,7 +55,7 @@ def run(
     fusible = (
         module.backend != "torch"
         and ops.fusible(x, *states, *reset_states, *weights)
-        and not (cuda and (module.proj_size > 0 or x.numel() == 0 or not _cuda_takes(**regularisation)))
+        and not (cuda and (module.proj_size > 0 or x.numel() == 0))
     )
     if fusible and lengths is not None and (cuda or torch.compiler.is_compiling()):
         x = reference.without_what_follows(x, lengths)  # products over all steps read it
@@ -70,10 +70,6 @@ def run(
         output, hidden, of_steps = output.to(casts.h), casts.out_of(hidden), casts.out_of(of_steps)
     results = call.results(output, hidden)
     return (*results, call.state_sequence(of_steps)) if return_state_sequence else results
-
-
-def _cuda_takes(norms: Any = (), recurrent_dropout: float = 0.0, zoneout: Any = (), **_: Any) -> bool:
-    return not (norms or recurrent_dropout or any(zoneout))
 
 
 def _is_usual(module: Any, input: Any, hx: Any, resets: Any, reset_state: Any, lengths: Any) -> bool:

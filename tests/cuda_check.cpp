@@ -67,15 +67,18 @@ const Case kCases[] = {
     {21, 3, 2, 2, 2, 4, 3, "aor", "bsdceq"},   // a second launch
     {103, 3, 1, 1, 1, 1, 2, "a", "sdlq"},      // a second launch; columns in shared memory
     {37, 3, 1, 1, 1, 0, 6, "aot", "bdnlq"},    // NaN
-    {1, 1, 1, 1, 1, 0, 1, "aot", "dp"},       {17, 5, 1, 1, 1, 0, 1, "aot", "sz"},
-    {128, 2, 2, 1, 2, 2, 3, "a", "bsdlz"},    {64, 3, 2, 2, 3, 5, 0, "aotr", "sdl"},  // nothing to pad
-    {403, 2, 1, 1, 1, 0, 3, "tr", "bsd"},  // columns in shared memory, split over several warps
+    {29, 3, 2, 1, 2, 1, 2, "aot", "sdclpmq"},  // masks
+    {21, 4, 2, 2, 2, 4, 3, "aor", "bsdcv"},   {1, 1, 1, 1, 1, 0, 1, "aot", "dp"},
+    {17, 5, 1, 1, 1, 0, 1, "aot", "sz"},      {128, 2, 2, 1, 2, 2, 3, "a", "bsdlz"},
+    {64, 3, 2, 2, 3, 5, 0, "aotr", "sdl"},  // nothing to pad
+    {403, 2, 1, 1, 1, 0, 3, "tr", "bsd"},   // columns in shared memory, split over several warps
 };
 
 const char* const kElementNames[] = {"bf16", "fp16", "tf32"};
 
-#define CHECK_CELL_INFO(kind, policy, name) \
-  {CellKind::kind, name, policy::kGates, policy::kSaved, policy::kGrads, policy::kHiddenGrads, policy::kHasC},
+#define CHECK_CELL_INFO(kind, policy, name)                                             \
+  {CellKind::kind,       name,          policy::kGates, policy::kSaved, policy::kGrads, \
+   policy::kHiddenGrads, policy::kHasC, policy::kUsesH},
 const CellInfo kCells[] = {FUSED_RNN_CELLS(CHECK_CELL_INFO)};
 
 #define CHECK_INSTANCE(exchange, unit_warps, depth_warps, row_tiles) \
@@ -203,10 +206,13 @@ void forward_pass(const Layer& l, Inputs& in, Results& out, const Plan& plan, bo
     p.h0 = i[kH0].data(), p.c0 = i[kC0].data(), p.h_n = o[kHn].data(), p.c_n = o[kCn].data();
     p.y = out.of[0][kY].data(d * l.H), p.y_stride = l.D * l.H;
     p.reset = {i[kResetH].data(), i[kResetC].data(), l.reset_states > 1 ? l.B * l.H : 0};
+    p.drop_h = i[kDrop].data();
+    p.zone_h = {in[0][kZoneH].data(d * l.H), l.zone_stride()},
+    p.zone_c = {in[0][kZoneC].data(d * l.H), l.zone_stride()};
     p.c_sequence = out.of[0][kCs].data(d * l.H);
     p.h_prev = train || plan.instance.exchange == Exchange::kThroughL2 ? o[kHPrev].data() : nullptr;
     p.saved = train ? o[kSaved].data() : nullptr;
-    p.c_prev = train ? static_cast<float*>(o[kCPrev].data()) : nullptr;
+    p.state_prev = train ? static_cast<float*>(o[kStatePrev].data()) : nullptr;
   }
   run_forward(l.cell, l.element, plan, params);
 }
@@ -217,9 +223,12 @@ void backward_pass(const Layer& l, Inputs& in, Results& out, const Plan& plan, u
     BackwardDirection& p = params.direction[d];
     Buffer *const i = in[d], *const o = out.of[d];
     p.w_hh_t = i[kWt].data(), p.h_prev = o[kHPrev].data(), p.saved = o[kSaved].data();
-    p.c_prev = static_cast<const float*>(o[kCPrev].data());
+    p.state_prev = static_cast<const float*>(o[kStatePrev].data());
     p.dy = in[0][kDy].data(d * l.H), p.dy_stride = l.D * l.H, p.dh_n = i[kDhN].data(), p.dc_n = i[kDcN].data();
     p.dc_sequence = in[0][kDcs].data(d * l.H);
+    p.drop_h = i[kDrop].data();
+    p.zone_h = {in[0][kZoneH].data(d * l.H), l.zone_stride()},
+    p.zone_c = {in[0][kZoneC].data(d * l.H), l.zone_stride()};
     p.dreset = {o[kDresetH].data(), o[kDresetC].data(), l.B * l.H};
     p.dgates = o[kDgates].data(), p.dh0 = o[kDh0].data(), p.dc0 = o[kDc0].data();
   }

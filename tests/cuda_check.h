@@ -103,34 +103,37 @@ inline Values values(const Buffer& buffer, int64_t begin, int64_t count) {  // z
 
 // ---- A layer, what it is given, what it gives -----------------------------------------------------------------------
 
-enum { kX, kW, kWt, kBih, kBhh, kH0, kC0, kResetH, kResetC, kDhN, kDcN, kDy, kDcs, kInputs };
-enum { kY, kCs, kHn, kCn, kHPrev, kSaved, kCPrev, kDgates, kDh0, kDc0, kDresetH, kDresetC, kOutputs };
-const char* const kOutputNames[] = {"y",      "c_sequence", "h_n", "c_n", "h_prev",   "saved",
-                                    "c_prev", "dgates",     "dh0", "dc0", "dreset h", "dreset c"};
+enum { kX, kW, kWt, kBih, kBhh, kH0, kC0, kResetH, kResetC, kDhN, kDcN, kDy, kDcs, kDrop, kZoneH, kZoneC, kInputs };
+enum { kY, kCs, kHn, kCn, kHPrev, kSaved, kStatePrev, kDgates, kDh0, kDc0, kDresetH, kDresetC, kOutputs };
+const char* const kOutputNames[] = {"y",          "c_sequence", "h_n", "c_n", "h_prev",   "saved",
+                                    "state_prev", "dgates",     "dh0", "dc0", "dreset h", "dreset c"};
 
 struct CellInfo {
   CellKind kind;
   const char* name;
   int64_t gates, saved, grads, hidden_grads;
-  bool has_c;
+  bool has_c, uses_h;
 };
 
 struct Layer {
   CellInfo cell;
   Element element;
   int64_t T, B, H, Hp, D;
-  bool biases, states, with_dy, with_cs, nan;
+  bool biases, states, with_dy, with_cs, nan, drops;
+  int64_t zone_rows;     // of zoneout's shares, 0: without
   int64_t reset_states;  // 0: none are given, 1: the same at every step, T: of each step
   std::vector<int32_t> lengths;
   std::vector<uint8_t> resets;  // behind the last step there is none: who looks there finds ones
 
   // flags: 'b'iases, 's'tates given and their gradients wanted, 'd'y given, 'c' of every step wanted and its gradient
-  // given, 'l'engths, 'n'aN in one row, resets to 'z'eros, to the same states at 'e'very step, to those 'p'er step.
+  // given, 'l'engths, 'n'aN in one row, resets to 'z'eros, to the same states at 'e'very step, to those 'p'er step,
+  // recurrent dropout and zoneout with 'm'asks, zoneout with a 'v'ector for all rows.
   Layer(const CellInfo& cell_, Element element_, int64_t T_, int64_t B_, int64_t H_, int directions,
         const std::string& flags)
       : cell(cell_), element(element_), T(T_), B(B_), H(H_), Hp(padded(static_cast<int>(H), element)), D(directions) {
     const auto has = [&](char flag) { return flags.find(flag) != std::string::npos; };
     biases = has('b'), states = has('s'), with_dy = has('d'), with_cs = has('c') && cell.has_c, nan = has('n');
+    drops = has('m'), zone_rows = has('m') ? T * B : has('v');
     reset_states = has('p') ? T : has('e');
     for (int64_t b = 0; has('l') && b < B; ++b) {
       const int64_t of_row[] = {T, 0, T - 1, T / 2};
@@ -148,6 +151,8 @@ struct Layer {
   }
   // Whether it replaces the states that step t of direction d consumes.
   bool begins(int d, int64_t t, int64_t b) const { return border(d == 0 ? t : t + 1, b); }
+  int64_t zone_stride() const { return zone_rows > 1 ? D * H : 0; }
+  bool keeps_state() const { return cell.has_c || (cell.uses_h && drops); }
   int64_t time(int d, int64_t step, bool backwards) const { return backwards != (d == 1) ? T - 1 - step : step; }
   int64_t input_size(int i) const {
     const int64_t c = cell.has_c, weights = cell.gates * H * Hp, bias = biases * cell.gates * H, state = B * H,
@@ -173,15 +178,30 @@ struct Layer {
         return reset_states * c * state;
       case kDy:
         return with_dy * sequence;
+      case kDrop:
+        return drops * state;
+      case kZoneH:
+        return zone_rows * D * H;
+      case kZoneC:
+        return zone_rows * c * D * H;
       default:
         return with_cs * sequence;
     }
   }
   int64_t output_size(int i) const {
     const int64_t c = cell.has_c, state = B * H, dreset = reset_states > 0 ? T * state : 0;
-    const int64_t of[] = {T * state * D,  with_cs * T * state * D, state,         c * state,
-                          T * B * Hp,     T * state * cell.saved,  c * T * state, T * B * cell.grads * Hp,
-                          states * state, states * c * state,      dreset,        c * dreset};
+    const int64_t of[] = {T * state * D,
+                          with_cs * T * state * D,
+                          state,
+                          c * state,
+                          T * B * Hp,
+                          T * state * cell.saved,
+                          keeps_state() * T * state,
+                          T * B * cell.grads * Hp,
+                          states * state,
+                          states * c * state,
+                          dreset,
+                          c * dreset};
     return of[i];
   }
 };
@@ -197,7 +217,7 @@ struct Results {
     for (int i = 0; i < 2 * kOutputs; ++i) {
       const int d = i / kOutputs, k = i % kOutputs;
       const bool exchanged = k == kHPrev || k == kDgates;
-      of[d][k] = Buffer(k == kCPrev ? Element::kTf32 : l.element, d < (of_both(k) ? 1 : l.D) ? l.output_size(k) : 0,
+      of[d][k] = Buffer(k == kStatePrev ? Element::kTf32 : l.element, d < (of_both(k) ? 1 : l.D) ? l.output_size(k) : 0,
                         exchanged ? Buffer::kOnes : Buffer::kPoison);
     }
   }
@@ -211,6 +231,10 @@ inline void draw(const Layer& l, Inputs& in) {
       const double scale = i == kW ? 1.5 / std::sqrt(static_cast<double>(l.H)) : 1;
       for (int64_t k = 0; k < v.size(); ++k) {
         const double value = (static_cast<double>(random() >> 11) / (1ull << 52) - 1) * scale;
+        if (i == kZoneH || i == kZoneC) {
+          v.set(k, std::abs(value));
+          continue;
+        }
         const bool padding = i == kWt || (i == kW && k % l.Hp >= l.H);
         v.set(k, padding ? 0 : as_exchanged(l.element, value));
       }
@@ -224,6 +248,15 @@ inline void draw(const Layer& l, Inputs& in) {
     const int64_t t = 1, b = l.B > 4 ? 4 : 0, gate = l.cell.gates == 1 ? 0 : 2;
     for (int64_t unit = 2; unit < 4; ++unit) in[d][kX].set_ones(((t * l.B + b) * l.cell.gates + gate) * l.H + unit);
   }
+}
+
+// The share of the new state; 1 without zoneout.
+inline double share(const Layer& l, const Inputs& in, int kind, int64_t row, int d, int64_t unit) {
+  const Buffer& zone = in[0][kind];
+  return zone.size() == 0 ? 1 : zone[row * l.zone_stride() + d * l.H + unit];
+}
+inline double drop(const Layer& l, const Inputs& in, int d, int64_t b, int64_t unit) {
+  return l.drops ? in[d][kDrop][b * l.H + unit] : 1;
 }
 
 // ---- The reference --------------------------------------------------------------------------------------------------
@@ -243,7 +276,7 @@ void expect_forward(const Layer& l, const Inputs& in, int d, Expected& out) {
         h = values(in[d][kResetH], at, H), c = values(in[d][kResetC], at, H);
       }
       double* const operand = &out[d][kHPrev][row * l.Hp];
-      for (int64_t k = 0; k < H; ++k) operand[k] = as_exchanged(l.element, h[k]);
+      for (int64_t k = 0; k < H; ++k) operand[k] = as_exchanged(l.element, h[k] * drop(l, in, d, b, k));
       for (int64_t unit = 0; unit < H && l.active(t, b); ++unit) {
         double x[G], r[G], saved[C::kSaved];
         for (int gate = 0; gate < G; ++gate) {
@@ -252,9 +285,11 @@ void expect_forward(const Layer& l, const Inputs& in, int d, Expected& out) {
           r[gate] = b_hh[of];
           for (int64_t k = 0; k < H; ++k) r[gate] += w[of * l.Hp + k] * operand[k];
         }
-        if (C::kHasC) out[d][kCPrev][row * H + unit] = c[unit];
-        const double h_prev = h[unit];
+        const double h_prev = h[unit], c_prev = c[unit];
+        if (l.keeps_state()) out[d][kStatePrev][row * H + unit] = C::kHasC ? c_prev : h_prev;
         C::forward(x, r, h_prev, c[unit], saved, h[unit]);
+        h[unit] = h_prev + share(l, in, kZoneH, row, d, unit) * (h[unit] - h_prev);
+        c[unit] = c_prev + share(l, in, kZoneC, row, d, unit) * (c[unit] - c_prev);
         out[0][kY][(row * l.D + d) * H + unit] = h[unit];
         if (l.with_cs) out[0][kCs][(row * l.D + d) * H + unit] = c[unit];
         for (int k = 0; k < C::kSaved; ++k) {
@@ -279,16 +314,23 @@ void expect_backward(const Layer& l, const Inputs& in, int d, Expected& out) {
       for (int64_t unit = 0; unit < H && l.active(t, b); ++unit) {
         double saved[C::kSaved], grads[C::kGrads], dh_prev = 0;
         for (int k = 0; k < C::kSaved; ++k) saved[k] = out[d][kSaved][(row * C::kSaved + k) * H + unit];
-        const double c_prev = C::kHasC ? out[d][kCPrev][row * H + unit] : 0;
+        const double c_prev = C::kHasC ? out[d][kStatePrev][row * H + unit] : 0;
         if (l.with_dy) dh[unit] += in[0][kDy][(row * l.D + d) * H + unit];
         if (l.with_cs) dc[unit] += in[0][kDcs][(row * l.D + d) * H + unit];
-        C::backward(saved, out[d][kHPrev][row * Hp + unit], c_prev, dh[unit], dc[unit], grads, dh_prev);
-        dh[unit] = dh_prev;
+        const double share_h = share(l, in, kZoneH, row, d, unit), share_c = share(l, in, kZoneC, row, d, unit);
+        const double h_prev =
+            l.drops && C::kUsesH ? out[d][kStatePrev][row * H + unit] : out[d][kHPrev][row * Hp + unit];
+        double dc_cell = share_c * dc[unit];
+        C::backward(saved, h_prev, c_prev, share_h * dh[unit], dc_cell, grads, dh_prev);
+        dh[unit] = dh_prev + (1 - share_h) * dh[unit];
+        dc[unit] = dc_cell + (1 - share_c) * dc[unit];
         for (int k = 0; k < C::kGrads; ++k) dgates[k * Hp + unit] = as_exchanged(l.element, grads[k]);
       }
       for (int64_t unit = 0; unit < H; ++unit) {
         const double *const w = &w_t[unit * C::kGates * Hp], *const v = dgates + C::kHiddenGrads * Hp;
-        for (int64_t k = 0; k < C::kGates * Hp; ++k) dh[unit] += w[k] * v[k];
+        double sum = 0;
+        for (int64_t k = 0; k < C::kGates * Hp; ++k) sum += w[k] * v[k];
+        dh[unit] += sum * drop(l, in, d, b, unit);
       }
       if (!l.begins(d, t, b)) continue;
       for (int64_t unit = 0; unit < H; ++unit) {
@@ -306,7 +348,7 @@ void expect_backward(const Layer& l, const Inputs& in, int d, Expected& out) {
 inline void expect(const Layer& l, const Inputs& in, Expected& out) {
   for (int d = 0; d < l.D; ++d) {
     for (int k = 0; k < kOutputs; ++k) {  // what rows that have ended leave, and padding
-      const bool untouched = k == kSaved || k == kCPrev || k == kDresetH || k == kDresetC;
+      const bool untouched = k == kSaved || k == kStatePrev || k == kDresetH || k == kDresetC;
       out[d][k].assign(l.output_size(k), untouched ? kUntouched : 0);
     }
   }

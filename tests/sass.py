@@ -23,7 +23,7 @@ _TARGET = re.compile(r"\.L_x_\d+")
 # A mangled name of ours: which function, then its template arguments. A cell that is itself a template, RnnCell<Tanh>,
 # is known by its last word.
 _NAME = re.compile(
-    r"_ZN9fused_rnn4cuda\d+(?P<function>(?:step_)?(?:forward|backward))I"
+    r"_ZN9fused_rnn4cuda\d+(?P<function>(?:(?:step|normalised)_)?(?:forward|backward))I"
     r"NS_\d+(?:RnnCellINS_\d+)?(?P<cell>[A-Za-z]+?)E+NS0_\d+(?P<element>[A-Z][a-z]+\d+)E"
     r"(?:NS0_5ShapeILNS0_8ExchangeE(?P<shape>\d+ELi\d+ELi\d+ELi\d+)EEE)?"
 )

@@ -82,7 +82,8 @@ def matching(instructions: Counter[str], pattern: str) -> int:
 
 @needs_sources
 def test_every_kernel_is_there_for_every_architecture(kernels: Kernels) -> None:
-    whole, steps = ("forward", "backward"), ("step_forward", "step_backward")
+    whole = ("forward", "backward")
+    steps = [f"{kind}_{function}" for kind in ("step", "normalised") for function in whole]
     expected = {sass.Name(*key) for key in product(whole, policies(), ("Bf16", "Fp16", "Tf32"), instances())}
     expected |= {sass.Name(*key) for key in product(steps, policies(), ("Bf16", "Fp16", "Float32", "Float64"))}
     assert len(policies()) == len(reference.CELLS)
@@ -164,7 +165,8 @@ def test_the_time_loop_takes_weights_from_the_chip(kernels: Kernels) -> None:
 
 @needs_sources
 def test_the_time_loop_reads_no_more_than_its_data(kernels: Kernels) -> None:
-    """Forward: the input's share of each gate. Backward: what forward saved, dy. Both: lengths, resets, their states.
+    """Forward: the input's share of each gate. Backward: what forward saved, dy. Both: lengths, resets, their states,
+    dropout and zoneout.
 
     The compiler may write a part of the loop twice, for two cases; weights would be far more.
     """
@@ -179,7 +181,8 @@ def test_the_time_loop_reads_no_more_than_its_data(kernels: Kernels) -> None:
         values = rows * (reference.GATES[label] + 1 if name.function == "forward" else saved[label] + 2)
         loads = matching(kernel.time_loop, r"LDG?\.(?!.*STRONG)")
         of_segments = 8 * rows  # ends and borders, twice looked at, and two states that come in
-        assert values <= loads <= 2 * values + of_segments, (architecture, name, loads, values)
+        regularised = 8 * rows  # drop_h, two shares of zoneout, h before dropout; twice written
+        assert values <= loads <= 2 * values + of_segments + regularised, (architecture, name, loads, values)
 
 
 def readelf(option: str) -> str:
@@ -264,6 +267,7 @@ def check(tensor: torch.Tensor, name: str, shape: tuple[int, ...], dtype: torch.
 
 @pytest.mark.parametrize("H", [8, 13])
 @pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("regularised", [False, True])
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "whole"),  # of a resident kernel: elements of 16 bytes; of the others: 1
@@ -276,13 +280,22 @@ def check(tensor: torch.Tensor, name: str, shape: tuple[int, ...], dtype: torch.
 )
 @pytest.mark.parametrize("cell", reference.CELLS)
 def test_fake_kernels_give_what_the_operators_allocate(
-    operators: None, cell: str, dtype: torch.dtype, whole: int, train: bool, directions: int, H: int
+    operators: None,
+    cell: str,
+    dtype: torch.dtype,
+    whole: int,
+    train: bool,
+    regularised: bool,
+    directions: int,
+    H: int,
 ) -> None:
     """As csrc/bindings/cuda_ops.cpp does."""
     number, G, D, is_lstm = reference.CELLS.index(cell), reference.GATES[cell], directions, cell == "lstm"
     is_resident, padded = whole > 1, -(-H // whole) * whole
     blocks = 4 if cell in ("lstm", "gru") else 1  # kSaved and kGrads
-    kept, kept_c = (D if train else 0), (D if train and is_lstm else 0)
+    normalised = regularised and not is_resident
+    kept, norms = (D if train else 0), (D if normalised else 0)
+    kept_state = kept if is_lstm or (regularised and cell == "gru") else 0
     arithmetic = torch.float64 if dtype is torch.float64 else torch.float32
     with FakeTensorMode():
 
@@ -292,19 +305,27 @@ def test_fake_kernels_give_what_the_operators_allocate(
         biases, h0 = (given(D, G * H), given(D, G * H)), given(D, B, H)
         lengths = torch.empty(B, dtype=torch.int32, device="cuda")
         resets = torch.empty(T, B, dtype=torch.bool, device="cuda")
-        y, h_n, c_n, h_prev, saved, c_prev, c_sequence = torch.ops.fused_rnn.recurrence_forward(
-            given(D, T, B, G * H),
-            h0,
-            h0 if is_lstm else None,
-            number,
-            train,
-            is_resident,
-            -1,
-            given(D, G * H, padded),
-            *biases,
-            lengths,
-            resets,
-            want_c_sequence=is_lstm,
+        options: dict[str, torch.Tensor | None] = {}
+        if regularised:
+            options = {"drop_h": h0, "zone_h": given(T, B, D * H), "zone_c": given(D * H) if is_lstm else None}
+        if normalised:
+            options |= {"norm_hh": given(D, G * H), "norm_c": given(D, H) if is_lstm else None}
+        y, h_n, c_n, h_prev, saved, state_prev, h_gates, statistics, c_sequence = (
+            torch.ops.fused_rnn.recurrence_forward(
+                given(D, T, B, G * H),
+                h0,
+                h0 if is_lstm else None,
+                number,
+                train,
+                is_resident,
+                -1,
+                given(D, G * H, padded),
+                *biases,
+                lengths,
+                resets,
+                want_c_sequence=is_lstm,
+                **options,
+            )
         )
         check(y, "y", (T, B, D * H), dtype)
         check(h_n, "h_n", (D, B, H), dtype)
@@ -312,19 +333,25 @@ def test_fake_kernels_give_what_the_operators_allocate(
         # Where every step is a product of its own, slot T is the last state's; an empty tensor says nothing of it.
         check(h_prev, "h_prev", (kept, T + 1 if train and not is_resident else T, B, padded), dtype)
         check(saved, "saved", (kept, T, B, blocks * H), dtype)
-        check(c_prev, "c_prev", (kept_c, T, B, H), arithmetic)
+        check(state_prev, "state_prev", (kept_state, T, B, H), arithmetic)
+        check(h_gates, "h_gates", (norms if train else 0, T, B, G * H), dtype)
+        check(statistics, "statistics", (norms if train else 0, T, B, 4), arithmetic)
         check(c_sequence, "c_sequence", (T, B, D * H) if is_lstm else (0,), dtype)
         if not train:
             return
 
-        dgates, dh0, dc0, dreset_h, dreset_c = torch.ops.fused_rnn.recurrence_backward(
-            y, h_n, None, h_prev, saved, c_prev, number, is_resident, -1, given(D, H, G * padded), lengths, resets, True
+        left = (h_prev, saved, state_prev, h_gates, statistics)
+        dgates, dh0, dc0, dreset_h, dreset_c, dh_gates, dnorm_hh, dnorm_c = torch.ops.fused_rnn.recurrence_backward(
+            y, h_n, None, *left, number, is_resident, -1, given(D, H, G * padded), lengths, resets, True, **options
         )
         check(dgates, "dgates", (D, T, B, blocks * padded), dtype)
         check(dh0, "dh0", (D, B, H), dtype)
         check(dc0, "dc0", (D if is_lstm else 0, B, H), dtype)
         check(dreset_h, "dreset_h", (D, T, B, H), dtype)
         check(dreset_c, "dreset_c", (D if is_lstm else 0, T, B, H), dtype)
+        check(dh_gates, "dh_gates", (norms, T, B, G * H), dtype)
+        check(dnorm_hh, "dnorm_hh", (norms, B, G * H), arithmetic)
+        check(dnorm_c, "dnorm_c", (norms if is_lstm else 0, B, 2 * H), arithmetic)
 
 
 def test_the_package_sees_the_library_where_torch_has_cuda() -> None:

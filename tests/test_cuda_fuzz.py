@@ -53,20 +53,26 @@ def forward_arguments(cell: str, resident: bool, D: int, dtype: torch.dtype, mor
         reset_h=of(D, T, B, H) if more else None,
         reset_c=of(D, T, B, H) if more and is_lstm else None,
         want_c_sequence=more and is_lstm,
+        drop_h=of(D, B, H) if more else None,
+        zone_h=of(T, B, D * H) if more else None,
+        zone_c=of(D * H) if more and is_lstm else None,
+        norm_hh=of(D, G * H) if more and not resident else None,
+        norm_c=of(D, H) if more and is_lstm and not resident else None,
+        norm_c_bias=of(D, H) if more and is_lstm and not resident else None,
+        norm_eps=reference.NORM_EPS,
     )
 
 
 def backward_arguments(forward: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(1)
-    y, h_n, c_n, h_prev, saved, c_prev, c_sequence = torch.ops.fused_rnn_emulator.recurrence_forward(**forward)
-    same = {name: forward[name] for name in ("cell", "resident", "instance", "lengths", "resets")}
+    y, h_n, c_n, *left, c_sequence = torch.ops.fused_rnn_emulator.recurrence_forward(**forward)
+    variant = ("drop_h", "zone_h", "zone_c", "norm_hh", "norm_c", "norm_c_bias")
+    same = {name: forward[name] for name in ("cell", "resident", "instance", "lengths", "resets", *variant)}
+    same |= dict(zip(("h_prev", "saved", "state_prev", "h_gates", "statistics"), left, strict=True))
     return same | dict(
         dy=torch.randn_like(y),
         dh_n=torch.randn_like(h_n),
         dc_n=torch.randn_like(c_n) if c_n.numel() else None,
-        h_prev=h_prev,
-        saved=saved,
-        c_prev=c_prev,
         w_hh_t=forward["w_hh"].transpose(1, 2).contiguous(),
         need_dreset=forward["resets"] is not None,
         dc_sequence=torch.randn_like(c_sequence) if c_sequence.numel() else None,
@@ -140,8 +146,8 @@ def test_memory_that_was_taken_away() -> None:
     forward = forward_arguments("lstm", True, 2, torch.float32, True)
     for operator, arguments in (("forward", forward), ("backward", backward_arguments(forward))):
         for name in [name for name, value in arguments.items() if isinstance(value, Tensor)]:
-            if operator == "backward" and name == "h_prev":
-                continue  # the LSTM does not read it
+            if operator == "backward" and name in ("h_prev", "h_gates", "statistics"):
+                continue  # resident kernels do not read them, of an LSTM
             with pytest.raises(RuntimeError, match=f"{name} reaches beyond the end of its storage"):
                 call = getattr(torch.ops.fused_rnn_emulator, f"recurrence_{operator}")
                 call(**arguments | {name: DAMAGES["no storage"](arguments[name])})

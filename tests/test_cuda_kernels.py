@@ -150,7 +150,7 @@ class Mutant:
 
 
 _FORWARD, _BACKWARD, _PRODUCT, _EXCHANGE = "forward.cuh", "backward.cuh", "product.cuh", "exchange.cuh"
-_BLOCK, _ELEMENT = "block.cuh", "element.h"
+_BLOCK, _ELEMENT, _REGULARISED = "block.cuh", "element.h", "regularised.cuh"
 _ALONE, _CLUSTER = {"exchange": "alone"}, {"exchange": "cluster"}
 # Not here, because nothing can notice them:
 # - Both sync_warp() of product.cuh: mma itself makes the emulator's warps meet, and a lane reads only those weights in
@@ -229,8 +229,8 @@ MUTANTS = [
     Mutant("y behind a row's end", _FORWARD, "active ? h : 0.0f", "h"),
     Mutant("h is not kept", _FORWARD, "          state.store(0, i, h);\n", ""),
     Mutant("c is not kept", _FORWARD, "          state.store(1, i, c);\n", ""),
-    Mutant("c saved after the step", _FORWARD, "d.c_prev[at] = c_prev", "d.c_prev[at] = c"),
-    Mutant("backward: dc is not kept", _BACKWARD, "dh_prev);\n          state.store(1, i, dc);\n", "dh_prev);\n"),
+    Mutant("c saved after the step", _FORWARD, "Cell::kHasC ? c_prev : h_prev;", "Cell::kHasC ? c : h_prev;"),
+    Mutant("backward: dc is not kept", _BACKWARD, "          state.store(1, i, dc + of_c.of_old);\n", ""),
     Mutant("backward: rows that ended lose dh", _BACKWARD, "state.store(0, i, dh);", "state.store(0, i, 0.0f);"),
     Mutant("one state for all tiles", _BLOCK, "tile.index * 2 * kElements", "0 * kElements"),
     Mutant("rows of no tile", _FORWARD, "if (row >= Shape::kRows) break;\n        const", "const"),
@@ -264,6 +264,26 @@ MUTANTS = [
         "d.dc_sequence, of_row * H + unit",
         **_ALONE,
     ),
+    # Recurrent dropout and zoneout.
+    Mutant("forward: all of h is multiplied", _FORWARD, "h = dropped<E>(d.drop_h,", "dropped<E>(d.drop_h,", **_ALONE),
+    Mutant("forward: h takes the share of c", _FORWARD, "d.zone_h, share_h.get", "d.zone_h, share_c.get", **_ALONE),
+    Mutant(
+        "backward: all of the product comes back", _BACKWARD, "present ? dropped<E>", "false ? dropped<E>", **_ALONE
+    ),
+    Mutant("dropout of the first row", _BACKWARD, "dropped<E>(d.drop_h, b * H", "dropped<E>(d.drop_h, 0 * H", **_ALONE),
+    Mutant("GRU: backward takes h as it was dropped", _BACKWARD, "d.state_prev ? d.state", "false ? d.state", "gru"),
+    Mutant("one share for all rows", _REGULARISED, "row * zone.stride + unit", "unit", **_ALONE),
+    Mutant("zoneout: nothing of the old state", _REGULARISED, "old_state + share", "share", **_ALONE),
+    Mutant("zoneout: no gradient of the old state", _REGULARISED, "d - d * share}", "T(0)}", **_ALONE),
+    Mutant(
+        "early shares of another row",
+        _REGULARISED,
+        "early_ = share<E>(zone_, row,",
+        "early_ = share<E>(zone_, row / 2,",
+    ),
+    Mutant("forward: rows that ended are mixed", _FORWARD, "c = active ? mixed", "c = present ? mixed", **_ALONE),
+    Mutant("backward: c loses what zoneout kept", _BACKWARD, "dc + of_c.of_old", "dc", **_ALONE),
+    Mutant("backward: h loses what zoneout kept", _BACKWARD, "dh_prev + of_h.of_old", "dh_prev", **_ALONE),
     # What is exchanged through a cluster.
     Mutant("cluster: nothing is expected again", _EXCHANGE, "gave_up()) expect(t, tile);", "gave_up()) {}", **_CLUSTER),
     Mutant("cluster: all expect", _EXCHANGE, "if (thread_index() == 0 && !watchdog_", "if (!watchdog_", **_CLUSTER),

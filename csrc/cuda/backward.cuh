@@ -8,6 +8,7 @@
 #include "../cells/cells.h"
 #include "exchange.cuh"
 #include "product.cuh"
+#include "regularised.cuh"
 
 namespace fused_rnn {
 namespace cuda {
@@ -54,6 +55,7 @@ backward(const BackwardParams params) {
       const Tile tile = block.tile(j);
       float saved[Shape::kRowsOfThread][Cell::kSaved] = {}, h_prev[Shape::kRowsOfThread] = {},
             c_prev[Shape::kRowsOfThread] = {}, dy[Shape::kRowsOfThread] = {}, dc_sequence[Shape::kRowsOfThread] = {};
+      Shares<E, Shape> share_h(d.zone_h), share_c(d.zone_c);
       bool active[Shape::kRowsOfThread];
       FUSED_RNN_UNROLL
       for (int i = 0; i < Shape::kRowsOfThread; ++i) {
@@ -64,9 +66,13 @@ backward(const BackwardParams params) {
         for (int k = 0; k < Cell::kSaved; ++k) {
           saved[i][k] = value_or_zero<E>(d.saved, (of_row * Cell::kSaved + k) * H + unit);
         }
-        if constexpr (Cell::kUsesH) h_prev[i] = value_or_zero<E>(d.h_prev, of_row * Hp + unit);
-        if constexpr (Cell::kHasC) c_prev[i] = d.c_prev[of_row * H + unit];
+        if constexpr (Cell::kUsesH) {
+          h_prev[i] = d.state_prev ? d.state_prev[of_row * H + unit] : value_or_zero<E>(d.h_prev, of_row * Hp + unit);
+        }
+        if constexpr (Cell::kHasC) c_prev[i] = d.state_prev[of_row * H + unit];
         dy[i] = value_or_zero<E>(d.dy, of_row * d.dy_stride + unit);
+        share_h.read(of_row, unit);
+        if constexpr (Cell::kHasC) share_c.read(of_row, unit);
         if constexpr (Cell::kHasC) dc_sequence[i] = value_or_zero<E>(d.dc_sequence, of_row * d.dy_stride + unit);
       }
 
@@ -83,9 +89,13 @@ backward(const BackwardParams params) {
         if (row >= Shape::kRows) break;
         const int64_t b = tile.first + row;
         float dh = state.load(0, i), dc = state.load(1, i), dh_prev = 0.0f;
-        if (step > 0) dh += Weights::sum(sums, 0, row, block.unit_of_block());
+        const bool present = is_unit && row < tile.rows;
+        if (step > 0) {
+          const float sum = Weights::sum(sums, 0, row, block.unit_of_block());
+          dh += present ? dropped<E>(d.drop_h, b * H + unit, sum) : sum;
+        }
         const int64_t after = step > 0 ? block.time(step - 1, true) : 0;
-        if (step > 0 && is_unit && row < tile.rows && block.begins(after, b)) {
+        if (step > 0 && present && block.begins(after, b)) {
           // What has come back belongs to the state that came in at the reset, and goes no further.
           const int64_t at = after * d.dreset.step + b * H + unit;
           if (d.dreset.h) store_value<E>(d.dreset.h, at, dh);
@@ -94,11 +104,15 @@ backward(const BackwardParams params) {
         }
         dh += dy[i];
         dc += dc_sequence[i];
+        Parted<float> of_h{dh, 0.0f}, of_c{dc, 0.0f};
+        if (active[i]) of_h = parted(d.zone_h, share_h.get(t * q.B + b, unit), dh);
+        if (Cell::kHasC && active[i]) of_c = parted(d.zone_c, share_c.get(t * q.B + b, unit), dc);
         float grads[Cell::kGrads];
-        Cell::backward(saved[i], h_prev[i], c_prev[i], dh, dc, grads, dh_prev);
+        dc = of_c.of_new;
+        Cell::backward(saved[i], h_prev[i], c_prev[i], of_h.of_new, dc, grads, dh_prev);
         if (active[i]) {
-          state.store(0, i, dh_prev);
-          state.store(1, i, dc);
+          state.store(0, i, dh_prev + of_h.of_old);
+          state.store(1, i, dc + of_c.of_old);
         } else {
           state.store(0, i, dh);
         }

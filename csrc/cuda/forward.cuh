@@ -9,6 +9,7 @@
 #include "../cells/cells.h"
 #include "exchange.cuh"
 #include "product.cuh"
+#include "regularised.cuh"
 
 namespace fused_rnn {
 namespace cuda {
@@ -42,6 +43,7 @@ forward(const ForwardParams params) {
   }
 
   const auto publish = [&](int64_t t, const Tile& tile, int row, float h) {
+    if (is_unit && row < tile.rows) h = dropped<E>(d.drop_h, (tile.first + row) * H + unit, h);
     in_words<E>(h, [&](uint32_t word) {
       if (row < tile.rows && unit < Hp) exchange.publish(t, tile, row, unit, word);
     });
@@ -67,13 +69,17 @@ forward(const ForwardParams params) {
     const int64_t t = block.time(step, false);
     for (int j = 0; j < q.division.tiles; ++j) {
       const Tile tile = block.tile(j);
-      float x[Shape::kRowsOfThread][G];  // read early: the product hides the way from memory
+      // Read early: the product hides the way from memory.
+      float x[Shape::kRowsOfThread][G];
+      Shares<E, Shape> share_h(d.zone_h), share_c(d.zone_c);
       FUSED_RNN_UNROLL
       for (int i = 0; i < Shape::kRowsOfThread; ++i) {
         const bool present = is_unit && block.row(i) < tile.rows;
-        const int64_t at = (t * q.B + tile.first + block.row(i)) * (G * static_cast<int64_t>(H)) + unit;
+        const int64_t of_row = t * q.B + tile.first + block.row(i), at = of_row * (G * static_cast<int64_t>(H)) + unit;
         FUSED_RNN_UNROLL
         for (int gate = 0; gate < G; ++gate) x[i][gate] = present ? value_or_zero<E>(d.x_gates, at + gate * H) : 0.0f;
+        if (present) share_h.read(of_row, unit);
+        if (Cell::kHasC && present) share_c.read(of_row, unit);
       }
 
       weights.multiply(exchange.source(t, tile, weights.lane_row(), weights.lane_column()), sums);
@@ -95,7 +101,8 @@ forward(const ForwardParams params) {
         }
         Cell::forward(x[i], r, h_prev, c, saved, h);
         const bool active = present && block.active(t, b);
-        if (!active) h = h_prev, c = c_prev;
+        h = active ? mixed(d.zone_h, share_h.get(t * q.B + b, unit), h_prev, h) : h_prev;
+        if constexpr (Cell::kHasC) c = active ? mixed(d.zone_c, share_c.get(t * q.B + b, unit), c_prev, c) : c_prev;
         if (present) {
           const int64_t of_row = (t * q.B + b) * d.y_stride + unit;
           store_value<E>(d.y, of_row, active ? h : 0.0f);
@@ -119,7 +126,7 @@ forward(const ForwardParams params) {
             for (int k = 0; k < Cell::kSaved; ++k) {
               store_value<E>(d.saved, ((t * q.B + b) * Cell::kSaved + k) * H + unit, saved[k]);
             }
-            if constexpr (Cell::kHasC) d.c_prev[at] = c_prev;
+            if (Cell::kHasC || (Cell::kUsesH && d.state_prev)) d.state_prev[at] = Cell::kHasC ? c_prev : h_prev;
           }
         }
       }

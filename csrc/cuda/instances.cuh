@@ -6,6 +6,7 @@
 
 #include "backward.cuh"
 #include "forward.cuh"
+#include "normalised.cuh"
 #include "pointwise.cuh"
 #include "recurrence.h"
 
@@ -69,6 +70,13 @@ inline Grid pointwise_grid(int64_t values) {
   return {static_cast<int>(std::min<int64_t>(blocks, 4 * current_device().sms)), kPointwiseThreads, 0, false};
 }
 
+// One block for each row.
+template <class E>
+Grid normalised_grid(int64_t rows) {
+  return {static_cast<int>(std::min<int64_t>(rows, 4 * current_device().sms)), kPointwiseThreads,
+          kNormalisedBytes<typename E::Arithmetic>, false};
+}
+
 template <class Cell>
 struct Instances {
   static void run_forward(Element element, const Plan& plan, ForwardParams params, void* stream) {
@@ -94,7 +102,20 @@ struct Instances {
       launch(&step_backward<Cell, decltype(e)>, pointwise_grid(params.B * params.H), stream, params);
     });
   }
-  static constexpr Recurrence table() { return {run_forward, run_backward, run_step_forward, run_step_backward}; }
+  static void run_normalised_forward(StoredType type, const NormalisedForwardParams& params, void* stream) {
+    with_stored_type(type, [&](auto e) {
+      launch(&normalised_forward<Cell, decltype(e)>, normalised_grid<decltype(e)>(params.step.B), stream, params);
+    });
+  }
+  static void run_normalised_backward(StoredType type, const NormalisedBackwardParams& params, void* stream) {
+    with_stored_type(type, [&](auto e) {
+      launch(&normalised_backward<Cell, decltype(e)>, normalised_grid<decltype(e)>(params.step.B), stream, params);
+    });
+  }
+  static constexpr Recurrence table() {
+    return {run_forward,       run_backward,           run_step_forward,
+            run_step_backward, run_normalised_forward, run_normalised_backward};
+  }
 };
 
 }  // namespace cuda

@@ -38,6 +38,12 @@ struct ResetState {
   int64_t step;  // 0: the same at every step
 };
 
+// Zoneout (fused_rnn/reference.py) of one of the states: what share of the new state each row takes.
+struct Zone {
+  const void* at;  // [T, B, H]; null: all of it
+  int64_t stride;  // of a row; 0: the same for all
+};
+
 struct ForwardDirection {
   const void* x_gates;  // [T, B, G*H] W_ih x
   const void* w_hh;     // [G*H, Hp]
@@ -46,15 +52,18 @@ struct ForwardDirection {
   const void* h0;       // [B, H], may be null: zeros
   const void* c0;       // [B, H], may be null: zeros; LSTM
   ResetState reset;     // read only
-  void* h_prev;         // [T, B, Hp] out: h as each step consumed it. The exchange through L2, all kNotYet before;
-                        // where that goes another way, it may be null
+  const void* drop_h;   // [B, H] what h is multiplied by before W_hh, may be null: ones
+  Zone zone_h, zone_c;  // zone_c: LSTM
+  void* h_prev;         // [T, B, Hp] out: h, times drop_h, as each step multiplied it. The exchange through L2, all
+                        // kNotYet before; where that goes another way, it may be null
   void* y;              // [T, B, H] out, zero behind a row's end
   int64_t y_stride;     // of a row of y: D * H
   void* c_sequence;     // [T, B, H] out, c of every step, rows y_stride apart; may be null: not wanted. LSTM
   void* h_n;            // [B, H] out
   void* c_n;            // [B, H] out; LSTM
   void* saved;          // [T, B, kSaved*H] out, for backward; null in inference
-  float* c_prev;        // [T, B, H] out, for backward; null in inference or without c
+  float* state_prev;    // [T, B, H] out, the state before each step that backward asks for and h_prev does not hold: c;
+                        // h of the GRU with drop_h. Null in inference and where there is none
 };
 
 struct ForwardParams {
@@ -66,7 +75,9 @@ struct BackwardDirection {
   const void* w_hh_t;       // [H, G*Hp] columns as in dgates
   const void* h_prev;       // as forward left it; GRU, else may be null
   const void* saved;        // as forward left it
-  const float* c_prev;      // as forward left it
+  const float* state_prev;  // as forward left it
+  const void* drop_h;       // as forward had it, and the two below
+  Zone zone_h, zone_c;
   const void* dy;           // [T, B, H], may be null: zeros
   int64_t dy_stride;        // of a row of dy: D * H
   const void* dc_sequence;  // [T, B, H], rows dy_stride apart, may be null: zeros
@@ -100,8 +111,11 @@ struct StepForwardParams {
   const void* h_gates;     // [B, G*H] W_hh h
   const void* b_ih;        // [G*H], may be null
   const void* b_hh;        // [G*H], may be null
-  const void* h_prev;      // [B, H]
-  void* h;                 // [B, H] out
+  const void* drop_h;      // [B, H], may be null
+  Zone zone_h, zone_c;     // of this step
+  const void* h_prev;      // [B, H], what was multiplied
+  void* h;                 // [B, H] out, what the step after multiplies
+  void* kept_h;            // [B, H] Arithmetic, h itself, in and out; with drop_h, else null
   void* c;                 // [B, H] Arithmetic, in and out; LSTM
   void* y;                 // [B, H] out, zero behind a row's end
   int64_t y_stride;
@@ -109,7 +123,7 @@ struct StepForwardParams {
   StepResets resets;  // at the step after
   ResetState reset;   // of the step after: step is unused
   void* saved;        // [B, kSaved*H] out, may be null
-  void* c_prev;       // [B, H] Arithmetic out, may be null
+  void* state_prev;   // [B, H] Arithmetic out, may be null
 };
 
 struct StepBackwardParams {
@@ -118,8 +132,10 @@ struct StepBackwardParams {
   const int32_t* lengths;
   const void* saved;   // [B, kSaved*H]
   const void* h_prev;  // [B, H]
-  const void* c_prev;  // [B, H] Arithmetic; LSTM
-  const void* dy;      // [B, H], may be null
+  const void* drop_h;  // [B, H], may be null
+  Zone zone_h, zone_c;
+  const void* state_prev;  // [B, H] Arithmetic, as forward left it
+  const void* dy;          // [B, H], may be null
   int64_t dy_stride;
   const void* dc_sequence;  // [B, H], rows dy_stride apart, may be null
   StepResets resets;        // between this step and the one after
@@ -129,6 +145,30 @@ struct StepBackwardParams {
   void* dc;                 // [B, H] Arithmetic, in and out; LSTM
   void* dgates;             // [B, kGrads*H] out
   void* dh0;                // [B, H] out, behind the last step: then all that is done; else null
+};
+
+// Layer normalisation of a step, on top of the step's own.
+struct StepNorms {
+  const void* gain_h;  // [G*H] of W_hh h, may be null: not normalised
+  const void* gain_c;  // [H], may be null; LSTM
+  const void* bias_c;  // [H], may be null: zeros
+  double eps;
+  void* statistics;  // [B, 4] Arithmetic: of W_hh h, then of c, the mean and the deviation's inverse; out of forward
+};
+
+struct NormalisedForwardParams {
+  StepForwardParams step;
+  StepNorms norms;
+  void* scratch;  // [B, 2*H] Arithmetic; with gain_c
+};
+
+struct NormalisedBackwardParams {
+  StepBackwardParams step;  // dh0 is null
+  StepNorms norms;
+  const void* h_gates;  // [B, G*H] as forward had it; with gain_h
+  void* dh_gates;       // [B, G*H] out, its gradient: what W_hh^T is to multiply; with gain_h
+  void* dgain_h;        // [B, G*H] Arithmetic, in and out: each row's part of the gradient; with gain_h
+  void* dnorm_c;        // [B, 2*H] Arithmetic, in and out: the same of gain_c and bias_c; with gain_c
 };
 
 }  // namespace cuda

@@ -1,12 +1,13 @@
 // One time step without its products: what is left of a recurrence whose weights do not stay on the chip.
 //
 // Parallel over units and batch rows, one thread for each. Bound by the memory it reads; the products by a library
-// before and after take longer.
+// before and after take longer. normalised.cuh shares the beginning and the end of a unit's step.
 #pragma once
 
 #include "../cells/cells.h"
 #include "element.h"
 #include "params.h"
+#include "regularised.cuh"
 
 namespace fused_rnn {
 namespace cuda {
@@ -15,6 +16,53 @@ constexpr int kPointwiseThreads = 256;
 
 FUSED_RNN_DEVICE bool begins(const StepResets& resets, const int32_t* lengths, int64_t b) {
   return resets.at && resets.at[b] && (!lengths || resets.t < lengths[b]);
+}
+
+template <class Params>
+FUSED_RNN_DEVICE bool is_active(const Params& p, int64_t b) {
+  return !p.lengths || p.t < p.lengths[b];
+}
+
+template <class T>
+struct States {
+  T h, c;
+};
+
+// ---- Forward --------------------------------------------------------------------------------------------------------
+
+template <class Cell, class E, class T = typename E::Arithmetic>
+FUSED_RNN_DEVICE States<T> states_before(const StepForwardParams& p, int64_t at) {
+  States<T> s{p.kept_h ? static_cast<const T*>(p.kept_h)[at] : value_or_zero<E>(p.h_prev, at), T(0)};
+  if constexpr (Cell::kHasC) s.c = static_cast<const T*>(p.c)[at];
+  return s;
+}
+
+// For backward.
+template <class Cell, class E, class T = typename E::Arithmetic>
+FUSED_RNN_DEVICE void save(const StepForwardParams& p, int64_t b, int64_t unit, const States<T>& before,
+                           const T (&saved)[Cell::kSaved]) {
+  if (!p.saved) return;
+  const int64_t H = p.H, at = b * H + unit;
+  FUSED_RNN_UNROLL
+  for (int k = 0; k < Cell::kSaved; ++k) store_value<E>(p.saved, (b * Cell::kSaved + k) * H + unit, saved[k]);
+  if (p.state_prev) static_cast<T*>(p.state_prev)[at] = Cell::kHasC ? before.c : before.h;
+}
+
+// Zoneout, and then to where the states go: the results, and behind a reset, if there is one, the step after.
+template <class Cell, class E, class T = typename E::Arithmetic>
+FUSED_RNN_DEVICE void leave(const StepForwardParams& p, int64_t b, int64_t unit, bool active, const States<T>& before,
+                            States<T> s) {
+  const int64_t at = b * p.H + unit, of_row = b * p.y_stride + unit;
+  s.h = active ? mixed(p.zone_h, share<E>(p.zone_h, b, unit), before.h, s.h) : before.h;
+  store_value<E>(p.y, of_row, active ? s.h : T(0));
+  if constexpr (Cell::kHasC) {
+    s.c = active ? mixed(p.zone_c, share<E>(p.zone_c, b, unit), before.c, s.c) : before.c;
+    if (p.c_sequence) store_value<E>(p.c_sequence, of_row, active ? s.c : T(0));
+  }
+  if (begins(p.resets, p.lengths, b)) s = {value_or_zero<E>(p.reset.h, at), value_or_zero<E>(p.reset.c, at)};
+  store_value<E>(p.h, at, dropped<E>(p.drop_h, at, s.h));
+  if (p.kept_h) static_cast<T*>(p.kept_h)[at] = s.h;
+  if constexpr (Cell::kHasC) static_cast<T*>(p.c)[at] = s.c;
 }
 
 template <class Cell, class E>
@@ -26,10 +74,9 @@ step_forward(const StepForwardParams p) {
   for (int64_t at = static_cast<int64_t>(block_index()) * kPointwiseThreads + thread_index(); at < total;
        at += static_cast<int64_t>(block_count()) * kPointwiseThreads) {
     const int64_t b = at / H, unit = at % H;
-    const T h_prev = value_or_zero<E>(p.h_prev, at);
-    const bool active = !p.lengths || p.t < p.lengths[b];
-    T h = h_prev, c{};
-    if constexpr (Cell::kHasC) c = static_cast<const T*>(p.c)[at];
+    const States<T> before = states_before<Cell, E>(p, at);
+    const bool active = is_active(p, b);
+    States<T> s = before;
     if (active) {
       T x[G], r[G], saved[Cell::kSaved];
       FUSED_RNN_UNROLL
@@ -38,23 +85,60 @@ step_forward(const StepForwardParams p) {
         x[gate] = value_or_zero<E>(p.x_gates, b * G * H + of_gate) + value_or_zero<E>(p.b_ih, of_gate);
         r[gate] = value_or_zero<E>(p.h_gates, b * G * H + of_gate) + value_or_zero<E>(p.b_hh, of_gate);
       }
-      const T c_prev = c;
-      Cell::forward(x, r, h_prev, c, saved, h);
-      if (p.saved) {
-        FUSED_RNN_UNROLL
-        for (int k = 0; k < Cell::kSaved; ++k) store_value<E>(p.saved, (b * Cell::kSaved + k) * H + unit, saved[k]);
-        if constexpr (Cell::kHasC) static_cast<T*>(p.c_prev)[at] = c_prev;
-      }
+      Cell::forward(x, r, before.h, s.c, saved, s.h);
+      save<Cell, E>(p, b, unit, before, saved);
     }
-    store_value<E>(p.y, b * p.y_stride + unit, active ? h : T(0));
-    if (Cell::kHasC && p.c_sequence) store_value<E>(p.c_sequence, b * p.y_stride + unit, active ? c : T(0));
-    if (begins(p.resets, p.lengths, b)) {
-      h = value_or_zero<E>(p.reset.h, at);
-      c = value_or_zero<E>(p.reset.c, at);
-    }
-    store_value<E>(p.h, at, h);
-    if constexpr (Cell::kHasC) static_cast<T*>(p.c)[at] = c;
+    leave<Cell, E>(p, b, unit, active, before, s);
   }
+}
+
+// ---- Backward -------------------------------------------------------------------------------------------------------
+
+// The gradients of the states after this step; at a reset between the two they belong to the state that came in there,
+// and go no further.
+template <class Cell, class E, class T = typename E::Arithmetic>
+FUSED_RNN_DEVICE States<T> from_step_after(const StepBackwardParams& p, int64_t b, int64_t at) {
+  States<T> d{static_cast<const T*>(p.dh)[at] + dropped<E>(p.drop_h, at, value_or_zero<E>(p.product, at)), T(0)};
+  if constexpr (Cell::kHasC) d.c = static_cast<const T*>(p.dc)[at];
+  if (!begins(p.resets, p.lengths, b)) return d;
+  if (p.dreset.h) store_value<E>(p.dreset.h, at, d.h);
+  if (p.dreset.c) store_value<E>(p.dreset.c, at, d.c);
+  return {T(0), T(0)};
+}
+
+// And with what reaches this step's results.
+template <class Cell, class E, class T = typename E::Arithmetic>
+FUSED_RNN_DEVICE void add_of_results(const StepBackwardParams& p, int64_t b, int64_t unit, States<T>& d) {
+  d.h += value_or_zero<E>(p.dy, b * p.dy_stride + unit);
+  if constexpr (Cell::kHasC) d.c += value_or_zero<E>(p.dc_sequence, b * p.dy_stride + unit);
+}
+
+// What forward left of a unit.
+template <class Cell, class T>
+struct Saved {
+  T values[Cell::kSaved];
+  States<T> before;
+};
+template <class Cell, class E, class T = typename E::Arithmetic>
+FUSED_RNN_DEVICE Saved<Cell, T> load_saved(const StepBackwardParams& p, int64_t b, int64_t unit) {
+  const int64_t H = p.H, at = b * H + unit;
+  Saved<Cell, T> s{};
+  FUSED_RNN_UNROLL
+  for (int k = 0; k < Cell::kSaved; ++k) s.values[k] = value_or_zero<E>(p.saved, (b * Cell::kSaved + k) * H + unit);
+  const T* const state = static_cast<const T*>(p.state_prev);
+  if constexpr (Cell::kUsesH) s.before.h = state ? state[at] : value_or_zero<E>(p.h_prev, at);
+  if constexpr (Cell::kHasC) s.before.c = state[at];
+  return s;
+}
+
+template <class Cell, class E, class T = typename E::Arithmetic>
+FUSED_RNN_DEVICE void store_gradients(const StepBackwardParams& p, int64_t b, int64_t unit, const States<T>& d,
+                                      const T (&grads)[Cell::kGrads]) {
+  const int64_t H = p.H, at = b * H + unit;
+  static_cast<T*>(p.dh)[at] = d.h;
+  if constexpr (Cell::kHasC) static_cast<T*>(p.dc)[at] = d.c;
+  FUSED_RNN_UNROLL
+  for (int k = 0; k < Cell::kGrads; ++k) store_value<E>(p.dgates, (b * Cell::kGrads + k) * H + unit, grads[k]);
 }
 
 template <class Cell, class E>
@@ -65,35 +149,22 @@ step_backward(const StepBackwardParams p) {
   for (int64_t at = static_cast<int64_t>(block_index()) * kPointwiseThreads + thread_index(); at < total;
        at += static_cast<int64_t>(block_count()) * kPointwiseThreads) {
     const int64_t b = at / H, unit = at % H;
-    T dh = static_cast<const T*>(p.dh)[at] + value_or_zero<E>(p.product, at), dc{};
-    if constexpr (Cell::kHasC) dc = static_cast<const T*>(p.dc)[at];
-    if (begins(p.resets, p.lengths, b)) {  // this belongs to the state that came in there, and goes no further
-      if (p.dreset.h) store_value<E>(p.dreset.h, at, dh);
-      if (p.dreset.c) store_value<E>(p.dreset.c, at, dc);
-      dh = dc = T(0);
-    }
+    States<T> d = from_step_after<Cell, E>(p, b, at);
     if (p.dh0) {
-      store_value<E>(p.dh0, at, dh);
+      store_value<E>(p.dh0, at, d.h);
       continue;
     }
     T grads[Cell::kGrads] = {};
-    if (!p.lengths || p.t < p.lengths[b]) {
-      T saved[Cell::kSaved], h_prev{}, c_prev{}, dh_prev{};
-      FUSED_RNN_UNROLL
-      for (int k = 0; k < Cell::kSaved; ++k) saved[k] = value_or_zero<E>(p.saved, (b * Cell::kSaved + k) * H + unit);
-      if constexpr (Cell::kUsesH) h_prev = value_or_zero<E>(p.h_prev, at);
-      if constexpr (Cell::kHasC) {
-        c_prev = static_cast<const T*>(p.c_prev)[at];
-        dc += value_or_zero<E>(p.dc_sequence, b * p.dy_stride + unit);
-      }
-      dh += value_or_zero<E>(p.dy, b * p.dy_stride + unit);
-      Cell::backward(saved, h_prev, c_prev, dh, dc, grads, dh_prev);
-      dh = dh_prev;
+    if (is_active(p, b)) {
+      add_of_results<Cell, E>(p, b, unit, d);
+      const Saved<Cell, T> s = load_saved<Cell, E>(p, b, unit);
+      const Parted<T> of_h = parted(p.zone_h, share<E>(p.zone_h, b, unit), d.h);
+      const Parted<T> of_c = parted(p.zone_c, share<E>(p.zone_c, b, unit), d.c);
+      d = {T(0), of_c.of_new};
+      Cell::backward(s.values, s.before.h, s.before.c, of_h.of_new, d.c, grads, d.h);
+      d.h += of_h.of_old, d.c += of_c.of_old;
     }
-    static_cast<T*>(p.dh)[at] = dh;
-    if constexpr (Cell::kHasC) static_cast<T*>(p.dc)[at] = dc;
-    FUSED_RNN_UNROLL
-    for (int k = 0; k < Cell::kGrads; ++k) store_value<E>(p.dgates, (b * Cell::kGrads + k) * H + unit, grads[k]);
+    store_gradients<Cell, E>(p, b, unit, d, grads);
   }
 }
 

@@ -16,6 +16,8 @@ struct Recurrence {
   // One step, behind its product.
   void (*step_forward)(StoredType, const StepForwardParams&, void* stream);
   void (*step_backward)(StoredType, const StepBackwardParams&, void* stream);
+  void (*normalised_forward)(StoredType, const NormalisedForwardParams&, void* stream);
+  void (*normalised_backward)(StoredType, const NormalisedBackwardParams&, void* stream);
 };
 
 const Recurrence& recurrence(CellKind cell);
