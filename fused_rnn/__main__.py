@@ -17,7 +17,11 @@ from fused_rnn import _C
 
 
 def run(script: str, args: list[str]) -> None:
-    """Runs a script as ``python script.py args`` would, with the fused kernels under torch.nn."""
+    """Runs a script as ``python script.py args`` would, with the fused kernels under torch.nn.
+
+    Raises:
+        SystemExit: with status 2, if the script cannot be read.
+    """
     path = os.path.abspath(script)
     try:
         with io.open_code(path) as file:
@@ -69,6 +73,7 @@ def _cpu_name() -> str:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m fused_rnn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="run a script with the fused kernels under torch.nn")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import autocast, ops, reference
-from fused_rnn.convert import TorchConvertible, fx_leaf
+from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -115,10 +115,21 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
 
 @fx_leaf
 class RNNCell(FusedCellBase, torch.nn.RNNCell):
-    __doc__ = torch.nn.RNNCell.__doc__
+    __doc__ = documentation(torch.nn.RNNCell)
 
     def forward(self, input: Any, hx: Any = None) -> Tensor:
-        """input ``(B, input_size)`` or ``(input_size)``, hx alike of hidden_size; returns h'."""
+        """One time step.
+
+        Args:
+            input: ``(B, input_size)``, or ``(input_size,)`` unbatched.
+            hx: ``(B, hidden_size)``, or ``(hidden_size,)`` unbatched; None: zeros.
+
+        Returns:
+            h', shaped like hx.
+
+        Raises:
+            ValueError, RuntimeError: as torch.nn, with its texts, if sizes or dtypes do not fit.
+        """
         if self.nonlinearity not in ("tanh", "relu"):
             return super().forward(input, hx)
         cell = f"rnn_{self.nonlinearity}"
@@ -129,10 +140,21 @@ class RNNCell(FusedCellBase, torch.nn.RNNCell):
 
 @fx_leaf
 class GRUCell(FusedCellBase, torch.nn.GRUCell):
-    __doc__ = torch.nn.GRUCell.__doc__
+    __doc__ = documentation(torch.nn.GRUCell)
 
     def forward(self, input: Any, hx: Any = None) -> Tensor:
-        """input ``(B, input_size)`` or ``(input_size)``, hx alike of hidden_size; returns h'."""
+        """One time step.
+
+        Args:
+            input: ``(B, input_size)``, or ``(input_size,)`` unbatched.
+            hx: ``(B, hidden_size)``, or ``(hidden_size,)`` unbatched; None: zeros.
+
+        Returns:
+            h', shaped like hx.
+
+        Raises:
+            ValueError, RuntimeError: as torch.nn, with its texts, if sizes or dtypes do not fit.
+        """
         states = () if hx is None else (hx,)
         result = self._usual_step("gru", input, *states) or self._step("gru", input, states)
         return self._torchs("gru", input, hx, states) if result is None else result[0]
@@ -140,10 +162,21 @@ class GRUCell(FusedCellBase, torch.nn.GRUCell):
 
 @fx_leaf
 class LSTMCell(FusedCellBase, torch.nn.LSTMCell):
-    __doc__ = torch.nn.LSTMCell.__doc__
+    __doc__ = documentation(torch.nn.LSTMCell)
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Tensor, Tensor]:
-        """input ``(B, input_size)`` or ``(input_size)``, hx a pair (h, c) alike of hidden_size; returns (h', c')."""
+        """One time step.
+
+        Args:
+            input: ``(B, input_size)``, or ``(input_size,)`` unbatched.
+            hx: a pair (h, c), each ``(B, hidden_size)``, or ``(hidden_size,)`` unbatched; None: zeros.
+
+        Returns:
+            The pair (h', c').
+
+        Raises:
+            ValueError, RuntimeError: as torch.nn, with its texts, if sizes or dtypes do not fit.
+        """
         pair = isinstance(hx, (tuple, list)) and len(hx) == 2 and hx[0] is not None and hx[1] is not None
         if not (pair or hx is None):
             return super().forward(input, hx)

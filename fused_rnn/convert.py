@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from inspect import cleandoc
 from typing import Any
 
 import torch
@@ -44,6 +45,16 @@ class TorchConvertible(Module):
         return self.to_torch() if type(self).forward is ours.forward else self
 
 
+TORCHS_OWN = "What follows is torch.nn's own documentation."
+
+
+def documentation(torchs: type, ours: type | None = None) -> str:
+    """A docstring for our class of the same name: what it adds, which `ours` tells, before torch.nn's."""
+    added = "" if ours is None else cleandoc(ours.__doc__ or "")
+    summary = f"``torch.nn.{torchs.__name__}`` on the fused kernels: its arguments, parameters, results and errors."
+    return "\n\n".join(filter(None, (summary, added, TORCHS_OWN, cleandoc(torchs.__doc__ or ""))))
+
+
 def fx_leaf(cls: type) -> type:
     """Class decorator: torch.fx takes instances as one node, as it takes torch.nn's."""
     init = cls.__init__
@@ -58,11 +69,21 @@ def fx_leaf(cls: type) -> type:
 
 
 def from_torch(module: Module) -> Module:
-    """A module of ours that shares the parameters, hooks and mode of a torch.nn RNN, LSTM, GRU or cell.
+    """A module of ours that shares the parameters, hooks and mode of one of torch.nn's.
+
+    Args:
+        module: a torch.nn RNN, LSTM, GRU or one of their cells; one of ours is returned as it is.
 
     Raises:
         TypeError: module's class is none of torch.nn's six. A subclass may do anything in its forward;
-            derive it from ours instead.
+            derive it from ours instead. Or a parameter is parametrised, which ties it to its class.
+
+    Example:
+        >>> import torch, fused_rnn
+        >>> theirs = torch.nn.GRU(3, 5)
+        >>> ours = fused_rnn.from_torch(theirs)
+        >>> ours, ours.weight_hh_l0 is theirs.weight_hh_l0, type(ours.to_torch())
+        (GRU(3, 5), True, <class 'torch.nn.modules.rnn.GRU'>)
     """
     if isinstance(module, TorchConvertible):
         return module
@@ -74,8 +95,17 @@ def replace(model: Module) -> list[str]:
 
     The modules keep their identity, parameters and hooks: optimisers and references stay valid.
 
+    Args:
+        model: any module, also one of the six itself.
+
     Returns:
-        The qualified names of the converted modules ("" for model itself).
+        The qualified names of the converted modules ("" for model itself). Modules of subclasses stay as they are.
+
+    Example:
+        >>> import torch, fused_rnn
+        >>> model = torch.nn.ModuleDict({"encoder": torch.nn.LSTM(3, 5), "head": torch.nn.Linear(5, 2)})
+        >>> fused_rnn.replace(model), type(model["encoder"])
+        (['encoder'], <class 'fused_rnn.modules.LSTM'>)
     """
     converted = []
     for name, module in model.named_modules():

@@ -180,13 +180,13 @@ def _join(states: list[Tensor], dim: int) -> Tensor:
 
 @ops.runs_eagerly
 def rnn(input: Any, weights: Sequence[Tensor], hx: Any = None, *, nonlinearity: str = "tanh", **options: Any) -> Any:
-    """torch.nn.RNN's function of plain tensors; see `lstm`."""
+    """torch.nn.RNN's function of plain tensors, as `lstm` is the LSTM's; `nonlinearity` is "tanh" or "relu"."""
     return _call("RNN", input, weights, hx, nonlinearity=nonlinearity, **options)
 
 
 @ops.runs_eagerly
 def gru(input: Any, weights: Sequence[Tensor], hx: Any = None, **options: Any) -> Any:
-    """torch.nn.GRU's function of plain tensors; see `lstm`."""
+    """torch.nn.GRU's function of plain tensors, as `lstm` is the LSTM's."""
     return _call("GRU", input, weights, hx, **options)
 
 
@@ -208,7 +208,16 @@ def lstm(input: Any, weights: Sequence[Tensor], hx: Any = None, **options: Any) 
 
     Raises:
         ValueError: the number or the shapes of the weights or gains are no module's.
+        TypeError: an option is unknown.
         ValueError, RuntimeError: as the module's forward.
+
+    Example:
+        >>> import torch
+        >>> from fused_rnn import functional
+        >>> w_ih, w_hh, x = torch.randn(20, 3), torch.randn(20, 5), torch.randn(7, 2, 3)
+        >>> output, (h_n, c_n) = functional.lstm(x, [w_ih, torch.dropout(w_hh, 0.5, True)])
+        >>> output.shape, c_n.shape
+        (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
     return _call("LSTM", input, weights, hx, **options)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import autocast, cuda, functional, ops, segments, steps
-from fused_rnn.convert import TorchConvertible, fx_leaf
+from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
 from fused_rnn.variants import Variants
 
 _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "permute_hidden")  # a subclass may override
@@ -27,7 +27,7 @@ class FusedRNNBase(TorchConvertible, Variants):
     _checks_are_torchs = True
 
     backend = "auto"
-    """Who computes: "fused", "torch" (torch.nn's own forward), or "auto", the faster one by what is measured."""
+    """Who computes; see `Variants`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As torch.nn's class, and ``backend="auto"``, keyword only."""
@@ -323,12 +323,12 @@ def _batch_major(output: Tensor) -> Tensor:
 
 @fx_leaf
 class RNN(FusedRNNBase, torch.nn.RNN):
-    __doc__ = torch.nn.RNN.__doc__
+    __doc__ = documentation(torch.nn.RNN, Variants)
 
 
 @fx_leaf
 class LSTM(FusedRNNBase, torch.nn.LSTM):
-    __doc__ = torch.nn.LSTM.__doc__
+    __doc__ = documentation(torch.nn.LSTM, Variants)
 
     def _given_states(self, hx: Any) -> tuple[Any, ...] | None:
         if hx is None:
@@ -341,4 +341,4 @@ class LSTM(FusedRNNBase, torch.nn.LSTM):
 
 @fx_leaf
 class GRU(FusedRNNBase, torch.nn.GRU):
-    __doc__ = torch.nn.GRU.__doc__
+    __doc__ = documentation(torch.nn.GRU, Variants)

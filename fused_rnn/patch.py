@@ -26,6 +26,13 @@ def patched() -> Iterator[None]:
 
     What the kernels do not take runs as ever. Contexts may nest and overlap; the patch holds for all threads until the
     last one is left.
+
+    Example:
+        >>> import torch, fused_rnn
+        >>> with fused_rnn.patched():
+        ...     output, h_n = torch.nn.GRU(3, 5)(torch.randn(7, 2, 3))
+        >>> output.shape
+        torch.Size([7, 2, 5])
     """
     _enter(1)
     try:

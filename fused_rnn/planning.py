@@ -18,8 +18,9 @@ class Plan:
         backend: "fused" or "torch" (torch.nn's own forward).
         way: on the CPU "cpu"; on CUDA "resident" (the recurrent weights stay on the chip for the whole sequence) or
             "steps" (a product and a pointwise kernel per step); "torch" without fused kernels.
-        forward, backward: the kernel of each, its share of the work and, on CUDA, the estimated microseconds of a
-            time step. Empty where nothing is to be said.
+        forward: the kernel, its share of the work and, on CUDA, the estimated microseconds of a time step. Empty where
+            nothing is to be said.
+        backward: the same of backward.
     """
 
     backend: str
@@ -53,8 +54,19 @@ def plan(
         properties: of a CUDA device that need not be here: multiprocessors, bytes of shared memory that a block may
             have, 10 * major + minor compute capability. An H200: ``(132, 232448, 90)``.
 
+    Returns:
+        The plan; `Plan` says what is in it.
+
     Raises:
         ValueError: cell, backend or dtype is unknown, or a size is not positive.
+
+    Example:
+        >>> import torch, fused_rnn
+        >>> fused_rnn.plan("gru", T=100, B=8, I=64, H=256, device="cpu").backend
+        'fused'
+        >>> h200 = (132, 232448, 90)
+        >>> fused_rnn.plan("gru", torch.bfloat16, 512, 64, 1024, 1024, backend="fused", properties=h200).way
+        'resident'
     """
     cell = "rnn_tanh" if cell == "rnn" else cell
     if cell not in reference.CELLS:

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
-CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # in the order of CellKind, csrc/rnn_params.h
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+"""All cells, in the order of CellKind, csrc/rnn_params.h."""
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 """Row blocks of ``w_ih`` and ``w_hh`` per cell."""
 NORM_EPS = 1e-5
@@ -75,6 +76,9 @@ def step(
 
     Returns:
         h', c' (None but for the LSTM).
+
+    Raises:
+        ValueError: cell is unknown.
     """
     from_x = x if w_ih is None else linear(x, w_ih)
     from_h = linear(h if drop_h is None else h * drop_h, w_hh)
@@ -151,6 +155,14 @@ def layer(
     Returns:
         y (shaped like x, ``D*P`` wide), h_n, c_n (None but for the LSTM), shaped like h0 and c0; with `c_sequence` also
         c of every step, shaped like x and ``D*H`` wide.
+
+    Example:
+        >>> import torch
+        >>> from fused_rnn import reference
+        >>> weights = [torch.randn(15, 3), torch.randn(15, 5), None, None, None]
+        >>> y, h_n, _ = reference.layer("gru", torch.randn(7, 2, 3), None, None, weights)
+        >>> y.shape, h_n.shape
+        (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
     if x.dim() == 2 and batch_sizes is None:
         h0, c0, drop_h = (None if s is None else s.unsqueeze(0) for s in (h0, c0, drop_h))

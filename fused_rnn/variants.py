@@ -66,21 +66,38 @@ def _how_much(name: str, value: Any) -> str:
 
 
 class Variants(torch.nn.RNNBase):
-    """The options that RNN, LSTM and GRU share; equations and papers are in `fused_rnn.reference`.
+    """The constructor takes further keywords; each is an attribute, too, checked when it is set. Equations and papers
+    are in `fused_rnn.reference`. `forward` has keywords beyond torch.nn's (resets, lengths, the states of every step),
+    and `step` computes one time step.
 
-    Attributes:
+    Keyword Args:
+        backend: who computes: "fused", "torch" (torch.nn's own forward), or "auto" (the default), the faster one by
+            what is measured.
         hidden_size: a list of sizes makes as many layers. Their states lie side by side: hx and final states are
             ``(D, B, sum(hidden_size))``, and ``h.split(hidden_size, -1)`` takes them apart.
-        layer_norm: normalises both products of a step, and the LSTM's c on its way to h. Adds parameters
+        layer_norm: True normalises both products of a step, and the LSTM's c on its way to h. Adds parameters
             ``norm_ih_l0``, ``norm_hh_l0`` ``(gates * hidden_size,)`` and for the LSTM ``norm_c_l0``, ``norm_c_bias_l0``
             ``(hidden_size,)``.
         zoneout: probability in [0, 1) that a unit keeps its state at a step; LSTM: or a pair (of h, of c). Outside of
-            training a state moves by the expectation.
+            training a state moves by the expectation. May change during training, as may the other rates.
         recurrent_dropout: probability that W_hh does not see a unit of h, in training; drawn once per call and row.
         weight_dropout: probability that an element of W_hh is zero, in training; drawn once per call.
         forget_bias: LSTM: what the forget gate's biases add up to at the beginning (Gers et al. 2000, Jozefowicz et
             al. 2015); None: as torch.nn.
         recompute: "full": backward computes forward again layer by layer, and keeps no gates between the two; "none".
+
+    Raises:
+        ValueError, TypeError: an option is out of range, of the wrong type, or not this class's.
+
+    Example:
+        >>> import torch, fused_rnn
+        >>> lstm = fused_rnn.LSTM(64, 128, layer_norm=True, zoneout=(0.1, 0.05))
+        >>> output, (h_n, c_n) = lstm(torch.randn(7, 2, 64), lengths=torch.tensor([7, 4]))
+        >>> output.shape, h_n.shape
+        (torch.Size([7, 2, 128]), torch.Size([1, 2, 128]))
+        >>> y, state = lstm.step(torch.randn(2, 64), (h_n, c_n))
+        >>> y.shape
+        torch.Size([2, 128])
     """
 
     _varied = False
@@ -94,11 +111,7 @@ class Variants(torch.nn.RNNBase):
     recompute = Option("none", _how_much)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As torch.nn's class; the options are keyword only.
-
-        Raises:
-            ValueError, TypeError: an option is out of range, of the wrong type, or not this class's.
-        """
+        """As torch.nn's class, and the options."""
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         sizes = args[1] if len(args) > 1 else kwargs.get("hidden_size")
         if isinstance(sizes, (tuple, list)):
@@ -163,6 +176,7 @@ class Variants(torch.nn.RNNBase):
                 yield from ((f"{kind}_l{index}{suffix}", size) for kind, size in of_kind.items())
 
     def extra_repr(self) -> str:
+        """torch.nn's, and the options that are not at their defaults."""
         given = {name: getattr(self, name) for name in _OPTIONS if getattr(self, name) != _OPTIONS[name].default}
         return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in given.items())])
 
