@@ -49,7 +49,7 @@ def dtype_on(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def left(device: torch.device) -> AbstractContextManager:
+def left(device: torch.device) -> AbstractContextManager[Any]:
     """A block without autocast: all in it is cast already, and has one dtype."""
     return nullcontext() if dtype_on(device) is None else torch.autocast(device.type, enabled=False)
 

@@ -37,11 +37,11 @@ def _layer(
     c_sequence: bool,
     lengths: Tensor | None,
     *variant: Any,
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     layer, of_resets = (cell, x, h0, c0, weights), (resets, reset_h, reset_c)
     if ops.transformed():
         y, h_n, c_n, *more = reference.layer(*layer, batch_sizes, *of_resets, c_sequence, lengths, *variant[:-1])
-        return [y, h_n, x.new_empty(0) if c_n is None else c_n, *more]  # type: ignore[list-item]
+        return [y, h_n, x.new_empty(0) if c_n is None else c_n, *more]
     if lengths is not None and not ops.on_cuda(x):
         return _with_lengths(*layer, *of_resets, c_sequence, lengths, *variant)
     return ops.layer_of_kernels(*layer, batch_sizes, *of_resets, c_sequence, lengths, *variant)
@@ -76,7 +76,9 @@ def _with_lengths(
     if resets is None:
         reset_h, reset_c, resets = h0, c0, ended
     else:
-        reset_h, reset_c = (_where(behind, a, b) for a, b in ((h0, reset_h), (c0, reset_c)))
+        reset_h, reset_c = (
+            None if a is None and b is None else _where(behind, a, b, x) for a, b in ((h0, reset_h), (c0, reset_c))
+        )
         resets = resets | ended
     y, h_n, c_n, *c_steps = ops.layer_of_kernels(
         cell, x, h0, c0, weights, None, resets, reset_h, reset_c, cell == "lstm", None, *variant
@@ -86,19 +88,16 @@ def _with_lengths(
 
     def final(of_steps: Tensor, state: Tensor, initial: Tensor | None) -> Tensor:
         of_end = of_steps.narrow(2, 0, state.size(2)).gather(0, last.expand(1, -1, state.size(2)))
-        return _where(~taken, initial, torch.cat((of_end, state[1:])))
+        return _where(~taken, initial, torch.cat((of_end, state[1:])), x)
 
-    sequences = [_where(ended.unsqueeze(2), None, s) for s in (y, *c_steps)]
+    sequences = [_where(ended.unsqueeze(2), None, s, x) for s in (y, *c_steps)]
     states = [final(s, state, initial) for s, state, initial in zip((y, *c_steps), (h_n, c_n), (h0, c0), strict=False)]
     if cell != "lstm":
         return [sequences[0], states[0], c_n]
     return [sequences[0], *states, *sequences[1 : 1 + c_sequence]]
 
 
-def _where(condition: Tensor, this: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """torch.where; None stands for zeros."""
-    if this is None and other is None:
-        return None
-    like = this if this is not None else other
+def _where(condition: Tensor, this: Tensor | None, other: Tensor | None, like: Tensor) -> Tensor:
+    """torch.where; None stands for zeros like those of `like`."""
     zero = like.new_zeros(())
     return torch.where(condition, zero if this is None else this, zero if other is None else other)

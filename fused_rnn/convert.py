@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from inspect import cleandoc
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import Module
@@ -55,16 +55,20 @@ def documentation(torchs: type, ours: type | None = None) -> str:
     return "\n\n".join(filter(None, (summary, added, TORCHS_OWN, cleandoc(torchs.__doc__ or ""))))
 
 
-def fx_leaf(cls: type) -> type:
+_Class = TypeVar("_Class", bound=type[Module])
+
+
+def fx_leaf(cls: _Class) -> _Class:
     """Class decorator: torch.fx takes instances as one node, as it takes torch.nn's."""
-    init = cls.__init__
+    this: Any = cls  # whose __init__ is meant, not that of a class derived from it
+    init = this.__init__
 
     @functools.wraps(init)  # inspect.signature shows torch.nn's
     def __init__(self: Module, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         _mark(self)
 
-    cls.__init__ = __init__
+    this.__init__ = __init__
     return cls
 
 
@@ -122,7 +126,8 @@ def _fused_class(cls: type) -> type[Module]:
     if cls not in _TORCH_CLASSES:
         names = ", ".join(c.__name__ for c in _TORCH_CLASSES)
         raise TypeError(f"expected a module whose class is one of torch.nn's {names}, got {cls.__qualname__}")
-    return getattr(fused_rnn, cls.__name__)
+    found: type[Module] = getattr(fused_rnn, cls.__name__)
+    return found
 
 
 def _torch_class(cls: type) -> type[Module]:

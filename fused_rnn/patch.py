@@ -49,7 +49,7 @@ def _enter(change: int) -> None:
     global _depth
     with _lock:
         _depth += change
-        rnn._VF = _FUSED if _depth else torch._VF
+        rnn._VF = _FUSED if _depth else torch._VF  # type: ignore[attr-defined]  # imported there, not exported
 
 
 class _Functions(types.ModuleType):
@@ -59,11 +59,21 @@ class _Functions(types.ModuleType):
         return getattr(torch._VF, name)
 
 
-def _sequence(cell: str) -> Callable:
+def _sequence(cell: str) -> Callable[..., Any]:
     """torch.lstm, torch.gru, torch.rnn_tanh or torch.rnn_relu, both overloads, on the fused kernels."""
     original = getattr(torch._VF, cell)
 
-    def padded(input, hx, weights, has_biases, num_layers, dropout, train, bidirectional, batch_first):  # type: ignore[no-untyped-def]
+    def padded(
+        input: Any,
+        hx: Any,
+        weights: Any,
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool,
+    ) -> Any:
         states = hx if cell == "lstm" else (hx,)
         if not _regular(cell, input, states, weights, bidirectional) or input.dim() != 3:
             return None
@@ -73,7 +83,17 @@ def _sequence(cell: str) -> Callable:
         y, *states = functional.stack(cell, x, states, weights, has_biases, num_layers, dropout, train, bidirectional)
         return (y.transpose(0, 1) if batch_first else y, *states)
 
-    def packed(data, batch_sizes, hx, weights, has_biases, num_layers, dropout, train, bidirectional):  # type: ignore[no-untyped-def]
+    def packed(
+        data: Any,
+        batch_sizes: Tensor,
+        hx: Any,
+        weights: Any,
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+    ) -> Any:
         states = hx if cell == "lstm" else (hx,)
         if not _regular(cell, data, states, weights, bidirectional):
             return None
@@ -82,7 +102,7 @@ def _sequence(cell: str) -> Callable:
         )
 
     @ops.runs_eagerly
-    def fused(*args):  # type: ignore[no-untyped-def]
+    def fused(*args: Any) -> Any:
         takes = packed if len(args) > 3 and isinstance(args[3], (list, tuple)) else padded
         result = takes(*args) if len(args) == 9 else None
         return original(*args) if result is None else result
@@ -99,7 +119,7 @@ def _regular(cell: str, x: Any, states: Any, weights: Any, bidirectional: Any) -
     )
 
 
-def _cell(cell: str, name: str) -> Callable:
+def _cell(cell: str, name: str) -> Callable[..., Any]:
     """torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell or torch.rnn_relu_cell on the fused kernels."""
     original = getattr(torch._VF, name)
 

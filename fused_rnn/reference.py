@@ -20,11 +20,14 @@ What torch.nn does not have, each alone or with the others; LN is layer normalis
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 """All cells, in the order of CellKind, csrc/rnn_params.h."""
@@ -128,7 +131,7 @@ def layer(
     drop_h: Tensor | None = None,
     zone_h: Tensor | None = None,
     zone_c: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor, Tensor | None, Unpack[tuple[Tensor, ...]]]:
     """One layer over a whole sequence, in one or two directions.
 
     Args:
@@ -167,7 +170,7 @@ def layer(
     if x.dim() == 2 and batch_sizes is None:
         h0, c0, drop_h = (None if s is None else s.unsqueeze(0) for s in (h0, c0, drop_h))
         zone_h, zone_c = (z if z is None or z.dim() == 1 else z.unsqueeze(0) for z in (zone_h, zone_c))
-        y, h_n, c_n = layer(
+        y, h_n, c_n, *_ = layer(
             cell, x.unsqueeze(0), h0, c0, weights, norms=norms, drop_h=drop_h, zone_h=zone_h, zone_c=zone_c
         )
         return y[0], h_n[0], None if c_n is None else c_n[0]
@@ -186,8 +189,7 @@ def layer(
     batch = steps[0].size(0)
     outputs, h_last, c_last, c_outputs = [], [], [], []
     for direction, first in enumerate(range(0, len(weights), 5)):
-        w = weights[first : first + 5]
-        w_ih, w_hh, *rest = w
+        w_ih, w_hh, b_ih, b_hh, w_hr = weights[first : first + 5]
         assert w_hh is not None
         hidden = w_hh.size(0) // GATES[cell]
         of_direction = Norms(*(None if norm is None else norm[direction] for norm in norms))
@@ -196,7 +198,7 @@ def layer(
         c = None
         if cell == "lstm":
             c = x.new_zeros(batch, hidden) if c0 is None else c0[direction]
-        y: list[Tensor] = [x] * len(steps)
+        h_steps = [x] * len(steps)
         c_steps: list[Any] = [x] * len(steps)
         order = range(len(steps)) if direction == 0 else reversed(range(len(steps)))
         for t in order:
@@ -216,29 +218,31 @@ def layer(
                 None if c is None else c[:n],
                 w_ih,
                 w_hh,
-                *rest,
+                b_ih,
+                b_hh,
+                w_hr,
                 of_direction,
                 drop,
                 zones_h[t],
                 zones_c[t],
             )
-            y[t], c_steps[t] = h_t, c_t
+            h_steps[t], c_steps[t] = h_t, c_t
             if lengths is not None:
                 goes_on = (t < lengths).unsqueeze(1)
                 zero = h_t.new_zeros(())
-                y[t], h_t = torch.where(goes_on, h_t, zero), torch.where(goes_on, h_t, h)
+                h_steps[t], h_t = torch.where(goes_on, h_t, zero), torch.where(goes_on, h_t, h)
                 if c is not None and c_t is not None:
                     c_steps[t], c_t = torch.where(goes_on, c_t, zero), torch.where(goes_on, c_t, c)
             h = torch.cat((h_t, h[n:]))
             c = None if c is None or c_t is None else torch.cat((c_t, c[n:]))
         join = torch.stack if batch_sizes is None else torch.cat
-        outputs.append(join(y))
+        outputs.append(join(h_steps))
         c_outputs += [join(c_steps)] if c_sequence else []
         h_last.append(h)
-        c_last.append(c)
-    c_n = None if c_last[0] is None else torch.stack(c_last)
-    results = (torch.cat(outputs, dim=-1), torch.stack(h_last), c_n)
-    return (*results, torch.cat(c_outputs, dim=-1)) if c_sequence else results
+        c_last += [] if c is None else [c]
+    c_n = torch.stack(c_last) if c_last else None
+    of_steps = (torch.cat(c_outputs, dim=-1),) if c_sequence else ()
+    return torch.cat(outputs, dim=-1), torch.stack(h_last), c_n, *of_steps
 
 
 def without_what_follows(x: Tensor, lengths: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ forward does not come by here. The options are attributes, checked when they are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,20 +15,23 @@ from torch.nn import Parameter
 
 from fused_rnn.reference import GATES, Norms
 
+_Value = TypeVar("_Value")
 
-class Option:
+
+class Option(Generic[_Value]):
     """An attribute with a default, checked when it is set."""
 
-    def __init__(self, default: Any, checked: Callable[[str, Any], Any]) -> None:
+    def __init__(self, default: _Value, checked: Callable[[str, Any], _Value]) -> None:
         self.default, self.checked = default, checked
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, module: Any, owner: type | None = None) -> Any:
-        return self.default if module is None else module.__dict__.get(self.name, self.default)
+    def __get__(self, module: Any, owner: type | None = None) -> _Value:
+        value: _Value = self.default if module is None else module.__dict__.get(self.name, self.default)
+        return value
 
-    def __set__(self, module: Any, value: Any) -> None:
+    def __set__(self, module: Any, value: _Value) -> None:
         module.__dict__[self.name] = self.checked(self.name, value)
         module._note_variants()
 
@@ -39,12 +42,13 @@ def _rate(name: str, value: Any) -> float:
     return float(value)
 
 
-def _rates(name: str, value: Any) -> float | tuple[float, ...]:
+def _rates(name: str, value: Any) -> float | tuple[float, float]:
     if not isinstance(value, (tuple, list)):
         return _rate(name, value)
     if len(value) != 2:
         raise ValueError(f"{name} should be a number or a pair (of h, of c), got {value!r}")
-    return tuple(_rate(name, rate) for rate in value)
+    of_h, of_c = value
+    return _rate(name, of_h), _rate(name, of_c)
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -62,7 +66,7 @@ def _number(name: str, value: Any) -> float | None:
 def _how_much(name: str, value: Any) -> str:
     if value not in ("none", "full"):
         raise ValueError(f"{name} must be one of 'none', 'full', got {value!r}")
-    return value
+    return str(value)
 
 
 class Variants(torch.nn.RNNBase):
@@ -103,8 +107,10 @@ class Variants(torch.nn.RNNBase):
     _varied = False
     """Whether forward is anything but torch.nn's, only faster."""
 
+    _pack_states: Callable[[Any], Any]  # of RNN, LSTM and GRU
+
     layer_norm = Option(False, _flag)
-    zoneout = Option(0.0, _rates)
+    zoneout = Option[float | tuple[float, float]](0.0, _rates)
     recurrent_dropout = Option(0.0, _rate)
     weight_dropout = Option(0.0, _rate)
     forget_bias = Option(None, _number)
@@ -127,7 +133,7 @@ class Variants(torch.nn.RNNBase):
         if self.forget_bias is not None and not self.bias:
             raise ValueError("forget_bias needs bias=True, got bias=False")
         for name, size in self._norm_shapes():
-            self.register_parameter(name, Parameter(self.weight_ih_l0.new_empty(size)))
+            self.register_parameter(name, Parameter(self.get_parameter("weight_ih_l0").new_empty(size)))
         if self.layer_norm or self.forget_bias is not None:
             self.reset_parameters()
 
@@ -143,7 +149,7 @@ class Variants(torch.nn.RNNBase):
                 "weight_hh": (gates * H, P or H),
                 "weight_hr": (P, H),
             }.get(kind, (gates * H,))
-            setattr(self, name, Parameter(self._parameters[name].new_empty(shape)))  # type: ignore[union-attr]
+            setattr(self, name, Parameter(self.get_parameter(name).new_empty(shape)))
         self._note_variants()
         self.reset_parameters()
 
@@ -159,9 +165,10 @@ class Variants(torch.nn.RNNBase):
             for name, _ in self._norm_shapes():
                 if (norm := self._parameters.get(name)) is not None:
                     norm.fill_(0.0 if _kind_and_layer(name)[0] == "norm_c_bias" else 1.0)
-            for name, bias in self.named_parameters() if self.forget_bias is not None else ():
-                if name.startswith("bias_"):
-                    bias.chunk(4)[1].fill_(self.forget_bias if name.startswith("bias_ih") else 0.0)
+            if self.forget_bias is not None:
+                for name, bias in self.named_parameters():
+                    if name.startswith("bias_"):
+                        bias.chunk(4)[1].fill_(self.forget_bias if name.startswith("bias_ih") else 0.0)
 
     def _norm_shapes(self) -> Iterator[tuple[str, int]]:
         """Names and sizes of the parameters of layer normalisation."""
@@ -210,13 +217,14 @@ class Variants(torch.nn.RNNBase):
             getattr(self, name) != option.default for name, option in _OPTIONS.items() if name != "forget_bias"
         )
 
-    def _weights_of_call(self) -> list[Tensor]:
+    def _weights_of_call(self) -> Any:
         """Weights of this call: those of the recurrent products with weight dropout."""
+        weights: Any = self._flat_weights
         if not (self.training and self.weight_dropout > 0):
-            return self._flat_weights
+            return weights
         return [
             torch.dropout(weight, self.weight_dropout, True) if name.startswith("weight_hh") else weight
-            for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=True)
+            for name, weight in zip(self._flat_weights_names, weights, strict=True)
         ]
 
     def _regularisation(self) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def test_the_specification_stands_alone() -> None:
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add("" if node.level else str(node.module).split(".")[0])
-    assert imported == {"__future__", "collections", "torch", "typing"}
+    assert imported == {"__future__", "collections", "torch", "typing", "typing_extensions"}
 
 
 def test_no_file_for_odds_and_ends() -> None:

@@ -1,0 +1,26 @@
+"""Types of the extension's functions; csrc/bindings/module.cpp says what they do."""
+
+from typing import Any, TypedDict
+
+class BuildInfo(TypedDict):
+    torch: str
+    compiler: str
+    openmp: int
+
+def cpu_isa() -> str: ...
+def supported_cpu_isas() -> list[str]: ...
+def build_info() -> BuildInfo: ...
+def cpu_plan(cell: int, T: int, B: int, I: int, H: int, P: int, directions: int, threads: int, /) -> dict[str, Any]: ...
+def cuda_plans(
+    cell: int,
+    element_bytes: int,
+    batch: int,
+    hidden_size: int,
+    directions: int,
+    backward: bool,
+    sms: int,
+    shared_bytes: int,
+    capability: int,
+    /,
+) -> list[dict[str, Any]]: ...
+def map_function(function: str, isa: str, values: Any, /) -> bytearray: ...
