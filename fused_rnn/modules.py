@@ -8,7 +8,7 @@ torch.nn's own forward, which computes it or raises.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,11 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import autocast, cuda, functional, ops, segments, steps
 from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
 from fused_rnn.variants import Variants
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fused_rnn.variants import Options
 
 _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "permute_hidden")  # a subclass may override
 
@@ -98,7 +103,7 @@ class FusedRNNBase(TorchConvertible, Variants):
         reset_state: Any = None,
         active: Tensor | None = None,
         out: Any = None,
-    ) -> Any:
+    ) -> tuple[Tensor, Any]:
         """One time step, for streaming and rollouts: equals `forward` on a sequence of length one, without hooks.
 
         Args:
@@ -325,10 +330,44 @@ def _batch_major(output: Tensor) -> Tensor:
 class RNN(FusedRNNBase, torch.nn.RNN):
     __doc__ = documentation(torch.nn.RNN, Variants)
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int | Sequence[int],
+            num_layers: int = ...,
+            nonlinearity: Literal["tanh", "relu"] = "tanh",
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: torch.device | str | int | None = None,
+            dtype: torch.dtype | None = None,
+            **options: Unpack[Options],
+        ) -> None: ...
+
 
 @fx_leaf
 class LSTM(FusedRNNBase, torch.nn.LSTM):
     __doc__ = documentation(torch.nn.LSTM, Variants)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int | Sequence[int],
+            num_layers: int = ...,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            proj_size: int = 0,
+            device: torch.device | str | int | None = None,
+            dtype: torch.dtype | None = None,
+            **options: Unpack[Options],
+        ) -> None: ...
 
     def _given_states(self, hx: Any) -> tuple[Any, ...] | None:
         if hx is None:
@@ -342,3 +381,19 @@ class LSTM(FusedRNNBase, torch.nn.LSTM):
 @fx_leaf
 class GRU(FusedRNNBase, torch.nn.GRU):
     __doc__ = documentation(torch.nn.GRU, Variants)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int | Sequence[int],
+            num_layers: int = ...,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: torch.device | str | int | None = None,
+            dtype: torch.dtype | None = None,
+            **options: Unpack[Options],
+        ) -> None: ...

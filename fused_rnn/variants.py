@@ -7,7 +7,7 @@ forward does not come by here. The options are attributes, checked when they are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,6 +67,18 @@ def _how_much(name: str, value: Any) -> str:
     if value not in ("none", "full"):
         raise ValueError(f"{name} must be one of 'none', 'full', got {value!r}")
     return str(value)
+
+
+class Options(TypedDict, total=False):
+    """The types of the constructors' keywords that `Variants` explains, for type checkers and editors."""
+
+    backend: Literal["auto", "fused", "torch"]
+    layer_norm: bool
+    zoneout: float | tuple[float, float]
+    recurrent_dropout: float
+    weight_dropout: float
+    forget_bias: float | None
+    recompute: Literal["none", "full"]
 
 
 class Variants(torch.nn.RNNBase):
