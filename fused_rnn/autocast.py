@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fused_rnn import ops
 
+_Tensor = TypeVar("_Tensor", Tensor, Tensor | None)
 CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,7 +29,7 @@ class Casts:
     h: torch.dtype
     c: torch.dtype
 
-    def into(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    def into(self, tensors: Sequence[_Tensor]) -> tuple[_Tensor, ...]:
         """Inputs, None for what is absent."""
         return tuple(_to(t, self.inputs) if t is not None and t.dtype in CASTABLE else t for t in tensors)
 

@@ -41,13 +41,14 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
             if casts is None:
                 return ops.step(cell, input, h0, c0, *weights)
             h, c = ops.step(cell, *casts.into((input, h0, c0)), *casts.into(weights))
-            return tuple(casts.out_of((h, c)))  # type: ignore[return-value]
+            h, c = casts.out_of((h, c))
+            return h, c
         except RuntimeError:
             return None  # something does not fit, or belongs to torch
 
     def _step(
-        self, cell: str, input: Any, states: tuple[Any, ...], layer: Callable = ops.layer
-    ) -> tuple[Tensor, Tensor | None] | None:
+        self, cell: str, input: Any, states: tuple[Any, ...], layer: Callable[..., Any] = ops.layer
+    ) -> tuple[Tensor, Any] | None:
         """h' and c' (None but for the LSTM) by `layer`; None if torch has to compute this call, or to raise.
 
         Raises:
@@ -59,7 +60,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
             return None
         parameters = self._parameters
         # A parametrised weight is no parameter, may change whenever it is got, and an attribute is slow to get.
-        weights = [parameters[name] if name in parameters else getattr(self, name) for name in _WEIGHTS]
+        weights: Any = [parameters[name] if name in parameters else getattr(self, name) for name in _WEIGHTS]
         casts = None if ops.watched() else autocast.casts(cell, input, states, weights)
         if casts:
             if self._torch_is_faster(cell, input):
@@ -108,7 +109,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         for state in states:
             if {getattr(input, "ndim", None), getattr(state, "ndim", None)} == {1, 2}:
                 raise RuntimeError(
-                    f"{self._get_name()}: Expected input and hidden to have the same number of dimensions, "
+                    f"{type(self).__name__}: Expected input and hidden to have the same number of dimensions, "
                     f"got {input.ndim}D and {state.ndim}D"
                 )
 
@@ -182,4 +183,4 @@ class LSTMCell(FusedCellBase, torch.nn.LSTMCell):
             return super().forward(input, hx)
         states = () if hx is None else tuple(hx)
         result = self._usual_step("lstm", input, *states) or self._step("lstm", input, states)
-        return self._torchs("lstm", input, hx, states) if result is None else result  # type: ignore[return-value]
+        return self._torchs("lstm", input, hx, states) if result is None else result

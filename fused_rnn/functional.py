@@ -30,7 +30,7 @@ def stack(
     bidirectional: bool,
     batch_sizes: Tensor | None = None,
     extras: Extras | None = None,
-    layer: Callable = ops.layer,
+    layer: Callable[..., Any] = ops.layer,
 ) -> tuple[Tensor, ...]:
     """All layers of a torch.nn.RNN, LSTM or GRU.
 
@@ -156,9 +156,8 @@ def weights_of_layer(
 
 def _five(weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor | None, ...]:
     """``w_ih, w_hh, b_ih, b_hh, w_hr``, None where absent."""
-    if not has_biases:
-        weights = [*weights[:2], None, None, *weights[2:]]
-    return tuple(weights) if len(weights) == 5 else (*weights, None)
+    five = tuple(weights) if has_biases else (*weights[:2], None, None, *weights[2:])
+    return five if len(five) == 5 else (*five, None)
 
 
 def _by_layer(state: Tensor | None, widths: list[int] | None, num_layers: int) -> Sequence[Tensor | None]:
@@ -170,7 +169,7 @@ def _by_layer(state: Tensor | None, widths: list[int] | None, num_layers: int) -
 
 def _by_direction(sequence: Tensor, D: int) -> Tensor:
     """``[T, B, D*P]`` as ``[T, D, B, P]``, ``[N, D*P]`` as ``[N, D, P]``."""
-    rows = sequence.unflatten(-1, (D, -1))
+    rows: Tensor = sequence.unflatten(-1, (D, -1))
     return rows.transpose(1, 2) if rows.dim() == 4 else rows
 
 

@@ -194,7 +194,8 @@ class FusedRNNBase(TorchConvertible, Variants):
 
     def _usual_weights(self) -> bool:
         """Whether the flat weights are up to date, plain, and on the CPU."""
-        parameters, plain = self._parameters, ops.PLAIN_TYPES
+        parameters: Any = self._parameters
+        plain = ops.PLAIN_TYPES
         for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=False):
             if parameters.get(name) is not weight or type(weight) not in plain or not weight.is_cpu:
                 return False
@@ -216,7 +217,8 @@ class FusedRNNBase(TorchConvertible, Variants):
         if not self._regular(data, states, weights, packed):
             return super().forward(input, hx)
 
-        batch_sizes = sorted_indices = unsorted_indices = None
+        batch_sizes: Any = None
+        sorted_indices = unsorted_indices = None
         batched = data.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         if packed:
@@ -236,6 +238,7 @@ class FusedRNNBase(TorchConvertible, Variants):
             states = (None,) * len(self._state_sizes())
 
         time_major = data.transpose(0, 1) if self.batch_first and not packed else data
+        output: Any
         output, *hidden = self._stack(time_major, states, batch_sizes, weights)
         if casts:
             output, hidden = output.to(casts.h), casts.out_of(hidden)

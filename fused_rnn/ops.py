@@ -7,7 +7,7 @@ The operators are plain (no autograd kernel): ``autograd.Function`` outside them
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +19,12 @@ from torch.nn.functional import layer_norm, linear
 from fused_rnn import cuda, reference
 from fused_rnn.cuda_layer import require_one_device
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _forward = torch.ops.fused_rnn.forward.default
 _backward = torch.ops.fused_rnn.backward.default
-_step = torch.ops.fused_rnn.step.default
+_step: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fused_rnn.step.default
 _deterministic = torch.are_deterministic_algorithms_enabled
 _step_into = torch.ops.fused_rnn.step_into.default
 NUMBER = cuda.NUMBER
@@ -31,6 +34,7 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else
 COMPILERS_TYPES = (*PLAIN_TYPES, FakeTensor, FunctionalTensor)  # what plain tensors are while a compiler looks
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NO_WEIGHTS = (None,) * 5
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Steering(NamedTuple):
@@ -74,7 +78,7 @@ def layer(
     zone_h: Tensor | None = None,
     zone_c: Tensor | None = None,
     recompute: bool = False,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor, Tensor | None, Unpack[tuple[Tensor, ...]]]:
     """One layer over a whole sequence on the fused kernels; the meaning is `fused_rnn.reference.layer`'s.
 
     With `recompute`, backward computes forward again rather than keeping the gates of every step.
@@ -82,7 +86,7 @@ def layer(
     Raises:
         RuntimeError: a tensor does not fit the others in shape, dtype or device.
     """
-    run: Callable = layer_of_kernels
+    run: Callable[..., Any] = layer_of_kernels
     if torch.compiler.is_compiling():  # one operator, defined in fused_rnn/compiled.py
         run, norms = torch.ops.fused_rnn.layer.default, list(norms)
     elif (
@@ -200,7 +204,7 @@ def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
-def runs_eagerly(function: Callable) -> Callable:
+def runs_eagerly(function: _Function) -> _Function:
     """Keeps torch.compile from compiling `function` on its own when an eager frame calls it.
 
     So torch.nn's modules behave, whose files are on the compiler's list of skipped ones: the graph breaks at the
@@ -395,7 +399,7 @@ class _Layer(torch.autograd.Function):
 
 
 # Function.apply without what it adds for functorch transforms, under which `fusible` is false.
-_apply = super(torch.autograd.Function, _Layer).apply
+_apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Layer).apply
 
 
 def _what_a_derivative_reads(needs: Sequence[bool], recompute: bool) -> list[bool]:
@@ -439,17 +443,18 @@ def _differentiable_backward(
 ) -> list[Tensor | None]:
     """The layer's gradients as a differentiable function of its inputs and of the outputs' gradients."""
     s = steering
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    wanted: list[Any] = [t for t, need in zip(inputs, needs, strict=True) if need]
     used = [g for g in grads if g is not None]
 
     def outputs(*given: Tensor) -> tuple[Tensor, ...]:
         left = iter(given)
-        x, h0, c0, reset_h, reset_c, *rest = [next(left) if need else t for t, need in zip(inputs, needs, strict=True)]
+        taken: list[Any] = [next(left) if need else t for t, need in zip(inputs, needs, strict=True)]
+        x, h0, c0, reset_h, reset_c, *rest = taken
         found = reference.layer(
             s.cell, x, h0, c0, rest[3:], s.batch_sizes, s.resets, reset_h, reset_c, s.c_sequence, s.lengths,
             (None, *rest[:3]), s.drop_h, s.zone_h, s.zone_c,
         )  # fmt: skip
-        return tuple(o for o, g in zip(found, grads, strict=True) if g is not None)
+        return tuple(o for o, g in zip(found, grads, strict=True) if o is not None and g is not None)
 
     if torch._C._functorch.get_dynamic_layer_stack_depth() > 0:
         # Inside a transform autograd does not see what was recorded outside; the transform of its kind does.

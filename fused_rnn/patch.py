@@ -129,7 +129,7 @@ def _cell(cell: str, name: str) -> Callable[..., Any]:
         if not _fits(cell, input, states, weights):
             return original(input, hx, *weights)
         h0, c0 = (*states, None)[:2]
-        h, _, c = ops.layer(cell, input, h0, c0, (*(*weights, None, None)[:4], None))
+        h, _, c, *_ = ops.layer(cell, input, h0, c0, (*(*weights, None, None)[:4], None))
         return h if c is None else (h, c)
 
     return fused

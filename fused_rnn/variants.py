@@ -6,7 +6,7 @@ forward does not come by here. The options are attributes, checked when they are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import torch
@@ -120,6 +120,7 @@ class Variants(torch.nn.RNNBase):
     """Whether forward is anything but torch.nn's, only faster."""
 
     _pack_states: Callable[[Any], Any]  # of RNN, LSTM and GRU
+    _flat_weights: Any  # for torch.nn's type some may be None
 
     layer_norm = Option(False, _flag)
     zoneout = Option[float | tuple[float, float]](0.0, _rates)
@@ -229,9 +230,9 @@ class Variants(torch.nn.RNNBase):
             getattr(self, name) != option.default for name, option in _OPTIONS.items() if name != "forget_bias"
         )
 
-    def _weights_of_call(self) -> Any:
+    def _weights_of_call(self) -> Sequence[Tensor]:
         """Weights of this call: those of the recurrent products with weight dropout."""
-        weights: Any = self._flat_weights
+        weights: Sequence[Tensor] = self._flat_weights
         if not (self.training and self.weight_dropout > 0):
             return weights
         return [
