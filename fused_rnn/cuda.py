@@ -29,7 +29,9 @@ def available() -> bool:
     return _load()
 
 
-available._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, short of importing the compiler
+vars(available)["_dynamo_marked_constant"] = (
+    True  # assume_constant_result, short of importing the compiler
+)
 
 
 @lru_cache(maxsize=1)
@@ -48,7 +50,8 @@ def _load() -> bool:
 
 def tf32_allowed() -> bool:
     """Whether float32 layers may multiply in TF32: torch's switch for cuDNN's recurrent layers."""
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    rnn: Any = torch.backends.cudnn.rnn  # for type checkers the module that it replaces
+    return bool(rnn.fp32_precision == "tf32")
 
 
 def is_resident(
@@ -84,7 +87,7 @@ def device_properties(device: torch.device) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=64)
 def _properties(index: int) -> tuple[int, int, int]:
-    p = torch.cuda.get_device_properties(index)
+    p: Any = torch.cuda.get_device_properties(index)  # torch's stub leaves some properties out
     return p.multi_processor_count, p.shared_memory_per_block_optin, 10 * p.major + p.minor
 
 

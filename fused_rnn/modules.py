@@ -126,10 +126,10 @@ class FusedRNNBase(TorchConvertible, Variants):
             RuntimeError: as `forward`; `out` is given and an argument requires a gradient.
         """
         if self.bidirectional:
-            raise ValueError(f"{self._get_name()}.step: expected bidirectional=False, got {self.bidirectional}")
+            raise ValueError(f"{type(self).__name__}.step: expected bidirectional=False, got {self.bidirectional}")
         if isinstance(input, PackedSequence) or input.dim() not in (1, 2):
             got = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D tensor"
-            raise RuntimeError(f"{self._get_name()}.step: expected input to be 1-D or 2-D, got {got}")
+            raise RuntimeError(f"{type(self).__name__}.step: expected input to be 1-D or 2-D, got {got}")
         if not (resets is None and reset_state is None and active is None and out is None):
             return steps.run(self, input, hx, resets, reset_state, active, out)
         if not self._varied and self._usual(input, 2, hx):

@@ -160,7 +160,7 @@ class _Call:
         self.batch = batch
         self.states = module._given_states(hidden) if given else (None,) * len(module._state_sizes())
 
-    def time_major(self, rows: Any) -> Tensor:
+    def time_major(self, rows: Any) -> Any:
         """``[T, B]``, or packed ``[N]``, from how the user has it."""
         if self.packed is not None:
             return rows.data
@@ -173,6 +173,7 @@ class _Call:
             if reset_state is not None:
                 raise ValueError(f"{self.name}: reset_state needs resets, got None")
             return
+        shape: tuple[int, ...]
         if self.packed is not None:
             if not isinstance(resets, PackedSequence):
                 raise ValueError(

@@ -42,7 +42,8 @@ def run(
     batched = input.dim() == 2
     into = results
     if not batched:
-        input, resets, active = (None if t is None else t.unsqueeze(0) for t in (input, resets, active))
+        input = input.unsqueeze(0)
+        resets, active = (None if mask is None else mask.unsqueeze(0) for mask in (resets, active))
         states, fresh = _with_row(name, "hx", states), _with_row(name, "reset_state", fresh)
         into = (results[0].unsqueeze(0), *_with_row(name, "out[1]", results[1:])) if results else ()
     found = None
@@ -99,15 +100,15 @@ def _in_place(
         RuntimeError: the operator cannot compute this.
     """
     L, B, sizes = module.num_layers, x.size(0), module._state_sizes()
-    y, *hidden = into = into or (x.new_empty(B, sizes[0]), *(x.new_empty(L, B, size) for size in sizes))
-    h, c = (*hidden, None)[:2]
+    y, h, *rest = into = into or (x.new_empty(B, sizes[0]), *(x.new_empty(L, B, size) for size in sizes))
+    c = rest[0] if rest else None
     h0, c0 = (*states, None, None)[:2]
-    replacing = (*(s.expand(L, B, size) for s, size in zip(fresh, sizes, strict=False)), None, None)[:2]
+    reset_h, reset_c = (*(s.expand(L, B, size) for s, size in zip(fresh, sizes, strict=False)), None, None)[:2]
     cell = module.mode.lower()
     below: Tensor | None = x
     for index in range(L):
         weights = functional.weights_of_layer(module._flat_weights, index, L, 1, module.bias)
-        ops.step_into(cell, below, h0, c0, index, weights, (active, resets), replacing, y, h, c)
+        ops.step_into(cell, below, h0, c0, index, weights, (active, resets), (reset_h, reset_c), y, h, c)
         drops = module.training and module.dropout > 0 and index < L - 1
         below = torch.dropout(h[index], module.dropout, True) if drops else None
     return into
@@ -156,7 +157,7 @@ def _given(module: Any, name: str, argument: str, value: Any) -> tuple[Tensor, .
     Raises:
         TypeError: it is something else.
     """
-    states = module._given_states(value)
+    states: tuple[Tensor, ...] | None = module._given_states(value)
     if states is None or not all(isinstance(s, Tensor) for s in states):
         expected = "a pair of tensors" if module.mode == "LSTM" else "a tensor"
         raise TypeError(f"{name}: expected {argument} to be {expected}, got {type(value).__name__}")
