@@ -197,6 +197,7 @@ def step_into(
 
 
 def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd is to record what is computed from these, if it records at all."""
     for t in tensors:  # noqa: SIM110 - several times faster than any()
         if t is not None and t.requires_grad:
             return True
