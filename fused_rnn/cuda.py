@@ -29,9 +29,7 @@ def available() -> bool:
     return _load()
 
 
-vars(available)["_dynamo_marked_constant"] = (
-    True  # assume_constant_result, short of importing the compiler
-)
+vars(available)["_dynamo_marked_constant"] = True  # assume_constant_result, short of importing the compiler
 
 
 @lru_cache(maxsize=1)

@@ -143,9 +143,10 @@ def _normalised_gates(
     x: Tensor, norm_ih: Tensor, weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The input's share of the gates of each direction in the place of x, and weights without w_ih."""
+    of_inputs: Sequence[Any] = weights[::5]
     gates = [
-        layer_norm(linear(x, w_ih), gain.shape, gain, None, reference.NORM_EPS)  # type: ignore[arg-type]
-        for w_ih, gain in zip(weights[::5], norm_ih, strict=True)
+        layer_norm(linear(x, w_ih), gain.shape, gain, None, reference.NORM_EPS)
+        for w_ih, gain in zip(of_inputs, norm_ih, strict=True)
     ]
     others = [None if index % 5 == 0 else weight for index, weight in enumerate(weights)]
     return gates[0] if len(gates) == 1 else torch.cat(gates, -1), others
@@ -358,7 +359,7 @@ def _steps_of_reset_states(states: Sequence[Tensor | None], needs: Sequence[bool
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, steering, *inputs):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, steering: Steering, *inputs: Any) -> Any:
         y, h_n, c_n, more, kept = _call_forward(steering, inputs, not steering.recompute)
         kept = () if steering.recompute else kept
         ctx.set_materialize_grads(False)
@@ -378,7 +379,7 @@ class _Layer(torch.autograd.Function):
         return y, h_n, c_n, *more
 
     @staticmethod
-    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, *grads: Any) -> Any:
         needs = ctx.needs_input_grad[1:]
         steering, saved = ctx.steering, ctx.saved_tensors
         if len(steering) == _FLAGS:
