@@ -122,7 +122,9 @@ class FusedRNNBase(TorchConvertible, Variants):
             step, shaped like hx. With `out`, its two members.
 
         Raises:
-            ValueError: the module is bidirectional: a step has no future to read.
+            ValueError: the module is bidirectional: a step has no future to read; or a mask is not bool, or reset_state
+                comes without resets.
+            TypeError: hx, reset_state or out is not made of tensors as the results are.
             RuntimeError: as `forward`; `out` is given and an argument requires a gradient.
         """
         if self.bidirectional:
