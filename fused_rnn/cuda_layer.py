@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from fused_rnn import reference
 
+_Maybe = Tensor | None  # an operator's "Tensor?"
 NUMBER = {cell: number for number, cell in enumerate(reference.CELLS)}
 """How the operators name a cell."""
 
@@ -110,7 +111,7 @@ class Layer:
         self, cell: str, weights: Sequence[Tensor | None], resident: bool, tf32: bool, instance: int = -1
     ) -> None:
         self.cell, self.resident, self.instance = cell, resident, instance
-        self.directions = [weights[first : first + 5] for first in range(0, len(weights), 5)]
+        self.directions: list[Any] = [weights[first : first + 5] for first in range(0, len(weights), 5)]
         w_hh: Any = weights[1]
         self.G, self.H = reference.GATES[cell], w_hh.size(1)
         # Rows that the resident kernels exchange are whole 16-byte loads.
@@ -131,7 +132,7 @@ class Layer:
         """y ``[T, B, D*H]``, h_n, c_n ``[D, B, H]``; what `backward` is to be given; c of every step."""
         h0, c0 = segments.enter(h0, segments.reset_h), segments.enter(c0, segments.reset_c)
         with _products_in_tf32(self.tf32):
-            return _operators(x).recurrence_forward(
+            results: tuple[Tensor, ...] = _operators(x).recurrence_forward(
                 self._x_gates(x),
                 None if h0 is None else h0.contiguous(),
                 None if c0 is None else c0.contiguous(),
@@ -147,6 +148,7 @@ class Layer:
                 *regularisation.arguments(),
                 reference.NORM_EPS,
             )
+        return results
 
     def backward(
         self,
@@ -226,7 +228,7 @@ class Layer:
         if self.directions[0][0] is None:
             return x.reshape(T, B, D, -1).permute(2, 0, 1, 3).contiguous()
         flat = x.reshape(T * B, -1)
-        x_gates = [torch.mm(flat, w[0].t()) for w in self.directions]  # type: ignore[union-attr]
+        x_gates = [torch.mm(flat, w[0].t()) for w in self.directions]
         return _stack(x_gates).view(D, T, B, -1)
 
     def recurrent_weights(self) -> Tensor:
@@ -239,9 +241,9 @@ class Layer:
         return _stack([self._arranged(w[1], 0).t() for w in self.directions]).contiguous()
 
     def _stacked(self, which: int) -> Tensor:
-        return _stack([w[which] for w in self.directions]).contiguous()  # type: ignore[misc]
+        return _stack([w[which] for w in self.directions]).contiguous()
 
-    def _arranged(self, weight: Any, shift: int) -> Tensor:
+    def _arranged(self, weight: Tensor, shift: int) -> Tensor:
         """Rows ``[G*H, ...]`` in the order and padding of the gates' gradients, ``[G*padded, ...]``."""
         if shift == 0 and self.padded == self.H:
             return weight
@@ -273,17 +275,18 @@ def _operators(tensor: Tensor) -> Any:
 @contextmanager
 def _products_in_tf32(on: bool) -> Iterator[None]:
     """torch.mm in TF32, as cuDNN computes these products; otherwise as torch's switch for products says."""
-    if not on or torch.backends.cuda.matmul.fp32_precision == "tf32":
+    backends: Any = torch.backends  # for type checkers the module that it replaces
+    if not on or backends.cuda.matmul.fp32_precision == "tf32":
         yield
         return
-    before = torch.backends.cuda.matmul.fp32_precision
-    if before == torch.backends.fp32_precision:
+    before = backends.cuda.matmul.fp32_precision
+    if before == backends.fp32_precision:
         before = "none"  # which follows torch's general setting
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    backends.cuda.matmul.fp32_precision = "tf32"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        backends.cuda.matmul.fp32_precision = before
 
 
 def require_one_device(*tensors: Tensor | None) -> None:
@@ -300,16 +303,18 @@ def require_one_device(*tensors: Tensor | None) -> None:
 def register_fakes(namespace: str) -> None:
     """Tells torch's compilers the shapes of the recurrence operators' results."""
 
-    def recurrence_forward(  # type: ignore[no-untyped-def]
-        x_gates, h0, c0, cell, train, resident, instance, w_hh, b_ih, b_hh, lengths=None, resets=None, reset_h=None,
-        reset_c=None, want_c_sequence=False, drop_h=None, zone_h=None, zone_c=None, norm_hh=None, norm_c=None,
-        norm_c_bias=None, norm_eps=0.0,
-    ):  # fmt: skip
+    def recurrence_forward(
+        x_gates: Tensor, h0: _Maybe, c0: _Maybe, number: int, train: bool, resident: bool, instance: int, w_hh: Tensor,
+        b_ih: _Maybe, b_hh: _Maybe, lengths: _Maybe = None, resets: _Maybe = None, reset_h: _Maybe = None,
+        reset_c: _Maybe = None, want_c_sequence: bool = False, drop_h: _Maybe = None, zone_h: _Maybe = None,
+        zone_c: _Maybe = None, norm_hh: _Maybe = None, norm_c: _Maybe = None, norm_c_bias: _Maybe = None,
+        norm_eps: float = 0.0,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         require_one_device(
             x_gates, h0, c0, w_hh, b_ih, b_hh, lengths, resets, reset_h, reset_c, drop_h, zone_h, zone_c, norm_hh,
             norm_c, norm_c_bias,
         )  # fmt: skip
-        cell = reference.CELLS[cell]
+        cell = reference.CELLS[number]
         D, T, B, width = x_gates.shape
         H, kept = width // reference.GATES[cell], D if train else 0
         of_c = D if cell == "lstm" else 0
@@ -328,16 +333,18 @@ def register_fakes(namespace: str) -> None:
             x_gates.new_empty((T, B, D * H) if want_c_sequence else (0,)),
         )
 
-    def recurrence_backward(  # type: ignore[no-untyped-def]
-        dy, dh_n, dc_n, h_prev, saved, state_prev, h_gates, statistics, cell, resident, instance, w_hh_t, lengths=None,
-        resets=None, need_dreset=False, dc_sequence=None, drop_h=None, zone_h=None, zone_c=None, norm_hh=None,
-        norm_c=None, norm_c_bias=None,
-    ):  # fmt: skip
+    def recurrence_backward(
+        dy: _Maybe, dh_n: _Maybe, dc_n: _Maybe, h_prev: Tensor, saved: Tensor, state_prev: Tensor, h_gates: Tensor,
+        statistics: Tensor, number: int, resident: bool, instance: int, w_hh_t: Tensor, lengths: _Maybe = None,
+        resets: _Maybe = None, need_dreset: bool = False, dc_sequence: _Maybe = None, drop_h: _Maybe = None,
+        zone_h: _Maybe = None, zone_c: _Maybe = None, norm_hh: _Maybe = None, norm_c: _Maybe = None,
+        norm_c_bias: _Maybe = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         require_one_device(
             dy, dh_n, dc_n, h_prev, saved, state_prev, h_gates, statistics, w_hh_t, lengths, resets, dc_sequence,
             drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias,
         )  # fmt: skip
-        cell = reference.CELLS[cell]
+        cell = reference.CELLS[number]
         D, T, B, _ = saved.shape
         H, G = w_hh_t.size(1), reference.GATES[cell]
         padded = w_hh_t.size(2) // G

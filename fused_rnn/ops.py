@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import layer_norm, linear
 
 from fused_rnn import cuda, reference
+from fused_rnn.cuda_layer import NUMBER
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -26,7 +27,6 @@ _backward = torch.ops.fused_rnn.backward.default
 _step: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fused_rnn.step.default
 _deterministic = torch.are_deterministic_algorithms_enabled
 _step_into = torch.ops.fused_rnn.step_into.default
-NUMBER = cuda.NUMBER
 
 BACKENDS = ("auto", "fused", "torch")
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
