@@ -13,7 +13,7 @@ import types
 import torch
 
 import fused_rnn
-from fused_rnn import _C
+from fused_rnn import _C, cuda
 
 
 def run(script: str, args: list[str]) -> None:
@@ -51,7 +51,7 @@ def info() -> dict[str, str]:
         "cpu": f"{_cpu_name()}, {os.cpu_count()} logical processors",
         "instruction set": f"{_chosen_isa()} (this machine has: {', '.join(_C.supported_cpu_isas())})",
         "threads": str(torch.get_num_threads()),
-        "cuda kernels": "not in this version: tensors on a GPU are computed by torch.nn",
+        "cuda kernels": "built" if cuda.available() else "not built, or torch has no CUDA",
         "torch's cuda": torch.version.cuda or "none",
     }
 
