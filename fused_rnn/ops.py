@@ -14,9 +14,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
-from torch.nn.functional import layer_norm, linear
 
-from fused_rnn import cuda, reference
+from fused_rnn import cuda, input_gates, reference
 from fused_rnn.cuda_layer import NUMBER
 
 if TYPE_CHECKING:
@@ -55,8 +54,9 @@ class Steering(NamedTuple):
 _PLAIN = {cell: Steering(cell) for cell in reference.CELLS}
 
 # A layer's inputs that may have gradients are x, h0, c0, reset_h, reset_c, norm_hh, norm_c, norm_c_bias, and five
-# weights of each direction; None where absent.
-_WEIGHTS = 8
+# weights of each direction; None where absent. With layer normalisation norm_ih comes last: not the kernels', which are
+# given the input's share of the gates then.
+_NORM_HH, _WEIGHTS = 5, 8
 _FLAGS = 3  # of a Steering: what comes before its tensors
 
 
@@ -128,28 +128,15 @@ def layer_of_kernels(
 ) -> Sequence[Tensor]:
     """`layer`, but that h_n of a single step is empty, and so is c_n but for the LSTM."""
     norm_ih, *gains = norms
+    inputs: tuple[Tensor | None, ...] = (x, h0, c0, reset_h, reset_c, *gains, *weights)
     if norm_ih is not None:
         x = x if lengths is None else reference.without_what_follows(x, lengths)
-        x, weights = _normalised_gates(x, norm_ih, weights)
-    inputs = (x, h0, c0, reset_h, reset_c, *gains, *weights)
+        inputs = (x, *inputs[1:], norm_ih)
     steering = Steering(cell, c_sequence, recompute, batch_sizes, lengths, resets, drop_h, zone_h, zone_c)
     if torch.is_grad_enabled() and any_requires_grad(inputs):
         return _apply(steering, *inputs)
-    y, h_n, c_n, more, _ = _call_forward(steering, inputs, False)
+    y, h_n, c_n, more, _ = _run_forward(steering, inputs, False)
     return [y, h_n, c_n, *more]
-
-
-def _normalised_gates(
-    x: Tensor, norm_ih: Tensor, weights: Sequence[Tensor | None]
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The input's share of the gates of each direction in the place of x, and weights without w_ih."""
-    of_inputs: Sequence[Any] = weights[::5]
-    gates = [
-        layer_norm(linear(x, w_ih), gain.shape, gain, None, reference.NORM_EPS)
-        for w_ih, gain in zip(of_inputs, norm_ih, strict=True)
-    ]
-    others = [None if index % 5 == 0 else weight for index, weight in enumerate(weights)]
-    return gates[0] if len(gates) == 1 else torch.cat(gates, -1), others
 
 
 def step(cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -301,10 +288,53 @@ def on_cuda(x: Tensor | None) -> bool:
     return x is not None and x.is_cuda
 
 
-def _call_forward(
+def _run_forward(
     steering: Steering, inputs: Sequence[Tensor | None], train: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """y, h_n, c_n, what else was asked for, and what backward needs."""
+    if inputs[_NORM_HH] is None:
+        return _call_forward(steering, inputs, train)
+    of_input: Any = (inputs[0], inputs[-1], inputs[_WEIGHTS:-1:5])
+    gates, of_gates = input_gates.forward(*of_input)
+    y, h_n, c_n, more, kept = _call_forward(steering, _with_gates(inputs, gates), train)
+    return y, h_n, c_n, more, (*kept, *of_gates)
+
+
+def _run_backward(
+    steering: Steering,
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+    kept: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients in the order of inputs."""
+    call = cuda.backward if on_cuda(inputs[0]) else _call_backward
+    if inputs[_NORM_HH] is None:
+        return call(steering, grads, inputs, kept, needs)
+    x, norm_ih, w_ih, need_w = inputs[0], inputs[-1], inputs[_WEIGHTS:-1:5], needs[_WEIGHTS:-1:5]
+    needs_of_kernels = [needs[0] or needs[-1] or any(need_w), *needs[1:-1]]
+    needs_of_kernels[_WEIGHTS::5] = [False] * len(w_ih)
+    gates = x.new_empty(()).expand(*x.shape[:-1], norm_ih.numel())  # never read
+    first = len(kept) - input_gates.KEPT * len(w_ih)
+    found: list[Any] = call(steering, grads, _with_gates(inputs, gates), kept[:first], needs_of_kernels)
+    of_input = (x, norm_ih, w_ih, kept[first:], (needs[0], need_w, needs[-1]))
+    dx, dw, dnorm = input_gates.backward(found[0], *of_input)
+    found = [dx, *found[1 : len(inputs) - 1], dnorm]  # of a single direction the rest is of none
+    found[_WEIGHTS:-1:5] = dw
+    return found
+
+
+def _with_gates(inputs: Sequence[Tensor | None], gates: Tensor) -> list[Tensor | None]:
+    """The kernels' inputs, with the input's share of the gates in place of x and of each w_ih."""
+    found = [gates, *inputs[1:-1]]
+    found[_WEIGHTS::5] = [None] * len(found[_WEIGHTS::5])
+    return found
+
+
+def _call_forward(
+    steering: Steering, inputs: Sequence[Tensor | None], train: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """`_run_forward` on what the kernels take."""
     x, h0, c0, reset_h, reset_c, *norms = inputs[:_WEIGHTS]
     if on_cuda(x):
         return cuda.forward(steering, inputs, train)
@@ -328,7 +358,7 @@ def _call_backward(
     kept: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients in the order of inputs."""
+    """`_run_backward` on what the kernels take."""
     s = steering
     x, _, _, reset_h, reset_c, *norms = inputs[:_WEIGHTS]
     w_ih, w_hh, _, _, w_hr, *reverse = inputs[_WEIGHTS:]
@@ -360,7 +390,7 @@ def _steps_of_reset_states(states: Sequence[Tensor | None], needs: Sequence[bool
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, steering: Steering, *inputs: Any) -> Any:
-        y, h_n, c_n, more, kept = _call_forward(steering, inputs, not steering.recompute)
+        y, h_n, c_n, more, kept = _run_forward(steering, inputs, not steering.recompute)
         kept = () if steering.recompute else kept
         ctx.set_materialize_grads(False)
         is_plain = steering is _PLAIN[steering.cell]
@@ -393,9 +423,8 @@ class _Layer(torch.autograd.Function):
         if again:
             return None, *_differentiable_backward(steering, inputs, needs, grads)
         if steering.recompute:
-            kept = _call_forward(steering, inputs, True)[-1]
-        call = cuda.backward if on_cuda(inputs[0]) else _call_backward
-        found = call(steering, grads, inputs, kept, needs)
+            kept = _run_forward(steering, inputs, True)[-1]
+        found = _run_backward(steering, grads, inputs, kept, needs)
         return None, *[g if need else None for g, need in zip(found, needs, strict=False)]
 
 
@@ -409,9 +438,10 @@ def _what_a_derivative_reads(needs: Sequence[bool], recompute: bool) -> list[boo
         return [True] * len(needs)
     # x and w_ih meet in one product: each is read for the other's gradient. Biases are never read. torch.nn guards the
     # initial states, and so are those at resets.
-    dw_ih = any(needs[_WEIGHTS::5])
-    directions = (len(needs) - _WEIGHTS) // 5
-    return [dw_ih, *[True] * (_WEIGHTS - 1), *[needs[0], True, False, False, True] * directions]
+    directions, norm_ih = divmod(len(needs) - _WEIGHTS, 5)
+    dw_ih = any(needs[_WEIGHTS : len(needs) - norm_ih : 5])
+    of_weights = [needs[0], True, False, False, True] * directions
+    return [dw_ih, *[True] * (_WEIGHTS - 1), *of_weights, *[True] * norm_ih]
 
 
 def _unchanged(tensor: Tensor, version: int) -> Tensor:
@@ -450,10 +480,11 @@ def _differentiable_backward(
     def outputs(*given: Tensor) -> tuple[Tensor, ...]:
         left = iter(given)
         taken: list[Any] = [next(left) if need else t for t, need in zip(inputs, needs, strict=True)]
+        norm_ih = None if inputs[_NORM_HH] is None else taken.pop()
         x, h0, c0, reset_h, reset_c, *rest = taken
         found = reference.layer(
             s.cell, x, h0, c0, rest[3:], s.batch_sizes, s.resets, reset_h, reset_c, s.c_sequence, s.lengths,
-            (None, *rest[:3]), s.drop_h, s.zone_h, s.zone_c,
+            (norm_ih, *rest[:3]), s.drop_h, s.zone_h, s.zone_c,
         )  # fmt: skip
         return tuple(o for o, g in zip(found, grads, strict=True) if o is not None and g is not None)
 
