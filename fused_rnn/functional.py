@@ -59,12 +59,17 @@ def stack(
     h_n, c_n = [], []
     sequences: list[tuple[Tensor, ...]] = []
     more: dict[str, Any] = {}
+    if extras is not None:
+        at_resets = [
+            _by_layer(s, w, num_layers) for s, w in zip((*extras.reset_states, None, None), widths, strict=False)
+        ]
     for index in range(num_layers):
         if index > 0 and train and dropout > 0:
             x = torch.dropout(x, dropout, True)
         of_layer = weights_of_layer(weights, index, num_layers, D, has_biases)
         if extras is not None:
-            more = extras.of_layer(index, cell, x, of_layer, batch_sizes, widths, num_layers, train)
+            more = extras.of_layer(index, cell, *(states[index] for states in at_resets))
+            more |= extras.masks(cell, x, of_layer, batch_sizes, train)
         x, h, c, *c_steps = layer(cell, x, h0[index], c0[index], of_layer, batch_sizes, **more)
         h_n.append(h)
         c_n.append(c)
@@ -103,24 +108,10 @@ class Extras:
     recompute: bool = False
     side_by_side: bool = False
 
-    def of_layer(
-        self,
-        index: int,
-        cell: str,
-        x: Tensor,
-        weights: Sequence[Tensor | None],
-        batch_sizes: Tensor | None,
-        widths: Any,
-        num_layers: int,
-        train: bool,
-    ) -> dict[str, Any]:
-        """Arguments of one layer; draws its masks."""
+    def of_layer(self, index: int, cell: str, reset_h: Tensor | None, reset_c: Tensor | None) -> dict[str, Any]:
+        """Arguments of one layer but its masks; the states are its own."""
         found: dict[str, Any] = {}
         if self.resets is not None:
-            reset_h, reset_c = (
-                _by_layer(state, width, num_layers)[index]
-                for state, width in zip((*self.reset_states, None, None), widths, strict=False)
-            )
             found = {"resets": self.resets, "reset_h": reset_h, "reset_c": reset_c}
         if self.lengths is not None:
             found["lengths"] = self.lengths
@@ -130,6 +121,13 @@ class Extras:
             found["norms"] = self.norms[index]
         if self.recompute:
             found["recompute"] = True
+        return found
+
+    def masks(
+        self, cell: str, x: Tensor, weights: Sequence[Tensor | None], batch_sizes: Tensor | None, train: bool
+    ) -> dict[str, Tensor]:
+        """Draws the masks of one layer, whose five weights of each direction these are."""
+        found: dict[str, Tensor] = {}
         w_hh: Any = weights[1]
         D, P, H = len(weights) // 5, w_hh.size(1), w_hh.size(0) // GATES[cell]
         if self.recurrent_dropout > 0 and train:
@@ -137,10 +135,10 @@ class Extras:
             keep = 1 - self.recurrent_dropout
             found["drop_h"] = x.new_empty(D, batch, P).bernoulli_(keep).div_(keep)
         for name, rate, width in zip(("zone_h", "zone_c"), self.zoneout, (D * P, D * H), strict=True):
-            if rate > 0:
-                found[name] = (
-                    x.new_empty(*x.shape[:-1], width).bernoulli_(1 - rate) if train else x.new_full((width,), 1 - rate)
-                )
+            if rate > 0 and train:
+                found[name] = x.new_empty(*x.shape[:-1], width).bernoulli_(1 - rate)
+            elif rate > 0:
+                found[name] = x.new_full((width,), 1 - rate)
         return found
 
 
@@ -244,7 +242,10 @@ def _call(
     unknown = set(of_class) - (known | {"nonlinearity"} if name == "RNN" else known)
     if unknown:
         raise TypeError(f"{name.lower()}() got an unexpected keyword argument {sorted(unknown)[0]!r}")
+    of_class = {option: tuple(v) if isinstance(v, list) else v for option, v in of_class.items()}  # can be hashed
     weights = list(weights)
+    if norms is not None and not all(isinstance(norm, Tensor) for norm in norms):
+        raise ValueError(f"{name.lower()}: expected norms to be tensors, got {[type(norm).__name__ for norm in norms]}")
     if len(weights) < 2 or not all(isinstance(w, Tensor) for w in weights) or any(w.dim() != 2 for w in weights[:2]):
         raise ValueError(
             f"{name.lower()}: expected weights to be tensors that begin with w_ih and w_hh of 2 dimensions"

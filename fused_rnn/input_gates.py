@@ -1,7 +1,7 @@
 """The input's share of the gates where it is normalised: ``norm_ih * LN(W_ih x)``, which the kernels take in x's place.
 
-Both ways are written out, to be a part of the layer's own autograd function: autograd would keep these gates, too, which
-no first derivative reads, and could not compute them again with the layer's.
+Both ways are written out, to be a part of the layer's own autograd function: autograd would keep these gates, which no
+first derivative reads, and could not compute them again with the layer.
 """
 
 from __future__ import annotations

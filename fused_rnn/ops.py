@@ -289,13 +289,13 @@ def on_cuda(x: Tensor | None) -> bool:
 
 
 def _run_forward(
-    steering: Steering, inputs: Sequence[Tensor | None], train: bool
+    steering: Steering, inputs: Sequence[Any], train: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """y, h_n, c_n, what else was asked for, and what backward needs."""
     if inputs[_NORM_HH] is None:
         return _call_forward(steering, inputs, train)
-    of_input: Any = (inputs[0], inputs[-1], inputs[_WEIGHTS:-1:5])
-    gates, of_gates = input_gates.forward(*of_input)
+    x, norm_ih, w_ih = inputs[0], inputs[-1], inputs[_WEIGHTS:-1:5]
+    gates, of_gates = input_gates.forward(x, norm_ih, w_ih)
     y, h_n, c_n, more, kept = _call_forward(steering, _with_gates(inputs, gates), train)
     return y, h_n, c_n, more, (*kept, *of_gates)
 
@@ -317,8 +317,8 @@ def _run_backward(
     gates = x.new_empty(()).expand(*x.shape[:-1], norm_ih.numel())  # never read
     first = len(kept) - input_gates.KEPT * len(w_ih)
     found: list[Any] = call(steering, grads, _with_gates(inputs, gates), kept[:first], needs_of_kernels)
-    of_input = (x, norm_ih, w_ih, kept[first:], (needs[0], need_w, needs[-1]))
-    dx, dw, dnorm = input_gates.backward(found[0], *of_input)
+    wanted = (needs[0], need_w, needs[-1])
+    dx, dw, dnorm = input_gates.backward(found[0], x, norm_ih, w_ih, kept[first:], wanted)
     found = [dx, *found[1 : len(inputs) - 1], dnorm]  # of a single direction the rest is of none
     found[_WEIGHTS:-1:5] = dw
     return found
@@ -326,9 +326,8 @@ def _run_backward(
 
 def _with_gates(inputs: Sequence[Tensor | None], gates: Tensor) -> list[Tensor | None]:
     """The kernels' inputs, with the input's share of the gates in place of x and of each w_ih."""
-    found = [gates, *inputs[1:-1]]
-    found[_WEIGHTS::5] = [None] * len(found[_WEIGHTS::5])
-    return found
+    between = [None if i >= _WEIGHTS and i % 5 == _WEIGHTS % 5 else t for i, t in enumerate(inputs[1:-1], 1)]
+    return [gates, *between]
 
 
 def _call_forward(

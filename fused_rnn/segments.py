@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def run(
     cuda = ops.on_cuda(x)
     fusible = (
         module.backend != "torch"
-        and ops.fusible(x, *states, *reset_states, *weights)
+        and ops.fusible(x, *states, *reset_states, *weights, *chain(*regularisation.get("norms", ())))
         and not (cuda and (module.proj_size > 0 or x.numel() == 0))
     )
     if fusible and lengths is not None and (cuda or torch.compiler.is_compiling()):

@@ -7,6 +7,7 @@ forward does not come by here. The options are attributes, checked when they are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import torch
@@ -32,12 +33,14 @@ class Option(Generic[_Value]):
         return value
 
     def __set__(self, module: Any, value: _Value) -> None:
-        module.__dict__[self.name] = self.checked(self.name, value)
+        value = self.checked(self.name, value)
+        module._check_option(self.name, value)
+        module.__dict__[self.name] = value
         module._note_variants()
 
 
 def _rate(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
         raise ValueError(f"{name} should be a number in range [0, 1), got {value!r}")
     return float(value)
 
@@ -47,8 +50,8 @@ def _rates(name: str, value: Any) -> float | tuple[float, float]:
         return _rate(name, value)
     if len(value) != 2:
         raise ValueError(f"{name} should be a number or a pair (of h, of c), got {value!r}")
-    of_h, of_c = value
-    return _rate(name, of_h), _rate(name, of_c)
+    of_h, of_c = (_rate(name, rate) for rate in value)
+    return (of_h, of_c) if of_h or of_c else 0.0
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -58,7 +61,7 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def _number(name: str, value: Any) -> float | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} should be a number or None, got {value!r}")
     return None if value is None else float(value)
 
@@ -138,13 +141,10 @@ class Variants(torch.nn.RNNBase):
         super().__init__(*args, **kwargs)
         if isinstance(sizes, (tuple, list)):
             self._resize(tuple(sizes))
+        self.__dict__["layer_norm"] = _flag("layer_norm", options.pop("layer_norm", False))  # may not be set later
+        self._note_variants()
         for name, value in options.items():
             setattr(self, name, value)
-        if self.mode != "LSTM" and (self.forget_bias is not None or isinstance(self.zoneout, tuple)):
-            got = "forget_bias" if self.forget_bias is not None else "zoneout=(h, c)"
-            raise ValueError(f"{got} is only supported for LSTM, not RNN or GRU")
-        if self.forget_bias is not None and not self.bias:
-            raise ValueError("forget_bias needs bias=True, got bias=False")
         for name, size in self._norm_shapes():
             self.register_parameter(name, Parameter(self.get_parameter("weight_ih_l0").new_empty(size)))
         if self.layer_norm or self.forget_bias is not None:
@@ -182,6 +182,20 @@ class Variants(torch.nn.RNNBase):
                 for name, bias in self.named_parameters():
                     if name.startswith("bias_"):
                         bias.chunk(4)[1].fill_(self.forget_bias if name.startswith("bias_ih") else 0.0)
+
+    def _check_option(self, name: str, value: Any) -> None:
+        """What an option asks of the module.
+
+        Raises:
+            ValueError: this module cannot have it.
+        """
+        if name == "layer_norm" and value != self.layer_norm:
+            raise ValueError(f"layer_norm comes with parameters, and can only be set in the constructor, got {value}")
+        if self.mode != "LSTM" and (isinstance(value, tuple) or (name == "forget_bias" and value is not None)):
+            got = name if name == "forget_bias" else f"{name}=(h, c)"
+            raise ValueError(f"{got} is only supported for LSTM, not RNN or GRU")
+        if name == "forget_bias" and value is not None and not self.bias:
+            raise ValueError("forget_bias needs bias=True, got bias=False")
 
     def _norm_shapes(self) -> Iterator[tuple[str, int]]:
         """Names and sizes of the parameters of layer normalisation."""
@@ -280,7 +294,7 @@ def _with_first_size(
     args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The constructor's arguments for layers that are all of the first one's size."""
-    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+    if not sizes or not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError(f"hidden_size must be an int or a list of positive ints, one for each layer, got {sizes!r}")
     kwargs = {name: value for name, value in kwargs.items() if name != "hidden_size"}
     num_layers = args[2] if len(args) > 2 else kwargs.pop("num_layers", len(sizes))
@@ -288,5 +302,6 @@ def _with_first_size(
         raise ValueError(f"hidden_size names {len(sizes)} layers, but num_layers is {num_layers}")
     if kwargs.get("proj_size", 0) >= min(sizes):
         raise ValueError("proj_size has to be smaller than hidden_size")
-    input_size = args[0] if args else kwargs.pop("input_size")
-    return (input_size, sizes[0], len(sizes), *args[3:]), kwargs
+    if args:
+        return (args[0], sizes[0], len(sizes), *args[3:]), kwargs
+    return (), kwargs | {"hidden_size": sizes[0], "num_layers": len(sizes)}  # torch.nn misses an input_size

@@ -177,14 +177,9 @@ class Layer {
     const auto stride = [&](const OptionalTensor& zone, int64_t width) {
       return zone && zone->dim() > 1 ? shape.directions * width : 0;
     };
-    return {at(v.drop_h, B * shape.P),
-            at(v.zone_h, shape.P),
-            at(v.zone_c, shape.H),
-            stride(v.zone_h, shape.P),
-            stride(v.zone_c, shape.H),
-            at(v.norm_hh, cell.gates * shape.H),
-            at(v.norm_c, shape.H),
-            at(v.norm_c_bias, shape.H)};
+    return {at(v.drop_h, B * shape.P), at(v.zone_h, shape.P),     at(v.zone_c, shape.H),
+            stride(v.zone_h, shape.P), stride(v.zone_c, shape.H), at(v.norm_hh, cell.gates * shape.H),
+            at(v.norm_c, shape.H),     at(v.norm_c_bias, shape.H)};
   }
 
   int64_t element() const { return dtype == ScalarType::Float ? 4 : 8; }
