@@ -294,8 +294,7 @@ def _run_forward(
     """y, h_n, c_n, what else was asked for, and what backward needs."""
     if inputs[_NORM_HH] is None:
         return _call_forward(steering, inputs, train)
-    x, norm_ih, w_ih = inputs[0], inputs[-1], inputs[_WEIGHTS:-1:5]
-    gates, of_gates = input_gates.forward(x, norm_ih, w_ih)
+    gates, of_gates = input_gates.forward(inputs[0], inputs[-1], inputs[_WEIGHTS:-1:5])
     y, h_n, c_n, more, kept = _call_forward(steering, _with_gates(inputs, gates), train)
     return y, h_n, c_n, more, (*kept, *of_gates)
 

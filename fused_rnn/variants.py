@@ -40,7 +40,7 @@ class Option(Generic[_Value]):
 
 
 def _rate(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
         raise ValueError(f"{name} should be a number in range [0, 1), got {value!r}")
     return float(value)
 
