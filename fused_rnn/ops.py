@@ -56,7 +56,7 @@ _PLAIN = {cell: Steering(cell) for cell in reference.CELLS}
 # A layer's inputs that may have gradients are x, h0, c0, reset_h, reset_c, norm_hh, norm_c, norm_c_bias, and five
 # weights of each direction; None where absent. With layer normalisation norm_ih comes last: not the kernels', which are
 # given the input's share of the gates then.
-_NORM_HH, _WEIGHTS = 5, 8
+_WEIGHTS = 8
 _FLAGS = 3  # of a Steering: what comes before its tensors
 
 
@@ -292,7 +292,7 @@ def _run_forward(
     steering: Steering, inputs: Sequence[Any], train: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """y, h_n, c_n, what else was asked for, and what backward needs."""
-    if inputs[_NORM_HH] is None:
+    if (len(inputs) - _WEIGHTS) % 5 == 0:  # no norm_ih
         return _call_forward(steering, inputs, train)
     gates, of_gates = input_gates.forward(inputs[0], inputs[-1], inputs[_WEIGHTS:-1:5])
     y, h_n, c_n, more, kept = _call_forward(steering, _with_gates(inputs, gates), train)
@@ -308,7 +308,7 @@ def _run_backward(
 ) -> list[Tensor | None]:
     """Gradients in the order of inputs."""
     call = cuda.backward if on_cuda(inputs[0]) else _call_backward
-    if inputs[_NORM_HH] is None:
+    if (len(inputs) - _WEIGHTS) % 5 == 0:  # no norm_ih
         return call(steering, grads, inputs, kept, needs)
     x, norm_ih, w_ih, need_w = inputs[0], inputs[-1], inputs[_WEIGHTS:-1:5], needs[_WEIGHTS:-1:5]
     needs_of_kernels = [needs[0] or needs[-1] or any(need_w), *needs[1:-1]]
@@ -478,7 +478,7 @@ def _differentiable_backward(
     def outputs(*given: Tensor) -> tuple[Tensor, ...]:
         left = iter(given)
         taken: list[Any] = [next(left) if need else t for t, need in zip(inputs, needs, strict=True)]
-        norm_ih = None if inputs[_NORM_HH] is None else taken.pop()
+        norm_ih = taken.pop() if (len(taken) - _WEIGHTS) % 5 else None
         x, h0, c0, reset_h, reset_c, *rest = taken
         found = reference.layer(
             s.cell, x, h0, c0, rest[3:], s.batch_sizes, s.resets, reset_h, reset_c, s.c_sequence, s.lengths,
