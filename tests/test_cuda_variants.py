@@ -193,7 +193,11 @@ def test_is_the_specification(cell: str, variant: Variant, name: str, monkeypatc
         inference = inputs.outputs(ops.layer)
     resident = variant.resident and variant.rows != "step" and not set(variant.norms) & set("hc")
     assert ways == [resident and (dtype.itemsize == 2 or precision.tf32)] * 3  # forward, backward, inference
-    assert all(torch.equal(value, actual[name]) for name, value in inference.items())
+    for (
+        output,
+        value,
+    ) in inference.items():  # to a rounding: torch's products on the CPU may differ by where memory lies
+        torch.testing.assert_close(value, actual[output], msg=output)
     assert_is_the_specification(inputs, actual, precision)
 
 

@@ -68,6 +68,7 @@ def test_examples_of_the_readme() -> None:
         "lstm": lstm,
         "done": done,
         "done_t": done[0],
+        "ready": ~done[0],
         "x_t": torch.randn(B, I),
         "hx": lstm(torch.randn(T, B, I))[1],
         "h": torch.zeros(1, 1, H),
