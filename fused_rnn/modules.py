@@ -209,7 +209,7 @@ class FusedRNNBase(TorchConvertible, Variants):
         data = input.data if packed else input
         states = self._given_states(hx)
         # The weights last: torch.nn's forward gets its own, and a parametrised one may change whenever it is got.
-        if states is None or not ops.fusible(data):
+        if states is None or not ops.fusible(data) or (packed and input.batch_sizes.numel() == 0):
             return self._torchs(input, hx)
         self._refresh_flat_weights()
         weights = self._flat_weights

@@ -141,8 +141,9 @@ class Variants(torch.nn.RNNBase):
         super().__init__(*args, **kwargs)
         if isinstance(sizes, (tuple, list)):
             self._resize(tuple(sizes))
-        self.__dict__["layer_norm"] = _flag("layer_norm", options.pop("layer_norm", False))  # may not be set later
-        self._note_variants()
+        if _flag("layer_norm", options.pop("layer_norm", False)):
+            self.__dict__["layer_norm"] = True  # it may not be set later
+            self._note_variants()
         for name, value in options.items():
             setattr(self, name, value)
         for name, size in self._norm_shapes():
