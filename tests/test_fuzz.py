@@ -113,7 +113,8 @@ NUMBERS = [-(2**63), -1, 0, 1, 2, 3, 4, 7, 2**31, 2**32 + 1, 2**63 - 1]
 
 def of_step(forward: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `step` from those of `forward`."""
-    return {k: v for k, v in forward.items() if not k.endswith("_reverse") and k not in ("train", "batch_sizes")}
+    without = ("train", "batch_sizes", "lengths")
+    return {k: v for k, v in forward.items() if not k.endswith("_reverse") and k not in without}
 
 
 def valid(operator: str) -> dict[str, Any]:
@@ -140,6 +141,18 @@ def with_options(arguments: dict[str, Any], kind: str, D: int, draw: Callable) -
     return arguments
 
 
+def regularised(arguments: dict[str, Any], D: int, draw: Callable) -> dict[str, Tensor]:
+    """Now and then dropout of h and zoneout."""
+    x, w_hh = arguments["x"], arguments["w_hh"]
+    H, P = w_hh.size(0) // reference.GATES[CELLS[arguments["cell"]]], w_hh.size(1)
+    is_step = x.dim() == 2 and arguments["batch_sizes"] is None
+    rows = draw(st.sampled_from([(), x.shape[:-1]]))
+    found = {"drop_h": torch.rand((2, P) if is_step else (D, 2, P)), "zone_h": torch.rand(*rows, D * P)}
+    if CELLS[arguments["cell"]] == "lstm":
+        found["zone_c"] = torch.rand(*rows, D * H)
+    return {name: mask.to(x.dtype) for name, mask in found.items() if draw(st.booleans())}
+
+
 @st.composite
 def calls(draw: Callable, operator: str) -> dict[str, Any]:
     """Arguments of a valid call."""
@@ -153,11 +166,11 @@ def calls(draw: Callable, operator: str) -> dict[str, Any]:
         return of_step(arguments) | dict(deterministic=draw(st.booleans()))
     arguments = with_options(arguments, kind, D, draw)
     if operator == "forward":
-        return arguments
+        return arguments | regularised(arguments, D, draw)
     if "resets" not in arguments:
         return backward_arguments(arguments)
     of_reset = arguments["reset_h"]
-    steps = draw(st.sampled_from([0, of_reset.size(0) if of_reset.dim() == 4 else 1]))
+    steps = draw(st.sampled_from([0, -1 if of_reset.dim() == 4 else 1]))
     found = backward_arguments(arguments) | dict(resets=arguments["resets"], reset_steps=steps)
     if arguments.get("want_c_sequence"):
         found["dc_sequence"] = torch.ops.fused_rnn.forward(**arguments)[4]
