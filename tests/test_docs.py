@@ -37,7 +37,7 @@ def failures(text: str, names: dict[str, Any]) -> tuple[int, str]:
     """How many examples `text` holds, and a report of those that do not print what it says."""
     test = doctest.DocTestParser().get_doctest(text, names, "documentation", None, None)
     report: list[str] = []
-    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.append, clear_globs=False)
+    doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS).run(test, out=report.append, clear_globs=False)
     return len(test.examples), "".join(report)
 
 
