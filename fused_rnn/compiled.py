@@ -63,7 +63,7 @@ def _with_lengths(
     lengths: Tensor,
     *variant: Any,
 ) -> list[Tensor]:
-    """Rows that end, on kernels that take packed rows only: which rows those are, the values of `lengths` would say.
+    """Rows that end, without the kernels' own `lengths`: what those keep for backward has a size that only values tell.
 
     Behind its end a row is reset at every step, so the reverse direction begins at the end, and with the initial state.
     The forward direction's final state is looked up among those of every step.

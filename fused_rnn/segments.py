@@ -1,8 +1,7 @@
-"""What forward takes beyond torch.nn: resets inside a sequence, lengths, and the states of every step.
+"""What forward takes beyond torch.nn: resets inside a sequence, lengths, the states of every step, regularised layers.
 
 Without them nothing here runs. With them, the same layers do, of `fused_rnn.ops` where the kernels may be used, else of
-`fused_rnn.reference`, a loop over time: so compilers, functorch and devices without kernels get the same results, only
-slowly.
+`fused_rnn.reference`, a loop over time: so functorch and devices without kernels get the same results, only slowly.
 """
 
 from __future__ import annotations
