@@ -2,6 +2,7 @@
 //
 // A step multiplies the gates' gradients of the step after it by W_hh, adds what comes from outside, and
 // runs the cell's backward on the accumulators. The weights' gradients are left to one product over all steps.
+// With layer normalisation the sums are stored, and cell and normalisation are derived row by row on them.
 #pragma once
 
 #include "../cells/cells.h"

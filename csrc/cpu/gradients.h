@@ -1,4 +1,4 @@
-// What backward leaves over once it has the gates' gradients of all steps: the gradients of x, weights and biases.
+// What backward leaves over once it has the gates' gradients of all steps: those of x, weights, biases and gains.
 //
 // Each is one product over all rows or all gates, split among the threads by rows and columns of the result, so that
 // no thread waits for another and no sum depends on their number.

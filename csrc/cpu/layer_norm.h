@@ -8,7 +8,7 @@
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
-constexpr double kNormEps = 1e-5;  // torch.nn.LayerNorm's
+constexpr double kNormEps = 1e-5;  // NORM_EPS of reference.py, by which test_variants.py would see another
 
 template <class T>
 FUSED_RNN_INLINE T sum_of_lanes(const Vec<T>& v) {
