@@ -5,5 +5,5 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-if not any((ROOT / "fused_rnn").glob("_C.*")):  # not built in place: the sources alone cannot be imported
+if not any((ROOT / "fused_rnn").glob("_C.*.so")):  # not built in place: the sources alone cannot be imported
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
