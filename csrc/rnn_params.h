@@ -115,15 +115,16 @@ struct BackwardDirection {
   const void* w_hr;         // [P, H], null unless projected
   const void* dy;           // [N, P], may be null: zeros
   int64_t dy_stride;        // of a row of dy: D * P
-  const void* dh_n;         // [B, P], may be null: zeros
+  const void* dh_n;         // [B, P], may be null: zeros; may be dh0
   const void* dc_sequence;  // [N, H], rows D * H apart; may be null: zeros. LSTM
   Variant variant;
   Reserve reserve;  // as forward left it; read only
-  void* dgates;     // [N, kGrads * H] out: gradients before the activations
+  void* dgates;     // [N, kGrads * H] out: gradients before the activations, of a chunk's rows; so the next three
   void* dproduct;   // [N, G*H] out: gradients of W_hh h behind its normalisation; null unless normalised
   void* dnormal;    // [N, 2 * H] out: of norm_c times its factor, and of norm_c_bias; null without norm_c
   void* dh_total;   // [N, P] out: gradient of h after the projection; null unless projected
   void* dh0;        // [B, P] out, may be null: not wanted
+  void* dh_chunk;   // [B, P] gradient of h between two chunks of steps; null if there is one
   void* dc;         // [B, H] in: gradient of c_n; out: gradient of c0. LSTM, else null
   ResetState dreset;
   void* dw_ih;      // [G*H, I] out, may be null: not wanted; so the others
@@ -139,8 +140,10 @@ struct BackwardDirection {
 struct BackwardParams {
   LayerShape shape;
   BackwardDirection direction[2];
+  bool goes_on;     // from the steps behind, backward's own: panels are packed, gradients of weights added to
   void* dx;         // [N, I] out: the sum over directions; may be null: not wanted. With gates_given [N, D * G*H]
   void* workspace;  // gradients_workspace(shape) elements for each thread, 64-byte aligned; may be the directions' own
+                    // if there is one chunk
 };
 
 }  // namespace fused_rnn

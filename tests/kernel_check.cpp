@@ -320,7 +320,7 @@ Data<T> kernel_results(const cpu::Kernels& k, const Layer& layer, const Data<T>&
   const int64_t after_h = layer.saved * H + P, whole = after_h + (layer.lstm ? H : 0) + (projected ? H : 0);
   std::vector<T> reserves[2], dgates[2], dh_totals[2];
   ForwardParams f{shape, {}};
-  BackwardParams b{shape, {}, out.of[kX].data(), workspace(k.gradients_workspace(shape) * team.workers)};
+  BackwardParams b{shape, {}, false, out.of[kX].data(), workspace(k.gradients_workspace(shape) * team.workers)};
   for (int64_t d = 0; d < D; ++d) {
     const std::vector<T>* const w = in.w[d];
     std::vector<T>* const dw = out.w[d];

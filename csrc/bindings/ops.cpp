@@ -184,15 +184,18 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   const Tensor dnorm_hh = s.normalised ? empty({D, rows}, layer.dtype) : none();
   const Tensor dnorm_c = s.normalised && layer.cell.has_c ? empty({D, 2, s.H}, layer.dtype) : none();
 
-  // Scratch: the workspaces of directions, then of threads, gates' gradients, gradients of h behind a projection, and
-  // what layer normalisation needs.
+  // Scratch: the workspaces of directions and of threads, for which the former's may serve again, gates' gradients,
+  // gradients of h behind a projection, what layer normalisation needs, and what passes between chunks of steps.
+  const LayerShape chunk = cpu::chunk_shape(s);
+  const bool chunked = chunk.T < s.T;
   const int64_t workers = cpu::gradient_workers(s, threads());
-  const int64_t workspace = whole_lines(cpu::kernels().backward_workspace(s));
-  const int64_t of_workers = workers * cpu::kernels().gradients_workspace(s);
-  const int64_t grads = s.N * layer.cell.grads * s.H, dh_total = s.projected ? s.N * s.P : 0;
-  const int64_t dproduct = s.normalised ? s.N * rows : 0, dnormal = dnorm_c.numel() ? s.N * 2 * s.H : 0;
-  const int64_t workspaces = whole_lines(std::max(D * workspace, of_workers));
-  const Scratch scratch((workspaces + D * (grads + dh_total + dproduct + dnormal)) * layer.element());
+  const int64_t workspace = whole_lines(cpu::kernels().backward_workspace(chunk));
+  const int64_t of_workers = workers * cpu::kernels().gradients_workspace(chunk);
+  const int64_t grads = chunk.N * layer.cell.grads * s.H, dh_total = s.projected ? chunk.N * s.P : 0;
+  const int64_t dproduct = s.normalised ? chunk.N * rows : 0, dnormal = dnorm_c.numel() ? chunk.N * 2 * s.H : 0;
+  const int64_t dh_chunk = chunked ? s.B * s.P : 0;
+  const int64_t workspaces = whole_lines(chunked ? workspace + of_workers : std::max(D * workspace, of_workers));
+  const Scratch scratch((workspaces + D * (grads + dh_total + dproduct + dnormal + dh_chunk)) * layer.element());
   char* next = scratch.data();
   const auto take = [&](int64_t elements) {
     char* taken = next;
@@ -200,10 +203,12 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
     return taken;
   };
 
-  BackwardParams params{s, {}, need_dx ? dx.data_ptr() : nullptr, take(workspaces)};
+  char* const directions = take(workspaces);
+  BackwardParams params{s, {}, false, need_dx ? dx.data_ptr() : nullptr, directions};
+  if (chunked) params.workspace = directions + workspace * layer.element();
   for (int64_t d = 0; d < D; ++d) {
     BackwardDirection& p = params.direction[d];
-    p.workspace = static_cast<char*>(params.workspace) + d * workspace * layer.element();
+    p.workspace = directions + d * workspace * layer.element();
     p.x = need_dw_ih ? x.data_ptr() : nullptr;
     p.w_ih = data(weights[d].w_ih);
     p.w_hh = data(weights[d].w_hh);
@@ -219,6 +224,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
     p.dnorm_hh = s.normalised ? layer.offset(dnorm_hh, d * rows) : nullptr;
     p.dnorm_c = dnorm_c.numel() ? layer.offset(dnorm_c, d * 2 * s.H) : nullptr;
     p.dh_total = s.projected ? take(dh_total) : nullptr;
+    p.dh_chunk = chunked ? take(dh_chunk) : nullptr;
     p.dh0 = need_dstate ? layer.offset(dh0, d * layer.B * s.P) : nullptr;
     p.dc = layer.cell.has_c ? layer.offset(dc, d * layer.B * s.H) : nullptr;
     p.dc_sequence = dc_sequence ? layer.offset(*dc_sequence, d * s.H) : nullptr;

@@ -1,7 +1,7 @@
 // Backward of one layer in one direction: the steps in the opposite order of forward, by the same team.
 //
 // A step multiplies the gates' gradients of the step after it by W_hh, adds what comes from outside, and
-// runs the cell's backward on the accumulators. The weights' gradients are left to one product over all steps.
+// runs the cell's backward on the accumulators. The weights' gradients are left to one product over many steps.
 // With layer normalisation the sums are stored, and cell and normalisation are derived row by row on them.
 #pragma once
 
@@ -18,11 +18,10 @@ struct BackwardWorkspace {
   int64_t recurrent, projection, direct, dh, zeros, size;
 
   explicit BackwardWorkspace(const LayerShape& s) {
-    const int64_t block = kUnitVectors<1> * kLanes<T>;
     const int64_t K = Cell::kGates * s.H;
     recurrent = 0;
-    projection = recurrent + ceil_div(s.P, block) * block * K;
-    direct = projection + (s.projected ? ceil_div(s.H, block) * block * s.P : 0);
+    projection = recurrent + in_vectors<T>(s.P) * K;
+    direct = projection + (s.projected ? in_vectors<T>(s.H) * s.P : 0);
     dh = direct + (Cell::kUsesH || s.zones_h ? s.B * s.P : 0);
     zeros = dh + (s.normalised ? s.B * 2 * s.H : 0);
     size = zeros + (K > s.P ? K : s.P);
@@ -32,16 +31,17 @@ struct BackwardWorkspace {
 template <class Cell, class T>
 class Backward {
  public:
-  Backward(const LayerShape& shape, const BackwardDirection& direction, bool reverse, const cpu::Worker& worker)
-      : s_(shape),
-        d_(direction),
-        packed_(shape.N >= kRowsWorthPacking && shape.B > 1),
-        reverse_(reverse),
+  Backward(const BackwardParams& params, int64_t direction, const cpu::Worker& worker)
+      : s_(params.shape),
+        d_(params.direction[direction]),
+        packed_(s_.N >= kRowsWorthPacking && s_.B > 1),
+        goes_on_(params.goes_on),
+        reverse_(direction == 1),
         worker_(worker),
-        row_begin_(worker.splits_units ? 0 : worker.begin(shape.B)),
-        row_end_(worker.splits_units ? shape.B : worker.end(shape.B)) {
+        row_begin_(worker.splits_units ? 0 : worker.begin(s_.B)),
+        row_end_(worker.splits_units ? s_.B : worker.end(s_.B)) {
     T* workspace = static_cast<T*>(d_.workspace);
-    const BackwardWorkspace<Cell, T> part(shape);
+    const BackwardWorkspace<Cell, T> part(s_);
     recurrent_ = workspace + part.recurrent;
     projection_ = workspace + part.projection;
     direct_ = workspace + part.direct;
@@ -50,7 +50,7 @@ class Backward {
   }
 
   void operator()() {
-    pack();
+    if (!goes_on_) pack();
     worker_.wait();
     for (int64_t i = 0; i < s_.T; ++i) step(reverse_ ? i : s_.T - 1 - i);
     if (d_.dh0) initial_state();
@@ -90,9 +90,9 @@ class Backward {
   void add_product(Sums<T, U>& sums, const Part& part, const T* const* rows, const T* panels, const void* W, int64_t K,
                    int64_t N) const {
     const int64_t left = N - part.block * kBlock;
-    const int vectors = int(least(ceil_div(left, kLanes<T>), U));
+    const int vectors = block_vectors<T, 1>(N, part.block * kBlock);
     if (packed_ || left < kBlock) {
-      multiply<T, U>(sums, part, rows, {panels + part.block * K * kBlock, kBlock, K * kBlock, vectors}, K);
+      multiply<T, U>(sums, part, rows, {panels + part.block * K * kBlock, vectors * kLanes<T>, K * kBlock, vectors}, K);
     } else {
       multiply<T, U>(sums, part, rows, {at(W) + part.block * kBlock, N, kBlock, vectors}, K);
     }
@@ -356,7 +356,7 @@ class Backward {
 
   const LayerShape& s_;
   const BackwardDirection& d_;
-  const bool packed_, reverse_;
+  const bool packed_, goes_on_, reverse_;
   const cpu::Worker& worker_;
   const int64_t row_begin_, row_end_;
   T *recurrent_, *projection_, *direct_, *dh_, *zeros_;

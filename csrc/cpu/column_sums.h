@@ -11,7 +11,7 @@ namespace FUSED_RNN_ISA {
 // W vectors of columns at once, so that a row's visit reads whole cache lines side by side.
 template <int W, class T>
 FUSED_RNN_INLINE void column_block(const T* x, int64_t rows, int64_t stride, const T* by, int64_t by_stride, T* sums,
-                                   int64_t count) {
+                                   int64_t count, bool accumulate) {
   constexpr int64_t kRun = 64, n = kLanes<T>;
   Vec<T> total[W] = {};
   for (int64_t begin = 0; begin < rows; begin += kRun) {
@@ -27,18 +27,22 @@ FUSED_RNN_INLINE void column_block(const T* x, int64_t rows, int64_t stride, con
     }
     for (int w = 0; w < W; ++w) total[w] += run[w];
   }
-  for (int w = 0; w < W; ++w) store(sums + w * n, total[w], W == 1 ? count : n);
+  for (int w = 0; w < W; ++w) {
+    const int64_t columns = W == 1 ? count : n;
+    store(sums + w * n, accumulate ? total[w] + load(sums + w * n, columns) : total[w], columns);
+  }
 }
 
 // `by` may be null.
 template <class T>
-void column_sums(const T* x, int64_t rows, int64_t columns, int64_t stride, const T* by, int64_t by_stride, T* sums) {
+void column_sums(const T* x, int64_t rows, int64_t columns, int64_t stride, const T* by, int64_t by_stride, T* sums,
+                 bool accumulate) {
   constexpr int64_t n = kLanes<T>;
   for (int64_t column = 0; column < columns;) {
     const bool wide = column + 8 * n <= columns;
     const int64_t count = columns - column < n ? columns - column : n;
     const auto block = wide ? column_block<8, T> : column_block<1, T>;
-    block(x + column, rows, stride, by ? by + column : nullptr, by_stride, sums + column, count);
+    block(x + column, rows, stride, by ? by + column : nullptr, by_stride, sums + column, count, accumulate);
     column += wide ? 8 * n : n;
   }
 }

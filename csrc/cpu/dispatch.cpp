@@ -103,6 +103,59 @@ void run(const LayerShape& shape, int64_t threads, const Work& work) {
   }
 }
 
+// Of a plain sequence, which alone can be cut anywhere: in one direction, with every row there until the end.
+int64_t chunks(const LayerShape& s) {
+  constexpr int64_t kRows = 512, kElements = 1 << 17;  // in a chunk at least: as deep as a product should be, and half
+                                                       // a megabyte, less than which is not worth a parallel region
+  if (s.directions > 1 || s.batch_sizes || s.N == 0 || s.H == 0) return 1;
+  const int64_t width = s.H * (s.cell == CellKind::kLstm || s.cell == CellKind::kGru ? 4 : 1);
+  return std::clamp<int64_t>(s.N / std::max(kRows, kElements / width), 1, s.T);
+}
+
+// Steps [begin, end) as a sequence of its own.
+BackwardParams chunk(const BackwardParams& params, int64_t begin, int64_t end) {
+  BackwardParams part = params;
+  LayerShape& s = part.shape;
+  BackwardDirection& d = part.direction[0];
+  const int64_t row = begin * s.B, element = s.dtype == Dtype::kFloat32 ? 4 : 8;
+  const auto skip = [&](auto*& at, int64_t elements) {  // const void* or void*
+    if (at) at = const_cast<char*>(static_cast<const char*>(at)) + elements * element;
+  };
+  if (s.resets) s.resets += row;
+  skip(part.dx, row * s.I);
+  skip(d.x, row * s.I);
+  skip(d.dy, row * d.dy_stride);
+  skip(d.dc_sequence, row * s.H);
+  skip(d.variant.zone_h, row * d.variant.zone_h_stride);
+  skip(d.variant.zone_c, row * d.variant.zone_c_stride);
+  for (void** kept : {&d.reserve.gates, &d.reserve.h_prev, &d.reserve.c_prev, &d.reserve.hidden, &d.reserve.h_direct,
+                      &d.reserve.h_hat}) {
+    skip(*kept, row * d.reserve.stride);
+  }
+  skip(d.dreset.h, begin * d.dreset.step_h);
+  skip(d.dreset.c, begin * d.dreset.step_c);
+  // Its gradient of h comes from the chunk behind it, and goes to the one before.
+  part.goes_on = end < s.T;
+  if (part.goes_on) d.dh_n = d.dh_chunk;
+  if (begin > 0) d.dh0 = d.dh_chunk;
+  s.T = end - begin;
+  s.N = s.T * s.B;
+  return part;
+}
+
+void backward_chunk(const BackwardParams& params, int64_t threads, int64_t gradient_workers) {
+  const Kernels& k = kernels();
+  if (params.shape.N > 0 && params.shape.P > 0) {  // else there may be any number of steps, and nothing in them
+    run(params.shape, threads, [&](int64_t d, const Worker& worker) { k.backward(params, d, worker); });
+  }
+  if (gradient_workers == 1) return k.gradients(params, Worker{0, 1, false, nullptr});
+#pragma omp parallel num_threads(static_cast<int>(gradient_workers))
+  {
+    // Fewer threads than asked for share the work alike: no worker waits for another.
+    k.gradients(params, Worker{omp_get_thread_num(), omp_get_num_threads(), false, nullptr});
+  }
+}
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -141,16 +194,20 @@ int64_t gradient_workers(const LayerShape& shape, int64_t threads) {
   return std::max<int64_t>(1, std::min<int64_t>(threads, int64_t(work / 1e5)));
 }
 
+LayerShape chunk_shape(const LayerShape& shape) {
+  const int64_t count = chunks(shape);
+  if (count == 1) return shape;
+  LayerShape longest = shape;
+  longest.T = (shape.T + count - 1) / count;
+  longest.N = longest.T * longest.B;
+  return longest;
+}
+
 void backward(const BackwardParams& params, int64_t threads, int64_t gradient_workers) {
-  const Kernels& k = kernels();
-  if (params.shape.N > 0 && params.shape.P > 0) {  // else there may be any number of steps, and nothing in them
-    run(params.shape, threads, [&](int64_t d, const Worker& worker) { k.backward(params, d, worker); });
-  }
-  if (gradient_workers == 1) return k.gradients(params, Worker{0, 1, false, nullptr});
-#pragma omp parallel num_threads(static_cast<int>(gradient_workers))
-  {
-    // Fewer threads than asked for share the work alike: no worker waits for another.
-    k.gradients(params, Worker{omp_get_thread_num(), omp_get_num_threads(), false, nullptr});
+  const int64_t count = chunks(params.shape), T = params.shape.T;
+  if (count == 1) return backward_chunk(params, threads, gradient_workers);
+  for (int64_t i = count; i-- > 0;) {
+    backward_chunk(chunk(params, T * i / count, T * (i + 1) / count), threads, gradient_workers);
   }
 }
 

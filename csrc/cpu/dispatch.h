@@ -25,7 +25,11 @@ struct Plan {
 Plan plan(const LayerShape& shape, int64_t threads);
 
 void forward(const ForwardParams& params, int64_t threads);
-// The threads that share the products after backward; each needs a workspace.
+
+// The shape of the largest chunk of steps that backward takes at once: the gates' gradients of a long sequence are
+// multiplied chunk by chunk, and need the memory of one.
+LayerShape chunk_shape(const LayerShape& shape);
+// The threads that share the products after a chunk; each needs a workspace.
 int64_t gradient_workers(const LayerShape& shape, int64_t threads);
 void backward(const BackwardParams& params, int64_t threads, int64_t gradient_workers);
 

@@ -34,15 +34,13 @@ struct ForwardWorkspace {
 
   explicit ForwardWorkspace(const LayerShape& s) {
     const ForwardProducts products(s);
-    const int64_t blocks = ceil_div(s.H, kUnitVectors<Cell::kGates> * kLanes<T>);
-    const int64_t columns = Cell::kGates * kUnitVectors<Cell::kGates> * kLanes<T>;
-    const int64_t block = kUnitVectors<1> * kLanes<T>;
-    const int64_t projected = s.projected && products.packed_h ? ceil_div(s.P, block) * block : 0;
+    const int64_t block = kUnitVectors<Cell::kGates> * kLanes<T>, columns = Cell::kGates * in_vectors<T>(s.H);
+    const int64_t of_h = products.packed_h ? columns * s.P : 0, of_x = products.packed_x ? columns * s.I : 0;
     recurrent = 0;
-    input = recurrent + (products.packed_h ? blocks * columns * s.P : 0);
-    bias = input + (products.packed_x ? blocks * columns * s.I : 0);
-    projection = bias + blocks * columns * 2;
-    hidden = projection + projected * s.H;
+    input = products.x_beforehand ? recurrent : recurrent + of_h;  // done with when the other is packed
+    bias = products.x_beforehand && of_h > of_x ? recurrent + of_h : input + of_x;
+    projection = bias + ceil_div(s.H, block) * block * Cell::kGates * 2;
+    hidden = projection + (s.projected && products.packed_h ? in_vectors<T>(s.P) * s.H : 0);
     zeros = hidden + (s.projected ? s.B * s.H : 0);
     dropped = zeros + s.P;
     this->products = dropped + (s.drops_h ? s.B * s.P : 0);
@@ -81,12 +79,16 @@ class Forward {
   }
 
   void operator()() {
-    pack();
-    worker_.wait();
+    pack_biases();
+    if (products_.packed_x) pack<G>(input_, d_.w_ih, s_.H, s_.I);
     if (products_.x_beforehand && !s_.gates_given) {
+      worker_.wait();
       multiply_x();
       worker_.wait();
     }
+    if (products_.packed_h) pack<G>(recurrent_, d_.w_hh, s_.H, s_.P);
+    if (products_.packed_h && s_.projected) pack<1>(projection_, d_.w_hr, s_.P, s_.H);
+    worker_.wait();
     for (int64_t i = 0; i < s_.T; ++i) step(reverse_ ? s_.T - 1 - i : i);
     if (d_.h_n) finish();
   }
@@ -106,31 +108,28 @@ class Forward {
 
   bool narrow_end() const { return U > 1 && s_.H % kBlock != 0; }
 
-  void pack() {
+  // This worker's share of the panels of W [Gates * H, K].
+  template <int Gates>
+  void pack(T* panels, const void* W, int64_t H, int64_t K) const {
+    constexpr int64_t kUnits = kUnitVectors<Gates> * kLanes<T>;
+    const int64_t blocks = ceil_div(H, kUnits);
+    for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
+      pack_rows<T, Gates>(panels + b * K * Gates * kUnits, at(W), H, K, b * kUnits);
+    }
+  }
+
+  void pack_biases() const {
     const int64_t blocks = ceil_div(s_.H, kBlock);
     for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
-      if (products_.packed_h) {
-        pack_rows<T, G>(recurrent_ + b * s_.P * C * kLanes<T>, at(d_.w_hh), s_.H, s_.P, b * kBlock);
-      }
-      if (products_.packed_x) {
-        pack_rows<T, G>(input_ + b * s_.I * C * kLanes<T>, at(d_.w_ih), s_.H, s_.I, b * kBlock);
-      }
       pack_bias(bias_ + b * 2 * C * kLanes<T>, at(d_.b_ih), b * kBlock);
       pack_bias(bias_ + (b * 2 + 1) * C * kLanes<T>, at(d_.b_hh), b * kBlock);
-    }
-    if (s_.projected && products_.packed_h) {
-      const int64_t outputs = ceil_div(s_.P, kProjectionBlock);
-      for (int64_t b = worker_.begin(outputs); b < worker_.end(outputs); ++b) {
-        T* panel = projection_ + b * s_.H * kProjectionBlock;
-        pack_rows<T, 1>(panel, at(d_.w_hr), s_.P, s_.H, b * kProjectionBlock);
-      }
     }
     if (worker_.index == 0) {
       for (int64_t i = 0; i < s_.P; ++i) zeros_[i] = 0;
     }
   }
 
-  void pack_bias(T* out, const T* bias, int64_t unit) {
+  void pack_bias(T* out, const T* bias, int64_t unit) const {
     for (int g = 0; g < G; ++g) {
       for (int u = 0; u < U; ++u) {
         const int64_t first = unit + u * kLanes<T>;
@@ -147,9 +146,8 @@ class Forward {
     constexpr int64_t kVectors = kUnitVectors<Gates>, kColumns = Gates * kVectors;
     if (is_packed) {
       const int64_t distance = K * kColumns * kLanes<T>;
-      const int64_t units = ceil_div(H - part.block * kVectors * kLanes<T>, kLanes<T>);
-      const int vectors = Gates > 1 ? kColumns : int(least(units, kVectors));
-      const Panel<T> panel{packed + part.block * distance, kColumns * kLanes<T>, distance, vectors};
+      const int vectors = block_vectors<T, Gates>(H, part.block * kVectors * kLanes<T>);
+      const Panel<T> panel{packed + part.block * distance, vectors * kLanes<T>, distance, vectors};
       multiply<T, kColumns>(sums, part, rows, panel, K);
     } else {
       for (int i = 0; i < part.blocks; ++i) {

@@ -1,4 +1,5 @@
-// What backward leaves over once it has the gates' gradients of all steps: those of x, weights, biases and gains.
+// What backward leaves over once it has the gates' gradients of a chunk of steps: those of x, weights, biases and
+// gains.
 //
 // Each is one product over all rows or all gates, split among the threads by rows and columns of the result, so that
 // no thread waits for another and no sum depends on their number.
@@ -66,11 +67,12 @@ class Products {
     }
   }
 
-  // out [M, N] = a^T b for row-major a [K, M] and b [K, N].
-  void transposed(T* out, const T* a, int64_t a_stride, const Rows<const T>& b, int64_t M, int64_t N, int64_t K) {
+  // out [M, N] = a^T b or out += a^T b, for row-major a [K, M] and b [K, N].
+  void transposed(T* out, const T* a, int64_t a_stride, const Rows<const T>& b, int64_t M, int64_t N, int64_t K,
+                  bool accumulate) {
     const Share share(M, N, kBlock, worker_);
     if (share.row == share.row_end) return;
-    if (K < kRowsWorthPacking) return add_outer_products(out, a, a_stride, b, share, N, K);
+    if (K < kRowsWorthPacking) return add_outer_products(out, a, a_stride, b, share, N, K, accumulate);
     T* const columns = workspace_;
     T* const panels = columns + kChunk * least(K, kRowsAtOnce);
     for (int64_t begin = share.block; begin < share.block_end; begin += kBlocksAtOnce) {
@@ -87,7 +89,7 @@ class Products {
           for (int r = 0; r < rows; ++r) from[r] = columns + r * count;
           for (int64_t block = begin; block < end; ++block) {
             const Panel<T> of_block = own_panel(panels + (block - begin) * panel, block, N);
-            add(Rows<T>{out, N}, Part{row, block, rows, 1}, from, of_block, count, N, k > 0);
+            add(Rows<T>{out, N}, Part{row, block, rows, 1}, from, of_block, count, N, accumulate || k > 0);
           }
         }
       }
@@ -102,20 +104,22 @@ class Products {
 
   // A few rows: nothing to gain from packing, and the result is all there is to write.
   static void add_outer_products(T* out, const T* a, int64_t a_stride, const Rows<const T>& b, const Share& share,
-                                 int64_t N, int64_t K) {
+                                 int64_t N, int64_t K, bool accumulate) {
     const int64_t end = least(share.block_end * kBlock, N);
     for (int64_t m = share.row; m < share.row_end; ++m) {
       for (int64_t n = share.block * kBlock; n < end; n += kLanes<T>) {
         const int64_t count = least(end - n, kLanes<T>);
         Vec<T> sum{};
         for (int64_t k = 0; k < K; ++k) sum += a[k * a_stride + m] * load(b[k] + n, count);
-        store(out + m * N + n, sum, count);
+        T* to = out + m * N + n;
+        store(to, accumulate ? sum + load(to, count) : sum, count);
       }
     }
   }
 
   static Panel<T> own_panel(const T* data, int64_t block, int64_t N) {
-    return {data, kBlock, 0, int(least(ceil_div(N - block * kBlock, kLanes<T>), U))};
+    const int vectors = block_vectors<T, 1>(N, block * kBlock);
+    return {data, vectors * kLanes<T>, 0, vectors};
   }
 
   static void add(const Rows<T>& out, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K,
@@ -160,13 +164,14 @@ class Gradients {
       if (d.dw_hh) {
         const T* grads = s_.normalised ? at(d.dproduct) : hidden_grads(d);
         products_.transposed(at(d.dw_hh), grads, (s_.normalised ? kRows : kWidth) * s_.H,
-                             Rows<const T>{at(d.reserve.h_prev), d.reserve.stride}, kRows * s_.H, s_.P, s_.N);
+                             Rows<const T>{at(d.reserve.h_prev), d.reserve.stride}, kRows * s_.H, s_.P, s_.N,
+                             p_.goes_on);
       }
       if (d.db_ih) biases(d);
       if (d.dnorm_hh) gains(d);
       if (d.dw_hr) {
         products_.transposed(at(d.dw_hr), at(d.dh_total), s_.P, Rows<const T>{at(d.reserve.hidden), d.reserve.stride},
-                             s_.P, s_.H, s_.N);
+                             s_.P, s_.H, s_.N, p_.goes_on);
       }
     }
   }
@@ -210,7 +215,7 @@ class Gradients {
   void input_weights(const BackwardDirection& d) {
     each_input_run([&](int64_t column, int64_t row, int64_t count) {
       products_.transposed(at(d.dw_ih) + row * s_.I, at(d.dgates) + column, kWidth * s_.H,
-                           Rows<const T>{at(d.x), s_.I, s_.places}, count, s_.I, s_.N);
+                           Rows<const T>{at(d.x), s_.I, s_.places}, count, s_.I, s_.N, p_.goes_on);
     });
   }
 
@@ -230,7 +235,8 @@ class Gradients {
     const int64_t lines = ceil_div(count, 16), begin = worker_.begin(lines) * 16;
     const int64_t end = least(worker_.end(lines) * 16, count);
     if (begin >= end) return;
-    column_sums(columns + begin, s_.N, end - begin, stride, by ? by + begin : nullptr, by_stride, out + begin);
+    column_sums(columns + begin, s_.N, end - begin, stride, by ? by + begin : nullptr, by_stride, out + begin,
+                p_.goes_on);
   }
 
   const BackwardParams& p_;

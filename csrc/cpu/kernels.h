@@ -12,7 +12,7 @@ struct Kernels {
   // One worker's part of one direction (0, or 1 for the reverse one).
   void (*forward)(const ForwardParams& params, int64_t direction, const Worker& worker);
   void (*backward)(const BackwardParams& params, int64_t direction, const Worker& worker);
-  // One worker's part of what is left after backward has run in every direction.
+  // One worker's part of what is left after backward has run in every direction, on a chunk of steps.
   void (*gradients)(const BackwardParams& params, const Worker& worker);
   // Elements of workspace: of a direction, of a direction, of a worker.
   int64_t (*forward_workspace)(const LayerShape& shape);

@@ -1,10 +1,10 @@
 // The product at the heart of every step and of every gradient: rows x columns, with the sums in registers.
 //
-// Weights lie in panels: for each block of columns [K][C] vectors, so that one step of k reads C consecutive vectors
-// and one scalar of each of R rows for R * C multiply-adds. Forward's columns are all gates of one vector of units, so
-// that the cell's equations find a unit's sums side by side. Few rows are not worth packing for: they take the weights
-// as they lie. Each sum over a panel runs over k in the same order whatever R is: a row's result does not depend on its
-// neighbours, but for the choice between packed and not.
+// Weights lie in panels: for each block of columns [K][C] vectors (the last block has as many as it needs), so that one
+// step of k reads C consecutive vectors and one scalar of each of R rows for R * C multiply-adds. Forward's columns are
+// all gates of one vector of units, so that the cell's equations find a unit's sums side by side. Few rows are not
+// worth packing for: they take the weights as they lie. Each sum over a panel runs over k in the same order whatever R
+// is: a row's result does not depend on its neighbours, but for the choice between packed and not.
 #pragma once
 
 #include "vec.h"
@@ -33,6 +33,16 @@ constexpr int64_t kRowsWorthPacking = 8;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Elements of a row of n in whole vectors, and vectors of the block of G gates that begins at `unit` of n.
+template <class T>
+constexpr int64_t in_vectors(int64_t n) {
+  return ceil_div(n, kLanes<T>) * kLanes<T>;
+}
+template <class T, int G>
+constexpr int block_vectors(int64_t n, int64_t unit) {
+  return G * int(least(ceil_div(n - unit, kLanes<T>), kUnitVectors<G>));
+}
 
 // Rows [row, row + rows) and blocks [block, block + blocks); one of the two counts is 1. A slot is a row or a block.
 struct Part {
@@ -203,8 +213,9 @@ FUSED_RNN_INLINE void cover(int64_t row, int64_t row_end, int64_t block, int64_t
 // is W[g * H + unit + u * lanes + j][k]. Units past H are zero.
 template <class T, int G>
 void pack_rows(T* panel, const T* W, int64_t H, int64_t K, int64_t unit) {
-  constexpr int U = kUnitVectors<G>, n = kLanes<T>;
-  for (int c = 0; c < G * U; ++c) {
+  constexpr int n = kLanes<T>;
+  const int vectors = block_vectors<T, G>(H, unit), U = vectors / G;
+  for (int c = 0; c < vectors; ++c) {
     const int64_t first = unit + c % U * n, units = least(H - first, n);
     const T* row = W + (c / U * H + first) * K;
     for (int64_t k = 0; k < K; k += n) {
@@ -212,7 +223,7 @@ void pack_rows(T* panel, const T* W, int64_t H, int64_t K, int64_t unit) {
       Vec<T> square[n];
       for (int j = 0; j < n; ++j) square[j] = j < units ? load(row + j * K + k, width) : Vec<T>{};
       transpose<T>(square);
-      for (int64_t i = 0; i < width; ++i) store(panel + ((k + i) * G * U + c) * n, square[i]);
+      for (int64_t i = 0; i < width; ++i) store(panel + ((k + i) * vectors + c) * n, square[i]);
     }
   }
 }
@@ -231,14 +242,12 @@ struct Rows {
 // panel[k][u] of one block, from W [K, N] whose columns are the block's units: a copy.
 template <class T>
 void pack_columns(T* panel, const Rows<const T>& W, int64_t K, int64_t N, int64_t unit) {
-  constexpr int U = kUnitVectors<1>, n = kLanes<T>;
+  constexpr int n = kLanes<T>;
+  const int vectors = block_vectors<T, 1>(N, unit);
   for (int64_t k = 0; k < K; ++k) {
-    const T* row = W[k];
-    for (int u = 0; u < U; ++u) {
-      const int64_t left = N - (unit + u * n);
-      const int64_t width = left < 0 ? 0 : least(left, n);
-      store(panel + (k * U + u) * n, width ? load(row + unit + u * n, width) : Vec<T>{});
-    }
+    const T* row = W[k] + unit;
+    for (int u = 0; u < vectors; ++u)
+      store(panel + (k * vectors + u) * n, load(row + u * n, least(N - unit - u * n, n)));
   }
 }
 
