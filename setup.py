@@ -1,4 +1,5 @@
-"""Builds fused_rnn._C, the CPU kernels, the operators and their bindings, and, where nvcc is found, fused_rnn._cuda.
+"""Builds three libraries: _cpu.so, the CPU kernels and their operators; the Python module _C, what is not an operator;
+and, where nvcc is found, _cuda.so, the CUDA kernels and their operators. Those of operators know nothing of Python.
 
 Only LibTorch's stable ABI is used and only libtorch_cpu is linked, so the result runs on torch 2.10 or newer,
 whatever version it was built against, and the CUDA kernels are built against a torch without CUDA just as well.
@@ -21,6 +22,7 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 CUDA_ONLY = ("cuda_ops.cpp", "recurrence.cpp")
+MODULE = ("bindings/module.o", "cuda/plan.o")  # the rest is _cpu.so's
 ARCHITECTURES = "8.0 9.0a 10.0a+PTX"
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000ULL")  # of torch 2.10
 
@@ -162,14 +164,41 @@ def build_command() -> type:
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
-        def build_extensions(self) -> None:
+        def get_ext_filename(self, name: str) -> str:
+            """Libraries of operators serve every Python, and their names tell of none."""
+            return super().get_ext_filename(name) if name.endswith("_C") else f"{name.replace('.', '/')}.so"
+
+        def build_extension(self, ext: Extension) -> None:
+            """All of them at the module's turn: its files are compiled beside the others."""
+            if ext.name != "fused_rnn._C":
+                return
             require_compiler()
-            super().build_extensions()
-            library = Path(self.get_ext_fullpath("fused_rnn._C")).parent / "_cuda.so"
+            objects = self.compiler.compile(
+                ext.sources,
+                output_dir=self.build_temp,
+                macros=ext.define_macros,
+                include_dirs=ext.include_dirs,
+                extra_postargs=ext.extra_compile_args,
+                depends=ext.depends,
+            )
+            cpu, cuda = (self.get_ext_fullpath(f"fused_rnn.{name}") for name in ("_cpu", "_cuda"))
+            module = [path for path in objects if path.endswith(MODULE)]
+            for output, parts, option in (
+                (cpu, [path for path in objects if path not in module], "-soname,_cpu.so"),
+                (self.get_ext_fullpath(ext.name), [*module, cpu], "-rpath,$ORIGIN"),
+            ):
+                self.compiler.link_shared_object(
+                    parts,
+                    output,
+                    libraries=ext.libraries,
+                    library_dirs=ext.library_dirs,
+                    extra_postargs=[*ext.extra_link_args, f"-Wl,{option}"],
+                    target_lang=ext.language,
+                )
             if compiler := nvcc():
-                build_cuda(compiler, Path(self.build_temp).resolve() / "cuda", library)
+                build_cuda(compiler, Path(self.build_temp).resolve() / "cuda", Path(cuda))
             else:
-                library.unlink(missing_ok=True)  # of an earlier build
+                Path(cuda).unlink(missing_ok=True)  # of an earlier build
 
     return Build
 
@@ -178,4 +207,6 @@ if {"sdist", "egg_info", "dist_info"} & set(sys.argv):
     setup()
 else:
     require_compiler()
-    setup(ext_modules=[extension()], cmdclass={"build_ext": build_command()})
+    # Those without sources are built with the module; their names have them copied and packed.
+    others = [Extension(f"fused_rnn.{name}", sources=[]) for name in ("_cpu", *(["_cuda"] if nvcc() else []))]
+    setup(ext_modules=[extension(), *others], cmdclass={"build_ext": build_command()})

@@ -9,6 +9,7 @@ torch.Size([5, 3, 20])
 
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -30,6 +31,9 @@ from fused_rnn.modules import GRU, LSTM, RNN
 from fused_rnn.patch import patched
 from fused_rnn.planning import plan
 
+OPERATORS_LIBRARY = str(Path(__file__).with_name("_cpu.so"))
+"""The file of the CPU operators, for ``torch.ops.load_library`` or a C++ program: it needs no Python."""
+
 try:
     __version__ = version("fused_rnn")
 except PackageNotFoundError:  # a build in place that was never installed
@@ -38,6 +42,7 @@ except PackageNotFoundError:  # a build in place that was never installed
 __all__ = [
     "GRU",
     "LSTM",
+    "OPERATORS_LIBRARY",
     "RNN",
     "GRUCell",
     "LSTMCell",

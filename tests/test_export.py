@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.utils.cpp_extension import include_paths, library_paths
 
 import fused_rnn
 from contract import NAMES, close, gradients, tensors
@@ -124,7 +126,7 @@ def test_a_saved_program_runs_elsewhere(tmp_path: Path) -> None:
     torch.export.save(program.run_decompositions(), tmp_path / "lowered.pt2")
     input = torch.randn(9, 8, INPUT)
     torch.save(input, tmp_path / "input.pt")
-    library = fused_rnn._C.__file__
+    library = fused_rnn.OPERATORS_LIBRARY
     run = "torch.save(torch.export.load(f'{name}.pt2').module()(torch.load('input.pt')), f'{name}.pt')"
     elsewhere(f"import torch, fused_rnn; name = 'program'; {run}", tmp_path)
     # The lowered one needs the operators alone.
@@ -133,17 +135,25 @@ def test_a_saved_program_runs_elsewhere(tmp_path: Path) -> None:
         close(torch.load(tmp_path / f"{name}.pt"), model(input))
 
 
-def test_aot_inductor(tmp_path: Path) -> None:
-    """A package of machine code, where only the operators' library is loaded."""
+SIZES = [(9, 8), (2, 3)]
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, str]:
+    """A model, and AOTInductor's package of machine code of it."""
     model = built("lstm_deep").eval()
     program = exported(model, torch.randn(6, 7, INPUT))
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    sizes = [(9, 8), (2, 3)]
-    inputs = [torch.randn(T, B, INPUT) for T, B in sizes]
+    file = tmp_path_factory.mktemp("package") / "model.pt2"
+    return model, torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+
+
+def test_a_package_runs_with_the_operators_alone(packaged: tuple[nn.Module, str], tmp_path: Path) -> None:
+    model, package = packaged
+    inputs = [torch.randn(T, B, INPUT) for T, B in SIZES]
     torch.save(inputs, tmp_path / "inputs.pt")
     code = f"""
 import sys, torch
-torch.ops.load_library({fused_rnn._C.__file__!r})
+torch.ops.load_library({fused_rnn.OPERATORS_LIBRARY!r})
 model = torch._inductor.aoti_load_package({package!r})
 torch.save([model(x) for x in torch.load("inputs.pt")], "results.pt")
 assert not any(name.startswith("fused_rnn") for name in sys.modules)
@@ -151,6 +161,35 @@ assert not any(name.startswith("fused_rnn") for name in sys.modules)
     elsewhere(code, tmp_path, path=False)
     for found, input in zip(torch.load(tmp_path / "results.pt"), inputs, strict=True):
         close(found, model(input))
+
+
+def test_a_package_runs_without_python(packaged: tuple[nn.Module, str], tmp_path: Path) -> None:
+    """In a C++ program."""
+    model, package = packaged
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler (g++)")
+    program = tmp_path / "run_package"
+    headers = [f"-I{path}" for path in include_paths()]
+    libraries = [option for path in library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    source = Path(__file__).with_name("run_package.cpp")
+    command = ["g++", "-std=c++20", "-w", *headers, source, "-o", program, *libraries]
+    subprocess.run([*command, "-ltorch_cpu", "-lc10", "-ldl"], check=True)
+    inputs = [torch.randn(T, B, INPUT) for T, B in SIZES]
+    files = [tmp_path / f"{T}x{B}" for T, B in SIZES]
+    arguments: list[Any] = []
+    for file, input in zip(files, inputs, strict=True):
+        input.numpy().tofile(file)
+        arguments += [file, *input.shape]
+    command = [str(word) for word in (program, fused_rnn.OPERATORS_LIBRARY, package, *arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    loaded = {Path(line.split()[-1]).name for line in done.stdout.splitlines()}
+    assert Path(fused_rnn.OPERATORS_LIBRARY).name in loaded
+    assert not [name for name in loaded if name.startswith("libpython")]
+    for file, input in zip(files, inputs, strict=True):
+        expected = model(input)[0]
+        found = torch.from_file(f"{file}.out", size=expected.numel())
+        close(found.view_as(expected), expected)
 
 
 @pytest.mark.parametrize("key", ["rnn_deep", "lstm_deep", "gru_deep"])

@@ -1,4 +1,4 @@
-// fused_rnn._C: what is not an operator. Importing it registers the operators of ops.cpp.
+// fused_rnn._C: what is not an operator. Importing it loads _cpu.so, beside it, which registers the operators.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -6,15 +6,18 @@
 
 #include "kernels.h"
 
+// What the Python module, a library of its own, asks of this one; all else is hidden.
+#define FUSED_RNN_EXPORT __attribute__((visibility("default")))
+
 namespace fused_rnn {
 namespace cpu {
 
 // The implementation in use: the best that the processor and the operating system support, or the one that
 // FUSED_RNN_CPU_ISA names. Throws std::runtime_error if that name is unknown or not supported here.
-const Kernels& kernels();
+FUSED_RNN_EXPORT const Kernels& kernels();
 
 // The implementations that run on this machine, best first.
-std::vector<const Kernels*> supported();
+FUSED_RNN_EXPORT std::vector<const Kernels*> supported();
 
 // How a team works on a layer; see Worker.
 struct Plan {
@@ -22,7 +25,7 @@ struct Plan {
   int64_t workers;  // threads of each team
   bool splits_units;
 };
-Plan plan(const LayerShape& shape, int64_t threads);
+FUSED_RNN_EXPORT Plan plan(const LayerShape& shape, int64_t threads);
 
 void forward(const ForwardParams& params, int64_t threads);
 
