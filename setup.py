@@ -52,6 +52,7 @@ def extension() -> Extension:
     flags = [
         "-std=c++17",
         "-O3",
+        "-g0",  # Python's own flags ask for debug information, most of the libraries' size
         "-fopenmp",
         "-ffp-contract=fast",
         "-fno-math-errno",
