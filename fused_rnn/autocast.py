@@ -87,13 +87,18 @@ def casts(
     return Casts(torch.float32, half if projected or cell.startswith("rnn") else c, c)
 
 
+# Asked here, as a compiler would put the question into its graph.
+_ONEDNN_TAKES_FP16: bool = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+_ONEDNN_TAKES_BF16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _onednn_takes(x: Tensor) -> bool:
     """Whether torch.nn's LSTM runs on oneDNN, which computes and returns autocast's dtype."""
     if not torch.backends.mkldnn.enabled or x.numel() == 0:
         return False
     if x.dtype is torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported() and not torch.is_grad_enabled()
-    return x.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return _ONEDNN_TAKES_FP16 and not torch.is_grad_enabled()
+    return x.dtype is torch.float32 or _ONEDNN_TAKES_BF16
 
 
 def torch_is_faster(cell: str, half: torch.dtype, steps: int, batch: int, hidden_size: int) -> bool:

@@ -61,7 +61,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         parameters = self._parameters
         # A parametrised weight is no parameter, may change whenever it is got, and an attribute is slow to get.
         weights: Any = [parameters[name] if name in parameters else getattr(self, name) for name in _WEIGHTS]
-        casts = None if ops.watched() else autocast.casts(cell, input, states, weights)
+        casts = autocast.casts(cell, input, states, weights) if fuses else None
         if casts:
             if self._torch_is_faster(cell, input):
                 return None
@@ -90,6 +90,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         return (
             not ops.on_cuda(input)
             and half is not None
+            and not torch.compiler.is_compiling()  # which would guard the sizes
             and autocast.torch_is_faster(cell, half, 1, batch, self.hidden_size)
         )
 

@@ -76,16 +76,20 @@ def _backward(
     H, P = w_hh.size(0) // reference.GATES[name], w_hh.size(1)
     D = 1 if w_hh_reverse is None else 2
     is_step = x.dim() == 2 and batch_sizes is None
-    batch, _ = _batch_and_rows(x, dh_n if dh_n is not None else dc_n, batch_sizes)
-    state = (batch,) if is_step else (D, batch)
+    state = dh_n if dh_n is not None else dc_n
+    if batch_sizes is not None and not (need_dstate or reset_steps):
+        batch = 0  # not asked for: a size that nothing has would be an error
+    else:
+        batch, _ = _batch_and_rows(x, state, batch_sizes)
+    rows = (batch,) if is_step else (D, batch)
 
     def wanted(shape: Sequence[int], need: bool) -> Tensor:
         return x.new_empty(shape if need else (0,))
 
     grads = [
         wanted(x.shape, need_dx),
-        wanted((*state, P), need_dstate),
-        wanted((*state, H), need_dstate and name == "lstm"),
+        wanted((*rows, P), need_dstate),
+        wanted((*rows, H), need_dstate and name == "lstm"),
     ]
     for direction in range(2):
         has = direction < D

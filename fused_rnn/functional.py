@@ -6,7 +6,6 @@ This is the readable algorithm of torch.nn's RNN, LSTM and GRU; `fused_rnn.ops.l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -175,19 +174,16 @@ def _join(states: list[Tensor], dim: int) -> Tensor:
     return states[0] if len(states) == 1 else torch.cat(states, dim)
 
 
-@ops.runs_eagerly
 def rnn(input: Any, weights: Sequence[Tensor], hx: Any = None, *, nonlinearity: str = "tanh", **options: Any) -> Any:
     """torch.nn.RNN's function of plain tensors, as `lstm` is the LSTM's; `nonlinearity` is "tanh" or "relu"."""
     return _call("RNN", input, weights, hx, nonlinearity=nonlinearity, **options)
 
 
-@ops.runs_eagerly
 def gru(input: Any, weights: Sequence[Tensor], hx: Any = None, **options: Any) -> Any:
     """torch.nn.GRU's function of plain tensors, as `lstm` is the LSTM's."""
     return _call("GRU", input, weights, hx, **options)
 
 
-@ops.runs_eagerly
 def lstm(input: Any, weights: Sequence[Tensor], hx: Any = None, **options: Any) -> Any:
     """torch.nn.LSTM's function of plain tensors, for weights that are computed: dropped, tied, made by another network.
 
@@ -242,7 +238,6 @@ def _call(
     unknown = set(of_class) - (known | {"nonlinearity"} if name == "RNN" else known)
     if unknown:
         raise TypeError(f"{name.lower()}() got an unexpected keyword argument {sorted(unknown)[0]!r}")
-    of_class = {option: tuple(v) if isinstance(v, list) else v for option, v in of_class.items()}  # can be hashed
     weights = list(weights)
     if norms is not None and not all(isinstance(norm, Tensor) for norm in norms):
         raise ValueError(f"{name.lower()}: expected norms to be tensors, got {[type(norm).__name__ for norm in norms]}")
@@ -252,35 +247,71 @@ def _call(
         )
     gates = {"RNN": 1, "LSTM": 4, "GRU": 3}[name]
     bias = len(weights) > 2 and weights[2].dim() == 1
-    width = weights[1].size(1)
-    projected = name == "LSTM" and width * gates != weights[1].size(0)
+    shapes = _constant(tuple(tuple(w.shape) for w in weights))
+    rows, width = shapes[1]
+    projected = name == "LSTM" and width * gates != rows
     count = (2 + 2 * bias + projected) * (2 if bidirectional else 1)  # of a layer
-    sizes = tuple(w.size(0) // gates for w in weights[1::count])
-    template = _template(
-        getattr(modules, name), weights[0].size(1), sizes[0] if len(set(sizes)) == 1 else sizes, len(sizes), bias,
-        batch_first, dropout, bidirectional, width if projected else 0, norms is not None, tuple(of_class.items()),
+    sizes = tuple(shape[0] // gates for shape in shapes[1::count])
+    attributes, of_weights, of_norms = _description(
+        name, shapes[0][1], sizes[0] if len(set(sizes)) == 1 else sizes, len(sizes), bias, batch_first,
+        _constant(dropout), bidirectional, width if projected else 0, norms is not None,
+        tuple((option, _constant(value)) for option, value in of_class.items()),
     )  # fmt: skip
-    module = copy(template)  # with other weights; what it holds of its own is only read
-    gains = {norm: template._parameters[norm] for norm, _ in template._norm_shapes()}
-    for what, given, own in (("weights", weights, template._flat_weights), ("norms", norms or (), gains.values())):
-        expected, got = [tuple(w.shape) for w in own], [tuple(w.shape) for w in given]
+    parameters: dict[str, Tensor] = {}
+    for what, given, of_module in (("weights", weights, of_weights), ("norms", list(norms or ()), of_norms)):
+        expected, got = [shape for _, shape in of_module], [tuple(w.shape) for w in given]
         if got != expected:
             raise ValueError(f"{name.lower()}: expected {what} of shapes {expected}, got {got}")
-    module.__dict__.update(_flat_weights=weights, training=training)
-    if norms is not None:
-        module.__dict__["_parameters"] = template._parameters | dict(zip(gains, norms, strict=True))
+        parameters |= {key: w for (key, _), w in zip(of_module, given, strict=True)}
+    module: Any = object.__new__(getattr(modules, name))
+    module.__dict__.update(dict(attributes), training=training, _flat_weights=weights, _parameters=parameters)
     return segments.run(module, input, hx, resets, reset_state, lengths, return_state_sequence)
 
 
+def _constant(value: Any) -> Any:
+    """A size, a rate, or a tuple of these, even where a compiler has made symbols of them: modules have none either."""
+    if isinstance(value, (tuple, list)):
+        return tuple([_constant(v) for v in value])
+    if not torch.compiler.is_compiling() or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return value
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # slow to import
+
+    return guard_scalar(value)
+
+
+_Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+_Description = tuple[tuple[tuple[str, Any], ...], _Shapes, _Shapes]
+
+
+def _description(*arguments: Any) -> _Description:
+    return _described(*arguments)
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler: it calls this, and does not look inside,
+# where a module is made.
+_description._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @lru_cache(maxsize=256)
-def _template(
-    cls: Any, input_size: int, hidden_size: Any, num_layers: int, bias: bool, batch_first: bool, dropout: float,
+def _described(
+    name: str, input_size: int, hidden_size: Any, num_layers: int, bias: bool, batch_first: bool, dropout: float,
     bidirectional: bool, proj_size: int, layer_norm: bool, of_class: tuple[tuple[str, Any], ...],
-) -> Any:  # fmt: skip
-    """A module of these sizes without memory."""
+) -> _Description:  # fmt: skip
+    """What a module of these sizes has: its attributes, and the names and shapes of its weights and of its gains."""
+    from fused_rnn import modules
+
     options = dict(of_class) | ({"proj_size": proj_size} if proj_size else {})
     options |= {"layer_norm": True} if layer_norm else {}
-    return cls(
+    module = getattr(modules, name)(
         input_size, hidden_size, num_layers, bias=bias, batch_first=batch_first, dropout=dropout,
         bidirectional=bidirectional, device="meta", **options,
     )  # fmt: skip
+    names = module._flat_weights_names
+    attributes = {key: value for key, value in vars(module).items() if isinstance(value, (int, float, str, tuple))}
+    attributes |= {"_flat_weights_names": tuple(names)}
+    del attributes["__module__"]
+    of_weights, of_norms = (
+        tuple((key, tuple(module._parameters[key].shape)) for key in keys)
+        for keys in (names, [key for key, _ in module._norm_shapes()])
+    )
+    return tuple(attributes.items()), of_weights, of_norms

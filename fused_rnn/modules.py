@@ -47,7 +47,6 @@ class FusedRNNBase(TorchConvertible, Variants):
         super().__init_subclass__(**kwargs)
         cls._checks_are_torchs = all(getattr(cls, name).__module__ == torch.nn.RNNBase.__module__ for name in _CHECKS)
 
-    @ops.runs_eagerly
     def forward(
         self,
         input: Any,
@@ -93,7 +92,6 @@ class FusedRNNBase(TorchConvertible, Variants):
                 pass  # something does not fit, or belongs to torch: find out below, and raise torch's error
         return self._checked(input, hx)
 
-    @ops.runs_eagerly
     def step(
         self,
         input: Tensor,
@@ -144,6 +142,7 @@ class FusedRNNBase(TorchConvertible, Variants):
         y, hidden = FusedRNNBase.forward(self, input.unsqueeze(time_dim), hx)
         return y.squeeze(time_dim), hidden
 
+    @ops.runs_eagerly
     def _fused(self, input: Tensor, hx: Any) -> Any:
         """Batched plain tensors, checked by the operators alone: the usual call, short of what it can do without.
 
@@ -154,6 +153,7 @@ class FusedRNNBase(TorchConvertible, Variants):
         y, *hidden = self._stack(x, (None, None) if hx is None else self._given_states(hx))
         return _batch_major(y) if self.batch_first else y, self._pack_states(hidden)
 
+    @ops.runs_eagerly
     def _usual(self, input: Any, dim: int, hx: Any) -> bool:
         """Whether this is the usual call, where every check that is left is made by the operators."""
         if (
@@ -177,6 +177,7 @@ class FusedRNNBase(TorchConvertible, Variants):
                 return False
         return True
 
+    @ops.runs_eagerly
     def _stack(
         self, x: Tensor, states: Any, batch_sizes: Tensor | None = None, weights: Any = None, **more: Any
     ) -> tuple[Tensor, ...]:
@@ -203,6 +204,7 @@ class FusedRNNBase(TorchConvertible, Variants):
                 return False
         return self._checks_are_torchs and type(self.bidirectional) is bool
 
+    @ops.runs_eagerly
     def _checked(self, input: Any, hx: Any) -> Any:
         """Any call: packed, unbatched, irregular or wrong; torch.nn itself takes what the kernels cannot."""
         packed = isinstance(input, PackedSequence)
@@ -213,7 +215,7 @@ class FusedRNNBase(TorchConvertible, Variants):
             return self._torchs(input, hx)
         self._refresh_flat_weights()
         weights = self._flat_weights
-        casts = None if ops.watched() else self._casts(data, states, weights, packed)
+        casts = self._casts(data, states, weights, packed)
         if casts:
             (data,), states, weights = (casts.into(tensors) for tensors in ((data,), states, weights))
         if not self._regular(data, states, weights, packed):
@@ -233,8 +235,8 @@ class FusedRNNBase(TorchConvertible, Variants):
             batch = int(batch_sizes[0]) if packed else data.size(batch_dim)
             hidden = self._pack_states(states or self._zero_states(data, batch))
             hidden = self.permute_hidden(hidden, sorted_indices) if states else hidden
-            self.check_forward_args(data, hidden, batch_sizes)
             states = self._given_states(hidden)
+            self._check_arguments(data, states, batch_sizes)
         else:  # zeros fit by themselves, and the kernels need no tensor for them
             self.check_input(data, batch_sizes)
             states = (None,) * len(self._state_sizes())
@@ -266,6 +268,7 @@ class FusedRNNBase(TorchConvertible, Variants):
         except RuntimeError:
             return segments.run(self, input, hx, None, None, None, False)
 
+    @ops.runs_eagerly
     def _refresh_flat_weights(self) -> None:
         # torch.nn's _update_flat_weights, without the cost of its attribute look-ups in the usual case.
         parameters = self._parameters
@@ -276,10 +279,12 @@ class FusedRNNBase(TorchConvertible, Variants):
 
     # RNN and GRU have one state, a tensor; the LSTM has a pair.
 
+    @ops.runs_eagerly
     def _given_states(self, hx: Any) -> tuple[Any, ...] | None:
         """The states in hx; () if there are none, None if hx is not what forward expects."""
         return () if hx is None else (hx,)
 
+    @ops.runs_eagerly
     def _pack_states(self, states: Any) -> Any:
         return states[0]
 
@@ -374,11 +379,13 @@ class LSTM(FusedRNNBase, torch.nn.LSTM):
             **options: Unpack[Options],
         ) -> None: ...
 
+    @ops.runs_eagerly
     def _given_states(self, hx: Any) -> tuple[Any, ...] | None:
         if hx is None:
             return ()
         return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
 
+    @ops.runs_eagerly
     def _pack_states(self, states: Any) -> Any:
         return tuple(states)
 

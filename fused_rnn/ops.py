@@ -196,7 +196,8 @@ def runs_eagerly(function: _Function) -> _Function:
     """Keeps torch.compile from compiling `function` on its own when an eager frame calls it.
 
     So torch.nn's modules behave, whose files are on the compiler's list of skipped ones: the graph breaks at the
-    module, and the module runs as it is. A frame that is being compiled can still inline the function.
+    module, and the module runs as it is. A frame that is being compiled can still inline the function. What a user can
+    hand to torch.compile, `forward` and `step`, is not marked, but all that it calls is.
     """
     from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
@@ -227,12 +228,11 @@ def fusible(x: Any, *others: Any) -> bool:
     """Whether the kernels may compute with these; if not, torch does.
 
     They take plain tensors of one supported dtype on one CPU or CUDA device, and only while nothing but a compiler
-    watches or rewrites torch's operations: a tracer, a mode, a functorch transform, an exporter to ONNX. Autocast is
-    for the caller, but in a compiler, where it leaves the layer to torch.
+    watches or rewrites torch's operations: a tracer, a mode, a functorch transform, an exporter to ONNX.
     """
     compiling = torch.compiler.is_compiling()
     types = COMPILERS_TYPES if compiling else PLAIN_TYPES
-    if type(x) not in types or (_rewritten_in_compiler(x) if compiling else watched()):
+    if type(x) not in types or (transformed() or torch.onnx.is_in_onnx_export() if compiling else watched()):
         return False
     dtype, device = x.dtype, x.device
     if dtype not in DTYPES or x.is_nested or not (x.is_cpu or (on_cuda(x) and cuda.available())):
@@ -268,11 +268,6 @@ def watched() -> bool:
 def transformed() -> bool:
     """Whether a functorch transform or a forward-mode derivative rewrites torch's operations."""
     return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
-
-
-def _rewritten_in_compiler(x: Tensor) -> bool:
-    # `watched` in terms that a compiler can trace.
-    return transformed() or torch.is_autocast_enabled(x.device.type) or torch.onnx.is_in_onnx_export()
 
 
 def _function_mode_matters() -> bool:
@@ -366,6 +361,8 @@ def _call_backward(
         map(bool.__or__, of_both[:5], of_both[5:]) if reverse else of_both
     )
     dy, dh_n, dc_n, dc_sequence = (*grads, None)[:4]
+    if s.batch_sizes is not None and dh_n is None is dc_n and type(x) not in PLAIN_TYPES and inputs[1] is not None:
+        dh_n = torch.zeros_like(inputs[1])  # tells a compiler how many rows there are
     further: Sequence[Any] = ()
     if s is not _PLAIN[s.cell]:
         reset_steps = _steps_of_reset_states((reset_h, reset_c), needs)

@@ -20,6 +20,7 @@ from fused_rnn.functional import Extras
 from fused_rnn.reference import Norms
 
 
+@ops.runs_eagerly
 def run(
     module: Any,
     input: Any,

@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 from fused_rnn import functional, ops
 
 
+@ops.runs_eagerly
 def run(
     module: Any, input: Tensor, hx: Any, resets: Tensor | None, reset_state: Any, active: Tensor | None, out: Any
 ) -> tuple[Tensor, Any]:

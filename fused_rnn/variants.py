@@ -221,6 +221,8 @@ class Variants(torch.nn.RNNBase):
         Raises:
             RuntimeError, ValueError: as torch.nn.
         """
+        if batch_sizes is not None and torch.compiler.is_compiling():
+            return self.check_input(data, batch_sizes)  # how many rows there are is in values: for the operators
         if not isinstance(self.hidden_size, tuple):
             return self.check_forward_args(data, self._pack_states(states), batch_sizes)
         self.check_input(data, batch_sizes)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_rnn
 from contract import CELL_MODULES, CELLS, MODULES, NAMES, SEQUENCES, allowed_error, close, pair, tensors
-from fused_rnn import functional
 
 INPUT, HIDDEN = 3, 5
 SIZES = [(6, 7), (9, 7), (11, 8)]  # T, B
@@ -230,21 +230,172 @@ def test_cells(key: str) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("key", ["rnn_tanh", "lstm_batch_first", "gru"])
-def test_step(key: str) -> None:
-    model = built(key).rnn
+@pytest.mark.parametrize("key", CELL_MODULES)
+def test_a_loop_of_cells(key: str) -> None:
+    """The loop is unrolled: one graph for any batch, one for each number of steps."""
+    _, cell = pair(key, sizes=(INPUT, HIDDEN))
 
-    def step(*args: Any, **options: Any) -> Any:
-        return model.step(*args, **options)
+    def loop(input: Tensor, h: Any) -> Any:
+        for t in range(input.size(0)):
+            h = cell(input[t], h)
+        return h
+
+    compiled, graphs = whole(loop)
+    for B in (7, 8):
+        h = torch.randn(B, HIDDEN)
+        input, hx = torch.randn(4, B, INPUT), (h, h + 1) if isinstance(cell, nn.LSTMCell) else h
+        close(compiled(input, hx), loop(input, hx))
+    assert graphs.traced == ["layer.default"] * 4
+    assert graphs.count == 1
+
+
+def step_arguments(model: Any, B: int) -> tuple[Tensor, Any, dict[str, Any]]:
+    _, hx, values = drawn(model, 9, B)
+    masks = {"resets": torch.rand(B) < 0.5, "active": torch.rand(B) < 0.7}
+    return torch.randn(B, INPUT, requires_grad=True), hx, masks | {"reset_state": values["learned"]}
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [("rnn_tanh", ""), ("lstm_batch_first", ""), ("gru", "resets"), ("lstm", "resets active reset_state")],
+)
+def test_step(key: str, names: str) -> None:
+    """Handed to torch.compile itself."""
+    model = built(key).rnn
+    compiled, graphs = whole(model.step)
+    for B in (7, 8):
+        input, hx, values = step_arguments(model, B)
+        options = {name: values[name] for name in names.split()}
+        close(compiled(input, hx, **options), model.step(input, hx, **options))
+    assert graphs.traced == ["layer.default"] * model.num_layers
+    assert graphs.backward == ["backward.default"] * model.num_layers
+
+
+@pytest.mark.parametrize("key", ["lstm", "gru"])
+def test_steps_in_a_rollout(key: str) -> None:
+    model = built(key)
+
+    class Rollout(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input: Tensor, hx: Any, resets: Tensor, active: Tensor) -> Any:
+            outputs = []
+            for t in range(input.size(0)):
+                y, hx = self.inner.rnn.step(self.inner.before(input[t]), hx, resets=resets[t], active=active[t])
+                outputs.append(y)
+            return torch.stack(outputs), hx
+
+    rollout = Rollout()
+    compiled, graphs = whole(rollout)
+    for B in (7, 8):
+        input, hx, _ = drawn(model.rnn, 2, B)
+        same(compiled, rollout, input, hx, torch.rand(2, B) < 0.3, torch.rand(2, B) < 0.7)
+    assert graphs.traced == ["layer.default"] * 2
+    assert graphs.backward == ["backward.default"] * 2
+
+
+def test_a_step_into_given_tensors() -> None:
+    """In a graph, too, the results are written there."""
+    model = built("gru").rnn
+
+    def step(input: Tensor, hx: Tensor, y: Tensor) -> Any:
+        return model.step(2 * input, hx, out=(y, hx))
 
     compiled, graphs = whole(step)
+    with torch.no_grad():
+        for B in (7, 8):
+            input, hx = torch.randn(B, INPUT), torch.randn(1, B, HIDDEN)
+            wanted = model.step(2 * input, hx)
+            y = torch.empty(B, HIDDEN)
+            compiled(input, hx, y)
+            close((y, hx), wanted)
+    assert graphs.traced == ["layer.default"]
+
+
+def packed(module: nn.RNNBase, B: int) -> tuple[PackedSequence, Any, list[Tensor]]:
+    """A batch in any order, its initial state(s), and what may have gradients."""
+    _, hx, _ = drawn(module, 9, B)
+    lengths = torch.randperm(9)[:B] + 1
+    batch = pack_padded_sequence(torch.randn(9, B, INPUT), lengths, enforce_sorted=False)
+    batch.data.requires_grad_()
+    return batch, hx, [batch.data, *tensors(hx)]
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("key", ["rnn_relu", "lstm_proj", "gru"])
+def test_packed(key: str, given: bool) -> None:
+    """A PackedSequence goes into a whole graph and comes out of it; torch.nn's modules compare its sizes, and raise."""
+    module = built(key).rnn
+    compiled, graphs = whole(lambda *arguments: module(*arguments))
     for B in (7, 8):
-        _, hx, options = drawn(model, 9, B)
-        input = torch.randn(B, INPUT, requires_grad=True)
-        resets = torch.rand(B) < 0.5
-        found = [call(input, hx, resets=resets, reset_state=options["learned"]) for call in (compiled, step)]
-        close(*found)
-    assert graphs.traced == ["layer.default"] * model.num_layers
+        input, hx, wanted = packed(module, B)
+        found = []
+        for call in (compiled, module):
+            output, states = call(input, hx) if given else call(input)
+            assert isinstance(output, PackedSequence)
+            grads = torch.autograd.grad(output.data.square().sum(), wanted, allow_unused=not given)
+            found.append(([output.data, states], [g for g in grads if g is not None]))
+        close(found[0][0], found[1][0])
+        close(found[0][1], found[1][1], grad=True)
+    assert graphs.traced == ["layer.default"] * module.num_layers
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_module_itself(name: str) -> None:
+    """Not inside of another one, and without being told what varies: two graphs for any number of lengths."""
+    module = getattr(fused_rnn, name)(INPUT, HIDDEN)
+    graphs = Graphs()
+    compiled = torch.compile(module, backend=graphs, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for T, B in [(6, 7), (9, 8), (11, 10), (5, 12)]:
+            input = torch.randn(T, B, INPUT)
+            close(compiled(input), module(input))
+    assert graphs.count == 2
+    assert graphs.traced == ["layer.default"]
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("key", ["rnn_tanh", "lstm", "lstm_proj", "gru_deep", "lstm_cell", "gru_cell"])
+def test_autocast(key: str, half: torch.dtype) -> None:
+    """Eager's dtypes and values, around the graph and in it."""
+    if cell := key in CELL_MODULES:
+        _, model = pair(key, sizes=(INPUT, HIDDEN))
+    else:
+        model = built(key).rnn
+
+    def inside(*args: Tensor) -> Any:
+        with torch.autocast("cpu", half):
+            return model(*args)
+
+    compiled, graphs = whole(model)
+    for T, B in SIZES[1:]:
+        input = torch.randn((B, INPUT) if cell else (T, B, INPUT), requires_grad=True)
+        found = []
+        for call in (compiled, model):
+            with torch.autocast("cpu", half):
+                results = tensors(call(input))
+            loss = sum(t.double().square().sum() for t in results)
+            found.append((results, torch.autograd.grad(loss, [input, *model.parameters()])))
+        close(found[0][0], found[1][0])
+        close(found[0][1], found[1][1], grad=True)
+    assert graphs.traced == ["layer.default"] * getattr(model, "num_layers", 1)
+    torch._dynamo.reset()
+    compiled, graphs = whole(inside)
+    close(compiled(input), inside(input))
+    assert graphs.traced == ["layer.default"] * getattr(model, "num_layers", 1)
+
+
+@pytest.mark.parametrize("key", ["lstm", "gru"])
+def test_autocast_with_keywords_and_variants(key: str) -> None:
+    model = built(key, layer_norm=True, zoneout=0.2).eval()
+    compiled, graphs = whole(model)
+    for T, B in SIZES[1:]:
+        input, hx, values = drawn(model.rnn, T, B)
+        with torch.autocast("cpu", torch.bfloat16):
+            same(compiled, model, input, hx, resets=values["resets"], lengths=values["lengths"])
+    assert graphs.traced == ["layer.default"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -254,18 +405,6 @@ def test_dtypes(dtype: torch.dtype) -> None:
     input = torch.randn(4, 6, INPUT, dtype=dtype, requires_grad=True)
     same(compiled, model, input)
     assert graphs.backward == ["backward.default"] * 2
-
-
-def test_functions() -> None:
-    """`fused_rnn.functional` makes a module on the way: the graph breaks there, results are the same."""
-    weights = [w.detach().requires_grad_() for w in built("lstm").rnn.parameters()]
-
-    def dropped(input: Tensor, *weights: Tensor) -> Any:
-        return functional.lstm(input, [weights[0], weights[1] * 0.5, *weights[2:]])
-
-    compiled = torch.compile(dropped, backend=Graphs())
-    input = torch.randn(6, 7, INPUT)
-    close(compiled(input, *weights), dropped(input, *weights))
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
@@ -304,13 +443,10 @@ def test_what_torch_computes() -> None:
     """The kernels do not take these, in a graph either."""
     model = built("gru")
     input = torch.randn(6, 7, INPUT)
-    for change in ("autocast", "backend", "complex"):
+    for change in ("backend", "complex"):
         torch._dynamo.reset()
         compiled, graphs = whole(model, differentiated=False)  # torch.nn's operator unrolls the steps
-        if change == "autocast":
-            with torch.autocast("cpu", torch.bfloat16):
-                close(compiled(input), model(input))
-        elif change == "backend":
+        if change == "backend":
             model.rnn.backend = "torch"
             close(compiled(input), model(input))
             model.rnn.backend = "auto"

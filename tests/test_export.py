@@ -19,6 +19,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 import fused_rnn
 from contract import NAMES, close, gradients, tensors
+from fused_rnn import functional
 from test_compile import HIDDEN, INPUT, built, fused
 
 pytestmark = [
@@ -68,6 +69,31 @@ def test_keywords(strict: bool) -> None:
     for T, B in [(9, 8), (2, 3)]:
         given = options(T, B)
         close(program.module()(**given), module(**given))
+
+
+class Tied(nn.Module):
+    """Both layers have the same weights, half of whose recurrent ones are dropped: no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weights = nn.ParameterList([torch.randn(4 * HIDDEN, HIDDEN) * 0.3 for _ in range(2)])
+        self.register_buffer("mask", (torch.rand(4 * HIDDEN, HIDDEN) < 0.5).float() * 2)
+
+    def forward(self, input: Tensor) -> Any:
+        w_ih, w_hh = self.weights
+        return functional.lstm(input, [w_ih, w_hh * self.mask] * 2)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_functions(strict: bool) -> None:
+    model = Tied()
+    program = exported(model, torch.randn(6, 7, HIDDEN), strict=strict)
+    assert fused(program.graph_module) == ["layer.default"] * 2
+    for T, B in [(9, 8), (2, 3)]:
+        input = torch.randn(T, B, HIDDEN)
+        close(program.module()(input), model(input))
+    close(gradients(program.module(), input), gradients(model, input), grad=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
