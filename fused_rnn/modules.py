@@ -235,7 +235,7 @@ class FusedRNNBase(TorchConvertible, Variants):
             batch = int(batch_sizes[0]) if packed else data.size(batch_dim)
             hidden = self._pack_states(states or self._zero_states(data, batch))
             hidden = self.permute_hidden(hidden, sorted_indices) if states else hidden
-            states = self._given_states(hidden)
+            states = self._given_states(hidden) or ()
             self._check_arguments(data, states, batch_sizes)
         else:  # zeros fit by themselves, and the kernels need no tensor for them
             self.check_input(data, batch_sizes)
