@@ -108,7 +108,7 @@ def torch_is_faster(cell: str, half: torch.dtype, steps: int, batch: int, hidden
     """
     if half is not torch.bfloat16 or not ops.HAS_BF16_PRODUCTS:
         return False
-    if torch.are_deterministic_algorithms_enabled():
+    if ops.deterministic():
         return False  # one way for any batch
     training = torch.is_grad_enabled()
     if steps == 1:

@@ -134,10 +134,26 @@ class RNNCell(FusedCellBase, torch.nn.RNNCell):
         """
         if self.nonlinearity not in ("tanh", "relu"):
             return super().forward(input, hx)
+        if self._torch_trains(input, hx):
+            return super().forward(input, hx)
         cell = f"rnn_{self.nonlinearity}"
         states = () if hx is None else (hx,)
         result = self._usual_step(cell, input, *states) or self._step(cell, input, states)
         return self._torchs(cell, input, hx, states) if result is None else result[0]
+
+    def _torch_trains(self, input: Any, hx: Any) -> bool:
+        """Whether torch.nn is to take a step in training: beside its nodes in C++, ours in Python costs too much.
+
+        The products alone do not make up for it, as they do in the other cells, of three or four times as many.
+        """
+        parameters: Any = self._parameters
+        return (
+            torch.is_grad_enabled()
+            and ops.plain(input, 2)
+            and input.dtype in (torch.float32, torch.float64)
+            and ops.any_requires_grad((input, hx, *parameters.values()))
+            and not (torch.is_autocast_enabled("cpu") or ops.watched() or ops.deterministic())
+        )
 
 
 @fx_leaf

@@ -134,8 +134,8 @@ class FusedRNNBase(TorchConvertible, Variants):
             return steps.run(self, input, hx, resets, reset_state, active, out)
         if not self._varied and self._usual(input, 2, hx):
             try:
-                y, *hidden = self._stack(input.unsqueeze(0), (None, None) if hx is None else self._given_states(hx))
-                return y.squeeze(0), self._pack_states(hidden)
+                y, *hidden = steps.usual(self, input, self._given_states(hx))
+                return y, self._pack_states(hidden)
             except RuntimeError:
                 pass
         time_dim = 1 if self.batch_first and input.dim() == 2 else 0

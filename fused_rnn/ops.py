@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 _forward = torch.ops.fused_rnn.forward.default
 _backward = torch.ops.fused_rnn.backward.default
 _step: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fused_rnn.step.default
-_deterministic = torch.are_deterministic_algorithms_enabled
+deterministic = torch.are_deterministic_algorithms_enabled
 _step_into = torch.ops.fused_rnn.step_into.default
+_step_layers: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.fused_rnn.step_layers.default
 
 BACKENDS = ("auto", "fused", "torch")
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
@@ -95,7 +96,7 @@ def layer(
     ):
         if torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
             y, h_n, c_n = _apply(_PLAIN[cell], x, h0, c0, *_NO_WEIGHTS, *weights)
-        elif on_cuda(x) or _deterministic():
+        elif on_cuda(x) or deterministic():
             y, h_n, c_n, _, _ = _call_forward(_PLAIN[cell], (x, h0, c0, *_NO_WEIGHTS, *weights), False)
         else:
             y, h_n, c_n, _, _ = _forward(x, h0, c0, NUMBER[cell], False, *weights)
@@ -148,9 +149,35 @@ def step(cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: T
     if torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
         h, _, c = _apply(_PLAIN[cell], x, h0, c0, *_NO_WEIGHTS, *weights, *_NO_WEIGHTS[len(weights) :])
         return h, c
-    if _deterministic():
+    if deterministic():
         return _step(x, h0, c0, NUMBER[cell], *weights, *_NO_WEIGHTS[len(weights) :], True)
     return _step(x, h0, c0, NUMBER[cell], *weights)
+
+
+def step_layers(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    num_layers: int,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    projected: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One time step of all layers in inference, float32 or float64.
+
+    Args:
+        x: ``[B, I]``.
+        h0, c0: the states of all layers, ``[L, B, ...]``; None: zeros.
+        weights: torch.nn's ``_flat_weights``.
+
+    Returns:
+        y ``[B, P]``, h ``[L, B, P]``, and c ``[L, B, H]``, empty but for the LSTM.
+
+    Raises:
+        RuntimeError: a tensor does not fit the others in shape, dtype or device.
+    """
+    return _step_layers(x, h0, c0, NUMBER[cell], num_layers, weights, has_biases, projected, deterministic())
 
 
 def step_into(
@@ -181,7 +208,7 @@ def step_into(
     Raises:
         RuntimeError: a tensor does not fit the others in shape, dtype or device, or shares memory with a result.
     """
-    _step_into(x, h0, c0, layer, NUMBER[cell], *weights, *masks, *fresh, y, h, c, _deterministic())
+    _step_into(x, h0, c0, layer, NUMBER[cell], *weights, *masks, *fresh, y, h, c, deterministic())
 
 
 def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
@@ -214,7 +241,7 @@ def torch_is_faster(mode: str, dtype: torch.dtype, batch: int, hidden_size: int)
     The kernels widen bfloat16 to float32. Where the processor multiplies bfloat16 at twice the speed,
     torch.nn's LSTM gains from it unless it runs row by row, its RNN and GRU where their products are large.
     """
-    if dtype is not torch.bfloat16 or not HAS_BF16_PRODUCTS or _deterministic():  # which takes one way for any batch
+    if dtype is not torch.bfloat16 or not HAS_BF16_PRODUCTS or deterministic():  # which takes one way for any batch
         return False
     return batch >= 3 if mode == "LSTM" else batch >= 8 and hidden_size >= 384
 
@@ -332,14 +359,14 @@ def _call_forward(
     if on_cuda(x):
         return cuda.forward(steering, inputs, train)
     s, weights = steering, inputs[_WEIGHTS:]
-    if s is _PLAIN[s.cell] and not _deterministic():
+    if s is _PLAIN[s.cell] and not deterministic():
         y, h_n, c_n, reserve, _ = _forward(x, h0, c0, NUMBER[s.cell], train, *weights)
         return y, h_n, c_n, (), (reserve,)
     if len(weights) == 5:
         weights = (*weights, *_NO_WEIGHTS)
     y, h_n, c_n, reserve, c_of_steps = _forward(
         x, h0, c0, NUMBER[s.cell], train, *weights, s.batch_sizes, s.resets, reset_h, reset_c, s.c_sequence,
-        s.drop_h, s.zone_h, s.zone_c, *norms, _deterministic(), s.lengths,
+        s.drop_h, s.zone_h, s.zone_c, *norms, deterministic(), s.lengths,
     )  # fmt: skip
     return y, h_n, c_n, (c_of_steps,) if s.c_sequence else (), (reserve,)
 

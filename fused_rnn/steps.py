@@ -17,6 +17,8 @@ from torch.autograd.graph import increment_version
 
 from fused_rnn import functional, ops
 
+_IN_PLACE = (torch.float32, torch.float64)  # dtypes; the others are widened first
+
 
 @ops.runs_eagerly
 def run(
@@ -62,6 +64,23 @@ def run(
     return y, module._pack_states(hidden)
 
 
+@ops.runs_eagerly
+def usual(module: Any, input: Tensor, states: Any) -> Sequence[Tensor]:
+    """y and each state of a call that `FusedRNNBase._usual` has looked at.
+
+    Raises:
+        RuntimeError: the operators cannot compute this.
+    """
+    weights = module._flat_weights
+    differentiable = torch.is_grad_enabled() and ops.any_requires_grad((input, *states, *weights))
+    if differentiable or input.dtype not in _IN_PLACE or (module.training and module.dropout > 0):
+        y, *hidden = module._stack(input.unsqueeze(0), states or (None, None))
+        return y.squeeze(0), *hidden
+    h0, c0 = (*states, None, None)[:2]
+    projected = module.mode == "LSTM" and module.proj_size > 0
+    return ops.step_layers(module.mode.lower(), input, h0, c0, module.num_layers, weights, module.bias, projected)
+
+
 def _is_usual(
     module: Any,
     x: Tensor,
@@ -80,7 +99,7 @@ def _is_usual(
             return False
     return (
         not module._varied
-        and x.dtype in (torch.float32, torch.float64)  # the others are widened first
+        and x.dtype in _IN_PLACE
         and (not into or (ops.plain(into[0], 2) and into[1].size(0) == module.num_layers))
         and module._usual(x, 2, module._pack_states(states) if states else None)
     )
