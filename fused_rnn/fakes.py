@@ -79,7 +79,7 @@ def _backward(
     batch_sizes: _Maybe = None, resets: _Maybe = None, reset_steps: int = 0, dc_sequence: _Maybe = None,
     drop_h: _Maybe = None, zone_h: _Maybe = None, zone_c: _Maybe = None, norm_hh: _Maybe = None,
     norm_c: _Maybe = None, norm_c_bias: _Maybe = None, lengths: _Maybe = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     weights = (w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse)
     variant = (drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias)
     require_one_device(dy, dh_n, dc_n, x, reserve, *weights, resets, dc_sequence, *variant)
@@ -94,8 +94,8 @@ def _backward(
         batch, _ = _batch_and_rows(x, state, batch_sizes)
     rows = (batch,) if is_step else (D, batch)
 
-    def wanted(shape: Sequence[int], need: bool) -> Tensor:
-        return x.new_empty(shape if need else (0,))
+    def wanted(shape: Sequence[int], need: bool) -> Tensor | None:
+        return x.new_empty(shape) if need else None
 
     grads = [
         wanted(x.shape, need_dx),

@@ -37,7 +37,7 @@ def forward(x: Tensor, norm_ih: Tensor, w_ih: Sequence[Tensor]) -> tuple[Tensor,
 
 
 def backward(
-    dgates: Tensor,
+    dgates: Tensor | None,
     x: Tensor,
     norm_ih: Tensor,
     w_ih: Sequence[Tensor],
@@ -45,6 +45,8 @@ def backward(
     needs: tuple[bool, Sequence[bool], bool],
 ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
     """Gradients of x, the weights and norm_ih, where `needs` says that they are wanted; else None."""
+    if dgates is None:  # nothing is wanted
+        return None, [None] * len(w_ih), None
     need_x, need_w, need_norm = needs
     dx, dw, dnorm = None, [], []
     grads = dgates.chunk(len(w_ih), -1)

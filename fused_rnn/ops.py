@@ -7,6 +7,7 @@ The operators are plain (no autograd kernel): ``autograd.Function`` outside them
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -419,13 +420,10 @@ class _Layer(torch.autograd.Function):
         ctx.steering, ctx.kept = steering if is_plain else steering[:_FLAGS], len(kept)
         # What a first derivative reads is saved for it, and so guarded against writing in place. What only a
         # second derivative reads is kept aside, with its version, so that writing to it stays allowed until then.
-        read = _what_a_derivative_reads(ctx.needs_input_grad[1:], steering.recompute)
-        ctx.save_for_backward(
-            *(() if is_plain else steering[_FLAGS:]),
-            *kept,
-            *[t if is_read else None for t, is_read in zip(inputs, read, strict=True)],
-        )
-        ctx.aside = [None if is_read or t is None else (t, t._version) for t, is_read in zip(inputs, read, strict=True)]
+        ctx.read, aside = _what_a_derivative_reads(ctx.needs_input_grad, steering.recompute)
+        masks = () if is_plain else steering[_FLAGS:]
+        ctx.save_for_backward(*masks, *kept, *[inputs[i] for i in ctx.read])
+        ctx.aside = [(i, t, t._version) for i in aside if (t := inputs[i]) is not None]
         if steering.cell != "lstm":
             ctx.mark_non_differentiable(c_n)
         return y, h_n, c_n, *more
@@ -437,11 +435,12 @@ class _Layer(torch.autograd.Function):
         if len(steering) == _FLAGS:
             count = len(Steering._fields) - _FLAGS
             steering, saved = Steering(*steering, *saved[:count]), saved[count:]
-        kept, inputs = saved[: ctx.kept], list(saved[ctx.kept :])
+        kept, inputs = saved[: ctx.kept], [None] * len(needs)
+        for index, tensor in zip(ctx.read, saved[ctx.kept :], strict=True):
+            inputs[index] = tensor
         again = torch.is_grad_enabled() or _any_transformed(*grads)
-        for index, of_aside in enumerate(ctx.aside):
-            if of_aside is not None:
-                inputs[index] = _unchanged(*of_aside) if again else of_aside[0]
+        for index, tensor, version in ctx.aside:
+            inputs[index] = _unchanged(tensor, version) if again else tensor
         if again:
             return None, *_differentiable_backward(steering, inputs, needs, grads)
         if steering.recompute:
@@ -454,16 +453,23 @@ class _Layer(torch.autograd.Function):
 _apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Layer).apply
 
 
-def _what_a_derivative_reads(needs: Sequence[bool], recompute: bool) -> list[bool]:
-    """Of a layer's inputs, what the first derivative reads; `needs` says which of them need a gradient."""
+@cache
+def _what_a_derivative_reads(needs: tuple[bool, ...], recompute: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Which of a layer's inputs the first derivative reads, and which the second alone.
+
+    `needs` says which of them need a gradient, behind the steering, which needs none.
+    """
+    everything = range(len(needs) - 1)
     if recompute:
-        return [True] * len(needs)
+        return tuple(everything), ()
     # x and w_ih meet in one product: each is read for the other's gradient. Biases are never read. torch.nn guards the
     # initial states, and so are those at resets.
-    directions, norm_ih = divmod(len(needs) - _WEIGHTS, 5)
-    dw_ih = any(needs[_WEIGHTS : len(needs) - norm_ih : 5])
-    of_weights = [needs[0], True, False, False, True] * directions
-    return [dw_ih, *[True] * (_WEIGHTS - 1), *of_weights, *[True] * norm_ih]
+    needs_x, needs_of_weights = needs[1], needs[1 + _WEIGHTS :]
+    directions, norm_ih = divmod(len(needs_of_weights), 5)
+    dw_ih = any(needs_of_weights[: 5 * directions : 5])
+    of_weights = [needs_x, True, False, False, True] * directions
+    reads = [dw_ih, *[True] * (_WEIGHTS - 1), *of_weights, *[True] * norm_ih]
+    return tuple(i for i in everything if reads[i]), tuple(i for i in everything if not reads[i])
 
 
 def _unchanged(tensor: Tensor, version: int) -> Tensor:

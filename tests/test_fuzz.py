@@ -228,7 +228,7 @@ def check(operator: Any, arguments: dict[str, Any], which: slice = slice(None)) 
         return
     plain = {name: value.contiguous().resolve_neg() for name, value in before.items()}
     for found, expected in zip(results[which], operator(**arguments | plain)[which], strict=True):
-        if found.numel() < 2**20:
+        if found is None or found.numel() < 2**20:  # None: a gradient that is not asked for
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
         else:
             assert found.shape == expected.shape
@@ -255,7 +255,7 @@ def test_disguised_calls(operator: str, data: st.DataObject) -> None:
     expected = {n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in arguments.items()}
     op = getattr(torch.ops.fused_rnn, operator)
     for found, wanted in zip(op(**arguments), op(**expected), strict=True):
-        assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("operator", ["forward", "backward", "step"])
@@ -284,7 +284,7 @@ def test_any_number_of_steps_of_nothing(cell: str) -> None:
         needs = [True] * 6
         grads = torch.ops.fused_rnn.backward(None, None, None, x, reserve, number, *needs, w_ih, w_hh)
         assert grads[0].shape == x.shape
-        assert not any(g.any() for g in grads[3:])
+        assert not any(g.any() for g in grads[3:] if g is not None)
     with pytest.raises(RuntimeError, match="is too large"):
         torch.ops.fused_rnn.forward(torch.empty(2**31, 2**31, 0), None, None, number, True, w_ih, w_hh)
     with pytest.raises(RuntimeError, match="too large"):

@@ -129,7 +129,7 @@ class Layer {
   }
   ResetState reset_state(const OptionalTensor& h, const OptionalTensor& c, int64_t direction) const {
     const auto of = [&](const OptionalTensor& state, int64_t width, void*& at, int64_t& stride) {
-      if (!state || state->numel() == 0) return;
+      if (!state || !state->defined() || state->numel() == 0) return;
       at = offset(*state, direction * B * width);
       stride = state->dim() == 4 ? shape.directions * B * width : 0;
     };

@@ -123,7 +123,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 // dx, dh0, dc0, then dw_ih, dw_hh, db_ih, db_hh, dw_hr of each direction, then of the states at resets (reset_steps:
 // 1 if they are the same at all steps, -1 if each has its own, 0 if no gradient is wanted), of norm_hh [D, G*H], of
-// norm_c and norm_c_bias [D, 2, H]; what was not asked for is empty.
+// norm_c and norm_c_bias [D, 2, H]; what was not asked for is undefined: None in Python.
 Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor reserve, int64_t cell,
                    bool need_dx, bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr,
                    OptionalTensor w_ih, Tensor w_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
@@ -152,7 +152,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
     weights.push_back(layer.checked_weights(w_ih_reverse, *w_hh_reverse, std::nullopt, std::nullopt, w_hr_reverse));
   }
 
-  const auto none = [&] { return empty({0}, layer.dtype); };  // results of an operator may not alias
+  const auto none = [] { return Tensor(); };  // None in Python
   Tensor dx = need_dx ? layer.new_sequence(s.I) : none();
   Tensor dh0 = need_dstate ? layer.new_state(s.P) : none();
   Tensor dc = layer.cell.has_c ? layer.new_state(s.H) : none();
@@ -192,7 +192,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   const int64_t workspace = whole_lines(cpu::kernels().backward_workspace(chunk));
   const int64_t of_workers = workers * cpu::kernels().gradients_workspace(chunk);
   const int64_t grads = chunk.N * layer.cell.grads * s.H, dh_total = s.projected ? chunk.N * s.P : 0;
-  const int64_t dproduct = s.normalised ? chunk.N * rows : 0, dnormal = dnorm_c.numel() ? chunk.N * 2 * s.H : 0;
+  const int64_t dproduct = s.normalised ? chunk.N * rows : 0, dnormal = dnorm_c.defined() ? chunk.N * 2 * s.H : 0;
   const int64_t dh_chunk = chunked ? s.B * s.P : 0;
   const int64_t workspaces = whole_lines(chunked ? workspace + of_workers : std::max(D * workspace, of_workers));
   const Scratch scratch((workspaces + D * (grads + dh_total + dproduct + dnormal + dh_chunk)) * layer.element());
@@ -222,7 +222,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
     p.dproduct = take(dproduct);
     p.dnormal = take(dnormal);
     p.dnorm_hh = s.normalised ? layer.offset(dnorm_hh, d * rows) : nullptr;
-    p.dnorm_c = dnorm_c.numel() ? layer.offset(dnorm_c, d * 2 * s.H) : nullptr;
+    p.dnorm_c = dnorm_c.defined() ? layer.offset(dnorm_c, d * 2 * s.H) : nullptr;
     p.dh_total = s.projected ? take(dh_total) : nullptr;
     p.dh_chunk = chunked ? take(dh_chunk) : nullptr;
     p.dh0 = need_dstate ? layer.offset(dh0, d * layer.B * s.P) : nullptr;
@@ -237,7 +237,9 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   }
   cpu::backward(params, threads(), workers);
   const auto& [w, r] = dw;
-  const auto out = [&](const Tensor& t) { return converted(t, layer.stored); };
+  const auto out = [&](const Tensor& t) {
+    return layer.stored == layer.dtype || !t.defined() ? t : converted(t, layer.stored);
+  };
   return {out(dx),       out(dh0),      out(need_dstate ? dc : none()),
           out(w.w_ih),   out(w.w_hh),   out(w.b_ih),
           out(w.b_hh),   out(w.w_hr),   out(r.w_ih),
