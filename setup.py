@@ -200,6 +200,8 @@ def build_command() -> type:
                 build_cuda(compiler, Path(self.build_temp).resolve() / "cuda", Path(cuda))
             else:
                 Path(cuda).unlink(missing_ok=True)  # of an earlier build
+                if self.editable_mode:
+                    (ROOT / "fused_rnn/_cuda.so").unlink(missing_ok=True)
 
     return Build
 

@@ -88,13 +88,14 @@ def casts(
 
 
 # Asked here, as a compiler would put the question into its graph.
-_ONEDNN_TAKES_FP16: bool = torch.ops.mkldnn._is_mkldnn_fp16_supported()
-_ONEDNN_TAKES_BF16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+_ONEDNN_TAKES_FP16: bool = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+_ONEDNN_TAKES_BF16: bool = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _onednn_takes(x: Tensor) -> bool:
     """Whether torch.nn's LSTM runs on oneDNN, which computes and returns autocast's dtype."""
-    if not torch.backends.mkldnn.enabled or x.numel() == 0:
+    if not (_HAS_ONEDNN and torch.backends.mkldnn.enabled) or x.numel() == 0:
         return False
     if x.dtype is torch.float16:
         return _ONEDNN_TAKES_FP16 and not torch.is_grad_enabled()

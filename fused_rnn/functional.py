@@ -292,7 +292,7 @@ def _description(*arguments: Any) -> _Description:
 _description._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)
 def _described(
     name: str, input_size: int, hidden_size: Any, num_layers: int, bias: bool, batch_first: bool, dropout: float,
     bidirectional: bool, proj_size: int, layer_norm: bool, of_class: tuple[tuple[str, Any], ...],

@@ -232,9 +232,12 @@ class FusedRNNBase(TorchConvertible, Variants):
                 data = data.unsqueeze(batch_dim)
                 states = tuple(s.unsqueeze(1) for s in states)
         if states or not self._checks_are_torchs:
-            batch = int(batch_sizes[0]) if packed else data.size(batch_dim)
-            hidden = self._pack_states(states or self._zero_states(data, batch))
-            hidden = self.permute_hidden(hidden, sorted_indices) if states else hidden
+            if not states:
+                batch = int(batch_sizes[0]) if packed else data.size(batch_dim)
+                states = tuple(self._zero_states(data, batch))
+                sorted_indices = None
+            hidden = self._pack_states(states)
+            hidden = self.permute_hidden(hidden, sorted_indices)
             states = self._given_states(hidden) or ()
             self._check_arguments(data, states, batch_sizes)
         else:  # zeros fit by themselves, and the kernels need no tensor for them

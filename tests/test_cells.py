@@ -58,5 +58,7 @@ def test_input_and_hidden_of_different_rank_are_refused() -> None:
     for name in ("RNNCell", "GRUCell"):
         with pytest.raises(RuntimeError, match="same number of dimensions, got 1D and 2D"):
             getattr(fused_rnn, name)(3, 4)(torch.randn(3), torch.randn(4, 4))
+        with pytest.raises(RuntimeError, match="same number of dimensions, got 2D and 1D"):
+            getattr(fused_rnn, name)(3, 4)(torch.randn(4, 3), torch.randn(4))
     with pytest.raises(RuntimeError, match="same number of dimensions, got 1D and 2D"):
         fused_rnn.LSTMCell(3, 4)(torch.randn(3), (torch.randn(4, 4), torch.randn(4, 4)))

@@ -50,5 +50,11 @@ def test_resets_and_states_of_every_step(cell: str, per_step: bool) -> None:
     assert_as_specified(cell, arguments, more | {"resets": torch.rand(steps, BATCH) < 0.1})
 
 
+@pytest.mark.parametrize("size", [(31, 104, 3, 132), (5650, 1, 2, 70)], ids=["several rows", "one row"])
+def test_three_chunks(size: tuple[int, int, int, int]) -> None:
+    """A chunk between two others, and weights that are read as they lie."""
+    assert_as_specified("rnn_tanh", *of_layer("rnn_tanh", size, 1, set()))
+
+
 def test_projection() -> None:
     assert_as_specified("lstm", *of_layer("lstm", size_of("lstm"), 1, {"zone"}, P=20))

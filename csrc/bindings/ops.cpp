@@ -188,7 +188,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   // gradients of h behind a projection, what layer normalisation needs, and what passes between chunks of steps.
   const LayerShape chunk = cpu::chunk_shape(s);
   const bool chunked = chunk.T < s.T;
-  const int64_t workers = cpu::gradient_workers(s, threads());
+  const int64_t workers = cpu::gradient_workers(chunk, threads());
   const int64_t workspace = whole_lines(cpu::kernels().backward_workspace(chunk));
   const int64_t of_workers = workers * cpu::kernels().gradients_workspace(chunk);
   const int64_t grads = chunk.N * layer.cell.grads * s.H, dh_total = s.projected ? chunk.N * s.P : 0;

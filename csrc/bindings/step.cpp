@@ -187,6 +187,8 @@ std::tuple<Tensor, Tensor, Tensor> step_layers(Tensor x, OptionalTensor h0, Opti
   const ScalarType type = x.scalar_type();
   FUSED_RNN_CHECK(type == ScalarType::Float || type == ScalarType::Double, "x must be float32 or float64");
   const int64_t B = x.size(0), P = weights[1].size(1), H = weights[0].size(0) / info.gates;
+  if (h0) h0 = contiguous(*h0, "h0");
+  if (c0) c0 = contiguous(*c0, "c0");
   const Tensor y = empty({B, P}, type), h = empty({layers, B, P}, type);
   const Tensor c = info.has_c ? empty({layers, B, H}, type) : empty({0}, type);
   for (int64_t layer = 0; layer < layers; ++layer) {
