@@ -1,7 +1,7 @@
-"""One time step beyond torch.nn: resets, rows that wait, results in given tensors.
+"""One time step, and what torch.nn has not: resets, rows that wait, results in given tensors.
 
-In inference on the CPU one operator runs each layer, from the caller's tensors into the caller's tensors, and allocates
-nothing. Everything else is `forward` on a sequence of one, in which a row that waits has length zero.
+In inference on the CPU a plain step is one operator for all layers. With the rest one operator runs each layer, from the
+caller's tensors into the caller's tensors, and allocates nothing. Everything else is `forward` on a sequence of one, in which a row that waits has length zero.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 
 from fused_rnn import functional, ops
 
-_IN_PLACE = (torch.float32, torch.float64)  # dtypes; the others are widened first
+_COMPUTED = (torch.float32, torch.float64)  # dtypes; the others are widened first
 
 
 @ops.runs_eagerly
@@ -73,7 +73,7 @@ def usual(module: Any, input: Tensor, states: Any) -> Sequence[Tensor]:
     """
     weights = module._flat_weights
     differentiable = torch.is_grad_enabled() and ops.any_requires_grad((input, *states, *weights))
-    if differentiable or input.dtype not in _IN_PLACE or (module.training and module.dropout > 0):
+    if differentiable or input.dtype not in _COMPUTED or (module.training and module.dropout > 0):
         y, *hidden = module._stack(input.unsqueeze(0), states or (None, None))
         return y.squeeze(0), *hidden
     h0, c0 = (*states, None, None)[:2]
@@ -99,7 +99,7 @@ def _is_usual(
             return False
     return (
         not module._varied
-        and x.dtype in _IN_PLACE
+        and x.dtype in _COMPUTED
         and (not into or (ops.plain(into[0], 2) and into[1].size(0) == module.num_layers))
         and module._usual(x, 2, module._pack_states(states) if states else None)
     )

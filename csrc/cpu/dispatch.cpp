@@ -106,7 +106,7 @@ void run(const LayerShape& shape, int64_t threads, const Work& work) {
 // Of a plain sequence, which alone can be cut anywhere: in one direction, with every row there until the end.
 int64_t chunks(const LayerShape& s) {
   constexpr int64_t kRows = 512, kElements = 1 << 17;  // in a chunk at least: as deep as a product should be, and half
-                                                       // a megabyte, less than which is not worth a parallel region
+                                                       // a megabyte of float32: enough for a parallel region
   if (s.directions > 1 || s.batch_sizes || s.N == 0 || s.H == 0) return 1;
   const int64_t width = s.H * (s.cell == CellKind::kLstm || s.cell == CellKind::kGru ? 4 : 1);
   return std::clamp<int64_t>(s.N / std::max(kRows, kElements / width), 1, s.T);
