@@ -1,8 +1,8 @@
 """One time step, and what torch.nn has not: resets, rows that wait, results in given tensors.
 
 In inference on the CPU a plain step is one operator for all layers. With the rest one operator runs each layer, from
-the caller's tensors into the caller's tensors, and allocates nothing. Everything else is `forward` on a sequence of one,
-in which a row that waits has length zero.
+the caller's tensors into the caller's tensors, and allocates nothing. Everything else is `forward` on a sequence of
+one, in which a row that waits has length zero.
 """
 
 from __future__ import annotations
