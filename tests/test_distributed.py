@@ -199,7 +199,8 @@ def test_fsdp2(results, key):
     dtype = torch.bfloat16 if policy else torch.float32
     wanted, _ = one_backward(expected.to(dtype), dtype=dtype)
     for grads, calls in found(results, key):
-        assert {"fused_rnn::forward", "fused_rnn::backward"} <= set(calls)
+        if name != "RNNCell" or policy:  # which trains on torch.nn's in float32
+            assert {"fused_rnn::forward", "fused_rnn::backward"} <= set(calls)
         assert all(g.dtype is torch.float32 for g in grads)
         close([g.to(dtype) for g in grads], wanted, grad=True)
 
