@@ -175,7 +175,10 @@ Plan plan(const LayerShape& shape, int64_t threads) {
   const int64_t teams = shape.directions == 2 ? 2 : 1;
   const int64_t most = threads / teams;
   if (most <= 1) return {teams, 1, false};
-  if (shape.B >= most * kRows) return {teams, most, false};
+  // In a single step a worker with units of its own packs what it multiplies: else most of it comes from other cores. A
+  // block has 16 units at least, with one gate 64.
+  const bool packs_its_own = shape.T == 1 && shape.H >= most * (gates == 1 ? 64 : 16);
+  if (shape.B >= most * kRows && !packs_its_own) return {teams, most, false};
   if (shape.whole_rows()) return {teams, std::min(most, std::max<int64_t>(shape.B, 1)), false};
   const int64_t blocks = (shape.H + 15) / 16;
   const int64_t useful = std::min({most, blocks, int64_t(step / kStep)});
