@@ -150,7 +150,7 @@ class RNNCell(FusedCellBase, torch.nn.RNNCell):
         return (
             torch.is_grad_enabled()
             and ops.plain(input, 2)
-            and input.dtype in (torch.float32, torch.float64)
+            and input.dtype in ops.KERNEL_DTYPES
             and (hx is None or ops.plain(hx, 2))
             and ops.any_requires_grad((input, hx, *parameters.values()))
             and not (torch.is_autocast_enabled("cpu") or ops.watched() or ops.deterministic())

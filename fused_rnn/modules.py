@@ -134,7 +134,7 @@ class FusedRNNBase(TorchConvertible, Variants):
             return steps.run(self, input, hx, resets, reset_state, active, out)
         if not self._varied and self._usual(input, 2, hx):
             try:
-                y, *hidden = steps.usual(self, input, self._given_states(hx))
+                y, *hidden = steps.without_options(self, input, self._given_states(hx))
                 return y, self._pack_states(hidden)
             except RuntimeError:
                 pass
@@ -235,7 +235,7 @@ class FusedRNNBase(TorchConvertible, Variants):
             if not states:
                 batch = int(batch_sizes[0]) if packed else data.size(batch_dim)
                 states = tuple(self._zero_states(data, batch))
-                sorted_indices = None
+                sorted_indices = None  # what nobody gave is in no order
             hidden = self._pack_states(states)
             hidden = self.permute_hidden(hidden, sorted_indices)
             states = self._given_states(hidden) or ()

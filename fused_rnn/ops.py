@@ -32,7 +32,8 @@ _step_layers: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.fused_rnn
 BACKENDS = ("auto", "fused", "torch")
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
 COMPILERS_TYPES = (*PLAIN_TYPES, FakeTensor, FunctionalTensor)  # what plain tensors are while a compiler looks
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.float64)  # on the CPU; the others are widened first
+DTYPES = (*KERNEL_DTYPES, torch.bfloat16, torch.float16)
 _NO_WEIGHTS = (None,) * 5
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

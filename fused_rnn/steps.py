@@ -18,8 +18,6 @@ from torch.autograd.graph import increment_version
 
 from fused_rnn import functional, ops
 
-_COMPUTED = (torch.float32, torch.float64)  # dtypes; the others are widened first
-
 
 @ops.runs_eagerly
 def run(
@@ -66,15 +64,15 @@ def run(
 
 
 @ops.runs_eagerly
-def usual(module: Any, input: Tensor, states: Any) -> Sequence[Tensor]:
-    """y and each state of a call that `FusedRNNBase._usual` has looked at.
+def without_options(module: Any, input: Tensor, states: Any) -> Sequence[Tensor]:
+    """y and each state of a plain step, which `FusedRNNBase._usual` has looked at.
 
     Raises:
         RuntimeError: the operators cannot compute this.
     """
     weights = module._flat_weights
     differentiable = torch.is_grad_enabled() and ops.any_requires_grad((input, *states, *weights))
-    if differentiable or input.dtype not in _COMPUTED or (module.training and module.dropout > 0):
+    if differentiable or input.dtype not in ops.KERNEL_DTYPES or (module.training and module.dropout > 0):
         y, *hidden = module._stack(input.unsqueeze(0), states or (None, None))
         return y.squeeze(0), *hidden
     h0, c0 = (*states, None, None)[:2]
@@ -100,7 +98,7 @@ def _is_usual(
             return False
     return (
         not module._varied
-        and x.dtype in _COMPUTED
+        and x.dtype in ops.KERNEL_DTYPES
         and (not into or (ops.plain(into[0], 2) and into[1].size(0) == module.num_layers))
         and module._usual(x, 2, module._pack_states(states) if states else None)
     )

@@ -1,4 +1,5 @@
-// Choice of instruction set and of threads, and the parallel region that the workers run in.
+// Choice of instruction set, of threads and of the chunks of steps that backward takes, and the parallel region that
+// the workers run in.
 #include "dispatch.h"
 
 #include <linux/futex.h>
@@ -105,10 +106,11 @@ void run(const LayerShape& shape, int64_t threads, const Work& work) {
 
 // Of a plain sequence, which alone can be cut anywhere: in one direction, with every row there until the end.
 int64_t chunks(const LayerShape& s) {
-  constexpr int64_t kRows = 512, kElements = 1 << 17;  // in a chunk at least: as deep as a product should be, and half
-                                                       // a megabyte of float32: enough for a parallel region
+  // A chunk has at least so many rows and gates' gradients: as deep as a product should be, and worth a parallel
+  // region.
+  constexpr int64_t kRows = 512, kElements = 1 << 17;
   if (s.directions > 1 || s.batch_sizes || s.N == 0 || s.H == 0) return 1;
-  const int64_t width = s.H * (s.cell == CellKind::kLstm || s.cell == CellKind::kGru ? 4 : 1);
+  const int64_t width = s.H * (s.cell == CellKind::kLstm || s.cell == CellKind::kGru ? 4 : 1);  // Cell::kGrads
   return std::clamp<int64_t>(s.N / std::max(kRows, kElements / width), 1, s.T);
 }
 

@@ -1,7 +1,7 @@
 // What backward leaves over once it has the gates' gradients of a chunk of steps: those of x, weights, biases and
 // gains.
 //
-// Each is one product over all rows or all gates, split among the threads by rows and columns of the result, so that
+// Each is one product over the rows or the gates, split among the threads by rows and columns of the result, so that
 // no thread waits for another and no sum depends on their number.
 #pragma once
 
