@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fused_rnn import ops
+from fused_rnn import eligibility
 
 _Tensor = TypeVar("_Tensor", Tensor, Tensor | None)
 CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,7 +74,7 @@ def casts(
     half = dtype_on(x.device) if isinstance(x, Tensor) else None
     if half is None:
         return None
-    if ops.on_cuda(x):
+    if eligibility.on_cuda(x):
         return Casts(half, half, half)
     dtypes = {t.dtype for t in (x, *states, *weights) if isinstance(t, Tensor)}
     if dtypes == {half} or not dtypes <= set(CASTABLE):
@@ -107,9 +107,9 @@ def torch_is_faster(cell: str, half: torch.dtype, steps: int, batch: int, hidden
 
     Where the processor multiplies bfloat16 itself, large products pay for their casts.
     """
-    if half is not torch.bfloat16 or not ops.HAS_BF16_PRODUCTS:
+    if half is not torch.bfloat16 or not eligibility.HAS_BF16_PRODUCTS:
         return False
-    if ops.deterministic():
+    if eligibility.deterministic():
         return False  # one way for any batch
     training = torch.is_grad_enabled()
     if steps == 1:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn import autocast, ops, reference
+from fused_rnn import autocast, eligibility, ops, reference
 from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
+from fused_rnn.eligibility import plain
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -25,11 +26,11 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         weights = [self._parameters.get(name) for name in _WEIGHTS]
         w_ih, w_hh, b_ih, b_hh = weights
         if (
-            ops.watched()
-            or not (ops.plain(input, 2) and input.dtype in ops.DTYPES and ops.plain(w_ih, 2) and ops.plain(w_hh, 2))
-            or (self.bias and not (ops.plain(b_ih, 1) and ops.plain(b_hh, 1)))
-            or (h0 is not None and not ops.plain(h0, 2))
-            or (c0 is not None and not ops.plain(c0, 2))
+            eligibility.watched()
+            or not (plain(input, 2) and input.dtype in eligibility.DTYPES and plain(w_ih, 2) and plain(w_hh, 2))
+            or (self.bias and not (plain(b_ih, 1) and plain(b_hh, 1)))
+            or (h0 is not None and not plain(h0, 2))
+            or (c0 is not None and not plain(c0, 2))
         ):
             return None
         casts = None
@@ -56,7 +57,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         """
         self._check_ranks(input, states)
         fuses = layer is ops.layer
-        if fuses and not ops.fusible(input):
+        if fuses and not eligibility.fusible(input):
             return None
         parameters = self._parameters
         # A parametrised weight is no parameter, may change whenever it is got, and an attribute is slow to get.
@@ -66,7 +67,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
             if self._torch_is_faster(cell, input):
                 return None
             (input,), states, weights = (casts.into(tensors) for tensors in ((input,), states, weights))
-        if fuses and not ops.fusible(input, *states, *weights):
+        if fuses and not eligibility.fusible(input, *states, *weights):
             return None
         dim = input.dim()
         if dim not in (1, 2) or input.size(-1) != self.input_size:
@@ -88,7 +89,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         half = autocast.dtype_on(input.device)
         batch = input.size(0) if input.dim() == 2 else 1
         return (
-            not ops.on_cuda(input)
+            not eligibility.on_cuda(input)
             and half is not None
             and not torch.compiler.is_compiling()  # which would guard the sizes
             and autocast.torch_is_faster(cell, half, 1, batch, self.hidden_size)
@@ -96,7 +97,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
 
     def _torchs(self, cell: str, input: Any, hx: Any, states: tuple[Any, ...]) -> Any:
         """torch.nn's own forward; the specification where that has no rule for a transform (vmap, jvp)."""
-        if torch.compiler.is_compiling() or not ops.transformed():
+        if torch.compiler.is_compiling() or not eligibility.transformed():
             return super().forward(input, hx)
         try:
             return super().forward(input, hx)
@@ -149,11 +150,11 @@ class RNNCell(FusedCellBase, torch.nn.RNNCell):
         parameters: Any = self._parameters
         return (
             torch.is_grad_enabled()
-            and ops.plain(input, 2)
-            and input.dtype in ops.KERNEL_DTYPES
-            and (hx is None or ops.plain(hx, 2))
+            and plain(input, 2)
+            and input.dtype in eligibility.KERNEL_DTYPES
+            and (hx is None or plain(hx, 2))
             and ops.any_requires_grad((input, hx, *parameters.values()))
-            and not (torch.is_autocast_enabled("cpu") or ops.watched() or ops.deterministic())
+            and not (torch.is_autocast_enabled("cpu") or eligibility.watched() or eligibility.deterministic())
         )
 
 

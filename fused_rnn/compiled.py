@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn import ops, reference
+from fused_rnn import eligibility, ops, reference
 
 _library = torch.library.Library("fused_rnn", "FRAGMENT")
 # The arguments are `fused_rnn.ops.layer`'s; the results, too, but that what that leaves out is empty here.
@@ -39,10 +39,10 @@ def _layer(
     *variant: Any,
 ) -> Sequence[Tensor]:
     layer, of_resets = (cell, x, h0, c0, weights), (resets, reset_h, reset_c)
-    if ops.transformed():
+    if eligibility.transformed():
         y, h_n, c_n, *more = reference.layer(*layer, batch_sizes, *of_resets, c_sequence, lengths, *variant[:-1])
         return [y, h_n, x.new_empty(0) if c_n is None else c_n, *more]
-    if lengths is not None and not ops.on_cuda(x):
+    if lengths is not None and not eligibility.on_cuda(x):
         return _with_lengths(*layer, *of_resets, c_sequence, lengths, *variant)
     return ops.layer_of_kernels(*layer, batch_sizes, *of_resets, c_sequence, lengths, *variant)
 

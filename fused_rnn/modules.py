@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import autocast, cuda, functional, ops, segments, steps
+from fused_rnn import autocast, cuda, eligibility, functional, segments, steps
 from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
 from fused_rnn.variants import Variants
 
@@ -37,8 +37,8 @@ class FusedRNNBase(TorchConvertible, Variants):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As torch.nn's class, and ``backend="auto"``, keyword only."""
         backend = kwargs.pop("backend", "auto")
-        if backend not in ops.BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(map(repr, ops.BACKENDS))}, got {backend!r}")
+        if backend not in eligibility.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, eligibility.BACKENDS))}, got {backend!r}")
         super().__init__(*args, **kwargs)
         if backend != "auto":
             self.backend = backend
@@ -142,7 +142,7 @@ class FusedRNNBase(TorchConvertible, Variants):
         y, hidden = FusedRNNBase.forward(self, input.unsqueeze(time_dim), hx)
         return y.squeeze(time_dim), hidden
 
-    @ops.runs_eagerly
+    @eligibility.runs_eagerly
     def _fused(self, input: Tensor, hx: Any) -> Any:
         """Batched plain tensors, checked by the operators alone: the usual call, short of what it can do without.
 
@@ -153,31 +153,31 @@ class FusedRNNBase(TorchConvertible, Variants):
         y, *hidden = self._stack(x, (None, None) if hx is None else self._given_states(hx))
         return _batch_major(y) if self.batch_first else y, self._pack_states(hidden)
 
-    @ops.runs_eagerly
+    @eligibility.runs_eagerly
     def _usual(self, input: Any, dim: int, hx: Any) -> bool:
         """Whether this is the usual call, where every check that is left is made by the operators."""
         if (
-            ops.watched()
+            eligibility.watched()
             or torch.is_autocast_enabled("cpu")
-            or not ops.plain(input, dim)
-            or input.dtype not in ops.DTYPES
+            or not eligibility.plain(input, dim)
+            or input.dtype not in eligibility.DTYPES
             or not self._usual_weights()
         ):
             return False
         batch = input.size(0 if dim == 2 or self.batch_first else 1)
         if self.backend == "torch" or (
-            self.backend == "auto" and ops.torch_is_faster(self.mode, input.dtype, batch, self.hidden_size)
+            self.backend == "auto" and eligibility.torch_is_faster(self.mode, input.dtype, batch, self.hidden_size)
         ):
             return False
         if hx is None:
             return True
         rows = self.num_layers * (2 if self.bidirectional else 1)
         for state in self._given_states(hx) or (None,):
-            if not ops.plain(state, 3) or state.size(0) != rows:
+            if not eligibility.plain(state, 3) or state.size(0) != rows:
                 return False
         return True
 
-    @ops.runs_eagerly
+    @eligibility.runs_eagerly
     def _stack(
         self, x: Tensor, states: Any, batch_sizes: Tensor | None = None, weights: Any = None, **more: Any
     ) -> tuple[Tensor, ...]:
@@ -198,20 +198,20 @@ class FusedRNNBase(TorchConvertible, Variants):
     def _usual_weights(self) -> bool:
         """Whether the flat weights are up to date, plain, and on the CPU."""
         parameters: Any = self._parameters
-        plain = ops.PLAIN_TYPES
+        plain = eligibility.PLAIN_TYPES
         for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=False):
             if parameters.get(name) is not weight or type(weight) not in plain or not weight.is_cpu:
                 return False
         return self._checks_are_torchs and type(self.bidirectional) is bool
 
-    @ops.runs_eagerly
+    @eligibility.runs_eagerly
     def _checked(self, input: Any, hx: Any) -> Any:
         """Any call: packed, unbatched, irregular or wrong; torch.nn itself takes what the kernels cannot."""
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
         states = self._given_states(hx)
         # The weights last: torch.nn's forward gets its own, and a parametrised one may change whenever it is got.
-        if states is None or not ops.fusible(data) or (packed and input.batch_sizes.numel() == 0):
+        if states is None or not eligibility.fusible(data) or (packed and input.batch_sizes.numel() == 0):
             return self._torchs(input, hx)
         self._refresh_flat_weights()
         weights = self._flat_weights
@@ -264,14 +264,14 @@ class FusedRNNBase(TorchConvertible, Variants):
 
     def _torchs(self, input: Any, hx: Any) -> Any:
         """torch.nn's own forward; the specification where that has no rule for a transform (vmap: for none)."""
-        if torch.compiler.is_compiling() or not ops.transformed() or self.backend == "torch":
+        if torch.compiler.is_compiling() or not eligibility.transformed() or self.backend == "torch":
             return super().forward(input, hx)
         try:
             return super().forward(input, hx)
         except RuntimeError:
             return segments.run(self, input, hx, None, None, None, False)
 
-    @ops.runs_eagerly
+    @eligibility.runs_eagerly
     def _refresh_flat_weights(self) -> None:
         # torch.nn's _update_flat_weights, without the cost of its attribute look-ups in the usual case.
         parameters = self._parameters
@@ -282,12 +282,12 @@ class FusedRNNBase(TorchConvertible, Variants):
 
     # RNN and GRU have one state, a tensor; the LSTM has a pair.
 
-    @ops.runs_eagerly
+    @eligibility.runs_eagerly
     def _given_states(self, hx: Any) -> tuple[Any, ...] | None:
         """The states in hx; () if there are none, None if hx is not what forward expects."""
         return () if hx is None else (hx,)
 
-    @ops.runs_eagerly
+    @eligibility.runs_eagerly
     def _pack_states(self, states: Any) -> Any:
         return states[0]
 
@@ -298,7 +298,7 @@ class FusedRNNBase(TorchConvertible, Variants):
     def _regular(self, data: Any, states: tuple[Any, ...], weights: Sequence[Any], packed: bool) -> bool:
         """Whether the kernels may take these arguments, as far as torch's own checks do not tell."""
         tensors = (data, *states, *weights)
-        if any(t is None for t in tensors) or not ops.fusible(*tensors):
+        if any(t is None for t in tensors) or not eligibility.fusible(*tensors):
             return False
         dim = data.dim()
         time_dim = 1 if self.batch_first and dim == 3 else 0
@@ -310,20 +310,20 @@ class FusedRNNBase(TorchConvertible, Variants):
         )
 
     def _torch_computes(self, data: Tensor, packed: bool) -> bool:
-        if ops.on_cuda(data) and (data.numel() == 0 or getattr(self, "proj_size", 0) > 0):
+        if eligibility.on_cuda(data) and (data.numel() == 0 or getattr(self, "proj_size", 0) > 0):
             return True  # the CUDA kernels have no projection
         if self.backend != "auto":
             return self.backend == "torch"
         if torch.compiler.is_compiling():
-            return ops.on_cuda(data)  # not by sizes, which may be symbols here, and would be guarded
+            return eligibility.on_cuda(data)  # not by sizes, which may be symbols here, and would be guarded
         batched = not packed and data.dim() == 3
         batch = data.size(0 if self.batch_first else 1) if batched else 1
         steps = data.size(1 if batched and self.batch_first else 0)
-        if not ops.on_cuda(data):
+        if not eligibility.on_cuda(data):
             half = autocast.dtype_on(data.device)
             if half is not None:
                 return autocast.torch_is_faster(self.mode.lower(), half, steps, batch, self.hidden_size)
-            return ops.torch_is_faster(self.mode, data.dtype, batch, self.hidden_size)
+            return eligibility.torch_is_faster(self.mode, data.dtype, batch, self.hidden_size)
         directions = 2 if self.bidirectional else 1
         shape = (steps, batch, data.size(-1))
         properties = cuda.device_properties(data.device)
@@ -382,13 +382,13 @@ class LSTM(FusedRNNBase, torch.nn.LSTM):
             **options: Unpack[Options],
         ) -> None: ...
 
-    @ops.runs_eagerly
+    @eligibility.runs_eagerly
     def _given_states(self, hx: Any) -> tuple[Any, ...] | None:
         if hx is None:
             return ()
         return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
 
-    @ops.runs_eagerly
+    @eligibility.runs_eagerly
     def _pack_states(self, states: Any) -> Any:
         return tuple(states)
 

@@ -1,4 +1,4 @@
-"""One layer, differentiable: the operators ``torch.ops.fused_rnn``, their autograd, and when they may be used.
+"""One layer, differentiable: the operators ``torch.ops.fused_rnn`` and their autograd.
 
 The operators are plain (no autograd kernel): ``autograd.Function`` outside them costs a third of the time that
 ``torch.library.register_autograd`` does per call, and is skipped when nothing needs a gradient.
@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from fused_rnn import cuda, input_gates, reference
+from fused_rnn import cuda, eligibility, input_gates, reference
 from fused_rnn.cuda_layer import NUMBER
+from fused_rnn.eligibility import COMPILERS_TYPES, PLAIN_TYPES, deterministic
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,17 +24,10 @@ if TYPE_CHECKING:
 _forward = torch.ops.fused_rnn.forward.default
 _backward = torch.ops.fused_rnn.backward.default
 _step: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fused_rnn.step.default
-deterministic = torch.are_deterministic_algorithms_enabled
 _step_into = torch.ops.fused_rnn.step_into.default
 _step_layers: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.fused_rnn.step_layers.default
 
-BACKENDS = ("auto", "fused", "torch")
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
-COMPILERS_TYPES = (*PLAIN_TYPES, FakeTensor, FunctionalTensor)  # what plain tensors are while a compiler looks
-KERNEL_DTYPES = (torch.float32, torch.float64)  # on the CPU; the others are widened first
-DTYPES = (*KERNEL_DTYPES, torch.bfloat16, torch.float16)
 _NO_WEIGHTS = (None,) * 5
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Steering(NamedTuple):
@@ -98,7 +90,7 @@ def layer(
     ):
         if torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
             y, h_n, c_n = _apply(_PLAIN[cell], x, h0, c0, *_NO_WEIGHTS, *weights)
-        elif on_cuda(x) or deterministic():
+        elif eligibility.on_cuda(x) or deterministic():
             y, h_n, c_n, _, _ = _call_forward(_PLAIN[cell], (x, h0, c0, *_NO_WEIGHTS, *weights), False)
         else:
             y, h_n, c_n, _, _ = _forward(x, h0, c0, NUMBER[cell], False, *weights)
@@ -221,97 +213,6 @@ def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
-def runs_eagerly(function: _Function) -> _Function:
-    """Keeps torch.compile from compiling `function` on its own when an eager frame calls it.
-
-    So torch.nn's modules behave, whose files are on the compiler's list of skipped ones: the graph breaks at the
-    module, and the module runs as it is. A frame that is being compiled can still inline the function. What a user can
-    hand to torch.compile, `forward` and `step`, is not marked, but all that it calls is.
-    """
-    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
-
-    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
-    return function
-
-
-HAS_BF16_PRODUCTS = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def torch_is_faster(mode: str, dtype: torch.dtype, batch: int, hidden_size: int) -> bool:
-    """Whether torch.nn beats the kernels on this processor (measured; benchmarks/NOTES.md).
-
-    The kernels widen bfloat16 to float32. Where the processor multiplies bfloat16 at twice the speed,
-    torch.nn's LSTM gains from it unless it runs row by row, its RNN and GRU where their products are large.
-    """
-    if dtype is not torch.bfloat16 or not HAS_BF16_PRODUCTS or deterministic():  # which takes one way for any batch
-        return False
-    return batch >= 3 if mode == "LSTM" else batch >= 8 and hidden_size >= 384
-
-
-def plain(tensor: Any, dim: int) -> bool:
-    """Whether this is a tensor of so many dimensions on the CPU, and no subclass of torch's."""
-    return type(tensor) in PLAIN_TYPES and tensor.dim() == dim and tensor.is_cpu
-
-
-def fusible(x: Any, *others: Any) -> bool:
-    """Whether the kernels may compute with these; if not, torch does.
-
-    They take plain tensors of one supported dtype on one CPU or CUDA device, and only while nothing but a compiler
-    watches or rewrites torch's operations: a tracer, a mode, a functorch transform, an exporter to ONNX.
-    """
-    compiling = torch.compiler.is_compiling()
-    types = COMPILERS_TYPES if compiling else PLAIN_TYPES
-    if type(x) not in types or (transformed() or torch.onnx.is_in_onnx_export() if compiling else watched()):
-        return False
-    dtype, device = x.dtype, x.device
-    if dtype not in DTYPES or x.is_nested or not (x.is_cpu or (on_cuda(x) and cuda.available())):
-        return False
-    for t in (x, *others):
-        if t is not None and (
-            type(t) not in types or t.dtype is not dtype or t.device != device or t.layout is not torch.strided
-        ):
-            return False
-    return True
-
-
-def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have bytes in common, or lie so close that they may."""
-    (a_begin, a_end), (b_begin, b_end) = (
-        (t.data_ptr(), t.data_ptr() + t.itemsize * sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))
-        for t in (a, b)
-    )
-    return a.numel() > 0 < b.numel() and a_begin <= b_end and b_begin <= a_end
-
-
-def watched() -> bool:
-    """Whether a compiler, a tracer, a mode or a functorch transform looks at torch's operations."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or transformed()
-        or (torch._C._len_torch_function_stack() > 0 and _function_mode_matters())
-    )
-
-
-def transformed() -> bool:
-    """Whether a functorch transform or a forward-mode derivative rewrites torch's operations."""
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
-
-
-def _function_mode_matters() -> bool:
-    # torch.set_default_device and `with torch.device(...)` are modes, too, but only steer factories.
-    from torch.overrides import _get_current_function_mode_stack
-    from torch.utils._device import DeviceContext
-
-    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
-
-
-def on_cuda(x: Tensor | None) -> bool:
-    """Whether the CUDA kernels compute with such tensors."""
-    return x is not None and x.is_cuda
-
-
 def _run_forward(
     steering: Steering, inputs: Sequence[Any], train: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -331,7 +232,7 @@ def _run_backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients in the order of inputs."""
-    call = cuda.backward if on_cuda(inputs[0]) else _call_backward
+    call = cuda.backward if eligibility.on_cuda(inputs[0]) else _call_backward
     if (len(inputs) - _WEIGHTS) % 5 == 0:  # no norm_ih
         return call(steering, grads, inputs, kept, needs)
     x, norm_ih, w_ih, need_w = inputs[0], inputs[-1], inputs[_WEIGHTS:-1:5], needs[_WEIGHTS:-1:5]
@@ -358,7 +259,7 @@ def _call_forward(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """`_run_forward` on what the kernels take."""
     x, h0, c0, reset_h, reset_c, *norms = inputs[:_WEIGHTS]
-    if on_cuda(x):
+    if eligibility.on_cuda(x):
         return cuda.forward(steering, inputs, train)
     s, weights = steering, inputs[_WEIGHTS:]
     if s is _PLAIN[s.cell] and not deterministic():

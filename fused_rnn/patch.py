@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.jit._builtins import _register_builtin
 from torch.nn.modules import rnn
 
-from fused_rnn import autocast, functional, ops
+from fused_rnn import autocast, eligibility, functional, ops
 
 
 @contextlib.contextmanager
@@ -101,7 +101,7 @@ def _sequence(cell: str) -> Callable[..., Any]:
             cell, data, states, weights, has_biases, num_layers, dropout, train, bidirectional, batch_sizes
         )
 
-    @ops.runs_eagerly
+    @eligibility.runs_eagerly
     def fused(*args: Any) -> Any:
         takes = packed if len(args) > 3 and isinstance(args[3], (list, tuple)) else padded
         result = takes(*args) if len(args) == 9 else None
@@ -114,7 +114,7 @@ def _regular(cell: str, x: Any, states: Any, weights: Any, bidirectional: Any) -
     return (
         len(states) == (2 if cell == "lstm" else 1)
         and autocast.dtype_on(x.device) is None
-        and ops.fusible(x, *states, *weights)
+        and eligibility.fusible(x, *states, *weights)
         and isinstance(bidirectional, bool)
     )
 
@@ -123,7 +123,7 @@ def _cell(cell: str, name: str) -> Callable[..., Any]:
     """torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell or torch.rnn_relu_cell on the fused kernels."""
     original = getattr(torch._VF, name)
 
-    @ops.runs_eagerly
+    @eligibility.runs_eagerly
     def fused(input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
         states = hx if cell == "lstm" else (hx,)
         if not _fits(cell, input, states, weights):
@@ -140,7 +140,7 @@ def _fits(cell: str, input: Any, states: Any, weights: Any) -> bool:
     return (
         len(states) == (2 if cell == "lstm" else 1)
         and autocast.dtype_on(input.device) is None
-        and ops.fusible(input, *states, *weights)
+        and eligibility.fusible(input, *states, *weights)
         and input.dim() == 2
         and input.size(1) == weights[0].size(1)
         and all(s.shape == (input.size(0), w_hh.size(1)) for s in states)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fused_rnn import _C, cuda, ops, reference
+from fused_rnn import _C, cuda, eligibility, reference
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,17 @@ def plan(
     for letter, size in dict(T=T, B=B, I=I, H=H, num_layers=num_layers).items():
         if not 1 <= size < 2**31:
             raise ValueError(f"{letter} must be at least 1 and less than 2**31, got {size}")
-    if dtype not in ops.DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, ops.DTYPES))}, got {dtype}")
-    if backend not in ops.BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, ops.BACKENDS))}, got {backend!r}")
+    if dtype not in eligibility.DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, eligibility.DTYPES))}, got {dtype}")
+    if backend not in eligibility.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, eligibility.BACKENDS))}, got {backend!r}")
     directions = 2 if bidirectional else 1
     mode = cell.upper()
     if device is None:
         device = "cuda" if properties is not None or torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     if device.type == "cpu":
-        if backend == "torch" or (backend == "auto" and ops.torch_is_faster(mode, dtype, B, H)):
+        if backend == "torch" or (backend == "auto" and eligibility.torch_is_faster(mode, dtype, B, H)):
             return Plan("torch", "torch")
         shared = _C.cpu_plan(reference.CELLS.index(cell), T, B, I, H, H, directions, torch.get_num_threads())
         return Plan("fused", "cpu", shared, shared)

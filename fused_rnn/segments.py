@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import autocast, ops, reference
+from fused_rnn import autocast, eligibility, ops, reference
 from fused_rnn.functional import Extras
 from fused_rnn.reference import Norms
 
 
-@ops.runs_eagerly
+@eligibility.runs_eagerly
 def run(
     module: Any,
     input: Any,
@@ -52,10 +52,10 @@ def run(
     x, states = call.x, call.states
     resets = None if resets is None else call.time_major(resets)
     lengths = None if lengths is None else lengths.to(x.device, non_blocking=True)
-    cuda = ops.on_cuda(x)
+    cuda = eligibility.on_cuda(x)
     fusible = (
         module.backend != "torch"
-        and ops.fusible(x, *states, *reset_states, *weights, *chain(*regularisation.get("norms", ())))
+        and eligibility.fusible(x, *states, *reset_states, *weights, *chain(*regularisation.get("norms", ())))
         and not (cuda and (module.proj_size > 0 or x.numel() == 0))
     )
     if fusible and lengths is not None and (cuda or torch.compiler.is_compiling()):
@@ -75,15 +75,15 @@ def run(
 
 def _is_usual(module: Any, input: Any, hx: Any, resets: Any, reset_state: Any, lengths: Any) -> bool:
     """Whether every check that is left is made by the operators."""
-    if ops.watched() or module._varied:
+    if eligibility.watched() or module._varied:
         return False
     fresh = module._given_states(reset_state)
     return (
-        (resets is None or ops.plain(resets, 2))
-        and (lengths is None or ops.plain(lengths, 1))
+        (resets is None or eligibility.plain(resets, 2))
+        and (lengths is None or eligibility.plain(lengths, 1))
         and fresh is not None
         and (not fresh or resets is not None)
-        and all(ops.plain(s, 3) or ops.plain(s, 4) for s in fresh)
+        and all(eligibility.plain(s, 3) or eligibility.plain(s, 4) for s in fresh)
         and module._usual(input, 3, hx)
     )
 
@@ -203,7 +203,7 @@ class _Call:
             raise ValueError(f"{self.name}: expected lengths to be an int32 or int64 tensor, got {_kind(lengths)}")
         if lengths.shape != (self.batch,):
             raise RuntimeError(f"{self.name}: Expected lengths of shape {[self.batch]}, got {list(lengths.shape)}")
-        if not lengths.is_cpu or ops.watched() or lengths.numel() == 0:
+        if not lengths.is_cpu or eligibility.watched() or lengths.numel() == 0:
             return  # the kernels stop at T; looking would mean waiting for a GPU
         if not 0 <= int(lengths.min()) <= int(lengths.max()) <= self.x.size(0):
             raise ValueError(

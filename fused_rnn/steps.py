@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fused_rnn import functional, ops
+from fused_rnn import eligibility, functional, ops
 
 
-@ops.runs_eagerly
+@eligibility.runs_eagerly
 def run(
     module: Any, input: Tensor, hx: Any, resets: Tensor | None, reset_state: Any, active: Tensor | None, out: Any
 ) -> tuple[Tensor, Any]:
@@ -49,7 +49,11 @@ def run(
         states, fresh = _with_row(name, "hx", states), _with_row(name, "reset_state", fresh)
         into = (results[0].unsqueeze(0), *_with_row(name, "out[1]", results[1:])) if results else ()
     found = None
-    if not differentiable and not ops.watched() and _is_usual(module, input, states, resets, fresh, active, into):
+    if (
+        not differentiable
+        and not eligibility.watched()
+        and _is_usual(module, input, states, resets, fresh, active, into)
+    ):
         with suppress(RuntimeError):  # if something does not fit, that is found out below
             found = _in_place(module, input, states, resets, fresh, active, into)
             increment_version(results)
@@ -63,7 +67,7 @@ def run(
     return y, module._pack_states(hidden)
 
 
-@ops.runs_eagerly
+@eligibility.runs_eagerly
 def without_options(module: Any, input: Tensor, states: Any) -> Sequence[Tensor]:
     """y and each state of a plain step, which `FusedRNNBase._usual` has looked at.
 
@@ -72,7 +76,7 @@ def without_options(module: Any, input: Tensor, states: Any) -> Sequence[Tensor]
     """
     weights = module._flat_weights
     differentiable = torch.is_grad_enabled() and ops.any_requires_grad((input, *states, *weights))
-    if differentiable or input.dtype not in ops.KERNEL_DTYPES or (module.training and module.dropout > 0):
+    if differentiable or input.dtype not in eligibility.KERNEL_DTYPES or (module.training and module.dropout > 0):
         y, *hidden = module._stack(input.unsqueeze(0), states or (None, None))
         return y.squeeze(0), *hidden
     h0, c0 = (*states, None, None)[:2]
@@ -91,15 +95,15 @@ def _is_usual(
 ) -> bool:
     """Whether every check that is left is made by the operator."""
     for mask in (resets, active):
-        if mask is not None and not ops.plain(mask, 1):
+        if mask is not None and not eligibility.plain(mask, 1):
             return False
     for state in (*fresh, *into[1:]):
-        if not ops.plain(state, 3):
+        if not eligibility.plain(state, 3):
             return False
     return (
         not module._varied
-        and x.dtype in ops.KERNEL_DTYPES
-        and (not into or (ops.plain(into[0], 2) and into[1].size(0) == module.num_layers))
+        and x.dtype in eligibility.KERNEL_DTYPES
+        and (not into or (eligibility.plain(into[0], 2) and into[1].size(0) == module.num_layers))
         and module._usual(x, 2, module._pack_states(states) if states else None)
     )
 
@@ -164,7 +168,7 @@ def _copy(name: str, found: Sequence[Tensor], into: Sequence[Tensor]) -> None:
                 f"{result.device}, got a {target.dtype} tensor of shape {list(target.shape)} on {target.device}"
             )
     for a, b in combinations(into, 2):
-        if not ops.watched() and ops.share_memory(a, b):
+        if not eligibility.watched() and _share_memory(a, b):
             raise RuntimeError(f"{name}: the tensors of out must not share memory")
     for result, target in zip(found, into, strict=True):
         target.copy_(result)
@@ -212,3 +216,12 @@ def _check_mask(name: str, argument: str, mask: Any, input: Tensor) -> None:
         raise RuntimeError(f"{name}: Expected {argument} of shape {list(input.shape[:-1])}, got {list(mask.shape)}")
     if mask.device != input.device:
         raise RuntimeError(f"{name}: expected {argument} on {input.device}, got {mask.device}")
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have bytes in common, or lie so close that they may."""
+    (a_begin, a_end), (b_begin, b_end) = (
+        (t.data_ptr(), t.data_ptr() + t.itemsize * sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))
+        for t in (a, b)
+    )
+    return a.numel() > 0 < b.numel() and a_begin <= b_end and b_begin <= a_end

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import emulated
 import fused_rnn
-from fused_rnn import cuda, cuda_layer, ops, reference
+from fused_rnn import cuda, cuda_layer, eligibility, ops, reference
 from fused_rnn.reference import GATES, Norms
 from test_gpu import PRECISIONS, Precision, farther, rounded_to_tf32
 from tolerances import assert_as_accurate
@@ -71,7 +71,7 @@ def library() -> None:
 @pytest.fixture(autouse=True)
 def gpu(library: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Has every layer computed by the CUDA operators."""
-    monkeypatch.setattr(ops, "on_cuda", lambda x: True)
+    monkeypatch.setattr(eligibility, "on_cuda", lambda x: True)
     monkeypatch.setattr(cuda, "device_properties", lambda device: emulated.H200)
     yield
 
@@ -251,7 +251,7 @@ def test_modules(name: str, options: dict[str, Any], training: bool, monkeypatch
         return [*outputs, *grads, *torch.autograd.grad(dx.square().sum(), inputs, allow_unused=True)]
 
     actual, calls = run(), len(ways)
-    monkeypatch.setattr(ops, "fusible", lambda *tensors: False)
+    monkeypatch.setattr(eligibility, "fusible", lambda *tensors: False)
     expected = run()
     assert calls == len(ways) >= 2 * module.num_layers
     for a, e in zip(actual, expected, strict=True):

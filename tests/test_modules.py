@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from cases import CASES, Case
-from fused_rnn import functional, ops, reference
+from fused_rnn import eligibility, functional, ops, reference
 from tolerances import assert_as_accurate
 
 
@@ -129,7 +129,7 @@ def test_bfloat16_where_torch_is_faster(
     cell: str, B: int, H: int, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever computes it, the result is as accurate; on a processor that multiplies bfloat16, torch does."""
-    monkeypatch.setattr(ops, "HAS_BF16_PRODUCTS", not kernels)
+    monkeypatch.setattr(eligibility, "HAS_BF16_PRODUCTS", not kernels)
     calls = []
     layer = ops.layer
     monkeypatch.setattr(ops, "layer", lambda *args: calls.append(args) or layer(*args))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
-from fused_rnn import ops, reference
+from fused_rnn import eligibility, ops, reference
 
 NAMES = ("RNN", "LSTM", "GRU")
 each_name = pytest.mark.parametrize("name", NAMES)
@@ -125,7 +125,7 @@ def test_resets_cut_the_sequence(name: str, B: int, H: int, rate: float, bidirec
 def of_reference(module: nn.Module, *args: Any, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> Any:
     """The same call on the specification."""
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "fusible", lambda *tensors: False)
+        patch.setattr(eligibility, "fusible", lambda *tensors: False)
         return module(*args, **kwargs)
 
 
@@ -260,7 +260,7 @@ def test_resets_of_a_packed_sequence(
         patch.setattr(reference, "layer", None)  # the kernels take it
         assert_same(call(), expected, [*inputs, *ours.parameters()], [*inputs, *theirs.parameters()])
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "fusible", lambda *tensors: False)
+        patch.setattr(eligibility, "fusible", lambda *tensors: False)
         assert_same(call(), expected, [*inputs, *ours.parameters()], [*inputs, *theirs.parameters()])
 
 
