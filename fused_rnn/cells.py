@@ -5,7 +5,7 @@ Only `forward` is new; as in `fused_rnn.modules`, what the kernels do not take g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,26 @@ from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
 from fused_rnn.eligibility import plain
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def check_ranks(name: str, input: Any, states: Iterable[Any]) -> None:
+    """Refuses an input and a state of different rank: torch.nn's kernels would read past the end of the state.
+
+    Args:
+        name: the class, for the message.
+        input, states: as the caller gave them; whatever is not a tensor is left to torch.nn's own checks.
+
+    Raises:
+        RuntimeError: one of input and a state is 1-D, the other 2-D.
+    """
+    if not isinstance(input, Tensor):
+        return
+    for state in states:
+        if isinstance(state, Tensor) and {input.dim(), state.dim()} == {1, 2}:
+            raise RuntimeError(
+                f"{name}: Expected input and hidden to have the same number of dimensions, "
+                f"got {input.dim()}D and {state.dim()}D"
+            )
 
 
 class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
@@ -50,12 +70,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
     def _step(
         self, cell: str, input: Any, states: tuple[Any, ...], layer: Callable[..., Any] = ops.layer
     ) -> tuple[Tensor, Any] | None:
-        """h' and c' (None but for the LSTM) by `layer`; None if torch has to compute this call, or to raise.
-
-        Raises:
-            RuntimeError: input and hidden differ in rank, where torch.nn would read past the end.
-        """
-        self._check_ranks(input, states)
+        """h' and c' (None but for the LSTM) by `layer`; None if torch has to compute this call, or to raise."""
         fuses = layer is ops.layer
         if fuses and not eligibility.fusible(input):
             return None
@@ -96,7 +111,12 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         )
 
     def _torchs(self, cell: str, input: Any, hx: Any, states: tuple[Any, ...]) -> Any:
-        """torch.nn's own forward; the specification where that has no rule for a transform (vmap, jvp)."""
+        """torch.nn's own forward; the specification where that has no rule for a transform (vmap, jvp).
+
+        Raises:
+            RuntimeError: input and hidden differ in rank.
+        """
+        check_ranks(type(self).__name__, input, states)
         if torch.compiler.is_compiling() or not eligibility.transformed():
             return super().forward(input, hx)
         try:
@@ -106,14 +126,6 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
             if result is None:
                 raise
             return result if cell == "lstm" else result[0]
-
-    def _check_ranks(self, input: Any, states: tuple[Any, ...]) -> None:
-        for state in states:
-            if {getattr(input, "ndim", None), getattr(state, "ndim", None)} == {1, 2}:
-                raise RuntimeError(
-                    f"{type(self).__name__}: Expected input and hidden to have the same number of dimensions, "
-                    f"got {input.ndim}D and {state.ndim}D"
-                )
 
 
 @fx_leaf
@@ -199,6 +211,12 @@ class LSTMCell(FusedCellBase, torch.nn.LSTMCell):
         """
         pair = isinstance(hx, (tuple, list)) and len(hx) == 2 and hx[0] is not None and hx[1] is not None
         if not (pair or hx is None):
+            if isinstance(hx, Tensor):  # torch.nn takes its rows for states
+                check_ranks("LSTMCell", input, hx.unbind() if hx.dim() > 0 else ())
+            elif isinstance(hx, (tuple, list)):
+                check_ranks("LSTMCell", input, hx)
+            else:
+                raise TypeError(f"LSTMCell: expected hx to be None or a pair (h, c), got {type(hx).__name__}")
             return super().forward(input, hx)
         states = () if hx is None else tuple(hx)
         result = self._usual_step("lstm", input, *states) or self._step("lstm", input, states)

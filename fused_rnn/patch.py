@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def _sequence(cell: str) -> Callable[..., Any]:
         bidirectional: bool,
         batch_first: bool,
     ) -> Any:
-        states = hx if cell == "lstm" else (hx,)
+        states = _states(cell, hx)
         if not _regular(cell, input, states, weights, bidirectional) or input.dim() != 3:
             return None
         x = input.transpose(0, 1) if batch_first else input
@@ -94,7 +94,7 @@ def _sequence(cell: str) -> Callable[..., Any]:
         train: bool,
         bidirectional: bool,
     ) -> Any:
-        states = hx if cell == "lstm" else (hx,)
+        states = _states(cell, hx)
         if not _regular(cell, data, states, weights, bidirectional):
             return None
         return functional.stack(
@@ -108,6 +108,13 @@ def _sequence(cell: str) -> Callable[..., Any]:
         return original(*args) if result is None else result
 
     return fused
+
+
+def _states(cell: str, hx: Any) -> Sequence[Any]:
+    """The states in hx; none where torch's function refuses hx (an LSTM's as one tensor)."""
+    if cell != "lstm":
+        return (hx,)
+    return hx if isinstance(hx, (tuple, list)) else ()
 
 
 def _regular(cell: str, x: Any, states: Any, weights: Any, bidirectional: Any) -> bool:
@@ -124,9 +131,15 @@ def _cell(cell: str, name: str) -> Callable[..., Any]:
     original = getattr(torch._VF, name)
 
     @eligibility.runs_eagerly
-    def fused(input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
-        states = hx if cell == "lstm" else (hx,)
+    def fused(input: Any, hx: Any, *weights: Tensor | None) -> Any:
+        states = _states(cell, hx)
         if not _fits(cell, input, states, weights):
+            # torch.nn's modules have unsqueezed both by the rank of the input.
+            if any(isinstance(state, Tensor) and state.dim() not in (1, 2) for state in states):
+                raise RuntimeError(
+                    f"{cell}_cell: Expected input and hidden to have the same number of dimensions, "
+                    f"got an unbatched input and hidden of sizes {[list(state.shape) for state in states]}"
+                )
             return original(input, hx, *weights)
         h0, c0 = (*states, None)[:2]
         h, _, c, *_ = ops.layer(cell, input, h0, c0, (*(*weights, None, None)[:4], None))

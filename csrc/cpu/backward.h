@@ -139,6 +139,10 @@ class Backward {
     return passes_directly() ? direct_ + b * s_.P : nullptr;
   }
 
+  // Whether anything reads h of row b after this step. What nobody reads has no gradient, not one of zero: zero times
+  // a NaN or an infinity in the row would be NaN.
+  bool is_read(int64_t b) const { return b < continued_ || d_.dy || d_.dh_n; }
+
   void step(int64_t t) {
     enter(t);
     const int64_t row_end = least(row_end_, rows_);
@@ -210,7 +214,14 @@ class Backward {
   void normalised(int64_t b) const {
     T* dh = dh_ + b * 2 * s_.H;
     const int64_t row = s_.row(t_) + b;
-    if constexpr (Cell::kHasC) output(dh, row);
+    if constexpr (Cell::kHasC) {
+      if (is_read(b)) {
+        output(dh, row);
+      } else {
+        __builtin_memset(dh, 0, 2 * s_.H * sizeof(T));
+        __builtin_memset(at(d_.dnormal) + row * 2 * s_.H, 0, 2 * s_.H * sizeof(T));
+      }
+    }
     each_lanes<T>(s_.H, [&](int64_t i, int64_t n) { cell(load(dh + i, n), b, {i, n}); });
     const T* hat = at(d_.reserve.h_hat) + row * d_.reserve.stride;
     normalise_backward(at(d_.dproduct) + row * gates(), dgates(row) + Cell::kHiddenGrads * s_.H, at(d_.variant.norm_hh),
@@ -277,6 +288,11 @@ class Backward {
         dc += dh;  // see output()
         Cell::gates_backward(saved, c_prev, dc, grads);
         grads[3] = load(dh_ + b * 2 * s_.H + s_.H + unit, n);
+      }
+    } else if (Cell::kHasC && !is_read(b)) {
+      if constexpr (Cell::kHasC) {
+        Cell::gates_backward(saved, c_prev, dc, grads);
+        grads[3] = V{};
       }
     } else {
       Cell::backward(saved, h_prev, c_prev, dh, dc, grads, dh_prev);
