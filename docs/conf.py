@@ -1,7 +1,7 @@
 """Sphinx: the pages of this folder, and the API reference from the installed package's docstrings.
 
-Pages for reading are Markdown, which code hosts show as well; the reference is reStructuredText, for autodoc. Nothing is
-fetched from the network.
+Pages for reading are Markdown, which code hosts show as well. The reference is reStructuredText, for autodoc. Nothing
+is fetched from the network.
 """
 
 import fused_rnn

@@ -1,4 +1,4 @@
-"""The documentation is true: its examples run, its links and commands exist, its speed tables are the committed results.
+"""The documentation is true: examples run, links and commands exist, speed tables are the committed results.
 
 The examples of a page run one after the other in an empty namespace, as a reader would type them. torch.nn's own
 examples, which are part of our classes' docstrings, run with `nn` meaning fused_rnn.
