@@ -1,4 +1,8 @@
-"""Sphinx: the API reference, made of the installed package's docstrings. No file is fetched from the network."""
+"""Sphinx: the pages of this folder, and the API reference from the installed package's docstrings.
+
+Pages for reading are Markdown, which code hosts show as well. The reference is reStructuredText, for autodoc. Nothing
+is fetched from the network.
+"""
 
 import fused_rnn
 from fused_rnn.convert import TORCHS_OWN
@@ -10,7 +14,8 @@ html_title = f"fused_rnn {release}"
 html_theme = "furo"
 html_copy_source = html_show_sourcelink = html_show_copyright = False
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+myst_heading_anchors = 3  # links like performance.md#single-steps
 default_role = "py:obj"  # `name` in a docstring is a link where the name is on these pages
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -20,7 +25,7 @@ napoleon_use_ivar = True
 
 
 def leave_out_torchs(app, what, name, obj, options, lines):
-    """Of a class, what it adds to torch.nn's; torch's own documentation has the rest, and its own links."""
+    """Drop torch.nn's own documentation from a class's docstring: it is on torch's pages, with links of its own."""
     if TORCHS_OWN in lines:
         del lines[lines.index(TORCHS_OWN) :]
 

@@ -32,7 +32,7 @@ from fused_rnn.patch import patched
 from fused_rnn.planning import plan
 
 OPERATORS_LIBRARY = str(Path(__file__).with_name("_cpu.so"))
-"""The file of the CPU operators, for ``torch.ops.load_library`` or a C++ program: it needs no Python."""
+"""Path of the CPU operators' library, for ``torch.ops.load_library`` or a C++ program; it needs no Python."""
 
 try:
     __version__ = version("fused_rnn")

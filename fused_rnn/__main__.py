@@ -17,10 +17,10 @@ from fused_rnn import _C, cuda
 
 
 def run(script: str, args: list[str]) -> None:
-    """Runs a script as ``python script.py args`` would, with the fused kernels under torch.nn.
+    """Run a script as ``python script.py args`` does, with torch.nn patched to use the fused kernels.
 
     Raises:
-        SystemExit: with status 2, if the script cannot be read.
+        SystemExit: the script cannot be read; the exit status is 2.
     """
     path = os.path.abspath(script)
     try:
@@ -41,7 +41,7 @@ def run(script: str, args: list[str]) -> None:
 
 
 def info() -> dict[str, str]:
-    """What to paste into a bug report."""
+    """Return versions and settings for a bug report."""
     build = _C.build_info()
     return {
         "fused_rnn": f"{fused_rnn.__version__} in {os.path.dirname(fused_rnn.__file__)}",
@@ -73,7 +73,7 @@ def _cpu_name() -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Parse the command line, and run the command."""
     parser = argparse.ArgumentParser(prog="python -m fused_rnn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="run a script with the fused kernels under torch.nn")

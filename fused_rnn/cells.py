@@ -1,6 +1,6 @@
-"""RNNCell, LSTMCell and GRUCell: torch.nn's classes, one fused step each.
+"""RNNCell, LSTMCell and GRUCell: torch.nn's classes, with one fused operator per call.
 
-Only `forward` is new; as in `fused_rnn.modules`, what the kernels do not take goes to torch.nn's own.
+Only `forward` is new. As in `fused_rnn.modules`, calls that the kernels cannot run go to torch.nn's own forward.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check_ranks(name: str, input: Any, states: Iterable[Any]) -> None:
 
 
 class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
-    """What the three cells share."""
+    """Base class of the three cells."""
 
     def _usual_step(self, cell: str, input: Any, h0: Any = None, c0: Any = None) -> tuple[Tensor, Tensor] | None:
         """h' and c' of batched plain tensors, checked by the operator alone; None if this is not that usual call."""
@@ -133,17 +133,17 @@ class RNNCell(FusedCellBase, torch.nn.RNNCell):
     __doc__ = documentation(torch.nn.RNNCell)
 
     def forward(self, input: Any, hx: Any = None) -> Tensor:
-        """One time step.
+        """Compute one time step.
 
         Args:
             input: ``(B, input_size)``, or ``(input_size,)`` unbatched.
-            hx: ``(B, hidden_size)``, or ``(hidden_size,)`` unbatched; None: zeros.
+            hx: the state h, ``(B, hidden_size)``, or ``(hidden_size,)`` unbatched. None means zeros.
 
         Returns:
-            h', shaped like hx.
+            The new state h', shaped like hx.
 
         Raises:
-            ValueError, RuntimeError: as torch.nn, with its texts, if sizes or dtypes do not fit.
+            ValueError, RuntimeError: sizes or dtypes do not match; type and message are torch.nn's.
         """
         if self.nonlinearity not in ("tanh", "relu"):
             return super().forward(input, hx)
@@ -175,17 +175,17 @@ class GRUCell(FusedCellBase, torch.nn.GRUCell):
     __doc__ = documentation(torch.nn.GRUCell)
 
     def forward(self, input: Any, hx: Any = None) -> Tensor:
-        """One time step.
+        """Compute one time step.
 
         Args:
             input: ``(B, input_size)``, or ``(input_size,)`` unbatched.
-            hx: ``(B, hidden_size)``, or ``(hidden_size,)`` unbatched; None: zeros.
+            hx: the state h, ``(B, hidden_size)``, or ``(hidden_size,)`` unbatched. None means zeros.
 
         Returns:
-            h', shaped like hx.
+            The new state h', shaped like hx.
 
         Raises:
-            ValueError, RuntimeError: as torch.nn, with its texts, if sizes or dtypes do not fit.
+            ValueError, RuntimeError: sizes or dtypes do not match; type and message are torch.nn's.
         """
         states = () if hx is None else (hx,)
         result = self._usual_step("gru", input, *states) or self._step("gru", input, states)
@@ -197,17 +197,17 @@ class LSTMCell(FusedCellBase, torch.nn.LSTMCell):
     __doc__ = documentation(torch.nn.LSTMCell)
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Tensor, Tensor]:
-        """One time step.
+        """Compute one time step.
 
         Args:
             input: ``(B, input_size)``, or ``(input_size,)`` unbatched.
-            hx: a pair (h, c), each ``(B, hidden_size)``, or ``(hidden_size,)`` unbatched; None: zeros.
+            hx: the states, a pair (h, c), each ``(B, hidden_size)``, or ``(hidden_size,)`` unbatched. None means zeros.
 
         Returns:
-            The pair (h', c').
+            The pair of new states (h', c'), shaped like hx.
 
         Raises:
-            ValueError, RuntimeError: as torch.nn, with its texts, if sizes or dtypes do not fit.
+            ValueError, RuntimeError: sizes or dtypes do not match; type and message are torch.nn's.
         """
         pair = isinstance(hx, (tuple, list)) and len(hx) == 2 and hx[0] is not None and hx[1] is not None
         if not (pair or hx is None):

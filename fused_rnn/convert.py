@@ -22,16 +22,16 @@ _TORCH_CLASSES = (
 
 
 class TorchConvertible(Module):
-    """A module of ours: knows torch.nn's class of the same name, and hands that to tools that ask for exact classes."""
+    """Base class of all modules: knows torch.nn's class of the same name, and converts to it where tools need that."""
 
     def to_torch(self) -> Module:
-        """A module of torch.nn's own class that shares this one's parameters, hooks and mode.
+        """Return a module of torch.nn's own class that shares this one's parameters, hooks and training mode.
 
-        What a subclass of ours adds is left behind.
+        Attributes and methods of a subclass are not carried over.
 
         Raises:
-            TypeError: a parameter is parametrised, which ties it to its class; or the module is a variant that
-                torch.nn has nothing like (see `fused_rnn.variants`).
+            TypeError: a parameter is parametrised, which ties it to its class; or the module uses an option that
+                torch.nn does not have, such as ``layer_norm``.
         """
         if getattr(self, "_varied", False):
             raise TypeError(f"torch.nn has nothing like {self}")
@@ -49,9 +49,9 @@ TORCHS_OWN = "What follows is torch.nn's own documentation."
 
 
 def documentation(torchs: type, ours: type | None = None) -> str:
-    """A docstring for our class of the same name: what it adds, which `ours` tells, before torch.nn's."""
+    """Return the docstring of a class: a summary, the docstring of `ours` (the additions), then torch.nn's own."""
     added = "" if ours is None else cleandoc(ours.__doc__ or "")
-    summary = f"``torch.nn.{torchs.__name__}`` on the fused kernels: its arguments, parameters, results and errors."
+    summary = f"``torch.nn.{torchs.__name__}`` on fused kernels: the same arguments, parameters, results and errors."
     return "\n\n".join(filter(None, (summary, added, TORCHS_OWN, cleandoc(torchs.__doc__ or ""))))
 
 
@@ -59,7 +59,7 @@ _Class = TypeVar("_Class", bound=type[Module])
 
 
 def fx_leaf(cls: _Class) -> _Class:
-    """Class decorator: torch.fx takes instances as one node, as it takes torch.nn's."""
+    """Class decorator: torch.fx traces an instance as one node, as it does for torch.nn's classes."""
     this: Any = cls  # whose __init__ is meant, not that of a class derived from it
     init = this.__init__
 
@@ -73,14 +73,14 @@ def fx_leaf(cls: _Class) -> _Class:
 
 
 def from_torch(module: Module) -> Module:
-    """A module of ours that shares the parameters, hooks and mode of one of torch.nn's.
+    """Return a fused module that shares the parameters, hooks and training mode of a torch.nn module.
 
     Args:
-        module: a torch.nn RNN, LSTM, GRU or one of their cells; one of ours is returned as it is.
+        module: a torch.nn RNN, LSTM, GRU, RNNCell, LSTMCell or GRUCell. A module of this package is returned unchanged.
 
     Raises:
-        TypeError: module's class is none of torch.nn's six. A subclass may do anything in its forward;
-            derive it from ours instead. Or a parameter is parametrised, which ties it to its class.
+        TypeError: the class of module is not one of these six. A subclass of theirs may do anything in its forward;
+            derive it from this package's class instead. Or a parameter is parametrised, which ties it to its class.
 
     Example:
         >>> import torch, fused_rnn
@@ -95,15 +95,15 @@ def from_torch(module: Module) -> Module:
 
 
 def replace(model: Module) -> list[str]:
-    """Converts every torch.nn RNN, LSTM, GRU and cell inside model, in place.
+    """Convert every torch.nn RNN, LSTM, GRU and cell inside model, in place.
 
-    The modules keep their identity, parameters and hooks: optimisers and references stay valid.
+    The modules keep their identity, parameters and hooks, so optimisers and references to them stay valid.
 
     Args:
-        model: any module, also one of the six itself.
+        model: any module; it may itself be one of those.
 
     Returns:
-        The qualified names of the converted modules ("" for model itself). Modules of subclasses stay as they are.
+        The qualified names of the converted modules ("" is model itself). Modules of subclasses are left unchanged.
 
     Example:
         >>> import torch, fused_rnn

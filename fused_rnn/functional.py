@@ -175,34 +175,35 @@ def _join(states: list[Tensor], dim: int) -> Tensor:
 
 
 def rnn(input: Any, weights: Sequence[Tensor], hx: Any = None, *, nonlinearity: str = "tanh", **options: Any) -> Any:
-    """torch.nn.RNN's function of plain tensors, as `lstm` is the LSTM's; `nonlinearity` is "tanh" or "relu"."""
+    """Compute an RNN with the weights given as tensors. `nonlinearity` is "tanh" or "relu"; otherwise as `lstm`."""
     return _call("RNN", input, weights, hx, nonlinearity=nonlinearity, **options)
 
 
 def gru(input: Any, weights: Sequence[Tensor], hx: Any = None, **options: Any) -> Any:
-    """torch.nn.GRU's function of plain tensors, as `lstm` is the LSTM's."""
+    """Compute a GRU with the weights given as tensors. Arguments, results and errors are those of `lstm`."""
     return _call("GRU", input, weights, hx, **options)
 
 
 def lstm(input: Any, weights: Sequence[Tensor], hx: Any = None, **options: Any) -> Any:
-    """torch.nn.LSTM's function of plain tensors, for weights that are computed: dropped, tied, made by another network.
+    """Compute an LSTM with the weights given as tensors, which may be computed: dropped, tied, or made by a network.
 
     Args:
-        input, hx: as the module's forward takes them.
-        weights: of every layer and direction ``w_ih, w_hh[, b_ih, b_hh][, w_hr]``, torch.nn's order of parameters.
-            Sizes and the number of layers are theirs.
-        options: ``bidirectional``, ``batch_first``, ``dropout``, ``training`` as in torch.nn (False, False, 0.0,
-            False); the keywords of the module's forward (``resets`` and so on); of its constructor ``zoneout``,
-            ``recurrent_dropout``, ``weight_dropout``, ``recompute``; and for layer normalisation ``norms``, its gains
-            of every layer and direction ``norm_ih, norm_hh[, norm_c, norm_c_bias]``.
+        input, hx: the input and the initial states, as for `fused_rnn.LSTM.forward`.
+        weights: the tensors ``w_ih, w_hh[, b_ih, b_hh][, w_hr]`` of every layer and direction, in the order of
+            torch.nn's parameters. They determine the sizes and the number of layers.
+        options: ``bidirectional=False``, ``batch_first=False``, ``dropout=0.0`` and ``training=False``, as in torch.nn;
+            the keywords of `fused_rnn.LSTM.forward` (``resets``, ``reset_state``, ``lengths``,
+            ``return_state_sequence``); the constructor's ``zoneout``, ``recurrent_dropout``, ``weight_dropout`` and
+            ``recompute``; and ``norms`` for layer normalisation, the gains
+            ``norm_ih, norm_hh[, norm_c, norm_c_bias]`` of every layer and direction.
 
     Returns:
-        What the module's forward does.
+        The results of `fused_rnn.LSTM.forward`.
 
     Raises:
-        ValueError: the number or the shapes of the weights or gains are no module's.
+        ValueError: no module has weights or gains of this number or of these shapes.
         TypeError: an option is unknown.
-        ValueError, RuntimeError: as the module's forward.
+        ValueError, RuntimeError: sizes or dtypes do not match, as in `fused_rnn.LSTM.forward`.
 
     Example:
         >>> import torch

@@ -1,8 +1,8 @@
 """RNN, LSTM and GRU: torch.nn's classes with a forward on the fused kernels.
 
 Everything but `forward`, `step` and `backend` is inherited: parameters, initialisation, state_dict, repr, pickling.
-What the kernels do not take (another dtype or device, a compiler or a mode watching, irregular arguments) goes to
-torch.nn's own forward, which computes it or raises.
+Calls that the kernels cannot run (another dtype or device, a compiler or a mode that watches torch's operations, wrong
+arguments) go to torch.nn's own forward, which computes them or raises.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "permute_hi
 
 
 class FusedRNNBase(TorchConvertible, Variants):
-    """What RNN, LSTM and GRU share: the way from their arguments to `fused_rnn.functional.stack`."""
+    """Base class of RNN, LSTM and GRU: brings their arguments into the form that `fused_rnn.functional.stack` takes."""
 
     _checks_are_torchs = True
 
     backend = "auto"
-    """Who computes; see `Variants`."""
+    """Selects who computes a call; see `Variants`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As torch.nn's class, and ``backend="auto"``, keyword only."""
+        """Takes the arguments of torch.nn's class, and ``backend`` as a keyword."""
         backend = kwargs.pop("backend", "auto")
         if backend not in eligibility.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, eligibility.BACKENDS))}, got {backend!r}")
@@ -57,28 +57,31 @@ class FusedRNNBase(TorchConvertible, Variants):
         lengths: Tensor | None = None,
         return_state_sequence: bool = False,
     ) -> Any:
-        """As torch.nn's class of the same name; the keywords are what that has not.
+        """Compute all time steps, as torch.nn's forward does. The keyword arguments are additions to torch.nn.
 
         Args:
-            input: ``(T, B, input_size)``, ``(B, T, input_size)`` with ``batch_first``, ``(T, input_size)``
+            input: ``(T, B, input_size)``, or ``(B, T, input_size)`` with ``batch_first``, or ``(T, input_size)``
                 unbatched, or a PackedSequence.
-            hx: initial state(s), each ``(L*D, B, size)`` or unbatched ``(L*D, size)``; None: zeros. The LSTM takes
-                a pair (h_0, c_0) of sizes ``proj_size or hidden_size`` and ``hidden_size``.
-            resets: bool ``(T, B)``, ``(B, T)`` with ``batch_first``, ``(T,)`` unbatched, with a PackedSequence one of
-                bools, packed alike. Where it is true a new sequence begins: the state is replaced before that step. The
-                reverse direction starts anew at the same borders. No gradient passes a reset.
-            reset_state: what replaces the state(s): shaped like hx, or with a first dimension T for one per step, or
-                what broadcasts to either (a learned state ``(L*D, 1, size)``). Gradients reach it. None: zeros.
-            lengths: int32 or int64 ``(B,)``, in any order, 0 to T, on any device: the steps of each row. Outputs behind
-                a row's end are zero, the final state is that of its last step, the reverse direction begins there.
-            return_state_sequence: whether to return the state(s) after every step, too.
+            hx: the initial state(s), each ``(L*D, B, size)``, or ``(L*D, size)`` unbatched. The LSTM takes a pair
+                (h_0, c_0) of sizes ``proj_size or hidden_size`` and ``hidden_size``. None means zeros.
+            resets: bool ``(T, B)``, or ``(B, T)`` with ``batch_first``, or ``(T,)`` unbatched; for a PackedSequence, a
+                PackedSequence of bools that is packed in the same way. True at step t starts a new sequence: the state
+                is replaced before step t. The reverse direction starts anew at the same borders. No gradient
+                flows across a reset.
+            reset_state: the state(s) that a reset sets, shaped like hx, or with an additional first dimension T for
+                a state per step, or broadcastable to either, such as a learned state ``(L*D, 1, size)``. Gradients
+                flow into it. None means zeros.
+            lengths: int32 or int64 ``(B,)``, the number of steps of each row, 0 to T, in any order, on any device.
+                Outputs after the end of a row are zero, its final state is that of its last step, and the
+                reverse direction begins there.
+            return_state_sequence: whether to return the state(s) after every step as a third result.
 
         Returns:
-            output, shaped like input but ``D * (proj_size or hidden_size)`` wide, and the final state(s), shaped
-            like hx; with ``return_state_sequence`` also the state(s) of every step, ``(T, L*D, B, size)``.
+            The output, shaped like input but ``D * (proj_size or hidden_size)`` wide, and the final state(s), shaped
+            like hx. With ``return_state_sequence``, also the state(s) after every step, ``(T, L*D, B, size)``.
 
         Raises:
-            ValueError, RuntimeError: as torch.nn, with its texts, if sizes or dtypes do not fit.
+            ValueError, RuntimeError: sizes or dtypes do not match; type and message are torch.nn's.
         """
         if self._varied or not (
             resets is None and reset_state is None and lengths is None and return_state_sequence is False
@@ -102,28 +105,30 @@ class FusedRNNBase(TorchConvertible, Variants):
         active: Tensor | None = None,
         out: Any = None,
     ) -> tuple[Tensor, Any]:
-        """One time step, for streaming and rollouts: equals `forward` on a sequence of length one, without hooks.
+        """Compute one time step, for streams and rollouts. Equals `forward` on a sequence of one step; runs no hooks.
 
         Args:
             input: ``(B, input_size)``, or ``(input_size,)`` unbatched.
-            hx: as in `forward`; None: zeros.
-            resets: bool ``(B,)``, or ``()`` unbatched: the rows whose state is replaced before the step.
-            reset_state: what replaces it, shaped like hx or broadcasting to it; None: zeros.
-            active: bool ``(B,)``, or ``()`` unbatched: the rows that take the step. The others keep their state,
-                whatever their input and `resets` say, and their output is zero. None: all.
-            out: a pair (output, hx) shaped like the results, to write them to; the states may be those given as hx,
-                which are then updated in place. On the CPU, with contiguous float32 or float64 tensors and without
-                dropout and regularisation, the call allocates no memory for tensors. Not differentiable.
+            hx: the state(s), as in `forward`. None means zeros.
+            resets: bool ``(B,)``, or ``()`` unbatched, true for the rows whose state is replaced before the step.
+            reset_state: the state(s) that a reset sets, shaped like hx or broadcastable to it. None means zeros.
+            active: bool ``(B,)``, or ``()`` unbatched, true for the rows that take the step. The others keep their
+                state, whatever their input and `resets` are, and their output is zero. None means all rows.
+            out: a pair (output, hx) of tensors, shaped like the results, that the results are written to. Its states
+                may be the tensors given as hx, which are then updated in place. On a CPU, the call then allocates no
+                memory for tensors if all are contiguous and of float32 or float64 and the module uses no dropout and
+                no regularisation. Such a call is not differentiable.
 
         Returns:
-            output ``(B, proj_size or hidden_size)``, or unbatched without B, and the state(s) to pass to the next
-            step, shaped like hx. With `out`, its two members.
+            The output ``(B, proj_size or hidden_size)``, or ``(proj_size or hidden_size,)`` unbatched, and the
+            state(s) for the next step, shaped like hx. With `out`, the two members of `out`.
 
         Raises:
-            ValueError: the module is bidirectional: a step has no future to read; or a mask is not bool, or reset_state
-                comes without resets.
-            TypeError: hx, reset_state or out is not made of tensors as the results are.
-            RuntimeError: as `forward`; `out` is given and an argument requires a gradient.
+            ValueError: the module is bidirectional; or `resets` or `active` is not bool; or `reset_state` is given
+                without `resets`.
+            TypeError: hx, `reset_state` or `out` is not a tensor, or pair of tensors, as the results are.
+            RuntimeError: sizes or dtypes do not match, as in `forward`; or `out` is given while an argument
+                requires a gradient.
         """
         if self.bidirectional:
             raise ValueError(f"{type(self).__name__}.step: expected bidirectional=False, got {self.bidirectional}")

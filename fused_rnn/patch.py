@@ -22,10 +22,10 @@ from fused_rnn import autocast, eligibility, functional, ops
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    """Within it, torch.nn's RNN, LSTM, GRU and their cells run on the fused kernels.
+    """Context manager: torch.nn's own RNN, LSTM, GRU and cells run on the fused kernels.
 
-    What the kernels do not take runs as ever. Contexts may nest and overlap; the patch holds for all threads until the
-    last one is left.
+    Calls that the kernels cannot run are computed by torch.nn as before. The patch affects all threads. Contexts may
+    nest and overlap; it ends when the last of them is left.
 
     Example:
         >>> import torch, fused_rnn

@@ -12,15 +12,15 @@ from fused_rnn import _C, cuda, eligibility, reference
 
 @dataclass(frozen=True)
 class Plan:
-    """Who computes a layer, and how.
+    """The answer of `plan`: who computes a layer, and with which kernel.
 
     Attributes:
-        backend: "fused" or "torch" (torch.nn's own forward).
-        way: on the CPU "cpu"; on CUDA "resident" (the recurrent weights stay on the chip for the whole sequence) or
-            "steps" (a product and a pointwise kernel per step); "torch" without fused kernels.
-        forward: the kernel, its share of the work and, on CUDA, the estimated microseconds of a time step. Empty where
-            nothing is to be said.
-        backward: the same of backward.
+        backend: "fused" (the fused kernels) or "torch" (torch.nn's own forward).
+        way: "cpu" on a CPU. On CUDA "resident" (the recurrent weights stay on the chip for the whole sequence) or
+            "steps" (one product and one pointwise kernel per time step). "torch" if torch.nn computes.
+        forward: for the forward pass, the kernel, how the work is split, and on CUDA the estimated microseconds of a
+            time step. Empty for "steps" and "torch".
+        backward: the same for the backward pass.
     """
 
     backend: str
@@ -43,19 +43,21 @@ def plan(
     device: torch.device | str | None = None,
     properties: tuple[int, int, int] | None = None,
 ) -> Plan:
-    """The plan for one layer of a module.
+    """Say who would compute one layer of a module, and with which kernel, without running it.
 
     Args:
-        cell: "rnn" ("rnn_tanh", "rnn_relu"), "lstm" or "gru".
-        dtype: of x and the weights.
+        cell: "rnn" (the same as "rnn_tanh"), "rnn_relu", "lstm" or "gru".
+        dtype: dtype of the input and the weights.
         T, B, I, H: time steps, batch rows, input size, hidden size.
-        num_layers, bidirectional, backend: of the module.
-        device: "cpu" or a CUDA device; None: CUDA where there is one.
-        properties: of a CUDA device that need not be here: multiprocessors, bytes of shared memory that a block may
-            have, 10 * major + minor compute capability. An H200: ``(132, 232448, 90)``.
+        num_layers, bidirectional, backend: the module's arguments of these names.
+        device: "cpu" or a CUDA device. None means CUDA if torch has a CUDA device or `properties` are given, else the
+            CPU.
+        properties: properties of a CUDA device that need not be in this machine: the number of multiprocessors, the
+            bytes of shared memory that a block may use, and the compute capability as 10 * major + minor. An H200 has
+            ``(132, 232448, 90)``.
 
     Returns:
-        The plan; `Plan` says what is in it.
+        The plan.
 
     Raises:
         ValueError: cell, backend or dtype is unknown, or a size is not positive.

@@ -1,20 +1,21 @@
 """The specification: every cell as a plain loop over time, in differentiable torch operations.
 
-It is slow and meant to be read. The kernels, the modules and torch.nn are tested against it in float64, and the
-second derivative of a layer is computed through it. It works in any floating-point dtype, on any device.
+It is slow, and written to be read. The kernels, the modules and torch.nn are tested against it in float64, and second
+derivatives of a layer are computed through it. It works with any floating-point dtype, on any device.
 
-Names and orders are torch.nn's: gates ``i, f, g, o`` (LSTM) and ``r, z, n`` (GRU) stacked in the rows of ``w_ih`` and
-``w_hh``; a packed sequence has ``batch_sizes[t]`` rows at step t, longest sequences first.
+Names and orders are those of torch.nn. The gates ``i, f, g, o`` (LSTM) and ``r, z, n`` (GRU) are stacked in the rows of
+``w_ih`` and ``w_hh``. A packed sequence has ``batch_sizes[t]`` rows at step t, longest sequences first.
 
-What torch.nn does not have, each alone or with the others; LN is layer normalisation over a row's G*H sums, or H units:
+The following options are not in torch.nn. They work alone and together. LN is layer normalisation over the G*H sums, or
+the H units, of a row.
 
 - Layer normalisation (Ba, Kiros and Hinton 2016; the LayerNormLSTM and LayerNormGRU of the haste library): the two
   products become ``norm_ih * LN(W_ih x) + b_ih`` and ``norm_hh * LN(W_hh h) + b_hh``, and the LSTM's output
-  ``h' = o * tanh(norm_c * LN(c') + norm_c_bias)``. c' itself goes on as it is.
+  ``h' = o * tanh(norm_c * LN(c') + norm_c_bias)``. The next step receives c' without normalisation.
 - Zoneout (Krueger et al. 2017): a state becomes ``zone * new + (1 - zone) * old``, where `zone` is a random mask of
-  zeros and ones in training and its expectation otherwise. The LSTM's h is made from the new c, not the mixed one.
+  zeros and ones in training, and its expectation in evaluation. The LSTM computes h from the new c, before mixing.
 - Recurrent dropout (Gal and Ghahramani 2016): W_hh multiplies ``drop_h * h``, with the same mask at every step.
-- Weight dropout (Wan et al. 2013, DropConnect; Merity et al. 2018) is another W_hh, and needs nothing here.
+- Weight dropout (Wan et al. 2013, DropConnect; Merity et al. 2018) passes another W_hh, and needs no code here.
 """
 
 from __future__ import annotations
@@ -30,15 +31,18 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
-"""All cells, in the order of CellKind, csrc/rnn_params.h."""
+"""All cells, in the order of CellKind in csrc/rnn_params.h."""
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 """Row blocks of ``w_ih`` and ``w_hh`` per cell."""
 NORM_EPS = 1e-5
-"""What layer normalisation adds to a variance; torch.nn.LayerNorm's."""
+"""Added to the variance in layer normalisation, as in torch.nn.LayerNorm."""
 
 
 class Norms(NamedTuple):
-    """Gains of layer normalisation: ``[G*H]`` twice, and for the LSTM ``[H]`` and a bias ``[H]``; None: without."""
+    """Parameters of layer normalisation: gains `ih`, `hh` ``[G*H]``; for the LSTM gain `c` and bias `c_bias` ``[H]``.
+
+    All are None without layer normalisation.
+    """
 
     ih: Tensor | None = None
     hh: Tensor | None = None
@@ -64,21 +68,21 @@ def step(
     zone_h: Tensor | None = None,
     zone_c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One time step.
+    """Compute one time step.
 
     Args:
-        cell: one of ``CELLS``.
-        x: ``[B, I]``; or ``[B, G*H]``, the input's share of the gates, where ``w_ih`` is None.
-        h: ``[B, P]``; P is H, or the projection's size.
+        cell: one of `CELLS`.
+        x: ``[B, I]``. If `w_ih` is None, ``[B, G*H]``: the product of the input and W_ih.
+        h: ``[B, P]``. P is H, or the size of the projection.
         c: ``[B, H]`` for the LSTM, else None.
-        w_ih, w_hh, b_ih, b_hh: ``[G*H, I]``, ``[G*H, P]``, ``[G*H]``, ``[G*H]``.
+        w_ih, w_hh, b_ih, b_hh: weights ``[G*H, I]``, ``[G*H, P]`` and biases ``[G*H]``; the biases may be None.
         w_hr: ``[P, H]``, the LSTM's projection (Sak et al. 2014), or None.
-        norms: gains of layer normalisation.
-        drop_h: ``[B, P]``, recurrent dropout.
-        zone_h, zone_c: ``[B, P]``, ``[B, H]``, or without B, zoneout.
+        norms: parameters of layer normalisation.
+        drop_h: ``[B, P]``, the mask of recurrent dropout, or None.
+        zone_h, zone_c: ``[B, P]`` and ``[B, H]``, or ``[P]`` and ``[H]``, the masks of zoneout, or None.
 
     Returns:
-        h', c' (None but for the LSTM).
+        h' and c'; c' is None except for the LSTM.
 
     Raises:
         ValueError: cell is unknown.
@@ -132,32 +136,33 @@ def layer(
     zone_h: Tensor | None = None,
     zone_c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Unpack[tuple[Tensor, ...]]]:
-    """One layer over a whole sequence, in one or two directions.
+    """Compute one layer over a whole sequence, in one or two directions.
 
     Args:
-        cell: one of ``CELLS``.
-        x: ``[T, B, I]``; ``[N, I]`` with ``batch_sizes``; ``[B, I]`` for a single step, whose
-            states and results have no time and direction dimension.
-        h0, c0: ``[D, B, P]``, ``[D, B, H]``; None: zeros.
-        weights: ``w_ih, w_hh, b_ih, b_hh, w_hr`` of the forward direction and, for a
-            bidirectional layer, of the reverse one; None where absent. Where w_ih is None, x holds the input's share
-            of the gates of each direction, ``D*G*H`` wide.
-        batch_sizes: int64 ``[T]``, rows of each step of a packed sequence, or None.
-        resets: bool ``[T, B]`` (``[N]`` with ``batch_sizes``), or None. Where it is true at step t, a sequence ends
-            before x[t] and another begins: the state is replaced before x[t] is consumed. The reverse direction starts
-            anew at the same borders.
-        reset_h, reset_c: what replaces the states, shaped like h0 and c0; or one for every step that may consume it,
-            ``[T, D, B, ...]``; None: zeros.
-        c_sequence: whether c of every step is wanted, too; LSTM.
-        lengths: integers ``[B]``: row b ends before step lengths[b]. Its outputs from there on are zero, its final
-            state is that of its last step, and the reverse direction begins there. Not with ``batch_sizes``.
-        norms: `Norms`, each with a first dimension D; empty: none.
-        drop_h: ``[D, B, P]`` or None, recurrent dropout.
-        zone_h, zone_c: shaped like y and c of every step, or ``[D*P]`` and ``[D*H]`` for all steps and rows; or None.
+        cell: one of `CELLS`.
+        x: ``[T, B, I]``; or ``[N, I]`` with `batch_sizes`; or ``[B, I]`` for a single step, whose states and results
+            have no time and no direction dimension.
+        h0, c0: initial states ``[D, B, P]`` and ``[D, B, H]``. None means zeros.
+        weights: ``w_ih, w_hh, b_ih, b_hh, w_hr`` of the forward direction and, for a bidirectional layer, of the
+            reverse direction; None for those that are absent. If w_ih is None, x is the product of the input and W_ih
+            of each direction, ``D*G*H`` wide.
+        batch_sizes: int64 ``[T]``, the rows of each step of a packed sequence, or None.
+        resets: bool ``[T, B]`` (``[N]`` with `batch_sizes`), or None. True at step t ends a sequence before x[t] and
+            begins another: the state is replaced before x[t] is consumed. The reverse direction starts anew at the
+            same borders.
+        reset_h, reset_c: the states that a reset sets, shaped like h0 and c0, or ``[T, D, B, ...]`` with a state for
+            every step. None means zeros.
+        c_sequence: whether to return c of every step; LSTM only.
+        lengths: integers ``[B]``, or None. Row b ends before step lengths[b]: its outputs from there on are zero, its
+            final state is that of its last step, and the reverse direction begins there. Not with `batch_sizes`.
+        norms: `Norms`, each tensor with an additional first dimension D. Empty means no layer normalisation.
+        drop_h: ``[D, B, P]``, the mask of recurrent dropout, or None.
+        zone_h, zone_c: the masks of zoneout, shaped like y and like c of every step, or ``[D*P]`` and ``[D*H]`` for
+            all steps and rows, or None.
 
     Returns:
-        y (shaped like x, ``D*P`` wide), h_n, c_n (None but for the LSTM), shaped like h0 and c0; with `c_sequence` also
-        c of every step, shaped like x and ``D*H`` wide.
+        y, shaped like x but ``D*P`` wide; h_n and c_n, shaped like h0 and c0 (c_n is None except for the LSTM); with
+        `c_sequence`, also c of every step, shaped like x but ``D*H`` wide.
 
     Example:
         >>> import torch
@@ -246,7 +251,7 @@ def layer(
 
 
 def without_what_follows(x: Tensor, lengths: Tensor) -> Tensor:
-    """`x` ``[T, B, I]``, zero behind each row's end: there it may be NaN, which times zero is NaN in a gradient."""
+    """Return `x` ``[T, B, I]`` with zeros after the end of each row, where NaN times zero would reach a gradient."""
     present = torch.arange(x.size(0), device=x.device).unsqueeze(1) < lengths
     return torch.where(present.unsqueeze(2), x, x.new_zeros(()))
 

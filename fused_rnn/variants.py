@@ -1,7 +1,7 @@
-"""What the constructors take beyond torch.nn: regularised variants, layers of different sizes, recomputation.
+"""Options of the constructors beyond torch.nn's: regularised variants, layers of different sizes, recomputation.
 
-Equations and papers are in `fused_rnn.reference`. With all options off a module has torch.nn's parameters, and its
-forward does not come by here. The options are attributes, checked when they are set: a rate may change in training.
+Equations and papers are in `fused_rnn.reference`. A module without options has torch.nn's parameters. Each option is an
+attribute that is checked whenever it is set, because a rate may change during training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _Value = TypeVar("_Value")
 
 
 class Option(Generic[_Value]):
-    """An attribute with a default, checked when it is set."""
+    """Descriptor of an option: an attribute with a default value, which is checked when it is set."""
 
     def __init__(self, default: _Value, checked: Callable[[str, Any], _Value]) -> None:
         self.default, self.checked = default, checked
@@ -73,7 +73,7 @@ def _how_much(name: str, value: Any) -> str:
 
 
 class Options(TypedDict, total=False):
-    """The types of the constructors' keywords that `Variants` explains, for type checkers and editors."""
+    """Types of the constructors' keywords, for type checkers and editors; `Variants` describes them."""
 
     backend: Literal["auto", "fused", "torch"]
     layer_norm: bool
@@ -85,28 +85,30 @@ class Options(TypedDict, total=False):
 
 
 class Variants(torch.nn.RNNBase):
-    """The constructor takes further keywords; each is an attribute, too, checked when it is set. Equations and papers
-    are in `fused_rnn.reference`. `forward` has keywords beyond torch.nn's (resets, lengths, the states of every step),
-    and `step` computes one time step.
+    """The constructor takes options beyond torch.nn's. Each of them is also an attribute, which is checked when it is
+    set; rates may change during training. Equations and papers are in `fused_rnn.reference`.
 
     Keyword Args:
-        backend: who computes: "fused", "torch" (torch.nn's own forward), or "auto" (the default), the faster one by
-            what is measured.
-        hidden_size: a list of sizes makes as many layers. Their states lie side by side: hx and final states are
-            ``(D, B, sum(hidden_size))``, and ``h.split(hidden_size, -1)`` takes them apart.
-        layer_norm: True normalises both products of a step, and the LSTM's c on its way to h. Adds parameters
-            ``norm_ih_l0``, ``norm_hh_l0`` ``(gates * hidden_size,)`` and for the LSTM ``norm_c_l0``, ``norm_c_bias_l0``
-            ``(hidden_size,)``.
-        zoneout: probability in [0, 1) that a unit keeps its state at a step; LSTM: or a pair (of h, of c). Outside of
-            training a state moves by the expectation. May change during training, as may the other rates.
-        recurrent_dropout: probability that W_hh does not see a unit of h, in training; drawn once per call and row.
-        weight_dropout: probability that an element of W_hh is zero, in training; drawn once per call.
-        forget_bias: LSTM: what the forget gate's biases add up to at the beginning (Gers et al. 2000, Jozefowicz et
-            al. 2015); None: as torch.nn.
-        recompute: "full": backward computes forward again layer by layer, and keeps no gates between the two; "none".
+        backend: selects who computes a call: "auto" (the default, whichever was measured to be faster), "fused", or
+            "torch" (torch.nn's own forward).
+        hidden_size: a list of sizes makes one layer for each. Their states lie side by side: hx and the final states
+            are ``(D, B, sum(hidden_size))``, and ``h.split(hidden_size, -1)`` separates the layers.
+        layer_norm: True normalises both products of a step, and the LSTM's c on its way to h (Ba, Kiros and Hinton
+            2016). It adds the parameters ``norm_ih_l0``, ``norm_hh_l0`` ``(gates * hidden_size,)`` and, for the LSTM,
+            ``norm_c_l0``, ``norm_c_bias_l0`` ``(hidden_size,)``, and can only be set in the constructor.
+        zoneout: probability in [0, 1) that a unit keeps its state at a step (Krueger et al. 2017); the LSTM also
+            takes a pair (for h, for c). In evaluation, the expectation replaces the random choice.
+        recurrent_dropout: probability in [0, 1) that W_hh does not see a unit of h in training (Gal and Ghahramani
+            2016). The units are drawn once per call and row.
+        weight_dropout: probability in [0, 1) that an element of W_hh is zero in training (Merity et al. 2018). The
+            elements are drawn once per call.
+        forget_bias: initial sum of the two biases of the LSTM's forget gate (Gers et al. 2000, Jozefowicz et al. 2015).
+            None initialises them as torch.nn does.
+        recompute: "full" keeps no gates between forward and backward: backward computes the forward pass of each layer
+            once more. "none" (the default) keeps them.
 
     Raises:
-        ValueError, TypeError: an option is out of range, of the wrong type, or not this class's.
+        ValueError, TypeError: an option is out of range, has the wrong type, or is not available for this class.
 
     Example:
         >>> import torch, fused_rnn
@@ -120,7 +122,7 @@ class Variants(torch.nn.RNNBase):
     """
 
     _varied = False
-    """Whether forward is anything but torch.nn's, only faster."""
+    """Whether an option changes forward, compared with torch.nn's."""
 
     _pack_states: Callable[[Any], Any]  # of RNN, LSTM and GRU
     _flat_weights: Any  # for torch.nn's type some may be None
@@ -133,7 +135,7 @@ class Variants(torch.nn.RNNBase):
     recompute = Option("none", _how_much)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As torch.nn's class, and the options."""
+        """Takes the arguments of torch.nn's class, and the options as keywords."""
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         sizes = args[1] if len(args) > 1 else kwargs.get("hidden_size")
         if isinstance(sizes, (tuple, list)):
@@ -168,7 +170,7 @@ class Variants(torch.nn.RNNBase):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As torch.nn's; gains of layer normalisation are 1, and the forget gate's biases add up to forget_bias."""
+        """Initialise as torch.nn does, the gains of layer normalisation to 1, and the forget gate by `forget_bias`."""
         if isinstance(self.hidden_size, tuple):
             for name, parameter in self.named_parameters():
                 bound = self.hidden_size[_kind_and_layer(name)[1]] ** -0.5
@@ -211,7 +213,7 @@ class Variants(torch.nn.RNNBase):
                 yield from ((f"{kind}_l{index}{suffix}", size) for kind, size in of_kind.items())
 
     def extra_repr(self) -> str:
-        """torch.nn's, and the options that are not at their defaults."""
+        """Return torch.nn's text, and the options that differ from their defaults."""
         given = {name: getattr(self, name) for name in _OPTIONS if getattr(self, name) != _OPTIONS[name].default}
         return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in given.items())])
 

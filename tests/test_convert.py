@@ -281,7 +281,7 @@ def test_script_of_to_torch(name: str) -> None:
 
 
 def test_scripting_a_model_keeps_its_results_and_parameters() -> None:
-    # torch.jit.script puts what it compiles, our to_torch(), into the eager model as well: the README says so.
+    # torch.jit.script puts what it compiles, our to_torch(), into the eager model, too (docs/compatibility.md).
     model = nn.Sequential(fused_rnn.GRU(3, 5))
     module, input = model[0], torch.ones(2, 1, 3)
     wanted = model(input)

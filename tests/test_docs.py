@@ -1,23 +1,27 @@
-"""What the documentation shows runs and prints what it says; all that is public is documented.
+"""The documentation is true: examples run, links and commands exist, speed tables are the committed results.
 
-torch.nn's own examples, which stand in our classes' docstrings, run with `nn` meaning fused_rnn. The README's examples
-run one after the other, with the names that its text takes for granted.
+The examples of a page run one after the other in an empty namespace, as a reader would type them. torch.nn's own
+examples, which are part of our classes' docstrings, run with `nn` meaning fused_rnn.
 """
 
 from __future__ import annotations
 
+import csv
 import doctest
 import importlib
 import inspect
 import pkgutil
 import re
+import shlex
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import pytest
 import torch
 
 import fused_rnn
+import run
 from fused_rnn import convert, functional, reference, variants
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +35,10 @@ FUNCTIONS = [getattr(fused_rnn, name) for name in fused_rnn.__all__ if name.islo
 FUNCTIONS += [functional.rnn, functional.lstm, functional.gru, reference.step, reference.layer]
 FUNCTIONS += [cls.forward for cls in CLASSES] + [fused_rnn.LSTM.step]
 each_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+DOCS = ROOT / "docs"
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(DOCS.glob("*.md"))
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+needs_docs = pytest.mark.skipif(not DOCS.is_dir(), reason=f"the documentation's sources are not in {DOCS}")
 
 
 def failures(text: str, names: dict[str, Any]) -> tuple[int, str]:
@@ -54,36 +62,95 @@ def test_examples_are_looked_at() -> None:
     assert all(found[f"{f.__module__}.{f.__name__}"] for f in [*FUNCTIONS[:4], functional.lstm, reference.layer])
 
 
-def test_examples_of_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", readme, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) >= 5
-    T, B, I, H = 5, 3, 64, 128  # noqa: E741 - the sizes of its modules with options
-    lstm = fused_rnn.LSTM(I, H)
-    done = torch.zeros(T, B, dtype=torch.bool)
-    names = {
-        "torch": torch,
-        "functional": functional,
-        "x": torch.randn(B, T, 28),
-        "lstm": lstm,
-        "done": done,
-        "done_t": done[0],
-        "ready": ~done[0],
-        "x_t": torch.randn(B, I),
-        "hx": lstm(torch.randn(T, B, I))[1],
-        "h": torch.zeros(1, 1, H),
-        "c": torch.zeros(1, 1, H),
-        "lengths": torch.tensor([5, 0, 2]),
-        "gru": fused_rnn.GRU(I, H),
-    }
-    weights = zip(("w_ih", "w_hh", "b_ih", "b_hh"), names["gru"].parameters(), strict=True)
-    names |= {name: weight.detach() for name, weight in weights}
-    for block in blocks:
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page that are in this language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+@each_page
+def test_examples_of_pages(page: Path) -> None:
+    names: dict[str, Any] = {}
+    for block in blocks(page, "python"):
         if block.startswith(">>>"):
             assert not failures(block, names)[1]
         else:
             exec(block, names)
-        names["x"] = torch.randn(T, B, I)  # the first block's is 28 wide
+
+
+@needs_docs
+def test_examples_of_pages_are_looked_at() -> None:
+    counts = {page.name: len(blocks(page, "python")) for page in PAGES}
+    assert counts["README.md"] >= 1 and counts["features.md"] >= 10 and counts["gpu.md"] >= 1
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that code hosts and Sphinx make of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@needs_docs
+@each_page
+def test_links_of_pages(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        if path.startswith(("http://", "https://")):
+            continue
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+@needs_docs
+def test_files_that_pages_name_exist() -> None:
+    named = re.compile(r"\b((?:benchmarks|csrc|fused_rnn|tests)/[\w/]+\.\w+)")
+    paths = {path for page in (PAGES[0], *DOCS.glob("*.md")) for path in named.findall(page.read_text())}
+    assert "benchmarks/run.py" in paths and "fused_rnn/reference.py" in paths
+    assert not [path for path in paths if not (ROOT / path).is_file()]
+
+
+@needs_docs
+def test_commands_of_pages_are_accepted() -> None:
+    commands = {
+        command for page in PAGES for command in re.findall(r"python benchmarks/run\.py([^`&\n]*)", page.read_text())
+    }
+    assert len(commands) >= 8
+    for command in commands:
+        run.command_line().parse_args(shlex.split(command))  # exits if an option is unknown
+
+
+def results(suite: str) -> list[dict[str, str]]:
+    with (ROOT / "benchmarks" / "results" / f"{suite}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@needs_docs
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "performance.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_the_speed_table_is_the_committed_result(page: Path, mode: str, threads: int) -> None:
+    rows = [row for row in results("grid") if row["mode"] == mode and row["threads"] == str(threads)]
+    ratios = [
+        geometric_mean([float(row["torch.nn ratio"]) for row in rows if row["cell"] in cells])
+        for cells in (["rnn"], ["lstm"], ["gru"], ["rnn", "lstm", "gru"])
+    ]
+    slower = sum(row["behind_torch"] == "True" for row in rows)
+    means = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+    heading = f"{mode}, {threads} thread{'s' if threads > 1 else ''}"
+    assert f"| {heading} | {means} | {slower} of {len(rows)} |" in page.read_text()
+
+
+@needs_docs
+def test_the_table_of_tutorial_models_is_the_committed_result() -> None:
+    text = (DOCS / "performance.md").read_text()
+    rows = results("examples")
+    assert len(rows) >= 10
+    for row in rows:
+        losses = [f"{float(row[f'{side}_final_loss']):.5f}" for side in ("torch", "fused")]
+        times = [f"{float(row[f'{side}_ms_per_step']):.2f}" for side in ("torch", "fused")]
+        difference, ratio = float(row["largest_difference"]), float(row["speed_up"])
+        columns = [row["example"], *losses, f"{difference:.0e}", *times, f"{ratio:.2f}"]
+        assert f"| {' | '.join(columns)} |" in text
 
 
 @each_module
@@ -117,8 +184,8 @@ def test_help_tells_of_every_option(cls: Any) -> None:
     assert inspect.cleandoc(getattr(torch.nn, cls.__name__).__doc__) in of_torch
 
 
-@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason=f"the documentation's sources are not in {ROOT / 'docs'}")
+@needs_docs
 def test_the_reference_page_has_all_public_names() -> None:
-    page = (ROOT / "docs" / "index.rst").read_text()
+    page = (DOCS / "api.rst").read_text()
     for name in fused_rnn.__all__:
         assert re.search(rf"^\.\. \w+:: fused_rnn\.{name}\b", page, flags=re.MULTILINE), name

@@ -1,7 +1,7 @@
 """Whatever the operators are called with: an exception of Python, or what plain copies of the arguments give; no crash.
 
 A valid call is damaged in a few places and made; FUSED_RNN_FUZZ_EXAMPLES says how often. Under the address and
-undefined-behaviour sanitizers (README) this also proves that no damaged call reads or writes outside of a tensor.
+undefined-behaviour sanitizers (.ci/run) this also proves that no damaged call reads or writes outside of a tensor.
 Hostile calls one by one are in test_ops.py.
 """
 
