@@ -37,11 +37,15 @@ def run(
         except RuntimeError:
             pass  # something does not fit: find out below
     call = _Call(module, input, hx)
+    if call.is_empty and resets is None and lengths is None and not return_state_sequence:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # as torch.nn
     call.check_resets(resets, reset_state)
     if isinstance(lengths, Tensor) and call.x.is_cpu:
         lengths = lengths.cpu()
     call.check_lengths(lengths)
     reset_states = call.reset_states(reset_state)
+    if call.is_empty:
+        return call.empty_results(return_state_sequence)
     weights, regularisation = module._weights_of_call(), module._regularisation()
     casts = module._casts(call.x, call.states, (*weights, *reset_states), call.packed is not None)
     if casts:
@@ -155,8 +159,7 @@ class _Call:
         if self.packed is not None and given:
             hidden = module.permute_hidden(hidden, self.packed.sorted_indices)
         module._check_arguments(data, module._given_states(hidden), self.batch_sizes)
-        if self.packed is None and data.size(1 if module.batch_first else 0) == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        self.is_empty = self.packed is None and data.size(1 if module.batch_first else 0) == 0
         self.x = data.transpose(0, 1) if module.batch_first and self.packed is None else data
         self.batch = batch
         self.states = module._given_states(hidden) if given else (None,) * len(module._state_sizes())
@@ -247,6 +250,21 @@ class _Call:
             state = state if order is None or state.size(-2) == 1 else state.index_select(-2, order)
             found.append(state.expand(wanted))
         return tuple(found)
+
+    def empty_results(self, return_state_sequence: bool) -> tuple[Any, ...]:
+        """No outputs, and the states as they were given: there is no time step."""
+        module, x = self.module, self.x
+        sizes, rows, D = module._state_sizes(), module._state_rows(), 2 if module.bidirectional else 1
+        last = module.hidden_size[-1] if isinstance(module.hidden_size, tuple) else module.hidden_size
+        output = x.new_empty(0, self.batch, D * (getattr(module, "proj_size", 0) or last))
+        given = [
+            x.new_zeros(rows, self.batch, size) if state is None else state.clone()
+            for state, size in zip(self.states, sizes, strict=True)
+        ]
+        results = self.results(output, given)
+        if not return_state_sequence:
+            return results
+        return (*results, self.state_sequence([x.new_empty(0, rows, self.batch, size) for size in sizes]))
 
     def results(self, output: Tensor, hidden: Sequence[Tensor]) -> tuple[Any, Any]:
         """As torch.nn returns them."""
