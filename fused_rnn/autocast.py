@@ -15,10 +15,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fused_rnn import eligibility
+from fused_rnn.policy import CASTABLE, autocast_dtype
 
 _Tensor = TypeVar("_Tensor", Tensor, Tensor | None)
-CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -42,17 +41,9 @@ def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)  # asking costs a tenth of what `to` does
 
 
-def dtype_on(device: torch.device) -> torch.dtype | None:
-    """Autocast's dtype; None outside of it."""
-    kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
 def left(device: torch.device) -> AbstractContextManager[Any]:
     """A block without autocast: all in it is cast already, and has one dtype."""
-    return nullcontext() if dtype_on(device) is None else torch.autocast(device.type, enabled=False)
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def casts(
@@ -71,10 +62,10 @@ def casts(
         padded: whether this is a padded sequence, not a packed one and not a cell's step.
         projected: whether this is an LSTM with projections.
     """
-    half = dtype_on(x.device) if isinstance(x, Tensor) else None
+    half = autocast_dtype(x.device) if isinstance(x, Tensor) else None
     if half is None:
         return None
-    if eligibility.on_cuda(x):
+    if x.is_cuda:
         return Casts(half, half, half)
     dtypes = {t.dtype for t in (x, *states, *weights) if isinstance(t, Tensor)}
     if dtypes == {half} or not dtypes <= set(CASTABLE):
@@ -100,20 +91,3 @@ def _onednn_takes(x: Tensor) -> bool:
     if x.dtype is torch.float16:
         return _ONEDNN_TAKES_FP16 and not torch.is_grad_enabled()
     return x.dtype is torch.float32 or _ONEDNN_TAKES_BF16
-
-
-def torch_is_faster(cell: str, half: torch.dtype, steps: int, batch: int, hidden_size: int) -> bool:
-    """Whether torch.nn under autocast beats float32 on this processor (measured; benchmarks/NOTES.md).
-
-    Where the processor multiplies bfloat16 itself, large products pay for their casts.
-    """
-    if half is not torch.bfloat16 or not eligibility.HAS_BF16_PRODUCTS:
-        return False
-    if eligibility.deterministic():
-        return False  # one way for any batch
-    training = torch.is_grad_enabled()
-    if steps == 1:
-        return training and batch * hidden_size**2 >= 2**21
-    if cell == "lstm":
-        return steps * batch * hidden_size >= 8192 and (batch >= 3 or not training)
-    return batch * hidden_size**2 >= 3 * 2**20

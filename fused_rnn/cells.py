@@ -5,15 +5,14 @@ Only `forward` is new. As in `fused_rnn.modules`, calls that the kernels cannot 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_rnn import autocast, eligibility, ops, reference
+from fused_rnn import autocast, layers, policy, reference
 from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
-from fused_rnn.eligibility import plain
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -41,91 +40,86 @@ def check_ranks(name: str, input: Any, states: Iterable[Any]) -> None:
 class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
     """Base class of the three cells."""
 
-    def _usual_step(self, cell: str, input: Any, h0: Any = None, c0: Any = None) -> tuple[Tensor, Tensor] | None:
-        """h' and c' of batched plain tensors, checked by the operator alone; None if this is not that usual call."""
-        weights = [self._parameters.get(name) for name in _WEIGHTS]
-        w_ih, w_hh, b_ih, b_hh = weights
-        if (
-            eligibility.watched()
-            or not (plain(input, 2) and input.dtype in eligibility.DTYPES and plain(w_ih, 2) and plain(w_hh, 2))
-            or (self.bias and not (plain(b_ih, 1) and plain(b_hh, 1)))
-            or (h0 is not None and not plain(h0, 2))
-            or (c0 is not None and not plain(c0, 2))
-        ):
-            return None
-        casts = None
-        if torch.is_autocast_enabled("cpu"):
-            if self._torch_is_faster(cell, input):
-                return None
-            casts = autocast.casts(cell, input, (h0, c0) if cell == "lstm" else (h0,), weights)
+    def _run(self, cell: str, input: Any, hx: Any, states: tuple[Any, ...]) -> Any:
+        """h' and c', which is empty or None but for the LSTM; or torch.nn's own result."""
+        parameters: Any = self._parameters
+        weights = [parameters.get(name) for name in _WEIGHTS]
+        h0, c0 = (*states, None, None)[:2]
+        if not self._is_plain(input, h0, c0, weights):
+            return self._run_any(cell, input, hx, states)
+        if torch.is_grad_enabled() and not self._choice(cell, input, states, weights).fused:
+            return super().forward(input, hx)
         try:
-            if casts is None:
-                return ops.step(cell, input, h0, c0, *weights)
-            h, c = ops.step(cell, *casts.into((input, h0, c0)), *casts.into(weights))
-            h, c = casts.out_of((h, c))
-            return h, c
-        except RuntimeError:
-            return None  # something does not fit, or belongs to torch
+            return layers.step(cell, input, h0, c0, (*weights, None))
+        except RuntimeError:  # a size or dtype does not fit: torch.nn says which
+            return super().forward(input, hx)
 
-    def _step(
-        self, cell: str, input: Any, states: tuple[Any, ...], layer: Callable[..., Any] = ops.layer
-    ) -> tuple[Tensor, Any] | None:
-        """h' and c' (None but for the LSTM) by `layer`; None if torch has to compute this call, or to raise."""
-        fuses = layer is ops.layer
-        if fuses and not eligibility.fusible(input):
-            return None
+    def _is_plain(self, x: Any, h0: Any, c0: Any, weights: Sequence[Any]) -> bool:
+        """Whether the operator checks all that is left to check: batched CPU tensors, and nothing observes torch."""
+        w_ih, w_hh, b_ih, b_hh = weights
+        return (
+            not policy.watched()
+            and not torch.is_autocast_enabled("cpu")
+            and policy.plain(x, 2)
+            and x.dtype in policy.DTYPES
+            and policy.plain(w_ih, 2)
+            and policy.plain(w_hh, 2)
+            and (not self.bias or (policy.plain(b_ih, 1) and policy.plain(b_hh, 1)))
+            and (h0 is None or policy.plain(h0, 2))
+            and (c0 is None or policy.plain(c0, 2))
+        )
+
+    def _choice(self, cell: str, x: Tensor, states: Sequence[Any], weights: Sequence[Any]) -> policy.Choice:
+        batch = x.size(0) if x.dim() == 2 else 1
+        return policy.choose(
+            cell,
+            x.dtype,
+            1,
+            batch,
+            self.input_size,
+            self.hidden_size,
+            kind="cell",
+            differentiable=torch.is_grad_enabled() and policy.any_requires_grad((x, *states, *weights)),
+            device=x.device,
+        )
+
+    def _run_any(self, cell: str, input: Any, hx: Any, states: tuple[Any, ...]) -> Any:
+        """As `_run`, for any arguments: unbatched, cast by autocast, watched, irregular or wrong."""
+        check_ranks(type(self).__name__, input, states)
+        if not self._fits(input, states):
+            return super().forward(input, hx)
+        transformed = policy.transformed() and not policy.torch_has_rule(cell, input.dtype)
+        if not (transformed or policy.fusible(input)):
+            return super().forward(input, hx)
         parameters = self._parameters
         # A parametrised weight is no parameter, may change whenever it is got, and an attribute is slow to get.
         weights: Any = [parameters[name] if name in parameters else getattr(self, name) for name in _WEIGHTS]
-        casts = autocast.casts(cell, input, states, weights) if fuses else None
-        if casts:
-            if self._torch_is_faster(cell, input):
-                return None
+        casts = autocast.casts(cell, input, states, weights)
+        if not transformed:
+            tensors = (input, *states, *weights)
+            if (
+                not policy.fusible(*tensors, castable=casts is not None)
+                or not self._choice(cell, input, states, weights).fused
+            ):
+                return super().forward(input, hx)
+        if casts is not None:
             (input,), states, weights = (casts.into(tensors) for tensors in ((input,), states, weights))
-        if fuses and not eligibility.fusible(input, *states, *weights):
-            return None
-        dim = input.dim()
-        if dim not in (1, 2) or input.size(-1) != self.input_size:
-            return None
-        shape = (*input.shape[:-1], self.hidden_size)
-        for s in states:
-            if s is None or s.shape != shape:
-                return None
-        if dim == 1:
+        batched = input.dim() == 2
+        if not batched:
             input, states = input.unsqueeze(0), tuple(s.unsqueeze(0) for s in states)
         h0, c0 = (*states, None, None)[:2]
-        h, _, c = layer(cell, input, h0, c0, (*weights, None))
-        results = [s if dim == 2 else s.squeeze(0) for s in (h, c) if s is not None]
-        h, c = (*(casts.out_of(results) if casts else results), None)[:2]
-        return h, c
+        with autocast.left(input.device):
+            h, _, c = (reference.layer if transformed else layers.layer)(cell, input, h0, c0, (*weights, None))
+        results = [s if batched else s.squeeze(0) for s in (h, c) if s is not None]
+        results = results if casts is None else casts.out_of(results)
+        return results[0], results[1] if len(results) > 1 else None
 
-    def _torch_is_faster(self, cell: str, input: Tensor) -> bool:
-        """Under autocast."""
-        half = autocast.dtype_on(input.device)
-        batch = input.size(0) if input.dim() == 2 else 1
-        return (
-            not eligibility.on_cuda(input)
-            and half is not None
-            and not torch.compiler.is_compiling()  # which would guard the sizes
-            and autocast.torch_is_faster(cell, half, 1, batch, self.hidden_size)
-        )
-
-    def _torchs(self, cell: str, input: Any, hx: Any, states: tuple[Any, ...]) -> Any:
-        """torch.nn's own forward; the specification where that has no rule for a transform (vmap, jvp).
-
-        Raises:
-            RuntimeError: input and hidden differ in rank.
-        """
-        check_ranks(type(self).__name__, input, states)
-        if torch.compiler.is_compiling() or not eligibility.transformed():
-            return super().forward(input, hx)
-        try:
-            return super().forward(input, hx)
-        except RuntimeError:
-            result = self._step(cell, input, states, reference.layer)
-            if result is None:
-                raise
-            return result if cell == "lstm" else result[0]
+    def _fits(self, input: Any, states: tuple[Any, ...]) -> bool:
+        """Whether the sizes are those that this cell expects."""
+        if not isinstance(input, Tensor) or input.dim() not in (1, 2) or input.size(-1) != self.input_size:
+            return False
+        shape = (*input.shape[:-1], self.hidden_size)
+        return all(isinstance(s, Tensor) and s.shape == shape for s in states)
 
 
 @fx_leaf
@@ -147,27 +141,8 @@ class RNNCell(FusedCellBase, torch.nn.RNNCell):
         """
         if self.nonlinearity not in ("tanh", "relu"):
             return super().forward(input, hx)
-        if self._torch_trains(input, hx):
-            return super().forward(input, hx)
-        cell = f"rnn_{self.nonlinearity}"
-        states = () if hx is None else (hx,)
-        result = self._usual_step(cell, input, *states) or self._step(cell, input, states)
-        return self._torchs(cell, input, hx, states) if result is None else result[0]
-
-    def _torch_trains(self, input: Any, hx: Any) -> bool:
-        """Whether torch.nn is to take a step in training: beside its nodes in C++, ours in Python costs too much.
-
-        The products alone do not make up for it, as they do in the other cells, of three or four times as many.
-        """
-        parameters: Any = self._parameters
-        return (
-            torch.is_grad_enabled()
-            and plain(input, 2)
-            and input.dtype in eligibility.KERNEL_DTYPES
-            and (hx is None or plain(hx, 2))
-            and ops.any_requires_grad((input, hx, *parameters.values()))
-            and not (torch.is_autocast_enabled("cpu") or eligibility.watched() or eligibility.deterministic())
-        )
+        result = self._run(f"rnn_{self.nonlinearity}", input, hx, () if hx is None else (hx,))
+        return result if isinstance(result, Tensor) else result[0]
 
 
 @fx_leaf
@@ -187,9 +162,8 @@ class GRUCell(FusedCellBase, torch.nn.GRUCell):
         Raises:
             ValueError, RuntimeError: sizes or dtypes do not match; type and message are torch.nn's.
         """
-        states = () if hx is None else (hx,)
-        result = self._usual_step("gru", input, *states) or self._step("gru", input, states)
-        return self._torchs("gru", input, hx, states) if result is None else result[0]
+        result = self._run("gru", input, hx, () if hx is None else (hx,))
+        return result if isinstance(result, Tensor) else result[0]
 
 
 @fx_leaf
@@ -218,6 +192,5 @@ class LSTMCell(FusedCellBase, torch.nn.LSTMCell):
             else:
                 raise TypeError(f"LSTMCell: expected hx to be None or a pair (h, c), got {type(hx).__name__}")
             return super().forward(input, hx)
-        states = () if hx is None else tuple(hx)
-        result = self._usual_step("lstm", input, *states) or self._step("lstm", input, states)
-        return self._torchs("lstm", input, hx, states) if result is None else result
+        h, c = self._run("lstm", input, hx, () if hx is None else tuple(hx))
+        return h, c

@@ -8,12 +8,12 @@ need no Python. Nothing here reads a tensor's values, and nothing but a CUDA lay
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_rnn import eligibility, ops, reference
+from fused_rnn import layers, policy, reference
+from fused_rnn.options import LayerOptions
 
 _library = torch.library.Library("fused_rnn", "FRAGMENT")
 # The arguments are `fused_rnn.ops.layer`'s; the results, too, but that what that leaves out is empty here.
@@ -36,15 +36,23 @@ def _layer(
     reset_c: Tensor | None,
     c_sequence: bool,
     lengths: Tensor | None,
-    *variant: Any,
+    norms: Sequence[Tensor | None],
+    drop_h: Tensor | None,
+    zone_h: Tensor | None,
+    zone_c: Tensor | None,
+    recompute: bool,
 ) -> Sequence[Tensor]:
-    layer, of_resets = (cell, x, h0, c0, weights), (resets, reset_h, reset_c)
-    if eligibility.transformed():
-        y, h_n, c_n, *more = reference.layer(*layer, batch_sizes, *of_resets, c_sequence, lengths, *variant[:-1])
+    norm_ih, norm_hh, norm_c, norm_c_bias = norms
+    options = LayerOptions(
+        batch_sizes, resets, reset_h, reset_c, c_sequence, drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias,
+        lengths=lengths, norm_ih=norm_ih, recompute=recompute,
+    )  # fmt: skip
+    if policy.transformed():
+        y, h_n, c_n, *more = reference.layer(cell, x, h0, c0, weights, options)
         return [y, h_n, x.new_empty(0) if c_n is None else c_n, *more]
-    if lengths is not None and not eligibility.on_cuda(x):
-        return _with_lengths(*layer, *of_resets, c_sequence, lengths, *variant)
-    return ops.layer_of_kernels(*layer, batch_sizes, *of_resets, c_sequence, lengths, *variant)
+    if lengths is not None and not x.is_cuda:
+        return _with_lengths(cell, x, h0, c0, weights, options, lengths)
+    return layers.layer_of_operators(cell, x, h0, c0, weights, options)
 
 
 _library.impl("layer", _layer, "CompositeImplicitAutograd")
@@ -56,22 +64,19 @@ def _with_lengths(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
-    resets: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    c_sequence: bool,
+    options: LayerOptions,
     lengths: Tensor,
-    *variant: Any,
 ) -> list[Tensor]:
     """Rows that end, without the kernels' own `lengths`: what those keep for backward has a size that only values tell.
 
     Behind its end a row is reset at every step, so the reverse direction begins at the end, and with the initial state.
     The forward direction's final state is looked up among those of every step.
     """
-    T, D = x.size(0), len(weights) // 5
+    T, D, wants_c = x.size(0), len(weights) // 5, options.c_sequence
     t = torch.arange(T, device=x.device).unsqueeze(1)
     ended = t >= lengths
     # A state comes in at step t in the forward direction, in the reverse one between t + 1 and t.
+    resets, reset_h, reset_c = options.resets, options.reset_h, options.reset_c
     behind = torch.stack([ended, t + 1 >= lengths][:D], 1).unsqueeze(-1)  # [T, D, B, 1]
     if resets is None:
         reset_h, reset_c, resets = h0, c0, ended
@@ -80,9 +85,8 @@ def _with_lengths(
             None if a is None and b is None else _where(behind, a, b, x) for a, b in ((h0, reset_h), (c0, reset_c))
         )
         resets = resets | ended
-    y, h_n, c_n, *c_steps = ops.layer_of_kernels(
-        cell, x, h0, c0, weights, None, resets, reset_h, reset_c, cell == "lstm", None, *variant
-    )
+    options = options._replace(resets=resets, reset_h=reset_h, reset_c=reset_c, c_sequence=cell == "lstm", lengths=None)
+    y, h_n, c_n, *c_steps = layers.layer_of_operators(cell, x, h0, c0, weights, options)
     last = (lengths - 1).clamp(0, T - 1).long().view(1, -1, 1)
     taken = (lengths > 0).unsqueeze(1)
 
@@ -94,7 +98,7 @@ def _with_lengths(
     states = [final(s, state, initial) for s, state, initial in zip((y, *c_steps), (h_n, c_n), (h0, c0), strict=False)]
     if cell != "lstm":
         return [sequences[0], states[0], c_n]
-    return [sequences[0], *states, *sequences[1 : 1 + c_sequence]]
+    return [sequences[0], *states, *sequences[1 : 1 + wants_c]]
 
 
 def _where(condition: Tensor, this: Tensor | None, other: Tensor | None, like: Tensor) -> Tensor:

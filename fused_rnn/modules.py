@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import autocast, cuda, eligibility, functional, segments, steps
+from fused_rnn import call, layers, policy, steps
+from fused_rnn.constructor import Variants
 from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
-from fused_rnn.variants import Variants
+from fused_rnn.spec import Spec
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fused_rnn.variants import Options
+    from fused_rnn.constructor import Options
 
 _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "permute_hidden")  # a subclass may override
 
@@ -37,8 +38,8 @@ class FusedRNNBase(TorchConvertible, Variants):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Takes the arguments of torch.nn's class, and ``backend`` as a keyword."""
         backend = kwargs.pop("backend", "auto")
-        if backend not in eligibility.BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(map(repr, eligibility.BACKENDS))}, got {backend!r}")
+        if backend not in policy.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, policy.BACKENDS))}, got {backend!r}")
         super().__init__(*args, **kwargs)
         if backend != "auto":
             self.backend = backend
@@ -83,17 +84,31 @@ class FusedRNNBase(TorchConvertible, Variants):
         Raises:
             ValueError, RuntimeError: sizes or dtypes do not match; type and message are torch.nn's.
         """
+        keywords = (resets, reset_state, lengths, return_state_sequence)
         if self._varied or not (
             resets is None and reset_state is None and lengths is None and return_state_sequence is False
         ):
-            self._refresh_flat_weights()
-            return segments.run(self, input, hx, resets, reset_state, lengths, return_state_sequence)
-        if self._usual(input, 3, hx):
+            return call.run(self.spec(), self._checks(), None if self._varied else self._torchs, input, hx, *keywords)
+        if self._is_plain(input, 3, hx):
+            h0, c0 = (None, None) if hx is None else hx if self.mode == "LSTM" else (hx, None)
             try:
-                return self._fused(input, hx)
-            except RuntimeError:
-                pass  # something does not fit, or belongs to torch: find out below, and raise torch's error
-        return self._checked(input, hx)
+                y, *hidden = layers.stack(
+                    self.mode.lower(),
+                    input.transpose(0, 1) if self.batch_first else input,
+                    h0,
+                    c0,
+                    self._flat_weights,
+                    self.bias,
+                    self.num_layers,
+                    2 if self.bidirectional else 1,
+                    self.dropout if self.training else 0.0,
+                )
+            except RuntimeError:  # a size or dtype does not fit: torch.nn says which
+                return super().forward(input, hx)
+            return call.batch_major(y) if self.batch_first else y, tuple(hidden) if self.mode == "LSTM" else hidden[0]
+        if not policy.fusible(input.data if isinstance(input, PackedSequence) else input):
+            return self._torchs(input, hx)  # which reads the weights itself: a parametrised one may be random
+        return call.run(self.spec(), self._checks(), self._torchs, input, hx)
 
     def step(
         self,
@@ -136,147 +151,92 @@ class FusedRNNBase(TorchConvertible, Variants):
             got = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D tensor"
             raise RuntimeError(f"{type(self).__name__}.step: expected input to be 1-D or 2-D, got {got}")
         if not (resets is None and reset_state is None and active is None and out is None):
-            return steps.run(self, input, hx, resets, reset_state, active, out)
-        if not self._varied and self._usual(input, 2, hx):
+            return steps.run(self.spec(), self._checks(), input, hx, resets, reset_state, active, out)
+        if not self._varied and self._is_plain(input, 2, hx):
             try:
-                y, *hidden = steps.without_options(self, input, self._given_states(hx))
-                return y, self._pack_states(hidden)
-            except RuntimeError:
+                y, *hidden = steps.plain(
+                    self.mode.lower(),
+                    input,
+                    hx if self.mode == "LSTM" else (hx, None),
+                    self._flat_weights,
+                    self.bias,
+                    self.num_layers,
+                    self.mode == "LSTM" and self.proj_size > 0,
+                    self.dropout if self.training else 0.0,
+                )
+            except RuntimeError:  # a size or dtype does not fit: forward says which, in torch.nn's words
                 pass
+            else:
+                return y, tuple(hidden) if self.mode == "LSTM" else hidden[0]
         time_dim = 1 if self.batch_first and input.dim() == 2 else 0
         y, hidden = FusedRNNBase.forward(self, input.unsqueeze(time_dim), hx)
         return y.squeeze(time_dim), hidden
 
-    @eligibility.runs_eagerly
-    def _fused(self, input: Tensor, hx: Any) -> Any:
-        """Batched plain tensors, checked by the operators alone: the usual call, short of what it can do without.
+    @policy.runs_eagerly
+    def _is_plain(self, input: Any, dim: int, hx: Any) -> bool:
+        """Whether the operators check all that is left to check, and `fused_rnn.policy` always chooses them.
 
-        Raises:
-            RuntimeError: the operators cannot compute this.
+        True for a batch of CPU tensors with weights in place, if nothing observes torch's operations.
         """
-        x = input.transpose(0, 1) if self.batch_first else input
-        y, *hidden = self._stack(x, (None, None) if hx is None else self._given_states(hx))
-        return _batch_major(y) if self.batch_first else y, self._pack_states(hidden)
-
-    @eligibility.runs_eagerly
-    def _usual(self, input: Any, dim: int, hx: Any) -> bool:
-        """Whether this is the usual call, where every check that is left is made by the operators."""
         if (
-            eligibility.watched()
+            policy.watched()
             or torch.is_autocast_enabled("cpu")
-            or not eligibility.plain(input, dim)
-            or input.dtype not in eligibility.DTYPES
-            or not self._usual_weights()
+            or type(input) is not Tensor
+            or not input.is_cpu
+            or input.dim() != dim
+            or input.dtype not in policy.ALWAYS_FUSED
+            or self.backend == "torch"
+            or not self._checks_are_torchs
+            or type(self.bidirectional) is not bool
         ):
             return False
-        batch = input.size(0 if dim == 2 or self.batch_first else 1)
-        if self.backend == "torch" or (
-            self.backend == "auto" and eligibility.torch_is_faster(self.mode, input.dtype, batch, self.hidden_size)
-        ):
-            return False
+        parameters: Any = self._parameters
+        for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=False):
+            if parameters.get(name) is not weight or type(weight) not in policy.PLAIN_TYPES or not weight.is_cpu:
+                return False
         if hx is None:
             return True
+        if self.mode != "LSTM":
+            hx = (hx,)
+        elif type(hx) not in (tuple, list) or len(hx) != 2:
+            return False
         rows = self.num_layers * (2 if self.bidirectional else 1)
-        for state in self._given_states(hx) or (None,):
-            if not eligibility.plain(state, 3) or state.size(0) != rows:
+        for state in hx:
+            if type(state) not in policy.PLAIN_TYPES or not state.is_cpu or state.dim() != 3 or state.size(0) != rows:
                 return False
         return True
 
-    @eligibility.runs_eagerly
-    def _stack(
-        self, x: Tensor, states: Any, batch_sizes: Tensor | None = None, weights: Any = None, **more: Any
-    ) -> tuple[Tensor, ...]:
-        return functional.stack(
-            self.mode.lower(),
-            x,
-            states,
-            weights or self._flat_weights,
-            self.bias,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-            batch_sizes,
-            **more,
-        )
-
-    def _usual_weights(self) -> bool:
-        """Whether the flat weights are up to date, plain, and on the CPU."""
-        parameters: Any = self._parameters
-        plain = eligibility.PLAIN_TYPES
-        for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=False):
-            if parameters.get(name) is not weight or type(weight) not in plain or not weight.is_cpu:
-                return False
-        return self._checks_are_torchs and type(self.bidirectional) is bool
-
-    @eligibility.runs_eagerly
-    def _checked(self, input: Any, hx: Any) -> Any:
-        """Any call: packed, unbatched, irregular or wrong; torch.nn itself takes what the kernels cannot."""
-        packed = isinstance(input, PackedSequence)
-        data = input.data if packed else input
-        states = self._given_states(hx)
-        # The weights last: torch.nn's forward gets its own, and a parametrised one may change whenever it is got.
-        if states is None or not eligibility.fusible(data) or (packed and input.batch_sizes.numel() == 0):
-            return self._torchs(input, hx)
+    @policy.runs_eagerly
+    def spec(self) -> Spec:
+        """This module's configuration and weights, as they are now."""
         self._refresh_flat_weights()
-        weights = self._flat_weights
-        casts = self._casts(data, states, weights, packed)
-        if casts:
-            (data,), states, weights = (casts.into(tensors) for tensors in ((data,), states, weights))
-        if not self._regular(data, states, weights, packed):
-            return super().forward(input, hx)
+        spec = Spec(
+            type(self).__name__, self.mode, self.input_size, self.hidden_size, self.num_layers, self.bias,
+            self.batch_first, self.dropout, self.bidirectional, getattr(self, "proj_size", 0), self.training,
+            self.backend, self._flat_weights,
+        )  # fmt: skip
+        if self._varied:
+            zone_h, zone_c = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
+            spec.zoneout = (zone_h, zone_c if self.mode == "LSTM" else 0.0)
+            spec.norms = [getattr(self, name) for name, _ in self._norm_shapes()]
+            spec.recurrent_dropout, spec.weight_dropout = self.recurrent_dropout, self.weight_dropout
+            spec.recompute = self.recompute == "full"
+        return spec
 
-        batch_sizes: Any = None
-        sorted_indices = unsorted_indices = None
-        batched = data.dim() == 3
-        batch_dim = 0 if self.batch_first else 1
-        if packed:
-            _, batch_sizes, sorted_indices, unsorted_indices = input
-        else:
-            if not batched:
-                data = data.unsqueeze(batch_dim)
-                states = tuple(s.unsqueeze(1) for s in states)
-        if states or not self._checks_are_torchs:
-            if not states:
-                batch = int(batch_sizes[0]) if packed else data.size(batch_dim)
-                states = tuple(self._zero_states(data, batch))
-                sorted_indices = None  # what nobody gave is in no order
-            hidden = self._pack_states(states)
-            hidden = self.permute_hidden(hidden, sorted_indices)
-            states = self._given_states(hidden) or ()
-            self._check_arguments(data, states, batch_sizes)
-        else:  # zeros fit by themselves, and the kernels need no tensor for them
-            self.check_input(data, batch_sizes)
-            states = (None,) * len(self._state_sizes())
+    @policy.runs_eagerly
+    def _checks(self) -> Any:
+        """The object with the argument checks: this module if its class overrides them; None for torch.nn's own."""
+        return None if self._checks_are_torchs else self
 
-        time_major = data.transpose(0, 1) if self.batch_first and not packed else data
-        output: Any
-        output, *hidden = self._stack(time_major, states, batch_sizes, weights)
-        if casts:
-            output, hidden = output.to(casts.h), casts.out_of(hidden)
-
-        if packed:
-            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        elif not batched:
-            output = output.squeeze(1)
-            hidden = [s.squeeze(1) for s in hidden]
-        elif self.batch_first:
-            output = _batch_major(output)
-        return output, self.permute_hidden(self._pack_states(hidden), unsorted_indices)
-
-    def _casts(self, data: Any, states: Any, weights: Any, packed: bool) -> autocast.Casts | None:
-        return autocast.casts(self.mode.lower(), data, states, weights, not packed, getattr(self, "proj_size", 0) > 0)
-
+    @policy.runs_eagerly
     def _torchs(self, input: Any, hx: Any) -> Any:
-        """torch.nn's own forward; the specification where that has no rule for a transform (vmap: for none)."""
-        if torch.compiler.is_compiling() or not eligibility.transformed() or self.backend == "torch":
+        """torch.nn's own forward, or the specification under a transform for which torch.nn has no rule."""
+        dtype = (input.data if isinstance(input, PackedSequence) else input).dtype if policy.transformed() else None
+        if self.backend == "torch" or dtype is None or policy.torch_has_rule(self.mode.lower(), dtype):
             return super().forward(input, hx)
-        try:
-            return super().forward(input, hx)
-        except RuntimeError:
-            return segments.run(self, input, hx, None, None, None, False)
+        return call.run(self.spec(), self._checks(), None, input, hx)
 
-    @eligibility.runs_eagerly
+    @policy.runs_eagerly
     def _refresh_flat_weights(self) -> None:
         # torch.nn's _update_flat_weights, without the cost of its attribute look-ups in the usual case.
         parameters = self._parameters
@@ -284,64 +244,6 @@ class FusedRNNBase(TorchConvertible, Variants):
             if parameters.get(name) is not weight or weight is None:
                 self._update_flat_weights()
                 return
-
-    # RNN and GRU have one state, a tensor; the LSTM has a pair.
-
-    @eligibility.runs_eagerly
-    def _given_states(self, hx: Any) -> tuple[Any, ...] | None:
-        """The states in hx; () if there are none, None if hx is not what forward expects."""
-        return () if hx is None else (hx,)
-
-    @eligibility.runs_eagerly
-    def _pack_states(self, states: Any) -> Any:
-        return states[0]
-
-    def _zero_states(self, data: Tensor, batch: int) -> list[Tensor]:
-        rows = self._state_rows()
-        return [torch.zeros(rows, batch, size, dtype=data.dtype, device=data.device) for size in self._state_sizes()]
-
-    def _regular(self, data: Any, states: tuple[Any, ...], weights: Sequence[Any], packed: bool) -> bool:
-        """Whether the kernels may take these arguments, as far as torch's own checks do not tell."""
-        tensors = (data, *states, *weights)
-        if any(t is None for t in tensors) or not eligibility.fusible(*tensors):
-            return False
-        dim = data.dim()
-        time_dim = 1 if self.batch_first and dim == 3 else 0
-        return (
-            isinstance(self.bidirectional, bool)
-            and (packed or (dim in (2, 3) and data.size(time_dim) > 0))
-            and (packed or all(s.dim() == dim for s in states))
-            and not self._torch_computes(data, packed)
-        )
-
-    def _torch_computes(self, data: Tensor, packed: bool) -> bool:
-        if eligibility.on_cuda(data) and (data.numel() == 0 or getattr(self, "proj_size", 0) > 0):
-            return True  # the CUDA kernels have no projection
-        if self.backend != "auto":
-            return self.backend == "torch"
-        if torch.compiler.is_compiling():
-            return eligibility.on_cuda(data)  # not by sizes, which may be symbols here, and would be guarded
-        batched = not packed and data.dim() == 3
-        batch = data.size(0 if self.batch_first else 1) if batched else 1
-        steps = data.size(1 if batched and self.batch_first else 0)
-        if not eligibility.on_cuda(data):
-            half = autocast.dtype_on(data.device)
-            if half is not None:
-                return autocast.torch_is_faster(self.mode.lower(), half, steps, batch, self.hidden_size)
-            return eligibility.torch_is_faster(self.mode, data.dtype, batch, self.hidden_size)
-        directions = 2 if self.bidirectional else 1
-        shape = (steps, batch, data.size(-1))
-        properties = cuda.device_properties(data.device)
-        return cuda.torch_is_faster(
-            self.mode, data.dtype, shape, self.hidden_size, self.num_layers, directions, properties
-        )
-
-
-def _batch_major(output: Tensor) -> Tensor:
-    # In place on the CPU, as torch.nn does: FSDP2 would lose its hooks when the user writes to a view. On CUDA backward
-    # reads the output, and a compiler knows how to deal with views.
-    in_place = output.is_cpu and not torch.compiler.is_compiling()
-    return output.transpose_(0, 1) if in_place else output.transpose(0, 1)
 
 
 @fx_leaf
@@ -386,16 +288,6 @@ class LSTM(FusedRNNBase, torch.nn.LSTM):
             dtype: torch.dtype | None = None,
             **options: Unpack[Options],
         ) -> None: ...
-
-    @eligibility.runs_eagerly
-    def _given_states(self, hx: Any) -> tuple[Any, ...] | None:
-        if hx is None:
-            return ()
-        return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
-
-    @eligibility.runs_eagerly
-    def _pack_states(self, states: Any) -> Any:
-        return tuple(states)
 
 
 @fx_leaf

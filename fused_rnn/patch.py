@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.jit._builtins import _register_builtin
 from torch.nn.modules import rnn
 
-from fused_rnn import autocast, eligibility, functional, ops
+from fused_rnn import layers, policy
 
 
 @contextlib.contextmanager
@@ -80,7 +80,9 @@ def _sequence(cell: str) -> Callable[..., Any]:
         x = input.transpose(0, 1) if batch_first else input
         if x.size(0) == 0:
             return None
-        y, *states = functional.stack(cell, x, states, weights, has_biases, num_layers, dropout, train, bidirectional)
+        h0, c0 = (*states, None)[:2]
+        directions, dropout = 2 if bidirectional else 1, dropout if train else 0.0
+        y, *states = layers.stack(cell, x, h0, c0, weights, has_biases, num_layers, directions, dropout)
         return (y.transpose(0, 1) if batch_first else y, *states)
 
     def packed(
@@ -97,11 +99,13 @@ def _sequence(cell: str) -> Callable[..., Any]:
         states = _states(cell, hx)
         if not _regular(cell, data, states, weights, bidirectional):
             return None
-        return functional.stack(
-            cell, data, states, weights, has_biases, num_layers, dropout, train, bidirectional, batch_sizes
+        h0, c0 = (*states, None)[:2]
+        directions, dropout = 2 if bidirectional else 1, dropout if train else 0.0
+        return tuple(
+            layers.stack(cell, data, h0, c0, weights, has_biases, num_layers, directions, dropout, batch_sizes)
         )
 
-    @eligibility.runs_eagerly
+    @policy.runs_eagerly
     def fused(*args: Any) -> Any:
         takes = packed if len(args) > 3 and isinstance(args[3], (list, tuple)) else padded
         result = takes(*args) if len(args) == 9 else None
@@ -120,8 +124,8 @@ def _states(cell: str, hx: Any) -> Sequence[Any]:
 def _regular(cell: str, x: Any, states: Any, weights: Any, bidirectional: Any) -> bool:
     return (
         len(states) == (2 if cell == "lstm" else 1)
-        and autocast.dtype_on(x.device) is None
-        and eligibility.fusible(x, *states, *weights)
+        and policy.autocast_dtype(x.device) is None
+        and policy.fusible(x, *states, *weights)
         and isinstance(bidirectional, bool)
     )
 
@@ -130,7 +134,7 @@ def _cell(cell: str, name: str) -> Callable[..., Any]:
     """torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell or torch.rnn_relu_cell on the fused kernels."""
     original = getattr(torch._VF, name)
 
-    @eligibility.runs_eagerly
+    @policy.runs_eagerly
     def fused(input: Any, hx: Any, *weights: Tensor | None) -> Any:
         states = _states(cell, hx)
         if not _fits(cell, input, states, weights):
@@ -142,7 +146,7 @@ def _cell(cell: str, name: str) -> Callable[..., Any]:
                 )
             return original(input, hx, *weights)
         h0, c0 = (*states, None)[:2]
-        h, _, c, *_ = ops.layer(cell, input, h0, c0, (*(*weights, None, None)[:4], None))
+        h, _, c, *_ = layers.layer(cell, input, h0, c0, (*(*weights, None, None)[:4], None))
         return h if c is None else (h, c)
 
     return fused
@@ -152,8 +156,8 @@ def _fits(cell: str, input: Any, states: Any, weights: Any) -> bool:
     w_hh = weights[1]
     return (
         len(states) == (2 if cell == "lstm" else 1)
-        and autocast.dtype_on(input.device) is None
-        and eligibility.fusible(input, *states, *weights)
+        and policy.autocast_dtype(input.device) is None
+        and policy.fusible(input, *states, *weights)
         and input.dim() == 2
         and input.size(1) == weights[0].size(1)
         and all(s.shape == (input.size(0), w_hh.size(1)) for s in states)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from fused_rnn import _C, cuda, eligibility, reference
+from fused_rnn import _C, cuda, policy, reference
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Plan:
         backend: "fused" (the fused kernels) or "torch" (torch.nn's own forward).
         way: "cpu" on a CPU. On CUDA "resident" (the recurrent weights stay on the chip for the whole sequence) or
             "steps" (one product and one pointwise kernel per time step). "torch" if torch.nn computes.
+        reason: why.
         forward: for the forward pass, the kernel, how the work is split, and on CUDA the estimated microseconds of a
             time step. Empty for "steps" and "torch".
         backward: the same for the backward pass.
@@ -25,6 +26,7 @@ class Plan:
 
     backend: str
     way: str
+    reason: str = ""
     forward: dict[str, Any] = field(default_factory=dict)
     backward: dict[str, Any] = field(default_factory=dict)
 
@@ -37,9 +39,11 @@ def plan(
     I: int = 1,  # noqa: E741 - the field's letter
     H: int = 1,
     *,
+    kind: policy.Kind = "sequence",
     num_layers: int = 1,
     bidirectional: bool = False,
     backend: str = "auto",
+    requires_grad: bool = True,
     device: torch.device | str | None = None,
     properties: tuple[int, int, int] | None = None,
 ) -> Plan:
@@ -49,7 +53,10 @@ def plan(
         cell: "rnn" (the same as "rnn_tanh"), "rnn_relu", "lstm" or "gru".
         dtype: dtype of the input and the weights.
         T, B, I, H: time steps, batch rows, input size, hidden size.
+        kind: "sequence", "packed", "step" for a module's `step`, or "cell" for the forward of an RNNCell and so on.
         num_layers, bidirectional, backend: the module's arguments of these names.
+        requires_grad: whether the input or a weight requires a gradient. Whether one is recorded, and the dtype under
+            autocast, are those of the moment: ask within the contexts in which the module is called.
         device: "cpu" or a CUDA device. None means CUDA if torch has a CUDA device or `properties` are given, else the
             CPU.
         properties: properties of a CUDA device that need not be in this machine: the number of multiprocessors, the
@@ -76,28 +83,37 @@ def plan(
     for letter, size in dict(T=T, B=B, I=I, H=H, num_layers=num_layers).items():
         if not 1 <= size < 2**31:
             raise ValueError(f"{letter} must be at least 1 and less than 2**31, got {size}")
-    if dtype not in eligibility.DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, eligibility.DTYPES))}, got {dtype}")
-    if backend not in eligibility.BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, eligibility.BACKENDS))}, got {backend!r}")
+    if dtype not in policy.DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, policy.DTYPES))}, got {dtype}")
+    if backend not in policy.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, policy.BACKENDS))}, got {backend!r}")
+    if kind not in get_args(policy.Kind):
+        raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(policy.Kind)))}, got {kind!r}")
     directions = 2 if bidirectional else 1
-    mode = cell.upper()
     if device is None:
         device = "cuda" if properties is not None or torch.cuda.is_available() else "cpu"
     device = torch.device(device)
+    choice = policy.choose(
+        cell,
+        dtype,
+        *((T * B, 1) if kind == "packed" else (T, B)),
+        I,
+        H,
+        kind=kind,
+        num_layers=num_layers,
+        directions=directions,
+        backend=backend,
+        differentiable=torch.is_grad_enabled() and requires_grad,
+        device=device,
+        properties=properties,
+    )
+    if not choice.fused:
+        return Plan("torch", "torch", choice.reason)
     if device.type == "cpu":
-        if backend == "torch" or (backend == "auto" and eligibility.torch_is_faster(mode, dtype, B, H)):
-            return Plan("torch", "torch")
         shared = _C.cpu_plan(reference.CELLS.index(cell), T, B, I, H, H, directions, torch.get_num_threads())
-        return Plan("fused", "cpu", shared, shared)
-
+        return Plan("fused", "cpu", choice.reason, shared, shared)
     properties = properties or cuda.device_properties(device)
-    shape = (T, B, I)
-    if backend == "torch" or (
-        backend == "auto" and cuda.torch_is_faster(mode, dtype, shape, H, num_layers, directions, properties)
-    ):
-        return Plan("torch", "torch")
     if T == 1 or not cuda.is_resident(cell, dtype, B, H, directions, properties):
-        return Plan("fused", "steps")
+        return Plan("fused", "steps", choice.reason)
     chosen = (cuda.plans(cell, dtype, B, H, directions, backward, properties)[0] for backward in (False, True))
-    return Plan("fused", "resident", *chosen)
+    return Plan("fused", "resident", choice.reason, *chosen)

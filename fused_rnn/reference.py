@@ -21,11 +21,13 @@ the H units, of a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
+
+from fused_rnn.options import NO_OPTIONS, LayerOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,21 +40,6 @@ NORM_EPS = 1e-5
 """Added to the variance in layer normalisation, as in torch.nn.LayerNorm."""
 
 
-class Norms(NamedTuple):
-    """Parameters of layer normalisation: gains `ih`, `hh` ``[G*H]``; for the LSTM gain `c` and bias `c_bias` ``[H]``.
-
-    All are None without layer normalisation.
-    """
-
-    ih: Tensor | None = None
-    hh: Tensor | None = None
-    c: Tensor | None = None
-    c_bias: Tensor | None = None
-
-
-NO_NORMS = Norms()
-
-
 def step(
     cell: str,
     x: Tensor,
@@ -63,7 +50,10 @@ def step(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     w_hr: Tensor | None = None,
-    norms: Norms = NO_NORMS,
+    norm_ih: Tensor | None = None,
+    norm_hh: Tensor | None = None,
+    norm_c: Tensor | None = None,
+    norm_c_bias: Tensor | None = None,
     drop_h: Tensor | None = None,
     zone_h: Tensor | None = None,
     zone_c: Tensor | None = None,
@@ -77,7 +67,8 @@ def step(
         c: ``[B, H]`` for the LSTM, else None.
         w_ih, w_hh, b_ih, b_hh: weights ``[G*H, I]``, ``[G*H, P]`` and biases ``[G*H]``; the biases may be None.
         w_hr: ``[P, H]``, the LSTM's projection (Sak et al. 2014), or None.
-        norms: parameters of layer normalisation.
+        norm_ih, norm_hh: ``[G*H]``, gains of layer normalisation, or None.
+        norm_c, norm_c_bias: ``[H]``, gain and bias of the normalisation of the LSTM's c, or None.
         drop_h: ``[B, P]``, the mask of recurrent dropout, or None.
         zone_h, zone_c: ``[B, P]`` and ``[B, H]``, or ``[P]`` and ``[H]``, the masks of zoneout, or None.
 
@@ -89,13 +80,13 @@ def step(
     """
     from_x = x if w_ih is None else linear(x, w_ih)
     from_h = linear(h if drop_h is None else h * drop_h, w_hh)
-    from_x, from_h = _normalised(from_x, norms.ih), _normalised(from_h, norms.hh)
+    from_x, from_h = _normalised(from_x, norm_ih), _normalised(from_h, norm_hh)
     from_x, from_h = from_x if b_ih is None else from_x + b_ih, from_h if b_hh is None else from_h + b_hh
     if cell == "lstm":  # Hochreiter and Schmidhuber 1997
         assert c is not None
         i, f, g, o = (from_x + from_h).chunk(4, dim=1)
         c_new = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h_new = o.sigmoid() * _normalised(c_new, norms.c, norms.c_bias).tanh()
+        h_new = o.sigmoid() * _normalised(c_new, norm_c, norm_c_bias).tanh()
         h_new = h_new if w_hr is None else linear(h_new, w_hr)
         return _mixed(h, h_new, zone_h), _mixed(c, c_new, zone_c)
     if cell == "gru":  # Cho et al. 2014, the reset gate after the product
@@ -125,16 +116,7 @@ def layer(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
-    batch_sizes: Tensor | None = None,
-    resets: Tensor | None = None,
-    reset_h: Tensor | None = None,
-    reset_c: Tensor | None = None,
-    c_sequence: bool = False,
-    lengths: Tensor | None = None,
-    norms: Sequence[Tensor | None] = (),
-    drop_h: Tensor | None = None,
-    zone_h: Tensor | None = None,
-    zone_c: Tensor | None = None,
+    options: LayerOptions = NO_OPTIONS,
 ) -> tuple[Tensor, Tensor, Tensor | None, Unpack[tuple[Tensor, ...]]]:
     """Compute one layer over a whole sequence, in one or two directions.
 
@@ -146,6 +128,8 @@ def layer(
         weights: ``w_ih, w_hh, b_ih, b_hh, w_hr`` of the forward direction and, for a bidirectional layer, of the
             reverse direction; None for those that are absent. If w_ih is None, x is the product of the input and W_ih
             of each direction, ``D*G*H`` wide.
+        options: fields of `LayerOptions`, of which recompute and deterministic have no meaning here:
+
         batch_sizes: int64 ``[T]``, the rows of each step of a packed sequence, or None.
         resets: bool ``[T, B]`` (``[N]`` with `batch_sizes`), or None. True at step t ends a sequence before x[t] and
             begins another: the state is replaced before x[t] is consumed. The reverse direction starts anew at the
@@ -155,14 +139,14 @@ def layer(
         c_sequence: whether to return c of every step; LSTM only.
         lengths: integers ``[B]``, or None. Row b ends before step lengths[b]: its outputs from there on are zero, its
             final state is that of its last step, and the reverse direction begins there. Not with `batch_sizes`.
-        norms: `Norms`, each tensor with an additional first dimension D. Empty means no layer normalisation.
+        norm_ih, norm_hh, norm_c, norm_c_bias: as in `step`, with an additional first dimension D, or None.
         drop_h: ``[D, B, P]``, the mask of recurrent dropout, or None.
         zone_h, zone_c: the masks of zoneout, shaped like y and like c of every step, or ``[D*P]`` and ``[D*H]`` for
             all steps and rows, or None.
 
     Returns:
         y, shaped like x but ``D*P`` wide; h_n and c_n, shaped like h0 and c0 (c_n is None except for the LSTM); with
-        `c_sequence`, also c of every step, shaped like x but ``D*H`` wide.
+        `options.c_sequence`, also c of every step, shaped like x but ``D*H`` wide.
 
     Example:
         >>> import torch
@@ -172,12 +156,13 @@ def layer(
         >>> y.shape, h_n.shape
         (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
+    batch_sizes, resets, lengths = options.batch_sizes, options.resets, options.lengths
+    drop_h, zone_h, zone_c = options.drop_h, options.zone_h, options.zone_c
     if x.dim() == 2 and batch_sizes is None:
         h0, c0, drop_h = (None if s is None else s.unsqueeze(0) for s in (h0, c0, drop_h))
         zone_h, zone_c = (z if z is None or z.dim() == 1 else z.unsqueeze(0) for z in (zone_h, zone_c))
-        y, h_n, c_n, *_ = layer(
-            cell, x.unsqueeze(0), h0, c0, weights, norms=norms, drop_h=drop_h, zone_h=zone_h, zone_c=zone_c
-        )
+        options = options._replace(drop_h=drop_h, zone_h=zone_h, zone_c=zone_c)
+        y, h_n, c_n, *_ = layer(cell, x.unsqueeze(0), h0, c0, weights, options)
         return y[0], h_n[0], None if c_n is None else c_n[0]
 
     if lengths is not None:
@@ -197,7 +182,10 @@ def layer(
         w_ih, w_hh, b_ih, b_hh, w_hr = weights[first : first + 5]
         assert w_hh is not None
         hidden = w_hh.size(0) // GATES[cell]
-        of_direction = Norms(*(None if norm is None else norm[direction] for norm in norms))
+        norm_ih, norm_hh, norm_c, norm_c_bias = (
+            None if norm is None else norm[direction]
+            for norm in (options.norm_ih, options.norm_hh, options.norm_c, options.norm_c_bias)
+        )
         zones_h, zones_c = zone_at(zone_h, direction, w_hh.size(1)), zone_at(zone_c, direction, hidden)
         h = x.new_zeros(batch, w_hh.size(1)) if h0 is None else h0[direction]
         c = None
@@ -212,8 +200,8 @@ def layer(
                 begins = _begins(by_step(resets), t, direction)
                 if lengths is not None:
                     begins = begins & (t < lengths if direction == 0 else t + 1 < lengths)
-                h = _replaced(h, begins, reset_h, t, direction)
-                c = None if c is None else _replaced(c, begins, reset_c, t, direction)
+                h = _replaced(h, begins, options.reset_h, t, direction)
+                c = None if c is None else _replaced(c, begins, options.reset_c, t, direction)
             x_t = steps[t] if w_ih is not None else steps[t].narrow(-1, direction * w_hh.size(0), w_hh.size(0))
             drop = None if drop_h is None else drop_h[direction, :n]
             h_t, c_t = step(
@@ -226,7 +214,10 @@ def layer(
                 b_ih,
                 b_hh,
                 w_hr,
-                of_direction,
+                norm_ih,
+                norm_hh,
+                norm_c,
+                norm_c_bias,
                 drop,
                 zones_h[t],
                 zones_c[t],
@@ -242,11 +233,11 @@ def layer(
             c = None if c is None or c_t is None else torch.cat((c_t, c[n:]))
         join = torch.stack if batch_sizes is None else torch.cat
         outputs.append(join(h_steps))
-        c_outputs += [join(c_steps)] if c_sequence else []
+        c_outputs += [join(c_steps)] if options.c_sequence else []
         h_last.append(h)
         c_last += [] if c is None else [c]
     c_n = torch.stack(c_last) if c_last else None
-    of_steps = (torch.cat(c_outputs, dim=-1),) if c_sequence else ()
+    of_steps = (torch.cat(c_outputs, dim=-1),) if options.c_sequence else ()
     return torch.cat(outputs, dim=-1), torch.stack(h_last), c_n, *of_steps
 
 

@@ -1,14 +1,13 @@
-"""One time step, and what torch.nn has not: resets, rows that wait, results in given tensors.
+"""One time step, and what torch.nn does not have: resets, rows that wait, results in given tensors.
 
-In inference on the CPU a plain step is one operator for all layers. With the rest one operator runs each layer, from
-the caller's tensors into the caller's tensors, and allocates nothing. Everything else is `forward` on a sequence of
-one, in which a row that waits has length zero.
+In inference on the CPU one operator computes a plain step of all layers. With resets, waiting rows or `out`, one
+operator runs each layer, from the caller's tensors into the caller's tensors, and allocates nothing. Everything else is
+`fused_rnn.call.run` on a sequence of one step, in which a row that waits has length zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import combinations
 from typing import Any
 
@@ -16,20 +15,61 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fused_rnn import eligibility, functional, ops
+from fused_rnn import call, layers, operators, policy
+from fused_rnn.operators import NUMBER
+from fused_rnn.spec import Spec
 
 
-@eligibility.runs_eagerly
+@policy.runs_eagerly
+def plain(
+    cell: str,
+    x: Tensor,
+    hx: Any,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    projected: bool,
+    dropout: float,
+) -> Sequence[Tensor]:
+    """Compute y and the states of a step without options.
+
+    Args:
+        x: ``[B, I]``.
+        hx: h0 and c0 of all layers, ``[L, B, ...]`` or None for zeros; or None.
+        weights: torch.nn's ``_flat_weights``.
+        dropout: between the layers; 0 outside of training.
+
+    Raises:
+        RuntimeError: a tensor does not fit the others in shape or dtype.
+    """
+    h0, c0 = (None, None) if hx is None else hx
+    differentiable = torch.is_grad_enabled() and policy.any_requires_grad((x, h0, c0, *weights))
+    if differentiable or x.dtype not in policy.KERNEL_DTYPES or dropout > 0:
+        y, *hidden = layers.stack(cell, x.unsqueeze(0), h0, c0, weights, has_biases, num_layers, 1, dropout)
+        return y.squeeze(0), *hidden
+    y, h, c = operators.step_layers(
+        x, h0, c0, NUMBER[cell], num_layers, weights, has_biases, projected, policy.deterministic()
+    )
+    return (y, h, c) if cell == "lstm" else (y, h)
+
+
+@policy.runs_eagerly
 def run(
-    module: Any, input: Tensor, hx: Any, resets: Tensor | None, reset_state: Any, active: Tensor | None, out: Any
+    spec: Spec,
+    checks: Any,
+    input: Tensor,
+    hx: Any,
+    resets: Tensor | None,
+    reset_state: Any,
+    active: Tensor | None,
+    out: Any,
 ) -> tuple[Tensor, Any]:
-    """`fused_rnn.modules.FusedRNNBase.step` with any of its keyword arguments; they are explained there."""
-    name = f"{module._get_name()}.step"
-    module._refresh_flat_weights()
-    states, fresh = _given(module, name, "hx", hx), _given(module, name, "reset_state", reset_state)
-    results = () if out is None else _given_results(module, name, out)
-    differentiable = torch.is_grad_enabled() and ops.any_requires_grad(
-        (input, *states, *fresh, *results, *module._flat_weights)
+    """Compute `fused_rnn.LSTM.step` with any of its keyword arguments; `checks` as in `fused_rnn.call.run`."""
+    name = f"{spec.name}.step"
+    states, fresh = _given(spec, name, "hx", hx), _given(spec, name, "reset_state", reset_state)
+    results = () if out is None else _given_results(spec, name, out)
+    differentiable = torch.is_grad_enabled() and policy.any_requires_grad(
+        (input, *states, *fresh, *results, *spec._flat_weights)
     )
     if differentiable and results:
         raise RuntimeError(
@@ -48,44 +88,21 @@ def run(
         resets, active = (None if mask is None else mask.unsqueeze(0) for mask in (resets, active))
         states, fresh = _with_row(name, "hx", states), _with_row(name, "reset_state", fresh)
         into = (results[0].unsqueeze(0), *_with_row(name, "out[1]", results[1:])) if results else ()
-    found = None
-    if (
-        not differentiable
-        and not eligibility.watched()
-        and _is_usual(module, input, states, resets, fresh, active, into)
-    ):
-        with suppress(RuntimeError):  # if something does not fit, that is found out below
-            found = _in_place(module, input, states, resets, fresh, active, into)
-            increment_version(results)
-    if found is None:
-        found = _as_sequence(module, input, states, resets, fresh, active)
+    if not differentiable and _operator_takes(spec, input, states, resets, fresh, active, into):
+        tensors = _in_place(spec, input, states, resets, fresh, active, into)
+        increment_version(results)
+    else:
+        tensors = _as_sequence(spec, checks, input, states, resets, fresh, active)
         if results:
-            _copy(name, found, into)
+            _copy(name, tensors, into)
     if results:
         return out[0], out[1]
-    y, *hidden = found if batched else (found[0].squeeze(0), *(h.squeeze(1) for h in found[1:]))
-    return y, module._pack_states(hidden)
+    y, *hidden = tensors if batched else (tensors[0].squeeze(0), *(h.squeeze(1) for h in tensors[1:]))
+    return y, spec.pack(hidden)
 
 
-@eligibility.runs_eagerly
-def without_options(module: Any, input: Tensor, states: Any) -> Sequence[Tensor]:
-    """y and each state of a plain step, which `FusedRNNBase._usual` has looked at.
-
-    Raises:
-        RuntimeError: the operators cannot compute this.
-    """
-    weights = module._flat_weights
-    differentiable = torch.is_grad_enabled() and ops.any_requires_grad((input, *states, *weights))
-    if differentiable or input.dtype not in eligibility.KERNEL_DTYPES or (module.training and module.dropout > 0):
-        y, *hidden = module._stack(input.unsqueeze(0), states or (None, None))
-        return y.squeeze(0), *hidden
-    h0, c0 = (*states, None, None)[:2]
-    projected = module.mode == "LSTM" and module.proj_size > 0
-    return ops.step_layers(module.mode.lower(), input, h0, c0, module.num_layers, weights, module.bias, projected)
-
-
-def _is_usual(
-    module: Any,
+def _operator_takes(
+    spec: Spec,
     x: Tensor,
     states: Sequence[Any],
     resets: Any,
@@ -93,23 +110,58 @@ def _is_usual(
     active: Any,
     into: Sequence[Any],
 ) -> bool:
-    """Whether every check that is left is made by the operator."""
+    """Whether the operator computes this step; shapes and dtypes that it would refuse are left to `fused_rnn.call`."""
+    if (
+        policy.watched()
+        or spec.backend == "torch"
+        or torch.is_autocast_enabled("cpu")
+        or x.dtype not in policy.KERNEL_DTYPES
+    ):
+        return False
+    if (
+        spec.side_by_side
+        or spec.norms
+        or spec.recompute
+        or spec.recurrent_dropout
+        or spec.weight_dropout
+        or any(spec.zoneout)
+    ):
+        return False
+    L, B, sizes = spec.num_layers, x.size(0), spec.state_sizes
+    shapes = [(L, B, size) for size in sizes]
+    if x.size(1) != spec.input_size:
+        return False
+    for tensor in (x, *states, *fresh, *into, *spec._flat_weights):
+        if type(tensor) not in policy.PLAIN_TYPES or not tensor.is_cpu or tensor.dtype is not x.dtype:
+            return False
     for mask in (resets, active):
-        if mask is not None and not eligibility.plain(mask, 1):
+        if mask is not None and not policy.plain(mask, 1):
             return False
-    for state in (*fresh, *into[1:]):
-        if not eligibility.plain(state, 3):
+    for given, shape in zip((*states, *into[1:]), (*shapes[: len(states)], *shapes), strict=False):
+        if given.shape != shape:
             return False
-    return (
-        not module._varied
-        and x.dtype in eligibility.KERNEL_DTYPES
-        and (not into or (eligibility.plain(into[0], 2) and into[1].size(0) == module.num_layers))
-        and module._usual(x, 2, module._pack_states(states) if states else None)
-    )
+    for given, (_, _, size) in zip(fresh, shapes, strict=False):
+        if (
+            given.dim() != 3
+            or given.size(0) not in (1, L)
+            or given.size(1) not in (1, B)
+            or given.size(2) not in (1, size)
+        ):
+            return False
+    if into:
+        y, *hidden = into
+        rows_fit = (
+            y.shape == (B, sizes[0]) and (sizes[0] == 1 or y.stride(1) == 1) and (B < 2 or y.stride(0) >= sizes[0])
+        )
+        if not rows_fit or not all(s.is_contiguous() for s in hidden):
+            return False
+        if len({t.untyped_storage().data_ptr() for t in (*into, x)}) < len(into) + 1:
+            return not any(_share_memory(a, b) for a, b in combinations((*into, x), 2))
+    return True
 
 
 def _in_place(
-    module: Any,
+    spec: Spec,
     x: Tensor,
     states: Sequence[Tensor],
     resets: Tensor | None,
@@ -117,81 +169,80 @@ def _in_place(
     active: Tensor | None,
     into: Sequence[Tensor],
 ) -> Sequence[Tensor]:
-    """The results, y and each state, in `into` if that is given.
-
-    Raises:
-        RuntimeError: the operator cannot compute this.
-    """
-    L, B, sizes = module.num_layers, x.size(0), module._state_sizes()
+    """The results, y and each state, in `into` if that is given."""
+    L, B, sizes = spec.num_layers, x.size(0), spec.state_sizes
     y, h, *rest = into = into or (x.new_empty(B, sizes[0]), *(x.new_empty(L, B, size) for size in sizes))
     c = rest[0] if rest else None
     h0, c0 = (*states, None, None)[:2]
     reset_h, reset_c = (*(s.expand(L, B, size) for s, size in zip(fresh, sizes, strict=False)), None, None)[:2]
-    cell = module.mode.lower()
     below: Tensor | None = x
     for index in range(L):
-        weights = functional.weights_of_layer(module._flat_weights, index, L, 1, module.bias)
-        ops.step_into(cell, below, h0, c0, index, weights, (active, resets), (reset_h, reset_c), y, h, c)
-        drops = module.training and module.dropout > 0 and index < L - 1
-        below = torch.dropout(h[index], module.dropout, True) if drops else None
+        weights = layers.layer_weights(spec._flat_weights, index, L, 1, spec.bias)
+        operators.step_into(
+            spec.cell, below, h0, c0, index, weights, (active, resets), (reset_h, reset_c), y, h, c,
+            policy.deterministic(),
+        )  # fmt: skip
+        drops = spec.training and spec.dropout > 0 and index < L - 1
+        below = torch.dropout(h[index], spec.dropout, True) if drops else None
     return into
 
 
 def _as_sequence(
-    module: Any,
+    spec: Spec,
+    checks: Any,
     x: Tensor,
     states: Sequence[Tensor],
     resets: Tensor | None,
     fresh: Sequence[Tensor],
     active: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """y and each state, by forward."""
-    from fused_rnn import modules  # which is built on this file
-
-    time_dim = 1 if module.batch_first else 0
-    y, hidden = modules.FusedRNNBase.forward(
-        module,
+    """y and each state, from a sequence of one step."""
+    time_dim = 1 if spec.batch_first else 0
+    y, hidden = call.run(
+        spec,
+        checks,
+        None,
         x.unsqueeze(time_dim),
-        module._pack_states(states) if states else None,
+        spec.pack(states) if states else None,
         resets=None if resets is None else resets.unsqueeze(time_dim),
-        reset_state=module._pack_states(fresh) if fresh else None,
+        reset_state=spec.pack(fresh) if fresh else None,
         lengths=None if active is None else active.to(torch.int32),
     )
-    return y.squeeze(time_dim), *module._given_states(hidden)
+    return y.squeeze(time_dim), *(spec.states(hidden) or ())
 
 
-def _copy(name: str, found: Sequence[Tensor], into: Sequence[Tensor]) -> None:
-    for result, target in zip(found, into, strict=True):
+def _copy(name: str, results: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+    for result, target in zip(results, into, strict=True):
         if target.shape != result.shape or target.dtype is not result.dtype or target.device != result.device:
             raise RuntimeError(
                 f"{name}: expected out to hold a {result.dtype} tensor of shape {list(result.shape)} on "
                 f"{result.device}, got a {target.dtype} tensor of shape {list(target.shape)} on {target.device}"
             )
     for a, b in combinations(into, 2):
-        if not eligibility.watched() and _share_memory(a, b):
+        if not policy.watched() and _share_memory(a, b):
             raise RuntimeError(f"{name}: the tensors of out must not share memory")
-    for result, target in zip(found, into, strict=True):
+    for result, target in zip(results, into, strict=True):
         target.copy_(result)
 
 
-def _given(module: Any, name: str, argument: str, value: Any) -> tuple[Tensor, ...]:
+def _given(spec: Spec, name: str, argument: str, value: Any) -> tuple[Tensor, ...]:
     """The tensors of hx, or of what is shaped like it; none if it is None.
 
     Raises:
         TypeError: it is something else.
     """
-    states: tuple[Tensor, ...] | None = module._given_states(value)
+    states = spec.states(value)
     if states is None or not all(isinstance(s, Tensor) for s in states):
-        expected = "a pair of tensors" if module.mode == "LSTM" else "a tensor"
+        expected = "a pair of tensors" if spec.has_c else "a tensor"
         raise TypeError(f"{name}: expected {argument} to be {expected}, got {type(value).__name__}")
     return states
 
 
-def _given_results(module: Any, name: str, out: Any) -> tuple[Tensor, ...]:
+def _given_results(spec: Spec, name: str, out: Any) -> tuple[Tensor, ...]:
     """y and each state."""
     if not isinstance(out, (tuple, list)) or len(out) != 2 or not isinstance(out[0], Tensor) or out[1] is None:
         raise TypeError(f"{name}: expected out to be a pair (output, hx) like the results, got {type(out).__name__}")
-    return out[0], *_given(module, name, "out[1]", out[1])
+    return out[0], *_given(spec, name, "out[1]", out[1])
 
 
 def _with_row(name: str, argument: str, states: Sequence[Tensor]) -> tuple[Tensor, ...]:

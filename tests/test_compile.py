@@ -92,7 +92,9 @@ def drawn(module: nn.RNNBase, T: int, B: int) -> tuple[Tensor, Any, dict[str, An
     rows = module.num_layers * (2 if module.bidirectional else 1)
 
     def state(*lead: int) -> Any:
-        states = [torch.randn(*lead, size, generator=generator, requires_grad=True) for size in module._state_sizes()]
+        states = [
+            torch.randn(*lead, size, generator=generator, requires_grad=True) for size in module.spec().state_sizes
+        ]
         return tuple(states) if len(states) == 2 else states[0]
 
     def sequence(values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 import emulated
 import fused_rnn
 from cases import CASES, Case
-from fused_rnn import cuda, eligibility, ops, reference
+from fused_rnn import cuda, layers, policy, reference
 from test_gpu import PRECISIONS, Precision, farther, results, rounded_to_tf32, tf32_results
 from test_modules import GRADCHECKS
 from test_modules import test_gradcheck as gradcheck_a_layer
@@ -44,7 +44,7 @@ def library() -> None:
 @pytest.fixture(autouse=True)
 def gpu(library: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Has every layer computed by the CUDA operators."""
-    monkeypatch.setattr(eligibility, "on_cuda", lambda x: True)
+    monkeypatch.setattr(policy, "on_cuda", lambda x: True)
     monkeypatch.setattr(cuda, "device_properties", lambda device: emulated.H200)
     monkeypatch.setattr(cuda, "tf32_allowed", lambda: True)
     yield
@@ -148,7 +148,7 @@ def test_not_a_number(cell: str, dtype: torch.dtype) -> None:
     weights = [t.to(dtype) for t in (torch.randn(G * H, 4), torch.randn(G * H, H) / 12)] + [None] * 3
     x = torch.randn(4, 3, 4).to(dtype)
     x[1, 1] = torch.nan
-    y, _, _ = ops.layer(cell, x, None, None, weights)
+    y, _, _ = layers.layer(cell, x, None, None, weights)
     assert y[1:, 1].isnan().all() or cell == "rnn_relu"
     assert y[:, [0, 2]].isfinite().all() and y[0].isfinite().all()
 
@@ -230,7 +230,7 @@ def test_segments(
 
     actual = run(module, x, hx, fresh)
     with monkeypatch.context() as patch:
-        patch.setattr(eligibility, "fusible", lambda *tensors: False)
+        patch.setattr(policy, "fusible", lambda *tensors: False)
         x, *others = (t.detach().double().requires_grad_() for t in (x, *hx, *fresh))
         wanted = run(exact, x, tuple(others[: len(hx)]), tuple(others[len(hx) :]))
     rounding = {torch.float64: 1e-13, torch.float32: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]

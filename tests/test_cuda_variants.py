@@ -16,7 +16,7 @@ from torch import Tensor
 
 import emulated
 import fused_rnn
-from fused_rnn import cuda, cuda_layer, eligibility, ops, reference
+from fused_rnn import cuda, layers, policy, reference
 from fused_rnn.reference import GATES, Norms
 from test_gpu import PRECISIONS, Precision, farther, rounded_to_tf32
 from tolerances import assert_as_accurate
@@ -71,7 +71,7 @@ def library() -> None:
 @pytest.fixture(autouse=True)
 def gpu(library: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Has every layer computed by the CUDA operators."""
-    monkeypatch.setattr(eligibility, "on_cuda", lambda x: True)
+    monkeypatch.setattr(policy, "on_cuda", lambda x: True)
     monkeypatch.setattr(cuda, "device_properties", lambda device: emulated.H200)
     yield
 
@@ -188,9 +188,9 @@ def test_is_the_specification(cell: str, variant: Variant, name: str, monkeypatc
         monkeypatch.setattr(cuda, "is_resident", lambda *sizes: False)
     ways = ways_taken(monkeypatch)
     inputs = Inputs.drawn(cell, variant, dtype)
-    actual = inputs.results(ops.layer, dtype)
+    actual = inputs.results(layers.layer, dtype)
     with torch.no_grad():
-        inference = inputs.outputs(ops.layer)
+        inference = inputs.outputs(layers.layer)
     resident = variant.resident and variant.rows != "step" and not set(variant.norms) & set("hc")
     assert ways == [resident and (dtype.itemsize == 2 or precision.tf32)] * 3  # forward, backward, inference
     for (
@@ -251,7 +251,7 @@ def test_modules(name: str, options: dict[str, Any], training: bool, monkeypatch
         return [*outputs, *grads, *torch.autograd.grad(dx.square().sum(), inputs, allow_unused=True)]
 
     actual, calls = run(), len(ways)
-    monkeypatch.setattr(eligibility, "fusible", lambda *tensors: False)
+    monkeypatch.setattr(policy, "fusible", lambda *tensors: False)
     expected = run()
     assert calls == len(ways) >= 2 * module.num_layers
     for a, e in zip(actual, expected, strict=True):
@@ -289,7 +289,7 @@ def test_fake_kernels_agree(cell: str, variant: Variant, monkeypatch: pytest.Mon
     monkeypatch.setattr(cuda_layer, "_operators", lambda tensor: Operators())
     if not variant.resident:
         monkeypatch.setattr(cuda, "is_resident", lambda *sizes: False)
-    Inputs.drawn(cell, variant, torch.bfloat16).results(ops.layer, torch.bfloat16)
+    Inputs.drawn(cell, variant, torch.bfloat16).results(layers.layer, torch.bfloat16)
     assert len(calls) == 2
     for operator, arguments in calls:
         detached = [a.detach() if isinstance(a, Tensor) else a for a in arguments]

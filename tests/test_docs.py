@@ -22,7 +22,7 @@ import torch
 
 import fused_rnn
 import run
-from fused_rnn import convert, functional, reference, variants
+from fused_rnn import constructor, convert, functional, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = [fused_rnn] + [
@@ -177,7 +177,7 @@ def test_every_argument_is_explained(function: Any) -> None:
 @pytest.mark.parametrize("cls", [fused_rnn.RNN, fused_rnn.LSTM, fused_rnn.GRU], ids=lambda cls: cls.__name__)
 def test_help_tells_of_every_option(cls: Any) -> None:
     ours, of_torch = cls.__doc__.split(convert.TORCHS_OWN)
-    options = [name for name, value in vars(variants.Variants).items() if isinstance(value, variants.Option)]
+    options = [name for name, value in vars(constructor.Variants).items() if isinstance(value, constructor.Option)]
     assert len(options) >= 6
     for option in ("backend", *options):
         assert f"    {option}: " in ours

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fused_rnn
 from contract import fused_calls
-from fused_rnn import cuda, ops, reference
+from fused_rnn import cuda, layers, reference
 from gpu_timing import tf32_allowed
 from test_cuda_variants import CASES, VARIANTS, Inputs, Variant, assert_is_the_specification, pieces
 from test_gpu import (
@@ -45,7 +45,7 @@ def test_is_the_specification(
     inputs = Inputs.drawn(cell, variant, precision.dtype)
 
     def run() -> dict[str, Tensor]:
-        found = inputs.on(GPU).results(ops.layer, precision.dtype)
+        found = inputs.on(GPU).results(layers.layer, precision.dtype)
         return {name: value.cpu() for name, value in found.items()}
 
     with tf32_allowed(precision.tf32):

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from cases import CASES, Case
-from fused_rnn import eligibility, functional, ops, reference
+from fused_rnn import layers, policy, reference
+from fused_rnn.options import LayerOptions
 from tolerances import assert_as_accurate
 
 
@@ -71,9 +72,10 @@ def test_reference_is_torch(case: Case) -> None:
         states = [s.index_select(1, sorted_indices) for s in states]
     elif case.batch_first:
         x = x.transpose(0, 1)
-    output, *finals = functional.stack(
-        theirs.mode.lower(), x, states, theirs._flat_weights, case.bias, case.L, 0.0, False, case.bidirectional,
-        batch_sizes, layer=reference.layer,
+    h0, c0 = (*states, None)[:2]
+    output, *finals = layers.stack(
+        theirs.mode.lower(), x, h0, c0, theirs._flat_weights, case.bias, case.L, 2 if case.bidirectional else 1,
+        batch_sizes=batch_sizes, run=reference.layer,
     )  # fmt: skip
     if case.lengths:
         finals = [s.index_select(1, unsorted_indices) for s in finals]
@@ -117,7 +119,7 @@ def test_gradcheck(cell: str, kind: str, D: int) -> None:
     def call(*given: Tensor) -> tuple[Tensor, ...]:
         left = iter(given)
         x, h0, c0, *weights = (None if t is None else next(left) for t in inputs)
-        return tuple(o for o in ops.layer(cell, x, h0, c0, weights, batch_sizes) if o is not None)
+        return tuple(o for o in layers.layer(cell, x, h0, c0, weights, LayerOptions(batch_sizes)) if o is not None)
 
     assert torch.autograd.gradcheck(call, present, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, present, fast_mode=True)
@@ -129,11 +131,10 @@ def test_bfloat16_where_torch_is_faster(
     cell: str, B: int, H: int, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever computes it, the result is as accurate; on a processor that multiplies bfloat16, torch does."""
-    monkeypatch.setattr(eligibility, "HAS_BF16_PRODUCTS", not kernels)
+    monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", not kernels)
     calls = []
-    layer = ops.layer
-    monkeypatch.setattr(ops, "layer", lambda *args: calls.append(args) or layer(*args))
-    monkeypatch.setattr(functional.stack, "__defaults__", (*functional.stack.__defaults__[:-1], ops.layer))
+    layer = layers.layer
+    monkeypatch.setattr(layers, "layer", lambda *args: calls.append(args) or layer(*args))
     case = Case(cell, T=3, B=B, I=5, H=H)
     theirs, ours, exact = case.modules(torch.bfloat16)
     data = case.data(torch.bfloat16)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
-from fused_rnn import eligibility, ops, reference
+from fused_rnn import layers, policy, reference
+from fused_rnn.options import LayerOptions
 
 NAMES = ("RNN", "LSTM", "GRU")
 each_name = pytest.mark.parametrize("name", NAMES)
@@ -125,7 +126,7 @@ def test_resets_cut_the_sequence(name: str, B: int, H: int, rate: float, bidirec
 def of_reference(module: nn.Module, *args: Any, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> Any:
     """The same call on the specification."""
     with monkeypatch.context() as patch:
-        patch.setattr(eligibility, "fusible", lambda *tensors: False)
+        patch.setattr(policy, "fusible", lambda *tensors: False)
         return module(*args, **kwargs)
 
 
@@ -260,7 +261,7 @@ def test_resets_of_a_packed_sequence(
         patch.setattr(reference, "layer", None)  # the kernels take it
         assert_same(call(), expected, [*inputs, *ours.parameters()], [*inputs, *theirs.parameters()])
     with monkeypatch.context() as patch:
-        patch.setattr(eligibility, "fusible", lambda *tensors: False)
+        patch.setattr(policy, "fusible", lambda *tensors: False)
         assert_same(call(), expected, [*inputs, *ours.parameters()], [*inputs, *theirs.parameters()])
 
 
@@ -327,7 +328,9 @@ def test_gradcheck(cell: str, D: int, lengths: Tensor | None) -> None:
     def call(*given: Tensor) -> tuple[Tensor, ...]:
         left = iter(given)
         x, h0, c0, *rest = (None if t is None else next(left) for t in inputs)
-        outputs = ops.layer(cell, x, h0, c0, rest[:-2], None, resets, *rest[-2:], has_c, lengths)
+        outputs = layers.layer(
+            cell, x, h0, c0, rest[:-2], LayerOptions(None, resets, *rest[-2:], has_c, lengths=lengths)
+        )
         return tuple(o for o in outputs if o is not None)
 
     assert torch.autograd.gradcheck(call, present, fast_mode=True)
@@ -510,11 +513,11 @@ def test_no_time_steps(name: str, options: dict[str, Any], batch_first: bool, ke
         "return_state_sequence": True,
     }
     rows = module.num_layers * (2 if module.bidirectional else 1)
-    hx = [torch.randn(rows, 2, size, requires_grad=True) for size in module._state_sizes()]
+    hx = [torch.randn(rows, 2, size, requires_grad=True) for size in module.spec().state_sizes]
     for given in (None, hx):
         states = None if given is None else tuple(given) if name == "LSTM" else given[0]
         output, hidden, *sequence = module(x, states, **{keyword: keywords[keyword]})
-        width = (2 if module.bidirectional else 1) * module._state_sizes()[0]
+        width = (2 if module.bidirectional else 1) * module.spec().state_sizes[0]
         assert output.shape == (*x.shape[:2], width) and output.numel() == 0
         hidden = hidden if name == "LSTM" else (hidden,)
         for state, initial in zip(hidden, hx, strict=True):

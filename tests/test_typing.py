@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 import fused_rnn
-from fused_rnn import _C, functional, planning, reference, variants
+from fused_rnn import _C, constructor, functional, planning, reference
 
 PACKAGE = Path(fused_rnn.__file__).parent
 
@@ -30,8 +30,8 @@ def test_the_stub_names_what_the_extension_has() -> None:
 
 
 def test_options_are_those_that_the_constructors_take() -> None:
-    taken = {name for name, value in vars(variants.Variants).items() if isinstance(value, variants.Option)}
-    assert set(variants.Options.__annotations__) == taken | {"backend"}
+    taken = {name for name, value in vars(constructor.Variants).items() if isinstance(value, constructor.Option)}
+    assert set(constructor.Options.__annotations__) == taken | {"backend"}
 
 
 def test_modules() -> None:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
 from contract import one_thread  # noqa: F401
-from fused_rnn import eligibility
+from fused_rnn import policy
 
 INPUT, HIDDEN = 3, 5
 OPTIONS = {
@@ -126,7 +126,7 @@ def test_own_options(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
     for used in ((0,), (1,), (2,), (3,), (4,), (2, 4), (1, 2)):
         actual = masks(used)
         with monkeypatch.context() as patch:
-            patch.setattr(eligibility, "fusible", lambda *tensors: False)
+            patch.setattr(policy, "fusible", lambda *tensors: False)
             expected = masks(used)
         for (name, _), a, e in zip(lstm.named_parameters(), actual, expected, strict=True):
             assert not (a & ~e).any(), (used, name)

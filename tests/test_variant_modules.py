@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
 
 import fused_rnn
-from fused_rnn import functional, ops
+from fused_rnn import functional, policy
+from fused_rnn.call import Call
 
 NAMES = ("RNN", "LSTM", "GRU")
 each_name = pytest.mark.parametrize("name", NAMES)
@@ -80,7 +81,7 @@ def test_kernels_and_specification_agree(name: str, options: dict[str, Any], mon
         for fusible in (None, lambda *tensors: False):
             with monkeypatch.context() as patch:
                 if fusible:
-                    patch.setattr(ops, "fusible", fusible)
+                    patch.setattr(policy, "fusible", fusible)
                 torch.manual_seed(1)
                 outputs = flat(module(x, **more))
                 grads = torch.autograd.grad([o.sum() for o in outputs], list(module.parameters()))
@@ -180,9 +181,8 @@ def test_recurrent_dropout_drops_the_same_units_at_every_step(name: str) -> None
     """One mask for all steps, whose expectation is one."""
     torch.manual_seed(0)
     module = getattr(fused_rnn, name)(3, 64, recurrent_dropout=0.4)
-    found = functional.Extras(recurrent_dropout=0.4).masks(
-        module.mode.lower(), torch.zeros(9, 200, 3), [*module._flat_weights, None], None, True
-    )["drop_h"]
+    x, spec = torch.zeros(9, 200, 3), module.spec()
+    found = Call(spec, None, x, None).layer_options(0, x, [*spec._flat_weights, None]).drop_h
     assert found.shape == (1, 200, 64)
     assert found.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
     assert abs(found.mean().item() - 1) < 0.04  # of 12,800 draws

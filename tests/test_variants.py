@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_rnn import ops, reference
+from fused_rnn import layers, reference
+from fused_rnn.options import LayerOptions
 from tolerances import assert_as_accurate
 
 each_cell = pytest.mark.parametrize("cell", reference.CELLS)
 
+NORMS = ("norm_ih", "norm_hh", "norm_c", "norm_c_bias")
 VARIANTS = {
     "norm": {"norm"},
     "zone": {"zone"},
@@ -45,7 +47,7 @@ def of_layer(
     more: dict[str, Any] = {}
     if "norm" in variant:
         of_c = [draw(D, H), draw(D, H)] if lstm else [None, None]
-        more["norms"] = reference.Norms(draw(D, G * H), draw(D, G * H), *of_c)
+        more |= dict(zip(NORMS, (draw(D, G * H), draw(D, G * H), *of_c), strict=True))
     if "drop" in variant:
         more["drop_h"] = torch.bernoulli(torch.full((D, B, P), 0.7, dtype=dtype)) / 0.7
     if "zone" in variant or "constant zone" in variant:
@@ -58,20 +60,20 @@ def of_layer(
 
 def differentiable(arguments: list[Any], more: dict[str, Any]) -> list[Tensor]:
     x, h0, c0, weights = arguments
-    found = [x, h0, c0, *weights, *more.get("norms", ()), more.get("reset_h"), more.get("reset_c")]
+    found = [x, h0, c0, *weights, *(more.get(name) for name in (*NORMS, "reset_h", "reset_c"))]
     return [t for t in found if t is not None]
 
 
 def everything(layer: Any, cell: str, arguments: list[Any], more: dict[str, Any]) -> list[Tensor]:
     """Results and gradients."""
-    outputs = [o for o in layer(cell, *arguments, **more) if o is not None]
+    outputs = [o for o in layer(cell, *arguments, LayerOptions(**more)) if o is not None]
     generator = torch.Generator().manual_seed(3)
     seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
     return outputs + list(torch.autograd.grad(outputs, differentiable(arguments, more), seeds))
 
 
 def assert_as_specified(cell: str, arguments: list[Any], more: dict[str, Any]) -> None:
-    actual = everything(ops.layer, cell, arguments, more)
+    actual = everything(layers.layer, cell, arguments, more)
     expected = everything(reference.layer, cell, arguments, {k: v for k, v in more.items() if k != "recompute"})
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
@@ -140,7 +142,7 @@ def test_precision(cell: str, variant: set[str], dtype: torch.dtype, threads: in
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        ours = everything(ops.layer, cell, arguments, more)
+        ours = everything(layers.layer, cell, arguments, more)
     finally:
         torch.set_num_threads(before)
     theirs = everything(reference.layer, cell, arguments, more)
@@ -154,8 +156,6 @@ def in_double(arguments: list[Any], more: dict[str, Any]) -> tuple[list[Any], di
     def double(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.detach().double().requires_grad_(value.requires_grad)
-        if isinstance(value, reference.Norms):
-            return reference.Norms(*map(double, value))
         return [double(v) for v in value] if isinstance(value, list) else value
 
     return double(arguments), {name: double(value) for name, value in more.items()}
@@ -172,8 +172,8 @@ def test_gradcheck(cell: str, variant: set[str]) -> None:
         given = iter(tensors)
         take = lambda t: None if t is None else next(given)  # noqa: E731
         of_call = [take(x), take(h0), take(c0), [take(w) for w in weights]]
-        norms = {"norms": reference.Norms(*map(take, more["norms"]))} if "norms" in more else {}
-        return [o for o in ops.layer(cell, *of_call, **(more | norms)) if o is not None]
+        norms = {name: take(more[name]) for name in NORMS if name in more}
+        return [o for o in layers.layer(cell, *of_call, LayerOptions(**(more | norms))) if o is not None]
 
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
@@ -190,10 +190,12 @@ def test_gradients_of_some(cell: str, D: int, recompute: bool) -> None:
         for t in inputs:
             t.requires_grad_(t is only)
         results = []
-        for layer, options in ((ops.layer, {"recompute": recompute}), (reference.layer, {})):
-            y = layer(cell, *arguments, **more, **options)[0]
+        for layer, options in ((layers.layer, {"recompute": recompute}), (reference.layer, {})):
+            y = layer(cell, *arguments, LayerOptions(**more, **options))[0]
             (first,) = torch.autograd.grad(y.square().sum(), only, create_graph=True)
-            plain = torch.autograd.grad(layer(cell, *arguments, **more, **options)[0].square().sum(), only)[0]
+            plain = torch.autograd.grad(
+                layer(cell, *arguments, LayerOptions(**more, **options))[0].square().sum(), only
+            )[0]
             (second,) = torch.autograd.grad(first.square().sum(), only)
             results.append((plain, first, second))
         for a, e in zip(*results, strict=True):
@@ -207,7 +209,7 @@ def test_inference(cell: str, variant: set[str]) -> None:
     for size in [(5, 9, 4, 33), (5, 0, 4, 33), (1, 1, 1, 1)]:
         arguments, more = of_layer(cell, size, 2, variant)
         with torch.no_grad():
-            found, expected = ops.layer(cell, *arguments, **more), reference.layer(cell, *arguments, **more)
+            found, expected = (f(cell, *arguments, LayerOptions(**more)) for f in (layers.layer, reference.layer))
         for a, e in zip(found, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
 

@@ -6,15 +6,14 @@ attribute that is checked whenever it is set, because a rate may change during t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
-from fused_rnn.reference import GATES, Norms
+from fused_rnn.reference import GATES
 
 _Value = TypeVar("_Value")
 
@@ -124,7 +123,6 @@ class Variants(torch.nn.RNNBase):
     _varied = False
     """Whether an option changes forward, compared with torch.nn's."""
 
-    _pack_states: Callable[[Any], Any]  # of RNN, LSTM and GRU
     _flat_weights: Any  # for torch.nn's type some may be None
 
     layer_norm = Option(False, _flag)
@@ -217,73 +215,10 @@ class Variants(torch.nn.RNNBase):
         given = {name: getattr(self, name) for name in _OPTIONS if getattr(self, name) != _OPTIONS[name].default}
         return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in given.items())])
 
-    def _check_arguments(self, data: Tensor, states: tuple[Tensor, ...], batch_sizes: Tensor | None) -> None:
-        """torch.nn's check_forward_args, also of states that lie side by side.
-
-        Raises:
-            RuntimeError, ValueError: as torch.nn.
-        """
-        if batch_sizes is not None and torch.compiler.is_compiling():
-            return self.check_input(data, batch_sizes)  # how many rows there are is in values: for the operators
-        if not isinstance(self.hidden_size, tuple):
-            return self.check_forward_args(data, self._pack_states(states), batch_sizes)
-        self.check_input(data, batch_sizes)
-        batch = self.get_expected_hidden_size(data, batch_sizes)[1]
-        for state, size in zip(states, self._state_sizes(), strict=True):
-            self.check_hidden_size(state, (self._state_rows(), batch, size))
-
-    def _state_rows(self) -> int:
-        """The first dimension of a state: layers of different sizes have their states side by side in the last one."""
-        layers = 1 if isinstance(self.hidden_size, tuple) else self.num_layers
-        return layers * (2 if self.bidirectional else 1)
-
-    def _state_sizes(self) -> tuple[int, ...]:
-        """The last dimension of each state."""
-        side_by_side = isinstance(self.hidden_size, tuple)
-        size = sum(self.hidden_size) if side_by_side else self.hidden_size
-        projected = getattr(self, "proj_size", 0) * (self.num_layers if side_by_side else 1)
-        return (projected or size, size) if self.mode == "LSTM" else (size,)
-
     def _note_variants(self) -> None:
         self.__dict__["_varied"] = isinstance(self.hidden_size, tuple) or any(
             getattr(self, name) != option.default for name, option in _OPTIONS.items() if name != "forget_bias"
         )
-
-    def _weights_of_call(self) -> Sequence[Tensor]:
-        """Weights of this call: those of the recurrent products with weight dropout."""
-        weights: Sequence[Tensor] = self._flat_weights
-        if not (self.training and self.weight_dropout > 0):
-            return weights
-        return [
-            torch.dropout(weight, self.weight_dropout, True) if name.startswith("weight_hh") else weight
-            for name, weight in zip(self._flat_weights_names, weights, strict=True)
-        ]
-
-    def _regularisation(self) -> dict[str, Any]:
-        """What `fused_rnn.functional.Extras` takes of the options."""
-        if not self._varied:
-            return {}
-        zone_h, zone_c = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
-        return {
-            "norms": self._norms(),
-            "recurrent_dropout": self.recurrent_dropout,
-            "zoneout": (zone_h, zone_c) if self.mode == "LSTM" else (zone_h, 0.0),
-            "recompute": self.recompute == "full",
-            "side_by_side": isinstance(self.hidden_size, tuple),
-        }
-
-    def _norms(self) -> list[Norms]:
-        """Of each layer, every gain with a first dimension for the directions."""
-        names = [name for name, _ in self._norm_shapes()]
-        D = 2 if self.bidirectional else 1
-        count = len(names) // (self.num_layers * D)  # of a direction
-        of_direction = [
-            [getattr(self, name) for name in names[first : first + count]] for first in range(0, len(names), count or 1)
-        ]
-        return [
-            Norms(*(torch.stack(kind) for kind in zip(*of_direction[first : first + D], strict=True)))
-            for first in range(0, len(of_direction), D)
-        ]
 
 
 _OPTIONS = {name: option for name, option in vars(Variants).items() if isinstance(option, Option)}

@@ -1,0 +1,427 @@
+"""What a module was given, in one form: ``[T, B, I]`` or packed rows, states, and the way back for the results.
+
+`run` computes any call, of a module or of plain weights. Padded, packed and unbatched input, batch_first, resets,
+lengths and states are brought into one form here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fused_rnn import autocast, layers, policy, reference
+from fused_rnn.options import LayerOptions
+from fused_rnn.policy import CASTABLE, autocast_dtype, runs_eagerly
+from fused_rnn.spec import Spec
+
+
+@runs_eagerly
+def run(
+    spec: Spec,
+    checks: Any,
+    torchs: Callable[[Any, Any], Any] | None,
+    input: Any,
+    hx: Any,
+    resets: Any = None,
+    reset_state: Any = None,
+    lengths: Any = None,
+    return_state_sequence: bool = False,
+) -> Any:
+    """Compute a call, on the operators if `fused_rnn.policy` chooses them.
+
+    Args:
+        spec: the module.
+        checks: the module if its class overrides torch.nn's check_input, check_forward_args or permute_hidden; None for
+            torch.nn's own.
+        torchs: torch.nn's own forward for a call that torch.nn knows; None for a module that torch.nn does not have.
+            Otherwise, what the operators cannot compute runs on `fused_rnn.reference`, a loop over time.
+        input, hx, resets, reset_state, lengths, return_state_sequence: as in `fused_rnn.LSTM.forward`.
+
+    Returns:
+        The results of `fused_rnn.LSTM.forward`.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: the arguments do not fit.
+    """
+    has_keywords = not (resets is None and reset_state is None and lengths is None and return_state_sequence is False)
+    is_torchs = torchs is not None and not has_keywords
+    if is_torchs and torchs is not None and not _operators_compute(spec, input, hx):
+        return torchs(input, hx)
+    call = Call(spec, checks, input, hx)
+    if has_keywords:
+        call.take_keywords(resets, reset_state, lengths, return_state_sequence)
+    if call.T == 0:
+        if not has_keywords:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # as torch.nn
+        return call.empty_results()
+    weights, casts = call.cast(spec.drawn_weights())
+    takes_operators = is_torchs or (spec.backend != "torch" and call.is_fusible(weights))
+    h0, c0 = call.states
+    with autocast.left(call.x.device):
+        tensors = layers.stack(
+            spec.cell,
+            call.operators_input() if takes_operators else call.x,
+            h0,
+            c0,
+            weights,
+            spec.bias,
+            spec.num_layers,
+            spec.directions,
+            spec.dropout if spec.training else 0.0,
+            batch_sizes=call.batch_sizes,
+            options_of=call.layer_options if call.has_options else None,
+            sequences=call.wants_sequence,
+            widths=spec.state_widths if spec.side_by_side else None,
+            run=layers.layer if takes_operators else reference.layer,
+        )
+    return call.results(tensors, casts)
+
+
+def _operators_compute(spec: Spec, input: Any, hx: Any) -> bool:
+    """Whether the operators compute a call without keywords, before torch.nn's own checks of its sizes."""
+    packed = isinstance(input, PackedSequence)
+    data, states = input.data if packed else input, spec.states(hx)
+    if states is None or any(s is None for s in (*states, *spec._flat_weights)) or type(spec.bidirectional) is not bool:
+        return False
+    tensors = (data, *states, *spec._flat_weights)
+    castable = autocast_dtype(data.device) is not None and _casts(spec, data, states, (), packed) is not None
+    if not policy.fusible(*tensors, castable=castable):
+        return False
+    dim = data.dim()
+    if packed:
+        if input.batch_sizes.numel() == 0:
+            return False
+        T, B = data.size(0), 1
+    elif dim not in (2, 3) or any(s.dim() != dim for s in states):
+        return False
+    else:
+        T, B = (data.size(0), 1) if dim == 2 else data.shape[:2]
+        T, B = (B, T) if dim == 3 and spec.batch_first else (T, B)
+        if T == 0:
+            return False
+    return policy.choose(
+        spec.cell,
+        data.dtype,
+        T,
+        B,
+        data.size(-1),
+        spec.hidden_size,
+        kind="packed" if packed else "sequence",
+        num_layers=spec.num_layers,
+        directions=spec.directions,
+        projected=spec.proj_size > 0,
+        backend=spec.backend,
+        differentiable=torch.is_grad_enabled() and policy.any_requires_grad(tensors),
+        device=data.device,
+    ).fused
+
+
+def _casts(spec: Spec, data: Any, states: Sequence[Any], more: Sequence[Any], packed: bool) -> autocast.Casts | None:
+    """What autocast casts a call to, or None."""
+    return autocast.casts(spec.cell, data, states, (*spec._flat_weights, *more), not packed, spec.proj_size > 0)
+
+
+class Call:
+    """The arguments of one call in one form.
+
+    Attributes:
+        x: ``[T, B, I]``, or ``[N, I]`` with batch_sizes.
+        states: h0 and c0, ``[L*D, B, ...]`` or None for zeros; two, whatever the cell.
+        batch_sizes: of a packed sequence, or None.
+        T: the number of time steps.
+        resets, lengths, reset_states, wants_sequence: as in `fused_rnn.LSTM.forward`, time first.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: input or hx does not fit; for shapes and dtypes as in torch.nn.
+    """
+
+    resets: Tensor | None = None
+    lengths: Tensor | None = None
+    reset_states: tuple[Tensor | None, ...] = (None, None)
+    wants_sequence = False
+
+    def __init__(self, spec: Spec, checks: Any, input: Any, hx: Any) -> None:
+        checks = spec if checks is None else checks
+        self.spec, self.checks, self.name = spec, checks, spec.name
+        self.packed = input if isinstance(input, PackedSequence) else None
+        data = input if self.packed is None else self.packed.data
+        if not isinstance(data, Tensor):
+            raise TypeError(f"{self.name}: expected input to be a Tensor or PackedSequence, got {type(data).__name__}")
+        if self.packed is None and data.dim() not in (2, 3):
+            raise ValueError(f"{self.name}: Expected input to be 2D or 3D, got {data.dim()}D tensor instead")
+        states = spec.states(hx)
+        if states is None:
+            raise TypeError(f"{self.name}: expected hx to be None or a pair (h_0, c_0), got {kind_of(hx)}")
+        _check_tensors(self.name, "hx", states)
+        self.batched = self.packed is not None or data.dim() == 3
+        self.batch_sizes = None if self.packed is None else self.packed.batch_sizes
+        batch_dim = 0 if spec.batch_first else 1
+        if not self.batched:
+            if any(s.dim() != 2 for s in states):
+                raise RuntimeError(
+                    f"{self.name}: For unbatched 2-D input, hx should also be 2-D, got {states[0].dim()}-D"
+                )
+            data, states = data.unsqueeze(batch_dim), tuple(s.unsqueeze(1) for s in states)
+        elif any(s.dim() != 3 for s in states):
+            raise RuntimeError(
+                f"{self.name}: For batched 3-D input, hx should also be 3-D, got {states[0].dim()}-D tensor"
+            )
+        compiled_packed = self.packed is not None and torch.compiler.is_compiling()
+        if not states and checks is not spec and not compiled_packed:  # a class's own checks look at states
+            batch = data.size(batch_dim) if self.batch_sizes is None else int(self.batch_sizes[0])
+            states = tuple(data.new_zeros(spec.state_rows, batch, size) for size in spec.state_sizes)
+        if states and not compiled_packed:
+            hidden = spec.pack(states)
+            if self.packed is not None:
+                hidden = checks.permute_hidden(hidden, self.packed.sorted_indices)
+            checks.check_forward_args(data, hidden, self.batch_sizes)
+            states = spec.states(hidden) or ()
+        else:  # zeros fit; how many rows a packed step has is in values, which a compiled graph leaves to the operators
+            checks.check_input(data, self.batch_sizes)
+            if states and self.packed is not None:
+                states = spec.states(checks.permute_hidden(spec.pack(states), self.packed.sorted_indices)) or ()
+        self.gave_states = hx is not None
+        self.x = data.transpose(0, 1) if spec.batch_first and self.packed is None else data
+        self.T = self.x.size(0) if self.batch_sizes is None else self.batch_sizes.size(0)
+        self.states: tuple[Tensor | None, ...] = (*states, None, None)[:2]
+        self.norms = spec.layer_norms()
+
+    @property
+    def batch(self) -> int:
+        """The number of rows. A compiled graph cannot ask for it in a packed sequence, where it is a value."""
+        return self.x.size(1) if self.batch_sizes is None else int(self.batch_sizes[0])
+
+    def take_keywords(self, resets: Any, reset_state: Any, lengths: Any, wants_sequence: bool) -> None:
+        """Check the keywords that torch.nn does not have, and bring them into one form.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: one does not fit.
+        """
+        self.check_resets(resets, reset_state)
+        self.lengths = self.checked_lengths(lengths)
+        self.reset_states = (*self.checked_reset_states(reset_state), None)[:2]
+        self.resets = None if resets is None else self.time_major(resets)
+        self.wants_sequence = wants_sequence
+
+    @property
+    def has_options(self) -> bool:
+        """Whether the layers take options beyond batch_sizes."""
+        spec = self.spec
+        return bool(
+            self.resets is not None
+            or self.lengths is not None
+            or self.wants_sequence
+            or self.norms
+            or spec.recompute
+            or spec.recurrent_dropout
+            or spec.zoneout != (0.0, 0.0)
+        )
+
+    def time_major(self, rows: Any) -> Any:
+        """``[T, B]`` or packed ``[N]`` from a tensor in the user's layout."""
+        if self.packed is not None:
+            return rows.data
+        if not self.batched:
+            return rows.unsqueeze(1)
+        return rows.transpose(0, 1) if self.spec.batch_first else rows
+
+    def check_resets(self, resets: Any, reset_state: Any) -> None:
+        """Raise an error if `resets` does not fit."""
+        if resets is None:
+            if reset_state is not None:
+                raise ValueError(f"{self.name}: reset_state needs resets, got None")
+            return
+        shape: tuple[int, ...]
+        if self.packed is not None:
+            if not isinstance(resets, PackedSequence):
+                raise ValueError(
+                    f"{self.name}: expected resets to be a PackedSequence as input is, got {kind_of(resets)}"
+                )
+            if not _packed_alike(resets, self.packed):
+                raise ValueError(f"{self.name}: expected resets to be packed as input is, in the same order")
+            shape, resets = (self.x.size(0),), resets.data
+        else:
+            T, B = self.T, self.batch
+            shape = (T,) if not self.batched else (B, T) if self.spec.batch_first else (T, B)
+        if not isinstance(resets, Tensor) or resets.dtype is not torch.bool:
+            raise ValueError(f"{self.name}: expected resets to be a bool tensor, got {kind_of(resets)}")
+        if resets.shape != shape:
+            raise RuntimeError(f"{self.name}: Expected resets of shape {list(shape)}, got {list(resets.shape)}")
+        if resets.device != self.x.device:
+            raise RuntimeError(f"{self.name}: expected resets on {self.x.device}, got {resets.device}")
+
+    def checked_lengths(self, lengths: Any) -> Tensor | None:
+        """`lengths` on the input's device, or an error if it does not fit."""
+        if lengths is None:
+            return None
+        if self.packed is not None or not self.batched:
+            what = "a PackedSequence" if self.packed is not None else "unbatched input"
+            raise ValueError(f"{self.name}: lengths go with a padded batch, got {what}")
+        if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{self.name}: expected lengths to be an int32 or int64 tensor, got {kind_of(lengths)}")
+        if lengths.shape != (self.batch,):
+            raise RuntimeError(f"{self.name}: Expected lengths of shape {[self.batch]}, got {list(lengths.shape)}")
+        if self.x.is_cpu:
+            lengths = lengths.cpu()
+        # Reading the values of a tensor on a GPU would wait for it; the kernels stop at T by themselves.
+        if lengths.is_cpu and not policy.watched() and lengths.numel() > 0:
+            least, most = int(lengths.min()), int(lengths.max())
+            if not 0 <= least <= most <= self.T:
+                raise ValueError(f"{self.name}: expected lengths between 0 and {self.T}, got {least} to {most}")
+        on_device: Tensor = lengths.to(self.x.device, non_blocking=True)
+        return on_device
+
+    def checked_reset_states(self, reset_state: Any) -> tuple[Tensor | None, ...]:
+        """``[L*D, B, size]`` each, or ``[T, L*D, B, size]``, from anything that broadcasts to either."""
+        sizes, rows = self.spec.state_sizes, self.spec.state_rows
+        if reset_state is None:
+            return (None,) * len(sizes)
+        given = self.spec.states(reset_state)
+        if given is None:
+            raise TypeError(f"{self.name}: expected reset_state to be a pair (h, c), got {kind_of(reset_state)}")
+        _check_tensors(self.name, "reset_state", given)
+        given = given if self.batched else tuple(state.unsqueeze(-2) for state in given)
+        per_step = any(state.dim() == 4 for state in given)
+        dtypes = CASTABLE if autocast_dtype(self.x.device) else (self.x.dtype,)
+        order = None if self.packed is None else self.packed.sorted_indices
+        states = []
+        for state, size in zip(given, sizes, strict=True):
+            if state.dtype not in dtypes or state.device != self.x.device:
+                raise ValueError(
+                    f"{self.name}: expected reset_state to be {self.x.dtype} on {self.x.device} as input is, "
+                    f"got {state.dtype} on {state.device}"
+                )
+            of_one = (rows, self.batch, size)
+            shape = (self.T, *of_one) if per_step else of_one
+            state = state.unsqueeze(0) if per_step and state.dim() == 3 else state
+            if state.dim() != len(shape) or any(
+                actual not in (1, expected) for actual, expected in zip(state.shape, shape, strict=True)
+            ):
+                raise RuntimeError(
+                    f"{self.name}: Expected reset_state of shape {list(of_one)} or {[self.T, *of_one]}, "
+                    f"got {list(state.shape)}"
+                )
+            state = state if order is None or state.size(-2) == 1 else state.index_select(-2, order)
+            states.append(state.expand(shape))
+        return tuple(states)
+
+    def cast(self, weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], autocast.Casts | None]:
+        """Cast this call's tensors as autocast does; return the cast weights."""
+        spec, packed = self.spec, self.packed is not None
+        states = self.states[: 2 if spec.has_c else 1]
+        casts = _casts(spec, self.x, states if self.gave_states else (), self.reset_states, packed)
+        if casts is None:
+            return weights, None
+        (self.x,) = casts.into((self.x,))
+        self.states, self.reset_states = casts.into(self.states), casts.into(self.reset_states)
+        self.norms = [casts.into(norms) for norms in self.norms]
+        return casts.into(weights), casts
+
+    def is_fusible(self, weights: Sequence[Tensor]) -> bool:
+        """Whether the operators can compute this call."""
+        if self.x.is_cuda and (self.spec.proj_size > 0 or self.x.numel() == 0):
+            return False
+        norms = [norm for of_layer in self.norms for norm in of_layer]
+        return policy.fusible(self.x, *self.states, *self.reset_states, *weights, *norms)
+
+    def operators_input(self) -> Tensor:
+        """x, without what follows a row's end where the operators multiply all of x at once."""
+        if self.lengths is not None and (self.x.is_cuda or torch.compiler.is_compiling()):
+            return reference.without_what_follows(self.x, self.lengths)
+        return self.x
+
+    def layer_options(self, index: int, x: Tensor, weights: Sequence[Tensor | None]) -> LayerOptions:
+        """The options of one layer, whose input and weights these are; draws its masks."""
+        spec = self.spec
+        w_hh: Any = weights[1]
+        D, P, H = spec.directions, w_hh.size(1), spec.hidden_sizes[index]
+        reset_h, reset_c = (self._of_layer(state, which, index) for which, state in enumerate(self.reset_states))
+        norm_ih, norm_hh, norm_c, norm_c_bias = (*(self.norms[index] if self.norms else ()), *[None] * 4)[:4]
+        drop_h = None
+        if spec.recurrent_dropout > 0 and spec.training:
+            keep = 1 - spec.recurrent_dropout
+            drop_h = x.new_empty(D, self.batch, P).bernoulli_(keep).div_(keep)
+        zones: list[Any] = []
+        for rate, width in zip(spec.zoneout, (D * P, D * H), strict=True):
+            if rate > 0 and spec.training:
+                zones.append(x.new_empty(*x.shape[:-1], width).bernoulli_(1 - rate))
+            else:
+                zones.append(x.new_full((width,), 1 - rate) if rate > 0 else None)
+        zone_h, zone_c = zones
+        wants_c = self.wants_sequence and spec.has_c
+        return LayerOptions(
+            self.batch_sizes, self.resets, reset_h, reset_c, wants_c, drop_h, zone_h, zone_c, norm_hh, norm_c,
+            norm_c_bias, lengths=self.lengths, norm_ih=norm_ih, recompute=spec.recompute,
+        )  # fmt: skip
+
+    def _of_layer(self, state: Tensor | None, which: int, index: int) -> Tensor | None:
+        spec = self.spec
+        if state is None or spec.num_layers == 1:
+            return state
+        parts: Sequence[Tensor]
+        if spec.side_by_side:
+            parts = state.split(list(spec.state_widths[which]), -1)
+        else:
+            parts = state.chunk(spec.num_layers, -3)
+        return parts[index]
+
+    def empty_results(self) -> tuple[Any, ...]:
+        """The results without time steps: an empty output, and the given states."""
+        spec, x = self.spec, self.x
+        states = [
+            x.new_zeros(spec.state_rows, self.batch, size) if state is None else state.clone()
+            for state, size in zip(self.states, spec.state_sizes, strict=False)
+        ]
+        sequences = [x.new_empty(0, spec.state_rows, self.batch, size) for size in spec.state_sizes]
+        return self.results([x.new_empty(0, self.batch, spec.output_size), *states, *sequences], None)
+
+    def results(self, tensors: Sequence[Tensor], casts: autocast.Casts | None) -> tuple[Any, ...]:
+        """The results in torch.nn's form: output, final states, and the states of every step if they are wanted."""
+        spec, packed = self.spec, self.packed
+        count = len(spec.state_sizes)
+        output, hidden, sequences = tensors[0], tensors[1 : 1 + count], tensors[1 + count :]
+        if casts is not None:
+            output, hidden, sequences = output.to(casts.h), casts.out_of(hidden), casts.out_of(sequences)
+        if packed is not None:
+            indices = (packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+            final = self.checks.permute_hidden(spec.pack(hidden), packed.unsorted_indices)
+            results: tuple[Any, ...] = PackedSequence(output, *indices), final
+            steps: list[Any] = [PackedSequence(s, *indices) for s in sequences]
+        elif self.batched:
+            results = batch_major(output) if spec.batch_first else output, spec.pack(hidden)
+            steps = list(sequences)
+        else:
+            results = output.squeeze(1), spec.pack([h.squeeze(1) for h in hidden])
+            steps = [s.squeeze(2) for s in sequences]
+        return (*results, spec.pack(steps)) if self.wants_sequence else results
+
+
+def batch_major(output: Tensor) -> Tensor:
+    """``[B, T, ...]`` from ``[T, B, ...]``."""
+    # In place on the CPU, as torch.nn does: FSDP2 would lose its hooks when the user writes to a view. On CUDA backward
+    # reads the output, and a compiler knows how to deal with views.
+    in_place = output.is_cpu and not torch.compiler.is_compiling()
+    return output.transpose_(0, 1) if in_place else output.transpose(0, 1)
+
+
+def kind_of(value: Any) -> str:
+    """A value's type for a message."""
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_tensors(name: str, argument: str, states: Sequence[Any]) -> None:
+    for state in states:
+        if not isinstance(state, Tensor):
+            raise TypeError(f"{name}: expected {argument} to be made of tensors, got {kind_of(state)}")
+
+
+def _packed_alike(a: PackedSequence, b: PackedSequence) -> bool:
+    if a.sorted_indices is not b.sorted_indices and (
+        a.sorted_indices is None or b.sorted_indices is None or not torch.equal(a.sorted_indices, b.sorted_indices)
+    ):
+        return False
+    return torch.equal(a.batch_sizes, b.batch_sizes)

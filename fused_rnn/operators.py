@@ -1,0 +1,139 @@
+"""The operators ``torch.ops.fused_rnn`` and the order of their arguments, which nothing else knows.
+
+They have no autograd kernels of their own; `fused_rnn.layers` differentiates them. The schemas are in csrc/bindings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from fused_rnn import cuda, reference
+from fused_rnn.options import NO_OPTIONS, OPERATOR_FIELDS, LayerOptions
+
+NUMBER = {cell: number for number, cell in enumerate(reference.CELLS)}
+"""The operators' numbers of the cells."""
+NO_WEIGHTS = (None,) * 5
+
+forward_operator: Callable[..., tuple[Tensor, ...]] = torch.ops.fused_rnn.forward.default
+"""Arguments: x, h0, c0, the cell's number, whether backward follows, weights. With `forward`, also options."""
+step: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fused_rnn.step.default
+"""One step of one layer: x, h0, c0, the cell's number, five weights, deterministic -> h, c."""
+step_layers: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.fused_rnn.step_layers.default
+"""One step of all layers: x, h0, c0, the cell's number, layers, weights, has_biases, projected, deterministic."""
+_step_into = torch.ops.fused_rnn.step_into.default
+_backward = torch.ops.fused_rnn.backward.default
+
+
+def forward(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    options: LayerOptions,
+    train: bool,
+) -> tuple[Tensor, ...]:
+    """Compute one layer.
+
+    Args:
+        weights: five of each direction, as in `fused_rnn.reference.layer`; w_ih is None if x holds the input's product.
+        train: whether `backward` follows.
+
+    Returns:
+        y, h_n, c_n, the reserve that `backward` reads, c of every step. h_n of a single step, c_n and c that nobody
+        asked for are empty.
+
+    Raises:
+        RuntimeError: a tensor does not fit the others in shape, dtype or device.
+    """
+    if options is NO_OPTIONS:
+        arguments: Sequence[object] = weights
+    else:
+        both = weights if len(weights) > 5 else (*weights, *NO_WEIGHTS)
+        arguments = (*both, *options[:OPERATOR_FIELDS])
+    if not x.is_cuda:
+        return forward_operator(x, h0, c0, NUMBER[cell], train, *arguments)
+    with cuda.tf32_products(x):
+        return forward_operator(x, h0, c0, NUMBER[cell], train, *arguments)
+
+
+def backward(
+    cell: str,
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    reserve: Tensor,
+    weights: Sequence[Tensor | None],
+    options: LayerOptions,
+    needs: Sequence[bool],
+    reset_steps: int,
+) -> list[Tensor | None]:
+    """Compute the gradients of one layer.
+
+    Args:
+        grads: of y, h_n, c_n and, with c_sequence, c of every step; None for those that are absent.
+        needs: which gradients are needed, in the order of the result.
+        reset_steps: 0 if no gradient of reset_h and reset_c is needed, 1 for one state for all steps, -1 for one each.
+
+    Returns:
+        Gradients of x, h0, c0, the weights of each direction, reset_h, reset_c, norm_hh, norm_c, norm_c_bias. Some that
+        are not needed may be there.
+    """
+    dy, dh_n, dc_n, dc_sequence = (*grads, None)[:4]
+    w_ih, w_hh, _, _, w_hr, *reverse = weights
+    w_ih_reverse, w_hh_reverse, _, _, w_hr_reverse = reverse or NO_WEIGHTS
+    count = len(weights)
+    # The operator computes a gradient for both directions, or for neither.
+    need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = (
+        any(needs[index] for index in range(3 + kind, 3 + count, 5)) for kind in range(5)
+    )
+    o = options
+    more: Sequence[object] = ()
+    if options is not NO_OPTIONS:
+        more = (
+            o.batch_sizes, o.resets, reset_steps, dc_sequence, o.drop_h, o.zone_h, o.zone_c, o.norm_hh, o.norm_c,
+            o.norm_c_bias, o.lengths,
+        )  # fmt: skip
+    with cuda.tf32_products(x) if x.is_cuda else nullcontext():
+        dx, dh0, dc0, *rest = _backward(
+            dy, dh_n, dc_n, x, reserve, NUMBER[cell], needs[0], needs[1] or needs[2], need_w_ih, need_w_hh,
+            need_b_ih or need_b_hh, need_w_hr, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse, *more,
+        )  # fmt: skip
+    of_weights, (dreset_h, dreset_c, dnorm_hh, dnorm_c) = rest[:count], rest[-4:]
+    dnorms = dnorm_c.unbind(1) if o.norm_c is not None else (None, None)
+    return [dx, dh0, dc0, *of_weights, dreset_h, dreset_c, dnorm_hh, *dnorms]
+
+
+def step_into(
+    cell: str,
+    x: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    layer: int,
+    weights: Sequence[Tensor | None],
+    masks: tuple[Tensor | None, Tensor | None],
+    reset_states: tuple[Tensor | None, Tensor | None],
+    y: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    deterministic: bool,
+) -> None:
+    """Compute one time step of one layer for inference, without allocating anything.
+
+    Args:
+        x: ``[B, I]``; None means h of the layer below.
+        h0, c0: the states of all layers, ``[L, B, ...]``; None means zeros.
+        layer: the index of this layer.
+        masks: `active` and `resets`, bool ``[B]`` or None: the rows that take the step (the others keep their state),
+            and those whose state is replaced before it.
+        reset_states: the states that a reset sets, shaped like h0 and c0; None means zeros.
+        y, h, c: the results. The last layer writes y ``[B, P]``, zeros where a row is not active. h may be h0, and c
+            may be c0.
+
+    Raises:
+        RuntimeError: a tensor does not fit the others in shape, dtype or device, or shares memory with a result.
+    """
+    _step_into(x, h0, c0, layer, NUMBER[cell], *weights, *masks, *reset_states, y, h, c, deterministic)

@@ -1,0 +1,207 @@
+"""Who computes a call, and why: the kernels, torch.nn, or the specification.
+
+Every way into the kernels asks `choose`, and so does `fused_rnn.plan`. The kernels take plain tensors of one dtype on
+one device, while nothing but a compiler observes or rewrites torch's operations (`fusible`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+
+from fused_rnn import cuda
+
+BACKENDS = ("auto", "fused", "torch")
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
+FAKE_TYPES = (FakeTensor, FunctionalTensor)  # the types of plain tensors while a compiler traces
+COMPILERS_TYPES = (*PLAIN_TYPES, *FAKE_TYPES)
+KERNEL_DTYPES = (torch.float32, torch.float64)  # on the CPU; the others are widened first
+DTYPES = (*KERNEL_DTYPES, torch.bfloat16, torch.float16)
+ALWAYS_FUSED = (*KERNEL_DTYPES, torch.float16)  # for bfloat16 it depends on sizes and on the processor
+CASTABLE = (torch.float32, torch.bfloat16, torch.float16)  # by autocast
+HAS_BF16_PRODUCTS = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+CPU = torch.device("cpu")
+Kind = Literal["sequence", "packed", "step", "cell"]
+deterministic = torch.are_deterministic_algorithms_enabled
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Choice(NamedTuple):
+    """Whether the kernels compute a call of ours (else torch.nn does), and why."""
+
+    fused: bool
+    reason: str
+
+
+def choose(
+    cell: str,
+    dtype: torch.dtype,
+    T: int,
+    B: int,
+    I: int,  # noqa: E741 - the field's letter
+    H: int,
+    *,
+    kind: Kind = "sequence",
+    num_layers: int = 1,
+    directions: int = 1,
+    projected: bool = False,
+    backend: str = "auto",
+    differentiable: bool = False,
+    device: torch.device = CPU,
+    properties: cuda.Properties | None = None,
+) -> Choice:
+    """Choose between the kernels and torch.nn for a call that both can compute.
+
+    Args:
+        cell: one of `fused_rnn.reference.CELLS`.
+        dtype: of the tensors; under autocast they are cast, and what counts is autocast's dtype.
+        T, B, I, H: time steps, rows, input and hidden size. A packed sequence counts as one row of all its steps.
+        kind: "sequence", "packed", "step" for `step`, "cell" for a cell's forward.
+        num_layers, directions, projected: of the module.
+        backend: of the module: "auto", "fused" or "torch".
+        differentiable: whether the call records a gradient.
+        device: of the tensors.
+        properties: of a CUDA device that is not in this machine; None means `device`'s own.
+
+    The rules for the CPU were measured (benchmarks/NOTES.md). Those for CUDA are in `fused_rnn.cuda`.
+    """
+    if backend == "torch":
+        return Choice(False, "backend is 'torch'")
+    on_gpu = device.type == "cuda"
+    if on_gpu and (projected or kind == "cell"):
+        return Choice(False, "the CUDA kernels have no projections and no cells")
+    if on_gpu and T * B * I == 0:
+        return Choice(False, "the input is empty")
+    if backend == "fused":
+        return Choice(True, "backend is 'fused'")
+    if torch.compiler.is_compiling():  # sizes may be symbols, which a comparison would guard
+        return Choice(not on_gpu, "in a compiled graph the device decides")
+    if on_gpu:
+        properties = cuda.device_properties(device) if properties is None else properties
+        reason = cuda.why_cudnn(cell, dtype, T, B, I, H, num_layers, directions, properties)
+        return Choice(reason is None, reason or "the weights stay on the chip")
+    half = autocast_dtype(device)
+    trains_cell = kind == "cell" and differentiable and half is None
+    if trains_cell and cell.startswith("rnn") and dtype in KERNEL_DTYPES and not deterministic():
+        return Choice(False, "torch.nn's autograd node of an RNNCell costs less than ours")
+    if deterministic():
+        return Choice(True, "deterministic: a row's result does not depend on its batch")
+    if (half or dtype) is not torch.bfloat16 or not HAS_BF16_PRODUCTS:
+        return Choice(True, "measured to be at least as fast")
+    # The kernels widen bfloat16 to float32. This processor multiplies it at twice the speed or more.
+    if half is None:
+        # torch.nn's LSTM gains from that unless it runs row by row, its RNN and GRU where their products are large.
+        faster = kind != "cell" and (B >= 3 if cell == "lstm" else B >= 8 and H >= 384)
+    elif T == 1:
+        faster = differentiable and B * H**2 >= 2**21
+    elif cell == "lstm":
+        faster = T * B * H >= 8192 and (B >= 3 or not differentiable)
+    else:
+        faster = B * H**2 >= 3 * 2**20
+    return Choice(
+        not faster, "this processor multiplies bfloat16 fast" if faster else "measured to be at least as fast"
+    )
+
+
+def plain(tensor: Any, dim: int) -> bool:
+    """Whether `tensor` is a CPU tensor of `dim` dimensions, and of none of torch.Tensor's subclasses."""
+    return type(tensor) in PLAIN_TYPES and tensor.dim() == dim and tensor.is_cpu
+
+
+def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd records what is computed from `tensors`, if it is recording."""
+    for t in tensors:  # noqa: SIM110 - several times faster than any()
+        if t is not None and t.requires_grad:
+            return True
+    return False
+
+
+def fusible(x: Any, *others: Any, castable: bool = False) -> bool:
+    """Whether the kernels can compute with these tensors; None counts as absent.
+
+    Args:
+        castable: whether the dtypes may differ, because autocast casts them.
+    """
+    compiling = torch.compiler.is_compiling()
+    types = COMPILERS_TYPES if compiling else PLAIN_TYPES
+    if type(x) not in types or (transformed() or torch.onnx.is_in_onnx_export() if compiling else watched()):
+        return False
+    dtype, device = x.dtype, x.device
+    if dtype not in DTYPES or x.is_nested or not (x.is_cpu or (x.is_cuda and cuda.available())):
+        return False
+    for t in (x, *others):
+        if t is not None and (
+            type(t) not in types
+            or (t.dtype is not dtype and not (castable and t.dtype in CASTABLE))
+            or t.device != device
+            or t.layout is not torch.strided
+        ):
+            return False
+    return True
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on `device`, or None outside of autocast."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def watched() -> bool:
+    """Whether a compiler, a tracer, a mode or a functorch transform looks at torch's operations."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or transformed()
+        or (torch._C._len_torch_function_stack() > 0 and _function_mode_matters())
+    )
+
+
+def transformed() -> bool:
+    """Whether a functorch transform or a forward-mode derivative rewrites torch's operations."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
+
+
+def _function_mode_matters() -> bool:
+    # torch.set_default_device and `with torch.device(...)` are modes, too, but only steer factories.
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def torch_has_rule(cell: str, dtype: torch.dtype) -> bool:
+    """Whether torch.nn computes under the functorch transforms and forward-mode derivatives in force.
+
+    It has no rule for vmap in RNN, LSTM, GRU and LSTMCell, and none for forward mode in a float32 LSTM (oneDNN).
+    """
+    if not transformed():
+        return True
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack):
+        return False
+    forward_mode = forward_ad._current_level >= 0 or any(
+        level.key() == torch._C._functorch.TransformType.Jvp for level in stack
+    )
+    return not (forward_mode and cell == "lstm" and dtype is torch.float32)
+
+
+def runs_eagerly(function: _Function) -> _Function:
+    """Keeps torch.compile from compiling `function` on its own when an eager frame calls it.
+
+    So torch.nn's modules behave, whose files are on the compiler's list of skipped ones: the graph breaks at the
+    module, and the module runs as it is. A frame that is being compiled can still inline the function. What a user can
+    hand to torch.compile, `forward` and `step`, is not marked, but all that it calls is.
+    """
+    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return function
