@@ -46,8 +46,7 @@ class TorchConvertible(Module):
         if (getattr(hook, "__module__", None) or "").startswith("opacus."):
             raise NotImplementedError(
                 f"Opacus cannot compute gradients per sample of {type(self).__name__}, nor of torch.nn's: use "
-                "opacus.layers.DPRNN, DPLSTM or DPGRU (opacus.validators.ModuleValidator.fix puts them in for LSTM and "
-                'GRU), or grad_sample_mode="ew"'
+                "opacus.layers.DPRNN, DPLSTM or DPGRU; opacus.validators.ModuleValidator.fix replaces LSTM and GRU"
             )
         return super().register_forward_hook(hook, *args, **kwargs)
 
@@ -171,9 +170,7 @@ def replace(model: Module) -> Replaced:
             result.append(name)
     for name, module in survey.held_outside(model):
         if not isinstance(module, TorchConvertible) and (torch_class(type(module)) or survey.reason(module)):
-            result.skipped[name] = (
-                "named_modules() does not see it: replace before it is put there, or replace it itself"
-            )
+            result.skipped[name] = survey.OUTSIDE
     if result.skipped:
         warnings.warn(survey.report(result.skipped), stacklevel=2)
     return result

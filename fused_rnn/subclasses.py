@@ -41,7 +41,7 @@ def fused_class(cls: type) -> type[Module]:
 
 def obstacle(module: Module) -> str | None:
     """Why a module that derives from one of torch.nn's six classes cannot take our forward; None if it can."""
-    cls = type(module)
+    cls: Any = type(module)
     overridden = _overridden(cls)
     if overridden:
         return f"its class {cls.__qualname__} overrides {', '.join(overridden)}"
