@@ -13,7 +13,7 @@ from torch.nn import Module
 from torch.nn.utils.parametrize import is_parametrized
 
 from fused_rnn import survey
-from fused_rnn.subclasses import NAMES, fused_class, torch_class
+from fused_rnn.subclasses import NAMES, TORCH_CLASSES, fused_class, torch_class
 
 
 class TorchConvertible(Module):
@@ -104,12 +104,12 @@ def from_torch(module: Module) -> Module:
     """A module of ours that shares the parameters, hooks and mode of one of torch.nn's.
 
     Args:
-        module: a torch.nn RNN, LSTM, GRU or one of their cells, or of a subclass that computes the same, as `replace`
-            says; one of ours is returned as it is.
+        module: a torch.nn RNN, LSTM, GRU or one of their cells; one of ours is returned as it is.
 
     Raises:
-        TypeError: module's class is none of torch.nn's six, or overrides something that forward relies on; derive it
-            from ours instead. Or a parameter is parametrised, which ties it to its class.
+        TypeError: module's class is none of torch.nn's six; of subclasses, `replace` converts those that compute the
+            same. Or a parameter is parametrised, which ties it to its class, or the module has attributes of its own
+            in the place of methods.
 
     Example:
         >>> import torch, fused_rnn
@@ -120,14 +120,14 @@ def from_torch(module: Module) -> Module:
     """
     if isinstance(module, TorchConvertible):
         return module
-    cls = type(module)
     why = survey.reason(module) if isinstance(module, Module) else None
-    if why or torch_class(cls) is None:
+    if why or type(module) not in TORCH_CLASSES:
         detail = f": {why}" if why else ""
         raise TypeError(
-            f"expected a module whose class is one of torch.nn's {', '.join(NAMES)}, got {cls.__qualname__}{detail}"
+            f"expected a module whose class is one of torch.nn's {', '.join(NAMES)}, "
+            f"got {type(module).__qualname__}{detail}"
         )
-    return _recast(module, fused_class(cls))
+    return _recast(module, fused_class(type(module)))
 
 
 def replace(model: Module) -> Replaced:

@@ -1,4 +1,4 @@
-"""What `fused_rnn.replace` leaves alone: modules that compute RNNs, LSTMs or GRUs without our classes, and why."""
+"""The report of `fused_rnn.replace`: modules that compute recurrent layers and stay as they are, and why."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUTSIDE = (
 )
 """The reason for a module that `held_outside` finds."""
 _PATCHED = "run it under fused_rnn.patched()"
-_MOST_ITEMS = 1000  # of one container: a replay buffer is no place for networks
+_MOST_ITEMS = 100  # of one container: a replay buffer holds no networks
 _DEEPEST = 4  # containers within each other
 
 
@@ -60,28 +60,37 @@ def held_outside(model: Module) -> Iterator[tuple[str, Module]]:
     waiting = deque(model.named_modules())
     while waiting:
         owner, module = waiting.popleft()
-        attributes = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-        for path, outsider in _modules_in(attributes.items(), f"{owner}." if owner else ""):
-            for name, part in outsider.named_modules():
-                if id(part) not in seen:
-                    seen.add(id(part))
-                    full = f"{path}.{name}" if name else path
-                    waiting.append((full, part))
-                    yield full, part
+        for attribute, value in vars(module).items():
+            if attribute in _OF_EVERY_MODULE:
+                continue
+            for path, outsider in _modules_in(value, f"{owner}.{attribute}" if owner else attribute, seen):
+                for name, part in outsider.named_modules():
+                    if id(part) not in seen:
+                        seen.add(id(part))
+                        full = f"{path}.{name}" if name else path
+                        waiting.append((full, part))
+                        yield full, part
 
 
 _OF_EVERY_MODULE = vars(Module()).keys()
+_SEQUENCES = (list, tuple, set, frozenset, deque)
 
 
-def _modules_in(named: Iterable[tuple[str, Any]], prefix: str, depth: int = 0) -> Iterator[tuple[str, Module]]:
-    for name, value in itertools.islice(named, _MOST_ITEMS):
-        path = prefix + name
-        if isinstance(value, Module):
-            yield path, value
-        elif depth < _DEEPEST and isinstance(value, dict):
-            yield from _modules_in(((f"[{key!r}]", v) for key, v in value.items()), path, depth + 1)
-        elif depth < _DEEPEST and isinstance(value, (list, tuple, set, frozenset, deque)):
-            yield from _modules_in(((f"[{i}]", v) for i, v in enumerate(value)), path, depth + 1)
+def _modules_in(value: Any, path: str, seen: set[int], depth: int = 0) -> Iterator[tuple[str, Module]]:
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Module):
+        yield path, value
+    elif id(value) in seen:
+        return
+    elif depth < _DEEPEST and isinstance(value, dict):
+        items = value.items()
+    elif depth < _DEEPEST and isinstance(value, _SEQUENCES):
+        items = enumerate(value)
+    if isinstance(value, (dict, *_SEQUENCES)):
+        seen.add(id(value))
+    for key, item in itertools.islice(items, _MOST_ITEMS):
+        if isinstance(item, (Module, dict, *_SEQUENCES)):  # the text of a key may be long: only where it is needed
+            yield from _modules_in(item, f"{path}[{key!r}]", seen, depth + 1)
 
 
 def _of_a_script(module: Any) -> str | None:

@@ -72,6 +72,11 @@ def replaced(model: nn.Module) -> Replaced:
         return fused_rnn.replace(model)
 
 
+def converted(module: Any) -> Any:
+    assert replaced(module) == [""]
+    return module
+
+
 # Converted
 
 
@@ -96,12 +101,14 @@ def test_a_subclass_that_adds_nothing(name: str) -> None:
 @each_name
 def test_there_and_back(name: str) -> None:
     plain = SUBCLASSES[name](3, 5)
-    fused = fused_rnn.from_torch(plain)
+    with pytest.raises(TypeError, match=f"got My{name}"):
+        fused_rnn.from_torch(plain)  # whose result would be another object, of a class that nobody named
+    fused = converted(copy.copy(plain))
     back = fused.to_torch()
     assert isinstance(fused, getattr(fused_rnn, name)) and type(back) is type(plain) is SUBCLASSES[name]
     assert all(p is q is r for p, q, r in zip(plain.parameters(), fused.parameters(), back.parameters(), strict=True))
-    assert type(fused_rnn.from_torch(back)) is type(fused)
     assert vars(back).keys() == vars(plain).keys()
+    assert type(converted(back)) is type(fused)
 
 
 def test_methods_arguments_and_text_stay_the_users() -> None:
@@ -139,12 +146,16 @@ def test_modules_of_one_class_share_the_new_one() -> None:
     model = nn.Sequential(Encoder(3), Encoder(2))
     replaced(model)
     assert type(model[0]) is type(model[1])
-    assert type(fused_rnn.from_torch(Encoder(4))) is type(model[0])
+    assert type(converted(Encoder(4))) is type(model[0])
+    another = type(model[0])(4)  # as code writes it that makes a second module like the first
+    with fused_calls() as calls:
+        assert another.classify(torch.ones(2, 3, 4)).shape == (2, 2)
+    assert "fused_rnn::forward" in calls
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickle(protocol: int) -> None:
-    module = fused_rnn.from_torch(Encoder(3))
+    module = converted(Encoder(3))
     twin = pickle.loads(pickle.dumps(module, protocol))
     assert type(twin) is type(module)
     x = torch.randn(2, 4, 3)
@@ -154,7 +165,7 @@ def test_pickle(protocol: int) -> None:
 @each_name
 @pytest.mark.parametrize("make", [copy.deepcopy, copy.copy], ids=lambda f: f.__name__)
 def test_copies(name: str, make: Callable[[nn.Module], nn.Module]) -> None:
-    module = fused_rnn.from_torch(SUBCLASSES[name](3, 5))
+    module = converted(SUBCLASSES[name](3, 5))
     twin = make(module)
     assert type(twin) is type(module) and twin is not module
     shared = [p is q for p, q in zip(twin.parameters(), module.parameters(), strict=True)]
@@ -199,7 +210,7 @@ def test_torch_save_and_load_in_a_fresh_process(tmp_path: Path, monkeypatch: pyt
 
 def test_parametrisations_fx_and_script() -> None:
     x = torch.ones(4, 2, 3)
-    module = fused_rnn.from_torch(MyGRU(3, 5))  # type: ignore[name-defined]  # noqa: F821
+    module = converted(MyGRU(3, 5))  # type: ignore[name-defined]  # noqa: F821
     mixed = type(module)
     nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
     module(x)
@@ -208,7 +219,7 @@ def test_parametrisations_fx_and_script() -> None:
     model = nn.Sequential(module)
     graph = torch.fx.symbolic_trace(model).graph
     assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
-    cell = fused_rnn.from_torch(MyGRUCell(3, 5))  # type: ignore[name-defined]  # noqa: F821
+    cell = converted(MyGRUCell(3, 5))  # type: ignore[name-defined]  # noqa: F821
     close(torch.jit.script(nn.Sequential(cell))(x[0]), cell(x[0]))
 
 
