@@ -30,6 +30,9 @@ from fused_rnn.convert import from_torch, replace
 from fused_rnn.modules import GRU, LSTM, RNN
 from fused_rnn.patch import patched
 from fused_rnn.planning import plan
+from fused_rnn.tool_tables import install as _install_tool_tables
+
+_install_tool_tables()
 
 OPERATORS_LIBRARY = str(Path(__file__).with_name("_cpu.so"))
 """Path of the CPU operators' library, for ``torch.ops.load_library`` or a C++ program; it needs no Python."""
