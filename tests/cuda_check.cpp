@@ -56,7 +56,7 @@ struct Case {
   }
   // A cluster has 2 to 8 parts: there, those of H that are too many are left out, or one is added.
   int64_t units(const Instance& i) const {
-    const int64_t parts = (H + i.units() - 1) / i.units(), most = kMostOfCluster;
+    const int64_t parts = (H + i.units() - 1) / i.units(), most = kMaxClusterBlocks;
     if (i.exchange != Exchange::kThroughCluster) return H;
     return parts < 2 ? H + i.units() : H - std::max<int64_t>(0, parts - most) * i.units();
   }

@@ -21,7 +21,7 @@ namespace cuda {
 namespace emulation {
 
 // Of each block of the cluster the time of its last barrier that somebody knows of.
-using Known = std::array<uint32_t, kMostOfCluster>;
+using Known = std::array<uint32_t, kMaxClusterBlocks>;
 
 inline void learn(Known& known, const Known& more) {
   for (size_t i = 0; i < known.size(); ++i) known[i] = std::max(known[i], more[i]);

@@ -51,7 +51,7 @@ void Emulator::run(const Grid& grid, const std::function<void()>& kernel) {
   if (grid.threads % kLanes != 0) refuse("threads are not whole warps");
   if (grid.shared_bytes < 0 || grid.shared_bytes > device.shared_bytes) refuse("shared memory");
   if (grid.cooperative && grid.blocks > device.sms) refuse("more blocks than can run at the same time");
-  if (grid.cluster < 1 || grid.cluster > kMostOfCluster || grid.blocks % grid.cluster != 0) refuse("clusters");
+  if (grid.cluster < 1 || grid.cluster > kMaxClusterBlocks || grid.blocks % grid.cluster != 0) refuse("clusters");
   if (grid.cluster > 1 && (device.capability < 90 || grid.cooperative)) refuse("clusters here");
   grid_ = grid;
   kernel_ = &kernel;

@@ -220,8 +220,8 @@ FUSED_RNN_KERNEL(64) exchange_rows(Exchanged p) {
         const Words words = source.load(0, column);
         for (int i = 0; i < 4; ++i) {
           const uint32_t expected = row < tile.rows ? word(t, tile.first + row, column + i) : 0;
-          if (words.w[i] == kNotYet) ++*p.not_numbers;
-          expect(words.w[i] == expected || words.w[i] == kNotYet, "a word of a row");
+          if (words.w[i] == kNotReady) ++*p.not_numbers;
+          expect(words.w[i] == expected || words.w[i] == kNotReady, "a word of a row");
         }
       }
     }
