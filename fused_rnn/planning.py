@@ -1,4 +1,4 @@
-"""What would run: the planners' choice for a layer, to look at and to test."""
+"""`plan`: tells without running it how a layer would be computed, for users and tests."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fused_rnn import _C, cuda, eligibility, reference
 
 @dataclass(frozen=True)
 class Plan:
-    """Who computes a layer, and how.
+    """How a layer is computed.
 
     Attributes:
-        backend: "fused" or "torch" (torch.nn's own forward).
-        way: on the CPU "cpu"; on CUDA "resident" (the recurrent weights stay on the chip for the whole sequence) or
-            "steps" (a product and a pointwise kernel per step); "torch" without fused kernels.
-        forward: the kernel, its share of the work and, on CUDA, the estimated microseconds of a time step. Empty where
-            nothing is to be said.
-        backward: the same of backward.
+        backend: "fused", or "torch" for the forward of torch.nn.
+        way: "cpu" on the CPU; on CUDA "resident" (one kernel for the whole sequence, which keeps the recurrent weights
+            on the chip) or "steps" (a matrix product and a pointwise kernel for each step); "torch" for torch.nn.
+        forward: on the CPU, the instruction set and how the threads share the work; for "resident", the kernel, how its
+            blocks share the work, and the estimated microseconds of a time step. Otherwise empty.
+        backward: the same for backward.
     """
 
     backend: str
@@ -49,13 +49,14 @@ def plan(
         cell: "rnn" ("rnn_tanh", "rnn_relu"), "lstm" or "gru".
         dtype: of x and the weights.
         T, B, I, H: time steps, batch rows, input size, hidden size.
-        num_layers, bidirectional, backend: of the module.
-        device: "cpu" or a CUDA device; None: CUDA where there is one.
-        properties: of a CUDA device that need not be here: multiprocessors, bytes of shared memory that a block may
-            have, 10 * major + minor compute capability. An H200: ``(132, 232448, 90)``.
+        num_layers, bidirectional, backend: as in the module.
+        device: "cpu" or a CUDA device; None: CUDA if it is available or ``properties`` are given, else the CPU.
+        properties: a CUDA device by its properties, so that it need not be present: number of multiprocessors, maximum
+            bytes of shared memory of a block, and 10 * major + minor of its compute capability. An H200 is
+            ``(132, 232448, 90)``.
 
     Returns:
-        The plan; `Plan` says what is in it.
+        The plan.
 
     Raises:
         ValueError: cell, backend or dtype is unknown, or a size is not positive.

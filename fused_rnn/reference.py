@@ -1,20 +1,26 @@
 """The specification: every cell as a plain loop over time, in differentiable torch operations.
 
-It is slow and meant to be read. The kernels, the modules and torch.nn are tested against it in float64, and the
-second derivative of a layer is computed through it. It works in any floating-point dtype, on any device.
+It is written to be read, not to be fast. The kernels, the modules and torch.nn are tested against it in float64, and
+the second derivative of a layer is computed through it. It works in any floating-point dtype and on any device.
 
-Names and orders are torch.nn's: gates ``i, f, g, o`` (LSTM) and ``r, z, n`` (GRU) stacked in the rows of ``w_ih`` and
-``w_hh``; a packed sequence has ``batch_sizes[t]`` rows at step t, longest sequences first.
+Dimension letters: T time steps, B batch rows, I inputs, H hidden units, P size of h (H, or the projection's size), G
+gates of the cell, D directions, N rows of a packed sequence.
 
-What torch.nn does not have, each alone or with the others; LN is layer normalisation over a row's G*H sums, or H units:
+Names and orders are those of torch.nn. The gates ``i, f, g, o`` (LSTM) and ``r, z, n`` (GRU) are stacked in the rows of
+``w_ih`` and ``w_hh``. A packed sequence has ``batch_sizes[t]`` rows at step t, with the longest sequences first.
 
-- Layer normalisation (Ba, Kiros and Hinton 2016; the LayerNormLSTM and LayerNormGRU of the haste library): the two
-  products become ``norm_ih * LN(W_ih x) + b_ih`` and ``norm_hh * LN(W_hh h) + b_hh``, and the LSTM's output
-  ``h' = o * tanh(norm_c * LN(c') + norm_c_bias)``. c' itself goes on as it is.
-- Zoneout (Krueger et al. 2017): a state becomes ``zone * new + (1 - zone) * old``, where `zone` is a random mask of
-  zeros and ones in training and its expectation otherwise. The LSTM's h is made from the new c, not the mixed one.
+A step first computes the products ``W_ih x`` and ``W_hh h`` of all gates and adds the biases; `step` has the equations
+of each cell. The following options, which torch.nn does not have, can be combined:
+
+- Layer normalisation (Ba, Kiros and Hinton 2016; as in the LayerNormLSTM and LayerNormGRU of the haste library): the
+  two products become ``norm_ih * LN(W_ih x) + b_ih`` and ``norm_hh * LN(W_hh h) + b_hh``, and the LSTM's output becomes
+  ``h' = o * tanh(norm_c * LN(c') + norm_c_bias)``. LN normalises a row over its G*H sums, or c' over its H units, to mean
+  0 and variance 1. The next step reads c' without normalisation.
+- Zoneout (Krueger et al. 2017): the new state becomes ``zone * new + (1 - zone) * old``, where `zone` is a random mask
+  of zeros and ones in training and its expectation in evaluation. The LSTM computes h' from c' before zoneout.
 - Recurrent dropout (Gal and Ghahramani 2016): W_hh multiplies ``drop_h * h``, with the same mask at every step.
-- Weight dropout (Wan et al. 2013, DropConnect; Merity et al. 2018) is another W_hh, and needs nothing here.
+
+Weight dropout (DropConnect, Wan et al. 2013; Merity et al. 2018) changes only the W_hh that is passed.
 """
 
 from __future__ import annotations
@@ -30,15 +36,18 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
-"""All cells, in the order of CellKind, csrc/rnn_params.h."""
+"""The cells, in the order of CellKind in csrc/rnn_params.h."""
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
-"""Row blocks of ``w_ih`` and ``w_hh`` per cell."""
+"""Number of gates of each cell: the row blocks of ``w_ih`` and ``w_hh``."""
 NORM_EPS = 1e-5
-"""What layer normalisation adds to a variance; torch.nn.LayerNorm's."""
+"""The epsilon that layer normalisation adds to the variance, as torch.nn.LayerNorm does."""
 
 
 class Norms(NamedTuple):
-    """Gains of layer normalisation: ``[G*H]`` twice, and for the LSTM ``[H]`` and a bias ``[H]``; None: without."""
+    """Gains of the layer normalisation of W_ih x and W_hh h, ``[G*H]``, and the LSTM's gain and bias for c, ``[H]``.
+
+    None where there is no normalisation.
+    """
 
     ih: Tensor | None = None
     hh: Tensor | None = None
@@ -68,42 +77,42 @@ def step(
 
     Args:
         cell: one of ``CELLS``.
-        x: ``[B, I]``; or ``[B, G*H]``, the input's share of the gates, where ``w_ih`` is None.
-        h: ``[B, P]``; P is H, or the projection's size.
+        x: ``[B, I]``; if ``w_ih`` is None, the product W_ih x itself, ``[B, G*H]``.
+        h: ``[B, P]``.
         c: ``[B, H]`` for the LSTM, else None.
-        w_ih, w_hh, b_ih, b_hh: ``[G*H, I]``, ``[G*H, P]``, ``[G*H]``, ``[G*H]``.
+        w_ih, w_hh, b_ih, b_hh: ``[G*H, I]``, ``[G*H, P]``, ``[G*H]``, ``[G*H]``; None for zero biases.
         w_hr: ``[P, H]``, the LSTM's projection (Sak et al. 2014), or None.
         norms: gains of layer normalisation.
-        drop_h: ``[B, P]``, recurrent dropout.
-        zone_h, zone_c: ``[B, P]``, ``[B, H]``, or without B, zoneout.
+        drop_h: recurrent dropout, ``[B, P]``, or None.
+        zone_h, zone_c: zoneout, ``[B, P]`` and ``[B, H]``, or ``[P]`` and ``[H]`` for all rows; or None.
 
     Returns:
-        h', c' (None but for the LSTM).
+        h' and c'; c' is None except for the LSTM.
 
     Raises:
         ValueError: cell is unknown.
     """
-    from_x = x if w_ih is None else linear(x, w_ih)
-    from_h = linear(h if drop_h is None else h * drop_h, w_hh)
-    from_x, from_h = _normalised(from_x, norms.ih), _normalised(from_h, norms.hh)
-    from_x, from_h = from_x if b_ih is None else from_x + b_ih, from_h if b_hh is None else from_h + b_hh
+    wx = x if w_ih is None else linear(x, w_ih)
+    wh = linear(h if drop_h is None else h * drop_h, w_hh)
+    wx, wh = _normalised(wx, norms.ih), _normalised(wh, norms.hh)
+    wx, wh = wx if b_ih is None else wx + b_ih, wh if b_hh is None else wh + b_hh
     if cell == "lstm":  # Hochreiter and Schmidhuber 1997
         assert c is not None
-        i, f, g, o = (from_x + from_h).chunk(4, dim=1)
+        i, f, g, o = (wx + wh).chunk(4, dim=1)
         c_new = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h_new = o.sigmoid() * _normalised(c_new, norms.c, norms.c_bias).tanh()
         h_new = h_new if w_hr is None else linear(h_new, w_hr)
-        return _mixed(h, h_new, zone_h), _mixed(c, c_new, zone_c)
-    if cell == "gru":  # Cho et al. 2014, the reset gate after the product
-        x_r, x_z, x_n = from_x.chunk(3, dim=1)
-        h_r, h_z, h_n = from_h.chunk(3, dim=1)
-        r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
-        n = (x_n + r * h_n).tanh()
-        return _mixed(h, (1 - z) * n + z * h, zone_h), None
+        return _zoneout(h, h_new, zone_h), _zoneout(c, c_new, zone_c)
+    if cell == "gru":  # Cho et al. 2014; the reset gate acts on W_hn h, as in torch.nn
+        wx_r, wx_z, wx_n = wx.chunk(3, dim=1)
+        wh_r, wh_z, wh_n = wh.chunk(3, dim=1)
+        r, z = (wx_r + wh_r).sigmoid(), (wx_z + wh_z).sigmoid()
+        n = (wx_n + r * wh_n).tanh()
+        return _zoneout(h, (1 - z) * n + z * h, zone_h), None
     if cell == "rnn_tanh":  # Elman 1990
-        return _mixed(h, (from_x + from_h).tanh(), zone_h), None
+        return _zoneout(h, (wx + wh).tanh(), zone_h), None
     if cell == "rnn_relu":
-        return _mixed(h, (from_x + from_h).relu(), zone_h), None
+        return _zoneout(h, (wx + wh).relu(), zone_h), None
     raise ValueError(f"unknown cell {cell!r}; the cells are: {', '.join(CELLS)}")
 
 
@@ -111,7 +120,7 @@ def _normalised(rows: Tensor, gain: Tensor | None, bias: Tensor | None = None) -
     return rows if gain is None else layer_norm(rows, gain.shape, gain, bias, NORM_EPS)
 
 
-def _mixed(old: Tensor, new: Tensor, zone: Tensor | None) -> Tensor:
+def _zoneout(old: Tensor, new: Tensor, zone: Tensor | None) -> Tensor:
     return new if zone is None else old + zone * (new - old)
 
 
@@ -136,28 +145,28 @@ def layer(
 
     Args:
         cell: one of ``CELLS``.
-        x: ``[T, B, I]``; ``[N, I]`` with ``batch_sizes``; ``[B, I]`` for a single step, whose
-            states and results have no time and direction dimension.
-        h0, c0: ``[D, B, P]``, ``[D, B, H]``; None: zeros.
-        weights: ``w_ih, w_hh, b_ih, b_hh, w_hr`` of the forward direction and, for a
-            bidirectional layer, of the reverse one; None where absent. Where w_ih is None, x holds the input's share
-            of the gates of each direction, ``D*G*H`` wide.
-        batch_sizes: int64 ``[T]``, rows of each step of a packed sequence, or None.
-        resets: bool ``[T, B]`` (``[N]`` with ``batch_sizes``), or None. Where it is true at step t, a sequence ends
-            before x[t] and another begins: the state is replaced before x[t] is consumed. The reverse direction starts
-            anew at the same borders.
-        reset_h, reset_c: what replaces the states, shaped like h0 and c0; or one for every step that may consume it,
-            ``[T, D, B, ...]``; None: zeros.
-        c_sequence: whether c of every step is wanted, too; LSTM.
-        lengths: integers ``[B]``: row b ends before step lengths[b]. Its outputs from there on are zero, its final
-            state is that of its last step, and the reverse direction begins there. Not with ``batch_sizes``.
-        norms: `Norms`, each with a first dimension D; empty: none.
-        drop_h: ``[D, B, P]`` or None, recurrent dropout.
-        zone_h, zone_c: shaped like y and c of every step, or ``[D*P]`` and ``[D*H]`` for all steps and rows; or None.
+        x: ``[T, B, I]``, or ``[N, I]`` with ``batch_sizes``, or ``[B, I]`` for a single step, whose states and results
+            have no dimensions for time and direction.
+        h0, c0: initial states, ``[D, B, P]`` and ``[D, B, H]``; None: zeros.
+        weights: ``w_ih, w_hh, b_ih, b_hh, w_hr`` of the forward direction and, for a bidirectional layer, of the
+            reverse one; None where absent. If w_ih is None, x is the product W_ih x of all directions, ``D*G*H`` wide.
+        batch_sizes: int64 ``[T]``, the rows of each step of a packed sequence, or None.
+        resets: bool ``[T, B]`` (``[N]`` with ``batch_sizes``), or None. True at step t means that a new sequence begins
+            with x[t]: the states are replaced before this step. The reverse direction restarts at the same border, that
+            is, before step t - 1.
+        reset_h, reset_c: the states that replace h and c, shaped like h0 and c0, or with a different one for each step
+            that reads it, ``[T, D, B, ...]``; None: zeros.
+        c_sequence: whether to return c of every step as well; LSTM.
+        lengths: integers ``[B]``; row b has lengths[b] steps. Its later outputs are zero, its final states are those
+            of its last step, and the reverse direction begins there. Not with ``batch_sizes``.
+        norms: `Norms` with a first dimension D each; empty: no normalisation.
+        drop_h: recurrent dropout, ``[D, B, P]``, or None.
+        zone_h, zone_c: zoneout, shaped like y and like c of every step, or ``[D*P]`` and ``[D*H]`` for all steps and
+            rows; or None.
 
     Returns:
-        y (shaped like x, ``D*P`` wide), h_n, c_n (None but for the LSTM), shaped like h0 and c0; with `c_sequence` also
-        c of every step, shaped like x and ``D*H`` wide.
+        y, shaped like x and ``D*P`` wide; h_n and c_n, shaped like h0 and c0 (c_n is None except for the LSTM); with
+        `c_sequence` also c of every step, shaped like x and ``D*H`` wide.
 
     Example:
         >>> import torch
@@ -181,9 +190,9 @@ def layer(
     def by_step(rows: Tensor) -> list[Tensor]:
         return list(rows.unbind(0) if batch_sizes is None else rows.split(batch_sizes.tolist()))
 
-    def zone_at(zone: Tensor | None, direction: int, width: int) -> Sequence[Tensor | None]:
-        of_direction = None if zone is None else zone.narrow(-1, direction * width, width)
-        return [of_direction] * len(steps) if of_direction is None or of_direction.dim() == 1 else by_step(of_direction)
+    def zone_by_step(zone: Tensor | None, direction: int, width: int) -> Sequence[Tensor | None]:
+        zone = None if zone is None else zone.narrow(-1, direction * width, width)
+        return [zone] * len(steps) if zone is None or zone.dim() == 1 else by_step(zone)
 
     steps = by_step(x)
     batch = steps[0].size(0)
@@ -192,8 +201,8 @@ def layer(
         w_ih, w_hh, b_ih, b_hh, w_hr = weights[first : first + 5]
         assert w_hh is not None
         hidden = w_hh.size(0) // GATES[cell]
-        of_direction = Norms(*(None if norm is None else norm[direction] for norm in norms))
-        zones_h, zones_c = zone_at(zone_h, direction, w_hh.size(1)), zone_at(zone_c, direction, hidden)
+        direction_norms = Norms(*(None if norm is None else norm[direction] for norm in norms))
+        zones_h, zones_c = zone_by_step(zone_h, direction, w_hh.size(1)), zone_by_step(zone_c, direction, hidden)
         h = x.new_zeros(batch, w_hh.size(1)) if h0 is None else h0[direction]
         c = None
         if cell == "lstm":
@@ -202,7 +211,7 @@ def layer(
         c_steps: list[Any] = [x] * len(steps)
         order = range(len(steps)) if direction == 0 else reversed(range(len(steps)))
         for t in order:
-            n = steps[t].size(0)  # the first n rows take this step, the others keep their state
+            n = steps[t].size(0)  # only the first n rows have this step; the others keep their states
             if resets is not None:
                 begins = _begins(by_step(resets), t, direction)
                 if lengths is not None:
@@ -221,18 +230,18 @@ def layer(
                 b_ih,
                 b_hh,
                 w_hr,
-                of_direction,
+                direction_norms,
                 drop,
                 zones_h[t],
                 zones_c[t],
             )
             h_steps[t], c_steps[t] = h_t, c_t
             if lengths is not None:
-                goes_on = (t < lengths).unsqueeze(1)
+                active = (t < lengths).unsqueeze(1)
                 zero = h_t.new_zeros(())
-                h_steps[t], h_t = torch.where(goes_on, h_t, zero), torch.where(goes_on, h_t, h)
+                h_steps[t], h_t = torch.where(active, h_t, zero), torch.where(active, h_t, h)
                 if c is not None and c_t is not None:
-                    c_steps[t], c_t = torch.where(goes_on, c_t, zero), torch.where(goes_on, c_t, c)
+                    c_steps[t], c_t = torch.where(active, c_t, zero), torch.where(active, c_t, c)
             h = torch.cat((h_t, h[n:]))
             c = None if c is None or c_t is None else torch.cat((c_t, c[n:]))
         join = torch.stack if batch_sizes is None else torch.cat
@@ -241,26 +250,29 @@ def layer(
         h_last.append(h)
         c_last += [] if c is None else [c]
     c_n = torch.stack(c_last) if c_last else None
-    of_steps = (torch.cat(c_outputs, dim=-1),) if c_sequence else ()
-    return torch.cat(outputs, dim=-1), torch.stack(h_last), c_n, *of_steps
+    c_sequences = (torch.cat(c_outputs, dim=-1),) if c_sequence else ()
+    return torch.cat(outputs, dim=-1), torch.stack(h_last), c_n, *c_sequences
 
 
 def without_what_follows(x: Tensor, lengths: Tensor) -> Tensor:
-    """`x` ``[T, B, I]``, zero behind each row's end: there it may be NaN, which times zero is NaN in a gradient."""
+    """`x` ``[T, B, I]`` with zeros beyond each row's length.
+
+    The padding may hold NaN, and a gradient of zero times NaN would be NaN.
+    """
     present = torch.arange(x.size(0), device=x.device).unsqueeze(1) < lengths
     return torch.where(present.unsqueeze(2), x, x.new_zeros(()))
 
 
 def _begins(resets: list[Tensor], t: int, direction: int) -> Tensor:
-    """Which of the rows of step t are the first of a sequence, in the order of the direction."""
+    """Whether the states of each row of step t are replaced before the step, in the order of the direction."""
     if direction == 0:
         return resets[t]
-    after = resets[t + 1] if t + 1 < len(resets) else resets[t][:0]
-    return torch.cat((after, after.new_zeros(resets[t].size(0) - after.size(0))))
+    next_resets = resets[t + 1] if t + 1 < len(resets) else resets[t][:0]
+    return torch.cat((next_resets, next_resets.new_zeros(resets[t].size(0) - next_resets.size(0))))
 
 
 def _replaced(state: Tensor, begins: Tensor, by: Tensor | None, t: int, direction: int) -> Tensor:
-    """`state` ``[B, ...]`` with the state of resets in those of its first rows that begin."""
+    """`state` ``[B, ...]``, with the reset states `by` in those of its first rows for which `begins` is true."""
     n = begins.size(0)
     new = torch.zeros_like(state) if by is None else (by if by.dim() == 3 else by[t])[direction]
     return torch.cat((torch.where(begins.unsqueeze(1), new[:n], state[:n]), state[n:]))
