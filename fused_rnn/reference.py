@@ -14,8 +14,8 @@ of each cell. The following options, which torch.nn does not have, can be combin
 
 - Layer normalisation (Ba, Kiros and Hinton 2016; as in the LayerNormLSTM and LayerNormGRU of the haste library): the
   two products become ``norm_ih * LN(W_ih x) + b_ih`` and ``norm_hh * LN(W_hh h) + b_hh``, and the LSTM's output becomes
-  ``h' = o * tanh(norm_c * LN(c') + norm_c_bias)``. LN normalises a row over its G*H sums, or c' over its H units, to mean
-  0 and variance 1. The next step reads c' without normalisation.
+  ``h' = o * tanh(norm_c * LN(c') + norm_c_bias)``. LN normalises a row, of G*H sums or of the H units of c', to mean 0
+  and variance 1. The next step reads c' without normalisation.
 - Zoneout (Krueger et al. 2017): the new state becomes ``zone * new + (1 - zone) * old``, where `zone` is a random mask
   of zeros and ones in training and its expectation in evaluation. The LSTM computes h' from c' before zoneout.
 - Recurrent dropout (Gal and Ghahramani 2016): W_hh multiplies ``drop_h * h``, with the same mask at every step.

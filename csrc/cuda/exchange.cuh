@@ -229,7 +229,7 @@ class ThroughCluster {
   }
   FUSED_RNN_DEVICE void wait(int64_t t, const Tile& tile) {
     const int steps = static_cast<int>(t) - first_;
-    const int parity = (steps < 0 ? -steps : steps) >> 1 & 1;  // a slot is used at every second time
+    const int parity = (steps < 0 ? -steps : steps) >> 1 & 1;  // a slot is used at every second step
     watchdog_.start();
     while (!arrivals(t, tile).complete(parity) && watchdog_.keep_waiting()) continue;
     if (thread_index() == 0 && !watchdog_.gave_up()) expect(t, tile);

@@ -155,8 +155,8 @@ struct StepBackwardParams {
   void* dh;                 // [B, H] Arithmetic, in and out: the gradient of h without the product
   void* dc;                 // [B, H] Arithmetic, in and out: the gradient of c. LSTM
   void* dgates;             // [B, kGrads*H] out
-  void* dh0;  // [B, H] out. If it is given, the kernel only adds up the gradient of h0, after the first step;
-              // null at every step
+  void* dh0;  // [B, H] out. Given only in a call after the first step, which computes the gradient of h0 and nothing
+              // else; null otherwise
 };
 
 // Layer normalisation of a step, in addition to StepForwardParams or StepBackwardParams.

@@ -38,7 +38,8 @@ struct Warp {
 
 struct Block {
   int index;
-  uint32_t time = 0;      // advanced by every barrier of the block or of one of its warps; never set back
+  uint32_t time =
+      0;  // advanced by every barrier of the block or of one of its warps; begin() resets it before it overflows
   uint32_t interval = 0;  // the time of the last barrier of the whole block
   int waiting, left;      // numbers of threads that wait at a block's or cluster's barrier, and that have ended
   std::vector<Warp> warps;
