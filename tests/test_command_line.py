@@ -81,11 +81,15 @@ def test_run_is_like_python(scripts: Path, target: list[str], args: list[str]) -
     assert same_as_python(*target, *args, cwd=scripts)
 
 
-@pytest.mark.parametrize(
-    "options", [("-X", "dev", "-u"), ("-OO", "-W", "error"), ("-P",), ("-bb", "-X", "utf8=0")], ids=str
-)
+@pytest.mark.parametrize("options", [("-X", "dev", "-u"), ("-OO", "-W", "error"), ("-bb", "-X", "utf8=0")], ids=str)
 def test_run_keeps_the_options_of_python(scripts: Path, options: tuple[str, ...]) -> None:
     assert same_as_python("scripts/show.py", cwd=scripts, options=options)
+
+
+@pytest.mark.parametrize("target", [["scripts/show.py"], ["scripts.zip"]], ids=str)
+def test_run_with_a_safe_path(scripts: Path, target: list[str]) -> None:
+    """The script's folder is not on sys.path then, where Python is new enough to know the variable."""
+    assert same_as_python(*target, cwd=scripts, PYTHONSAFEPATH="1")
 
 
 @pytest.mark.parametrize("start", [["-um", "fused_rnn"], ["-umfused_rnn"], ["-u", "-mfused_rnn"]], ids=str)
