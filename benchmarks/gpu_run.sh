@@ -1,30 +1,31 @@
 #!/usr/bin/env bash
-# Build, test and measure on a machine with an NVIDIA GPU, in one command that ends within ten minutes:
+# Builds, tests and measures fused_rnn on a machine with an NVIDIA GPU; ends within ten minutes.
 #
 #     benchmarks/gpu_run.sh [--phase NAME[,NAME...]] [--output DIR] [--quick]
 #
-#     facts        what machine this is                                  gpu_facts.json
-#     build        the library, into build/gpu                           gpu_run.log
-#     correctness  tests/test_gpu.py, or what stands in without pytest   gpu_correctness.log
-#     baselines    torch.nn alone, and the kernels that cuDNN runs       gpu_baselines.jsonl, .csv
-#     grid         fused_rnn against torch.nn                            gpu_grid.jsonl, .csv, .png
-#     sweep        every kernel on every shape, for the planner          gpu_sweep.jsonl
+#     facts        properties of the machine                             gpu_facts.json
+#     build        builds the library into build/gpu                     gpu_run.log
+#     correctness  tests/test_gpu.py; a few shapes without pytest        gpu_correctness.log
+#     baselines    times of torch.nn, and the names of cuDNN's kernels   gpu_baselines.jsonl, .csv
+#     grid         times of fused_rnn and torch.nn                       gpu_grid.jsonl, .csv, .png
+#     sweep        times of every kernel on every shape                  gpu_sweep.jsonl
 #     sanitizer    compute-sanitizer on tiny shapes                      gpu_run.log
 #
-# Needs torch with CUDA, nvcc and a C++ compiler, and no network. Every phase has its own time limit, writes its results
-# as it goes, and does not stop the later ones if it fails, unless it is the build. The exit status is 0 if every phase
-# that ran has passed. The GPU is used as it is found: nothing of its settings is changed. A later call without the phase
-# `build` uses the library that an earlier one built.
+# It needs torch with CUDA, nvcc and a C++ compiler, and no network. Every phase has a time limit and writes its results as
+# it goes. If a phase fails, the later ones run nevertheless, except after a failed build. The exit status is 0 if all
+# phases passed. The settings of the GPU are not changed. A call without the phase `build` uses the library that an
+# earlier call has built, and builds it if there is none.
 #
-# PYTHON names the interpreter, GPU_RUN_COMMIT the commit where there is no git, TORCH_CUDA_ARCH_LIST the architectures
-# to build for (default: this device's), SANITIZER_KERNELS a part of the kernels' names.
+# Environment variables: PYTHON, the interpreter; GPU_RUN_COMMIT, the commit if there is no git; TORCH_CUDA_ARCH_LIST, the
+# architectures to build for (default: that of this device); SANITIZER_KERNELS, a part of the names of the kernels that
+# compute-sanitizer checks.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 self=$root/benchmarks/gpu_run.sh
 python=${PYTHON:-python3}
 target=$root/build/gpu
-total=570 # seconds for everything; the rest of ten minutes is for starting and stopping
+total=570 # seconds for all phases; the rest of the ten minutes is for starting and stopping
 export PYTHONUNBUFFERED=1 PYTHONPATH="$target${PYTHONPATH:+:$PYTHONPATH}"
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}
 
@@ -52,7 +53,7 @@ build() {
     && cp -r fused_rnn/. "$target/fused_rnn/"
 }
 
-# Only our kernels are checked: those of torch and cuDNN are many, and each would be slow.
+# Checks only the kernels of fused_rnn, because the sanitizer would slow down the many kernels of torch and cuDNN.
 sanitize() {
   local tool filter=--kernel-name
   compute-sanitizer --help | grep -q -e "$filter" || filter=--kernel-regex
@@ -65,7 +66,7 @@ sanitize() {
 }
 
 cd "$root" || exit 1
-# These two are more than one command, and `timeout` starts only programs: this script, for one of them.
+# `timeout` can run programs, but not shell functions. For these two functions it runs this script, which calls one of them.
 case ${GPU_RUN_FUNCTION:-} in
   build | sanitize) "$GPU_RUN_FUNCTION"; exit ;;
 esac
@@ -103,19 +104,19 @@ log=$output/gpu_run.log
 summary=()
 failed=0
 
-wanted() { [[ ",$phases," == *",$1,"* ]]; }
+selected() { [[ ",$phases," == *",$1,"* ]]; }
 
-# limit_of SECONDS: these, or what is left of the whole
-limit_of() {
+# time_limit SECONDS: prints the smaller of SECONDS and the time that is left; --quick halves SECONDS up to 200
+time_limit() {
   local left=$((total - SECONDS))
   [ ${#quick[@]} -eq 0 ] || [ "$1" -gt 200 ] || set -- $(($1 / 2))
   echo $(($1 < left ? $1 : left))
 }
 
-# run_phase NAME SECONDS FILE COMMAND...: everything it prints goes to FILE; sets `status`
+# run_phase NAME SECONDS FILE COMMAND...: runs COMMAND with its output in FILE; sets `status` to its exit status
 run_phase() {
   local name=$1 limit file=$3 began=$SECONDS
-  limit=$(limit_of "$2")
+  limit=$(time_limit "$2")
   shift 3
   printf '\n== %s (%d s so far, limit %d s)\n' "$name" "$SECONDS" "$limit"
   if [ "$limit" -lt 5 ]; then
@@ -135,10 +136,11 @@ run_phase() {
   summary+=("$(printf '%-12s %4d s  %s' "$name" $((SECONDS - began)) "$verdict")")
 }
 
-# show FILE LINES: the end of a file
+# show FILE LINES: prints the last lines of a file
 show() { [ ! -f "$1" ] || tail -n "$2" "$1" | cut -c1-240; }
 
-# show_summary FILE LINES: what follows the first empty line, or the end of a file that has none because it was stopped
+# show_summary FILE LINES: prints the summary, which follows the first empty line; of a file without one, because its phase
+# was stopped, prints the end
 show_summary() {
   if grep -q '^$' "$1"; then
     sed '1,/^$/d' "$1" | cut -c1-240 | tail -n "$2"
@@ -161,19 +163,19 @@ device_arch() {
 import torch
 
 major, minor = torch.cuda.get_device_capability()
-print(f"{major}.{minor}{'a' if major >= 9 else ''}")  # from Hopper on, some instructions are this architecture's alone
+print(f"{major}.{minor}{'a' if major >= 9 else ''}")  # from Hopper on, some instructions exist in the "a" variant only
 PYTHON
 }
 
 has_module torch || { echo "torch is not installed for $python"; exit 1; }
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "torch sees no CUDA GPU"; exit 1; }
 
-if wanted facts; then
+if selected facts; then
   run_phase facts 30 "$log" "$python" benchmarks/gpu.py --facts --output "$output"
   [ "$status" -ne 0 ] || show "$output/gpu_facts.json" 60
 fi
 
-if wanted build || { ! library_is_built && [[ "$phases" =~ correctness|grid|sweep|sanitizer ]]; }; then
+if selected build || { ! library_is_built && [[ "$phases" =~ correctness|grid|sweep|sanitizer ]]; }; then
   TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(device_arch)}
   export TORCH_CUDA_ARCH_LIST
   GPU_RUN_FUNCTION=build run_phase build 240 "$log" bash "$self"
@@ -184,7 +186,7 @@ if wanted build || { ! library_is_built && [[ "$phases" =~ correctness|grid|swee
   ls -l "$target"/fused_rnn/*.so
 fi
 
-if wanted correctness; then
+if selected correctness; then
   report=$output/gpu_correctness.log
   : > "$report"
   if has_module pytest; then
@@ -202,27 +204,27 @@ if wanted correctness; then
   fi
 fi
 
-if wanted baselines; then
+if selected baselines; then
   run_phase baselines 60 "$scratch/baselines.log" "$python" benchmarks/gpu.py --baselines --quick \
-    --budget $(($(limit_of 60) - 15)) --output "$output"
+    --budget $(($(time_limit 60) - 15)) --output "$output"
   cat "$scratch/baselines.log" >> "$log"
   show_summary "$scratch/baselines.log" 45
 fi
 
-if wanted grid; then
-  run_phase grid 120 "$scratch/grid.log" "$python" benchmarks/gpu.py "${quick[@]}" --backend fused --budget $(($(limit_of 120) - 18)) \
+if selected grid; then
+  run_phase grid 120 "$scratch/grid.log" "$python" benchmarks/gpu.py "${quick[@]}" --backend fused --budget $(($(time_limit 120) - 18)) \
     --output "$output"
   cat "$scratch/grid.log" >> "$log"
 fi
 
-if wanted sweep; then
-  run_phase sweep 90 "$scratch/sweep.log" "$python" benchmarks/gpu_sweep.py --budget $(($(limit_of 90) - 12)) \
+if selected sweep; then
+  run_phase sweep 90 "$scratch/sweep.log" "$python" benchmarks/gpu_sweep.py --budget $(($(time_limit 90) - 12)) \
     --output "$output"
   cat "$scratch/sweep.log" >> "$log"
   show "$scratch/sweep.log" 60
 fi
 
-if wanted sanitizer; then
+if selected sanitizer; then
   if command -v compute-sanitizer > /dev/null; then
     GPU_RUN_FUNCTION=sanitize run_phase sanitizer 40 "$log" bash "$self"
     grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|^-- compute-sanitizer' "$log" | tail -n 6
@@ -231,7 +233,7 @@ if wanted sanitizer; then
   fi
 fi
 
-if [ -f "$scratch/grid.log" ]; then # last, because only the end of a long output may be seen
+if [ -f "$scratch/grid.log" ]; then # last, because callers may keep only the end of a long output
   printf '\n== fused_rnn against torch.nn\n'
   show_summary "$scratch/grid.log" 70
 fi

@@ -11,14 +11,20 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 if find_spec("fused_rnn._C") is None:
     raise ImportError(
         f"fused_rnn is not built in {__path__[0]}. In its source folder, Python finds the sources before the "
         "installed package: run from another folder after `pip install .`, or build in place with "
         "`pip install -e .`"
     )
+
+from fused_rnn import launch as launch
+
+if launch.requested():  # before torch is imported: the script may set variables that torch reads then
+    launch.run(launch.parser().parse_args())
+
+import torch
+
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
     raise ImportError(f"fused_rnn needs torch 2.10 or newer, found {torch.__version__}")
 
@@ -30,6 +36,9 @@ from fused_rnn.convert import from_torch, replace
 from fused_rnn.modules import GRU, LSTM, RNN
 from fused_rnn.patch import patched
 from fused_rnn.planning import plan
+from fused_rnn.tool_tables import install as _install_tool_tables
+
+_install_tool_tables()
 
 OPERATORS_LIBRARY = str(Path(__file__).with_name("_cpu.so"))
 """Path of the CPU operators' library, for ``torch.ops.load_library`` or a C++ program; it needs no Python."""

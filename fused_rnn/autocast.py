@@ -8,7 +8,6 @@ compute in float32, and only the results are rounded, to torch.nn's dtypes: near
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,11 +38,6 @@ class Casts:
 
 def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)  # asking costs a tenth of what `to` does
-
-
-def left(device: torch.device) -> AbstractContextManager[Any]:
-    """A block without autocast: all in it is cast already, and has one dtype."""
-    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def casts(

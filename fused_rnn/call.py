@@ -7,6 +7,7 @@ lengths and states are brought into one form here and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from fused_rnn.spec import Spec
 @runs_eagerly
 def run(
     spec: Spec,
-    checks: Any,
     torchs: Callable[[Any, Any], Any] | None,
     input: Any,
     hx: Any,
@@ -35,8 +35,6 @@ def run(
 
     Args:
         spec: the module.
-        checks: the module if its class overrides torch.nn's check_input, check_forward_args or permute_hidden; None for
-            torch.nn's own.
         torchs: torch.nn's own forward for a call that torch.nn knows; None for a module that torch.nn does not have.
             Otherwise, what the operators cannot compute runs on `fused_rnn.reference`, a loop over time.
         input, hx, resets, reset_state, lengths, return_state_sequence: as in `fused_rnn.LSTM.forward`.
@@ -51,29 +49,34 @@ def run(
     is_torchs = torchs is not None and not has_keywords
     if is_torchs and torchs is not None and not _operators_compute(spec, input, hx):
         return torchs(input, hx)
-    call = Call(spec, checks, input, hx)
+    call = Call(spec, input, hx)
     if has_keywords:
         call.take_keywords(resets, reset_state, lengths, return_state_sequence)
     if call.T == 0:
         if not has_keywords:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # as torch.nn
         return call.empty_results()
-    weights, casts = call.cast(spec.drawn_weights())
-    takes_operators = is_torchs or (spec.backend != "torch" and call.is_fusible(weights))
-    h0, c0 = call.states
-    with autocast.left(call.x.device):
+    weights = spec.dropped_weights() if spec.training and spec.weight_dropout > 0 else spec._flat_weights
+    in_autocast = autocast_dtype(call.x.device) is not None
+    casts = call.casts(weights) if in_autocast else None
+    if casts is not None:
+        weights = call.cast(casts, weights)
+    takes_operators = is_torchs or (spec.backend != "torch" and policy.fusible(*call.tensors(), *weights))
+    if takes_operators and call.x.is_cuda and (spec.proj_size > 0 or call.x.numel() == 0):
+        takes_operators = False
+    with torch.autocast(call.x.device.type, enabled=False) if in_autocast else _NO_CONTEXT:
         tensors = layers.stack(
             spec.cell,
-            call.operators_input() if takes_operators else call.x,
-            h0,
-            c0,
+            call.x,
+            call.states[0],
+            call.states[1],
             weights,
             spec.bias,
             spec.num_layers,
             spec.directions,
             spec.dropout if spec.training else 0.0,
             batch_sizes=call.batch_sizes,
-            options_of=call.layer_options if call.has_options else None,
+            options_of=call.layer_options if has_keywords or call.norms or spec.recompute or spec.has_rates else None,
             sequences=call.wants_sequence,
             widths=spec.state_widths if spec.side_by_side else None,
             run=layers.layer if takes_operators else reference.layer,
@@ -88,7 +91,8 @@ def _operators_compute(spec: Spec, input: Any, hx: Any) -> bool:
     if states is None or any(s is None for s in (*states, *spec._flat_weights)) or type(spec.bidirectional) is not bool:
         return False
     tensors = (data, *states, *spec._flat_weights)
-    castable = autocast_dtype(data.device) is not None and _casts(spec, data, states, (), packed) is not None
+    half = autocast_dtype(data.device)
+    castable = half is not None and _casts(spec, data, states, spec._flat_weights, packed) is not None
     if not policy.fusible(*tensors, castable=castable):
         return False
     dim = data.dim()
@@ -115,14 +119,18 @@ def _operators_compute(spec: Spec, input: Any, hx: Any) -> bool:
         directions=spec.directions,
         projected=spec.proj_size > 0,
         backend=spec.backend,
-        differentiable=torch.is_grad_enabled() and policy.any_requires_grad(tensors),
+        differentiable=half is not None and torch.is_grad_enabled() and policy.any_requires_grad(tensors),
+        half=half,
         device=data.device,
     ).fused
 
 
-def _casts(spec: Spec, data: Any, states: Sequence[Any], more: Sequence[Any], packed: bool) -> autocast.Casts | None:
+def _casts(spec: Spec, data: Any, states: Sequence[Any], weights: Sequence[Any], packed: bool) -> autocast.Casts | None:
     """What autocast casts a call to, or None."""
-    return autocast.casts(spec.cell, data, states, (*spec._flat_weights, *more), not packed, spec.proj_size > 0)
+    return autocast.casts(spec.cell, data, states, weights, not packed, spec.proj_size > 0)
+
+
+_NO_CONTEXT = nullcontext()
 
 
 class Call:
@@ -144,9 +152,8 @@ class Call:
     reset_states: tuple[Tensor | None, ...] = (None, None)
     wants_sequence = False
 
-    def __init__(self, spec: Spec, checks: Any, input: Any, hx: Any) -> None:
-        checks = spec if checks is None else checks
-        self.spec, self.checks, self.name = spec, checks, spec.name
+    def __init__(self, spec: Spec, input: Any, hx: Any) -> None:
+        self.spec, self.name, checks = spec, spec.name, spec.checks
         self.packed = input if isinstance(input, PackedSequence) else None
         data = input if self.packed is None else self.packed.data
         if not isinstance(data, Tensor):
@@ -156,7 +163,8 @@ class Call:
         states = spec.states(hx)
         if states is None:
             raise TypeError(f"{self.name}: expected hx to be None or a pair (h_0, c_0), got {kind_of(hx)}")
-        _check_tensors(self.name, "hx", states)
+        if states:
+            _check_tensors(self.name, "hx", states)
         self.batched = self.packed is not None or data.dim() == 3
         self.batch_sizes = None if self.packed is None else self.packed.batch_sizes
         batch_dim = 0 if spec.batch_first else 1
@@ -174,21 +182,19 @@ class Call:
         if not states and checks is not spec and not compiled_packed:  # a class's own checks look at states
             batch = data.size(batch_dim) if self.batch_sizes is None else int(self.batch_sizes[0])
             states = tuple(data.new_zeros(spec.state_rows, batch, size) for size in spec.state_sizes)
+        permutes = states and (self.packed is not None or checks is not spec)
+        if permutes:
+            order = None if self.packed is None else self.packed.sorted_indices
+            states = spec.states(checks.permute_hidden(spec.pack(states), order)) or ()
         if states and not compiled_packed:
-            hidden = spec.pack(states)
-            if self.packed is not None:
-                hidden = checks.permute_hidden(hidden, self.packed.sorted_indices)
-            checks.check_forward_args(data, hidden, self.batch_sizes)
-            states = spec.states(hidden) or ()
+            checks.check_forward_args(data, spec.pack(states), self.batch_sizes)
         else:  # zeros fit; how many rows a packed step has is in values, which a compiled graph leaves to the operators
             checks.check_input(data, self.batch_sizes)
-            if states and self.packed is not None:
-                states = spec.states(checks.permute_hidden(spec.pack(states), self.packed.sorted_indices)) or ()
         self.gave_states = hx is not None
         self.x = data.transpose(0, 1) if spec.batch_first and self.packed is None else data
         self.T = self.x.size(0) if self.batch_sizes is None else self.batch_sizes.size(0)
         self.states: tuple[Tensor | None, ...] = (*states, None, None)[:2]
-        self.norms = spec.layer_norms()
+        self.norms = spec.layer_norms() if spec.norms else []
 
     @property
     def batch(self) -> int:
@@ -201,25 +207,18 @@ class Call:
         Raises:
             ValueError, RuntimeError, TypeError: one does not fit.
         """
-        self.check_resets(resets, reset_state)
-        self.lengths = self.checked_lengths(lengths)
-        self.reset_states = (*self.checked_reset_states(reset_state), None)[:2]
-        self.resets = None if resets is None else self.time_major(resets)
+        if resets is not None:
+            self.check_resets(resets)
+            self.resets = self.time_major(resets)
+        elif reset_state is not None:
+            raise ValueError(f"{self.name}: reset_state needs resets, got None")
+        if lengths is not None:
+            self.lengths = self.checked_lengths(lengths)
+            if self.x.is_cuda or torch.compiler.is_compiling():  # there the operators multiply all of x at once
+                self.x = reference.without_what_follows(self.x, self.lengths)
+        if reset_state is not None:
+            self.reset_states = (*self.checked_reset_states(reset_state), None)[:2]
         self.wants_sequence = wants_sequence
-
-    @property
-    def has_options(self) -> bool:
-        """Whether the layers take options beyond batch_sizes."""
-        spec = self.spec
-        return bool(
-            self.resets is not None
-            or self.lengths is not None
-            or self.wants_sequence
-            or self.norms
-            or spec.recompute
-            or spec.recurrent_dropout
-            or spec.zoneout != (0.0, 0.0)
-        )
 
     def time_major(self, rows: Any) -> Any:
         """``[T, B]`` or packed ``[N]`` from a tensor in the user's layout."""
@@ -229,12 +228,8 @@ class Call:
             return rows.unsqueeze(1)
         return rows.transpose(0, 1) if self.spec.batch_first else rows
 
-    def check_resets(self, resets: Any, reset_state: Any) -> None:
+    def check_resets(self, resets: Any) -> None:
         """Raise an error if `resets` does not fit."""
-        if resets is None:
-            if reset_state is not None:
-                raise ValueError(f"{self.name}: reset_state needs resets, got None")
-            return
         shape: tuple[int, ...]
         if self.packed is not None:
             if not isinstance(resets, PackedSequence):
@@ -254,10 +249,8 @@ class Call:
         if resets.device != self.x.device:
             raise RuntimeError(f"{self.name}: expected resets on {self.x.device}, got {resets.device}")
 
-    def checked_lengths(self, lengths: Any) -> Tensor | None:
+    def checked_lengths(self, lengths: Any) -> Tensor:
         """`lengths` on the input's device, or an error if it does not fit."""
-        if lengths is None:
-            return None
         if self.packed is not None or not self.batched:
             what = "a PackedSequence" if self.packed is not None else "unbatched input"
             raise ValueError(f"{self.name}: lengths go with a padded batch, got {what}")
@@ -278,8 +271,6 @@ class Call:
     def checked_reset_states(self, reset_state: Any) -> tuple[Tensor | None, ...]:
         """``[L*D, B, size]`` each, or ``[T, L*D, B, size]``, from anything that broadcasts to either."""
         sizes, rows = self.spec.state_sizes, self.spec.state_rows
-        if reset_state is None:
-            return (None,) * len(sizes)
         given = self.spec.states(reset_state)
         if given is None:
             raise TypeError(f"{self.name}: expected reset_state to be a pair (h, c), got {kind_of(reset_state)}")
@@ -309,37 +300,30 @@ class Call:
             states.append(state.expand(shape))
         return tuple(states)
 
-    def cast(self, weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], autocast.Casts | None]:
-        """Cast this call's tensors as autocast does; return the cast weights."""
-        spec, packed = self.spec, self.packed is not None
-        states = self.states[: 2 if spec.has_c else 1]
-        casts = _casts(spec, self.x, states if self.gave_states else (), self.reset_states, packed)
-        if casts is None:
-            return weights, None
+    def casts(self, weights: Sequence[Tensor]) -> autocast.Casts | None:
+        """What autocast casts this call's tensors to, or None."""
+        states = self.states[: 2 if self.spec.has_c else 1] if self.gave_states else ()
+        return _casts(self.spec, self.x, states, (*weights, *self.reset_states), self.packed is not None)
+
+    def cast(self, casts: autocast.Casts, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Cast this call's tensors; return the cast weights."""
         (self.x,) = casts.into((self.x,))
         self.states, self.reset_states = casts.into(self.states), casts.into(self.reset_states)
         self.norms = [casts.into(norms) for norms in self.norms]
-        return casts.into(weights), casts
+        return casts.into(weights)
 
-    def is_fusible(self, weights: Sequence[Tensor]) -> bool:
-        """Whether the operators can compute this call."""
-        if self.x.is_cuda and (self.spec.proj_size > 0 or self.x.numel() == 0):
-            return False
-        norms = [norm for of_layer in self.norms for norm in of_layer]
-        return policy.fusible(self.x, *self.states, *self.reset_states, *weights, *norms)
-
-    def operators_input(self) -> Tensor:
-        """x, without what follows a row's end where the operators multiply all of x at once."""
-        if self.lengths is not None and (self.x.is_cuda or torch.compiler.is_compiling()):
-            return reference.without_what_follows(self.x, self.lengths)
-        return self.x
+    def tensors(self) -> list[Tensor | None]:
+        """The tensors that the layers compute with, but for the weights."""
+        return [self.x, *self.states, *self.reset_states, *(norm for norms in self.norms for norm in norms)]
 
     def layer_options(self, index: int, x: Tensor, weights: Sequence[Tensor | None]) -> LayerOptions:
         """The options of one layer, whose input and weights these are; draws its masks."""
         spec = self.spec
         w_hh: Any = weights[1]
         D, P, H = spec.directions, w_hh.size(1), spec.hidden_sizes[index]
-        reset_h, reset_c = (self._of_layer(state, which, index) for which, state in enumerate(self.reset_states))
+        reset_h, reset_c = self.reset_states
+        if spec.num_layers > 1:
+            reset_h, reset_c = (self._of_layer(state, which, index) for which, state in enumerate(self.reset_states))
         norm_ih, norm_hh, norm_c, norm_c_bias = (*(self.norms[index] if self.norms else ()), *[None] * 4)[:4]
         drop_h = None
         if spec.recurrent_dropout > 0 and spec.training:
@@ -360,8 +344,8 @@ class Call:
 
     def _of_layer(self, state: Tensor | None, which: int, index: int) -> Tensor | None:
         spec = self.spec
-        if state is None or spec.num_layers == 1:
-            return state
+        if state is None:
+            return None
         parts: Sequence[Tensor]
         if spec.side_by_side:
             parts = state.split(list(spec.state_widths[which]), -1)
@@ -377,7 +361,9 @@ class Call:
             for state, size in zip(self.states, spec.state_sizes, strict=False)
         ]
         sequences = [x.new_empty(0, spec.state_rows, self.batch, size) for size in spec.state_sizes]
-        return self.results([x.new_empty(0, self.batch, spec.output_size), *states, *sequences], None)
+        return self.results(
+            [x.new_empty(0, self.batch, spec.directions * spec.state_widths[0][-1]), *states, *sequences], None
+        )
 
     def results(self, tensors: Sequence[Tensor], casts: autocast.Casts | None) -> tuple[Any, ...]:
         """The results in torch.nn's form: output, final states, and the states of every step if they are wanted."""
@@ -388,8 +374,7 @@ class Call:
             output, hidden, sequences = output.to(casts.h), casts.out_of(hidden), casts.out_of(sequences)
         if packed is not None:
             indices = (packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
-            final = self.checks.permute_hidden(spec.pack(hidden), packed.unsorted_indices)
-            results: tuple[Any, ...] = PackedSequence(output, *indices), final
+            results: tuple[Any, ...] = PackedSequence(output, *indices), spec.pack(hidden)
             steps: list[Any] = [PackedSequence(s, *indices) for s in sequences]
         elif self.batched:
             results = batch_major(output) if spec.batch_first else output, spec.pack(hidden)
@@ -397,6 +382,9 @@ class Call:
         else:
             results = output.squeeze(1), spec.pack([h.squeeze(1) for h in hidden])
             steps = [s.squeeze(2) for s in sequences]
+        if spec.checks is not spec or (packed is not None and packed.unsorted_indices is not None):
+            order = None if packed is None else packed.unsorted_indices
+            results = results[0], spec.checks.permute_hidden(results[1], order)
         return (*results, spec.pack(steps)) if self.wants_sequence else results
 
 

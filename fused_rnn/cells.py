@@ -6,6 +6,7 @@ Only `forward` is new. As in `fused_rnn.modules`, calls that the kernels cannot 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -79,16 +80,17 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
             self.input_size,
             self.hidden_size,
             kind="cell",
+            half=policy.autocast_dtype(x.device),
             differentiable=torch.is_grad_enabled() and policy.any_requires_grad((x, *states, *weights)),
             device=x.device,
         )
 
-    def _run_any(self, cell: str, input: Any, hx: Any, states: tuple[Any, ...]) -> Any:
+    def _run_any(self, cell: str, input: Any, hx: Any, states: Any) -> Any:
         """As `_run`, for any arguments: unbatched, cast by autocast, watched, irregular or wrong."""
         check_ranks(type(self).__name__, input, states)
         if not self._fits(input, states):
             return super().forward(input, hx)
-        transformed = policy.transformed() and not policy.torch_has_rule(cell, input.dtype)
+        transformed = policy.transformed() and not policy.torch_has_rule(cell, input)
         if not (transformed or policy.fusible(input)):
             return super().forward(input, hx)
         parameters = self._parameters
@@ -108,11 +110,12 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         if not batched:
             input, states = input.unsqueeze(0), tuple(s.unsqueeze(0) for s in states)
         h0, c0 = (*states, None, None)[:2]
-        with autocast.left(input.device):
-            h, _, c = (reference.layer if transformed else layers.layer)(cell, input, h0, c0, (*weights, None))
-        results = [s if batched else s.squeeze(0) for s in (h, c) if s is not None]
-        results = results if casts is None else casts.out_of(results)
-        return results[0], results[1] if len(results) > 1 else None
+        run: Any = reference.layer if transformed else layers.layer
+        with nullcontext() if casts is None else torch.autocast(input.device.type, enabled=False):
+            h, _, c = run(cell, input, h0, c0, (*weights, None))
+        results: Any = [s if batched else s.squeeze(0) for s in (h, c) if s is not None]
+        h, *more = results if casts is None else casts.out_of(results)
+        return (h, more[0]) if more else (h, None)
 
     def _fits(self, input: Any, states: tuple[Any, ...]) -> bool:
         """Whether the sizes are those that this cell expects."""

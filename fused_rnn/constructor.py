@@ -123,6 +123,9 @@ class Variants(torch.nn.RNNBase):
     _varied = False
     """Whether an option changes forward, compared with torch.nn's."""
 
+    _regularisation = ((0.0, 0.0), 0.0, 0.0, False)
+    """zoneout of h and c, recurrent dropout, weight dropout, recompute: the fields of `fused_rnn.spec.Spec`."""
+
     _flat_weights: Any  # for torch.nn's type some may be None
 
     layer_norm = Option(False, _flag)
@@ -218,6 +221,14 @@ class Variants(torch.nn.RNNBase):
     def _note_variants(self) -> None:
         self.__dict__["_varied"] = isinstance(self.hidden_size, tuple) or any(
             getattr(self, name) != option.default for name, option in _OPTIONS.items() if name != "forget_bias"
+        )
+        zone_h, zone_c = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
+        zones = (zone_h, zone_c if self.mode == "LSTM" else 0.0)
+        self.__dict__["_regularisation"] = (
+            zones,
+            self.recurrent_dropout,
+            self.weight_dropout,
+            self.recompute == "full",
         )
 
 

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
+from collections.abc import Iterable
 from inspect import cleandoc
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch.nn import Module
 from torch.nn.utils.parametrize import is_parametrized
 
-_TORCH_CLASSES = (
-    torch.nn.RNN,
-    torch.nn.LSTM,
-    torch.nn.GRU,
-    torch.nn.RNNCell,
-    torch.nn.LSTMCell,
-    torch.nn.GRUCell,
-)
+from fused_rnn import survey
+from fused_rnn.subclasses import NAMES, TORCH_CLASSES, fused_class, torch_class
 
 
 class TorchConvertible(Module):
     """Base class of all modules: knows torch.nn's class of the same name, and converts to it where tools need that."""
 
+    _replaces: ClassVar[type[Module] | None] = None  # the user's class of a converted module of a user's subclass
+
     def to_torch(self) -> Module:
         """Return a module of torch.nn's own class that shares this one's parameters, hooks and training mode.
 
-        Attributes and methods of a subclass are not carried over.
+        A module that was converted from a user's subclass of torch.nn's class gets that class back. Attributes and
+        methods that a subclass of ours adds are not carried over.
 
         Raises:
             TypeError: a parameter is parametrised, which ties it to its class; or the module uses an option that
@@ -35,13 +33,28 @@ class TorchConvertible(Module):
         """
         if getattr(self, "_varied", False):
             raise TypeError(f"torch.nn has nothing like {self}")
-        return _recast(self, _torch_class(type(self)))
+        return _recast(self, type(self)._replaces or _torchs(type(self)))
+
+    def register_forward_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        """As torch.nn.Module's.
+
+        Raises:
+            NotImplementedError: the hook is one of Opacus's. It computes gradients per sample from a module's first
+                argument and first result alone, as if no state were given, which would be wrong without an error. With
+                torch.nn's modules it raises, too, in backward.
+        """
+        if (getattr(hook, "__module__", None) or "").startswith("opacus."):
+            raise NotImplementedError(
+                f"Opacus cannot compute gradients per sample of {type(self).__name__}, nor of torch.nn's: use "
+                "opacus.layers.DPRNN, DPLSTM or DPGRU; opacus.validators.ModuleValidator.fix replaces LSTM and GRU"
+            )
+        return super().register_forward_hook(hook, *args, **kwargs)
 
     def __prepare_scriptable__(self) -> Module:
         # torch.jit.script asks here for what to compile. A forward of the user's own must be compiled, or refused.
         import fused_rnn
 
-        ours = getattr(fused_rnn, _torch_class(type(self)).__name__)
+        ours = getattr(fused_rnn, _torchs(type(self)).__name__)
         return self.to_torch() if type(self).forward is ours.forward else self
 
 
@@ -72,6 +85,21 @@ def fx_leaf(cls: _Class) -> _Class:
     return cls
 
 
+class Replaced(list[str]):
+    """The qualified names of the modules that `replace` converted, and those that it left alone.
+
+    Attributes:
+        skipped: the reason for every module that computes recurrent layers and was not converted, by name.
+    """
+
+    def __init__(self, names: Iterable[str] = (), skipped: dict[str, str] | None = None) -> None:
+        super().__init__(names)
+        self.skipped: dict[str, str] = skipped or {}
+
+    def __repr__(self) -> str:
+        return f"Replaced({super().__repr__()}, skipped={self.skipped!r})" if self.skipped else super().__repr__()
+
+
 def from_torch(module: Module) -> Module:
     """Return a fused module that shares the parameters, hooks and training mode of a torch.nn module.
 
@@ -79,8 +107,9 @@ def from_torch(module: Module) -> Module:
         module: a torch.nn RNN, LSTM, GRU, RNNCell, LSTMCell or GRUCell. A module of this package is returned unchanged.
 
     Raises:
-        TypeError: the class of module is not one of these six. A subclass of theirs may do anything in its forward;
-            derive it from this package's class instead. Or a parameter is parametrised, which ties it to its class.
+        TypeError: the class of module is not one of these six, or a parameter is parametrised, which ties it to its
+            class, or attributes of the module stand in the place of methods. Of subclasses, `replace` converts those
+            that compute the same.
 
     Example:
         >>> import torch, fused_rnn
@@ -91,19 +120,33 @@ def from_torch(module: Module) -> Module:
     """
     if isinstance(module, TorchConvertible):
         return module
-    return _recast(module, _fused_class(type(module)))
+    why = survey.reason(module) if isinstance(module, Module) else None
+    if why or type(module) not in TORCH_CLASSES:
+        detail = f": {why}" if why else ""
+        raise TypeError(
+            f"expected a module whose class is one of torch.nn's {', '.join(NAMES)}, "
+            f"got {type(module).__qualname__}{detail}"
+        )
+    return _recast(module, fused_class(type(module)))
 
 
-def replace(model: Module) -> list[str]:
+def replace(model: Module) -> Replaced:
     """Convert every torch.nn RNN, LSTM, GRU and cell inside model, in place.
 
-    The modules keep their identity, parameters and hooks, so optimisers and references to them stay valid.
+    The modules keep their identity, parameters and hooks, so optimisers and references to them stay valid. A module of
+    a subclass that overrides neither `forward` nor anything that a forward relies on is converted, too: its new class
+    derives from the user's and from ours, and `to_torch` goes back to the user's.
 
     Args:
         model: any module; it may itself be one of those.
 
     Returns:
-        The qualified names of the converted modules ("" is model itself). Modules of subclasses are left unchanged.
+        The qualified names of the converted modules ("" is model itself): a list whose attribute `skipped` names all
+        other modules that compute recurrent layers, with the reason. Among them are modules that lists, dicts or
+        attributes hold where `named_modules` does not see them.
+
+    Warns:
+        UserWarning: some modules were skipped. One warning names all of them.
 
     Example:
         >>> import torch, fused_rnn
@@ -111,27 +154,32 @@ def replace(model: Module) -> list[str]:
         >>> fused_rnn.replace(model), type(model["encoder"])
         (['encoder'], <class 'fused_rnn.modules.LSTM'>)
     """
-    converted = []
+    result = Replaced()
     for name, module in model.named_modules():
-        if type(module) in _TORCH_CLASSES:
-            module.__class__ = _fused_class(type(module))
+        if isinstance(module, TorchConvertible):
+            continue
+        if why := survey.reason(module):
+            result.skipped[name] = why
+        elif torch_class(type(module)) is not None:
+            try:
+                module.__class__ = fused_class(type(module))
+            except TypeError as error:  # __slots__, or bases that Python cannot put into one order
+                result.skipped[name] = f"its class cannot be mixed with ours: {error}"
+                continue
             _mark(module)
-            converted.append(name)
-    return converted
+            result.append(name)
+    for name, module in survey.held_outside(model):
+        if not isinstance(module, TorchConvertible) and (torch_class(type(module)) or survey.reason(module)):
+            result.skipped[name] = survey.OUTSIDE
+    if result.skipped:
+        warnings.warn(survey.report(result.skipped), stacklevel=2)
+    return result
 
 
-def _fused_class(cls: type) -> type[Module]:
-    import fused_rnn
-
-    if cls not in _TORCH_CLASSES:
-        names = ", ".join(c.__name__ for c in _TORCH_CLASSES)
-        raise TypeError(f"expected a module whose class is one of torch.nn's {names}, got {cls.__qualname__}")
-    found: type[Module] = getattr(fused_rnn, cls.__name__)
-    return found
-
-
-def _torch_class(cls: type) -> type[Module]:
-    return next(base for base in cls.__mro__ if base in _TORCH_CLASSES)
+def _torchs(cls: type) -> type[Module]:
+    base = torch_class(cls)
+    assert base is not None
+    return base
 
 
 def _mark(module: Module) -> None:

@@ -87,29 +87,32 @@ def _call(
         )
     gates = GATES["rnn_tanh" if name == "RNN" else name.lower()]
     bias = len(weights) > 2 and weights[2].dim() == 1
-    shapes = _constant(tuple(tuple(w.shape) for w in weights))
+    shapes = tuple([tuple(w.shape) for w in weights])
+    if torch.compiler.is_compiling():
+        shapes, dropout = _constant(shapes), _constant(dropout)
+        of_class = {option: _constant(value) for option, value in of_class.items()}
     rows, width = shapes[1]
     projected = name == "LSTM" and width * gates != rows
     count = (2 + 2 * bias + projected) * (2 if bidirectional else 1)  # of a layer
     sizes = tuple(shape[0] // gates for shape in shapes[1::count])
     configuration, weight_shapes, norm_shapes = _description(
         name, shapes[0][1], sizes[0] if len(set(sizes)) == 1 else sizes, len(sizes), bias, batch_first,
-        _constant(dropout), bidirectional, width if projected else 0, norms is not None,
-        tuple((option, _constant(value)) for option, value in of_class.items()),
+        dropout, bidirectional, width if projected else 0, norms is not None,
+        tuple(of_class.items()),
     )  # fmt: skip
     for what, given, expected in (("weights", weights, weight_shapes), ("norms", list(norms or ()), norm_shapes)):
         actual = [tuple(w.shape) for w in given]
         if actual != list(expected):
             raise ValueError(f"{name.lower()}: expected {what} of shapes {list(expected)}, got {actual}")
     spec = Spec(**dict(configuration), training=training, _flat_weights=weights, norms=list(norms or ()))
-    return call.run(spec, None, None, input, hx, resets, reset_state, lengths, return_state_sequence)
+    return call.run(spec, None, input, hx, resets, reset_state, lengths, return_state_sequence)
 
 
 def _constant(value: Any) -> Any:
     """A size, a rate, or a tuple of these; a compiler's symbols become constants, as a module's sizes are."""
     if isinstance(value, (tuple, list)):
         return tuple([_constant(v) for v in value])
-    if not torch.compiler.is_compiling() or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         return value
     from torch.fx.experimental.symbolic_shapes import guard_scalar  # slow to import
 
@@ -118,7 +121,9 @@ def _constant(value: Any) -> Any:
 
 _Shapes = tuple[tuple[int, ...], ...]
 _Description = tuple[tuple[tuple[str, Any], ...], _Shapes, _Shapes]
-_CONFIGURATION = tuple(f.name for f in fields(Spec) if f.name not in ("training", "backend", "_flat_weights", "norms"))
+_CONFIGURATION = tuple(
+    f.name for f in fields(Spec) if f.name not in ("training", "backend", "_flat_weights", "norms", "checks")
+)
 
 
 def _description(*arguments: Any) -> _Description:

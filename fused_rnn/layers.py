@@ -61,7 +61,10 @@ def stack(
         and for the LSTM c of every step ``[T, L*D, B, ...]`` or ``[N, L*D, ...]``.
     """
     run = layer if run is None else run
-    h_layers, c_layers = _by_layer(h0, widths, 0, num_layers), _by_layer(c0, widths, 1, num_layers)
+    h_layers: Sequence[Tensor | None] = (h0,)
+    c_layers: Sequence[Tensor | None] = (c0,)
+    if num_layers > 1:
+        h_layers, c_layers = _by_layer(h0, widths, 0, num_layers), _by_layer(c0, widths, 1, num_layers)
     h_n: list[Tensor] = []
     c_n: list[Any] = []
     steps: list[tuple[Tensor, ...]] = []
@@ -77,11 +80,13 @@ def stack(
         c_n.append(c)
         steps.append((x, *c_steps))
     dim = 0 if widths is None else -1
-    results = [x, _join(h_n, dim)]
+    results = [x, h_n[0] if num_layers == 1 else torch.cat(h_n, dim)]
     if cell == "lstm":
-        results.append(_join(c_n, dim))
+        results.append(c_n[0] if num_layers == 1 else torch.cat(c_n, dim))
     if sequences:
-        results += [_join([_by_direction(s, directions) for s in kind], dim or 1) for kind in zip(*steps, strict=True)]
+        results += [
+            torch.cat([_by_direction(s, directions) for s in kind], dim or 1) for kind in zip(*steps, strict=True)
+        ]
     return results
 
 
@@ -103,8 +108,8 @@ def _by_layer(
     state: Tensor | None, widths: Sequence[Sequence[int]] | None, which: int, num_layers: int
 ) -> Sequence[Tensor | None]:
     """``[..., D, B, size]`` of every layer."""
-    if state is None or num_layers == 1:
-        return (state,) * num_layers
+    if state is None:
+        return (None,) * num_layers
     return state.chunk(num_layers, -3) if widths is None else state.split(list(widths[which]), -1)
 
 
@@ -112,10 +117,6 @@ def _by_direction(sequence: Tensor, D: int) -> Tensor:
     """``[T, B, D*P]`` as ``[T, D, B, P]``, ``[N, D*P]`` as ``[N, D, P]``."""
     rows: Tensor = sequence.unflatten(-1, (D, -1))
     return rows.transpose(1, 2) if rows.dim() == 4 else rows
-
-
-def _join(states: list[Tensor], dim: int) -> Tensor:
-    return states[0] if len(states) == 1 else torch.cat(states, dim)
 
 
 def layer(

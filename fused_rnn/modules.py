@@ -88,7 +88,13 @@ class FusedRNNBase(TorchConvertible, Variants):
         if self._varied or not (
             resets is None and reset_state is None and lengths is None and return_state_sequence is False
         ):
-            return call.run(self.spec(), self._checks(), None if self._varied else self._torchs, input, hx, *keywords)
+            return call.run(
+                self.spec(),
+                None if self._varied else self._torchs,
+                input,
+                hx,
+                *keywords,
+            )
         if self._is_plain(input, 3, hx):
             h0, c0 = (None, None) if hx is None else hx if self.mode == "LSTM" else (hx, None)
             try:
@@ -106,9 +112,9 @@ class FusedRNNBase(TorchConvertible, Variants):
             except RuntimeError:  # a size or dtype does not fit: torch.nn says which
                 return super().forward(input, hx)
             return call.batch_major(y) if self.batch_first else y, tuple(hidden) if self.mode == "LSTM" else hidden[0]
-        if not policy.fusible(input.data if isinstance(input, PackedSequence) else input):
+        if "parametrizations" in self._modules and not policy.fusible(_data(input)):
             return self._torchs(input, hx)  # which reads the weights itself: a parametrised one may be random
-        return call.run(self.spec(), self._checks(), self._torchs, input, hx)
+        return call.run(self.spec(), self._torchs, input, hx)
 
     def step(
         self,
@@ -151,7 +157,7 @@ class FusedRNNBase(TorchConvertible, Variants):
             got = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D tensor"
             raise RuntimeError(f"{type(self).__name__}.step: expected input to be 1-D or 2-D, got {got}")
         if not (resets is None and reset_state is None and active is None and out is None):
-            return steps.run(self.spec(), self._checks(), input, hx, resets, reset_state, active, out)
+            return steps.run(self.spec(), input, hx, resets, reset_state, active, out)
         if not self._varied and self._is_plain(input, 2, hx):
             try:
                 y, *hidden = steps.plain(
@@ -179,15 +185,15 @@ class FusedRNNBase(TorchConvertible, Variants):
         True for a batch of CPU tensors with weights in place, if nothing observes torch's operations.
         """
         if (
-            policy.watched()
-            or torch.is_autocast_enabled("cpu")
-            or type(input) is not Tensor
+            type(input) not in policy.PLAIN_TYPES
             or not input.is_cpu
             or input.dim() != dim
             or input.dtype not in policy.ALWAYS_FUSED
             or self.backend == "torch"
             or not self._checks_are_torchs
             or type(self.bidirectional) is not bool
+            or torch.is_autocast_enabled("cpu")
+            or policy.watched()
         ):
             return False
         parameters: Any = self._parameters
@@ -209,41 +215,28 @@ class FusedRNNBase(TorchConvertible, Variants):
     @policy.runs_eagerly
     def spec(self) -> Spec:
         """This module's configuration and weights, as they are now."""
-        self._refresh_flat_weights()
-        spec = Spec(
+        parameters = self._parameters
+        for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=False):
+            if parameters.get(name) is not weight or weight is None:
+                self._update_flat_weights()  # torch.nn's, which costs a look-up of every attribute
+                break
+        norms = [getattr(self, name) for name, _ in self._norm_shapes()] if self._varied else ()
+        return Spec(
             type(self).__name__, self.mode, self.input_size, self.hidden_size, self.num_layers, self.bias,
             self.batch_first, self.dropout, self.bidirectional, getattr(self, "proj_size", 0), self.training,
-            self.backend, self._flat_weights,
+            self.backend, self._flat_weights, norms, *self._regularisation, None if self._checks_are_torchs else self,
         )  # fmt: skip
-        if self._varied:
-            zone_h, zone_c = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
-            spec.zoneout = (zone_h, zone_c if self.mode == "LSTM" else 0.0)
-            spec.norms = [getattr(self, name) for name, _ in self._norm_shapes()]
-            spec.recurrent_dropout, spec.weight_dropout = self.recurrent_dropout, self.weight_dropout
-            spec.recompute = self.recompute == "full"
-        return spec
-
-    @policy.runs_eagerly
-    def _checks(self) -> Any:
-        """The object with the argument checks: this module if its class overrides them; None for torch.nn's own."""
-        return None if self._checks_are_torchs else self
 
     @policy.runs_eagerly
     def _torchs(self, input: Any, hx: Any) -> Any:
         """torch.nn's own forward, or the specification under a transform for which torch.nn has no rule."""
-        dtype = (input.data if isinstance(input, PackedSequence) else input).dtype if policy.transformed() else None
-        if self.backend == "torch" or dtype is None or policy.torch_has_rule(self.mode.lower(), dtype):
+        if self.backend == "torch" or policy.torch_has_rule(self.mode.lower(), _data(input)):
             return super().forward(input, hx)
-        return call.run(self.spec(), self._checks(), None, input, hx)
+        return call.run(self.spec(), None, input, hx)
 
-    @policy.runs_eagerly
-    def _refresh_flat_weights(self) -> None:
-        # torch.nn's _update_flat_weights, without the cost of its attribute look-ups in the usual case.
-        parameters = self._parameters
-        for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=False):
-            if parameters.get(name) is not weight or weight is None:
-                self._update_flat_weights()
-                return
+
+def _data(input: Any) -> Any:
+    return input.data if isinstance(input, PackedSequence) else input
 
 
 @fx_leaf

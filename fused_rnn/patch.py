@@ -18,6 +18,7 @@ from torch.jit._builtins import _register_builtin
 from torch.nn.modules import rnn
 
 from fused_rnn import layers, policy
+from fused_rnn.tally import Tally
 
 
 @contextlib.contextmanager
@@ -41,6 +42,19 @@ def patched() -> Iterator[None]:
         _enter(-1)
 
 
+def patch_process(verbose: bool = False) -> None:
+    """Patches torch.nn until the process ends, in a process of ``python -m fused_rnn run``.
+
+    With `verbose`, the process reports at its end how many calls ran fused.
+    """
+    global _fused
+    if verbose:
+        tally = Tally()
+        tally.report_at_exit()
+        _fused = _build(tally)
+    _enter(1)
+
+
 _lock = threading.Lock()
 _depth = 0  # contexts that are open now, in any thread
 
@@ -49,7 +63,7 @@ def _enter(change: int) -> None:
     global _depth
     with _lock:
         _depth += change
-        rnn._VF = _FUSED if _depth else torch._VF  # type: ignore[attr-defined]  # imported there, not exported
+        rnn._VF = _fused if _depth else torch._VF  # type: ignore[attr-defined]  # imported there, not exported
 
 
 class _Functions(types.ModuleType):
@@ -59,9 +73,8 @@ class _Functions(types.ModuleType):
         return getattr(torch._VF, name)
 
 
-def _sequence(cell: str) -> Callable[..., Any]:
+def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """torch.lstm, torch.gru, torch.rnn_tanh or torch.rnn_relu, both overloads, on the fused kernels."""
-    original = getattr(torch._VF, cell)
 
     def padded(
         input: Any,
@@ -130,9 +143,8 @@ def _regular(cell: str, x: Any, states: Any, weights: Any, bidirectional: Any) -
     )
 
 
-def _cell(cell: str, name: str) -> Callable[..., Any]:
+def _cell(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell or torch.rnn_relu_cell on the fused kernels."""
-    original = getattr(torch._VF, name)
 
     @policy.runs_eagerly
     def fused(input: Any, hx: Any, *weights: Tensor | None) -> Any:
@@ -164,13 +176,33 @@ def _fits(cell: str, input: Any, states: Any, weights: Any) -> bool:
     )
 
 
-def _build() -> _Functions:
+def _counted(function: Callable[..., Any], count: Callable[[str], None], name: str) -> Callable[..., Any]:
+    """The function, which also counts its calls that return."""
+
+    @policy.runs_eagerly
+    def counted(*args: Any) -> Any:
+        result = function(*args)
+        if not torch.compiler.is_compiling():  # a graph cannot hold the counter
+            count(name)
+        return result
+
+    return counted
+
+
+def _build(tally: Tally | None = None) -> _Functions:
+    """The replacements of torch.nn's recurrent functions; they count their calls if there is a tally."""
     functions = _Functions("fused_rnn.patch._VF")
     for cell in ("rnn_tanh", "rnn_relu", "lstm", "gru"):
-        for name, fused in ((cell, _sequence(cell)), (f"{cell}_cell", _cell(cell, f"{cell}_cell"))):
+        kind = cell.split("_")[0].upper()  # torch.nn's name of the class
+        for name, replace, module in ((cell, _sequence, kind), (f"{cell}_cell", _cell, f"{kind}Cell")):
+            original = getattr(torch._VF, name)
+            if tally is None:
+                fused = replace(cell, original)
+            else:
+                fused = _counted(replace(cell, _counted(original, tally.hand_over, module)), tally.call, module)
             _register_builtin(fused, f"aten::{name}")
             setattr(functions, name, fused)
     return functions
 
 
-_FUSED = _build()
+_fused = _build()

@@ -104,6 +104,7 @@ def plan(
         directions=directions,
         backend=backend,
         differentiable=torch.is_grad_enabled() and requires_grad,
+        half=policy.autocast_dtype(device) if device.type == "cpu" else None,
         device=device,
         properties=properties,
     )

@@ -53,6 +53,7 @@ def choose(
     projected: bool = False,
     backend: str = "auto",
     differentiable: bool = False,
+    half: torch.dtype | None = None,
     device: torch.device = CPU,
     properties: cuda.Properties | None = None,
 ) -> Choice:
@@ -60,12 +61,13 @@ def choose(
 
     Args:
         cell: one of `fused_rnn.reference.CELLS`.
-        dtype: of the tensors; under autocast they are cast, and what counts is autocast's dtype.
+        dtype: of the tensors.
         T, B, I, H: time steps, rows, input and hidden size. A packed sequence counts as one row of all its steps.
         kind: "sequence", "packed", "step" for `step`, "cell" for a cell's forward.
         num_layers, directions, projected: of the module.
         backend: of the module: "auto", "fused" or "torch".
         differentiable: whether the call records a gradient.
+        half: autocast's dtype, or None outside of autocast.
         device: of the tensors.
         properties: of a CUDA device that is not in this machine; None means `device`'s own.
 
@@ -86,7 +88,6 @@ def choose(
         properties = cuda.device_properties(device) if properties is None else properties
         reason = cuda.why_cudnn(cell, dtype, T, B, I, H, num_layers, directions, properties)
         return Choice(reason is None, reason or "the weights stay on the chip")
-    half = autocast_dtype(device)
     trains_cell = kind == "cell" and differentiable and half is None
     if trains_cell and cell.startswith("rnn") and dtype in KERNEL_DTYPES and not deterministic():
         return Choice(False, "torch.nn's autograd node of an RNNCell costs less than ours")
@@ -178,12 +179,12 @@ def _function_mode_matters() -> bool:
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def torch_has_rule(cell: str, dtype: torch.dtype) -> bool:
+def torch_has_rule(cell: str, x: Any) -> bool:
     """Whether torch.nn computes under the functorch transforms and forward-mode derivatives in force.
 
     It has no rule for vmap in RNN, LSTM, GRU and LSTMCell, and none for forward mode in a float32 LSTM (oneDNN).
     """
-    if not transformed():
+    if not transformed() or not isinstance(x, Tensor):
         return True
     stack = torch._C._functorch.get_interpreter_stack() or []
     if any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack):
@@ -191,7 +192,7 @@ def torch_has_rule(cell: str, dtype: torch.dtype) -> bool:
     forward_mode = forward_ad._current_level >= 0 or any(
         level.key() == torch._C._functorch.TransformType.Jvp for level in stack
     )
-    return not (forward_mode and cell == "lstm" and dtype is torch.float32)
+    return not (forward_mode and cell == "lstm" and x.dtype is torch.float32)
 
 
 def runs_eagerly(function: _Function) -> _Function:

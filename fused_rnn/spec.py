@@ -29,6 +29,16 @@ class Spec:
         zoneout: rates of h and c.
         recurrent_dropout, weight_dropout: rates.
         recompute: whether backward recomputes forward instead of reading saved gates.
+        checks: the module, if its class overrides torch.nn's check_input, check_forward_args or permute_hidden. None
+            becomes this object, on which torch.nn's own run.
+        cell: the name in `fused_rnn.reference.CELLS`.
+        has_c: whether the state is a pair (h, c).
+        directions: 1 or 2.
+        side_by_side: whether the layers differ in size, so that their states lie side by side in the last dimension.
+        hidden_sizes: H of every layer.
+        state_widths: the sizes of h, and of c, in every layer.
+        has_rates: whether there is zoneout or recurrent dropout.
+        state_rows, state_sizes: the first dimension of a state, and the last dimension of each.
     """
 
     name: str
@@ -49,6 +59,25 @@ class Spec:
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
     recompute: bool = False
+    checks: Any = None
+
+    def __post_init__(self) -> None:
+        self.checks = self if self.checks is None else self.checks
+        size, layers = self.hidden_size, self.num_layers
+        self.cell = self.mode.lower()
+        self.has_c = self.mode == "LSTM"
+        self.directions = 2 if self.bidirectional else 1
+        self.side_by_side = type(size) is tuple
+        self.hidden_sizes: tuple[int, ...] = size if self.side_by_side else (size,) * layers
+        h_widths = (self.proj_size,) * layers if self.proj_size else self.hidden_sizes
+        self.state_widths = (h_widths, self.hidden_sizes) if self.has_c else (h_widths,)
+        self.has_rates = self.zoneout != (0.0, 0.0) or self.recurrent_dropout > 0
+        if self.side_by_side:
+            self.state_rows = self.directions
+            self.state_sizes: tuple[int, ...] = tuple([sum(widths) for widths in self.state_widths])
+        else:
+            self.state_rows = layers * self.directions
+            self.state_sizes = (self.proj_size or size, size) if self.has_c else (size,)
 
     check_input = RNNBase.check_input
     check_hidden_size = RNNBase.check_hidden_size
@@ -66,7 +95,7 @@ class Spec:
             check(self, input, hidden, batch_sizes)
             return
         self.check_input(input, batch_sizes)  # type: ignore[misc]  # torch.nn's, on our attributes
-        batch = self.batch(input, batch_sizes)
+        batch = int(batch_sizes[0]) if batch_sizes is not None else input.size(0 if self.batch_first else 1)
         for state, size in zip(self.states(hidden) or (), self.state_sizes, strict=True):
             self.check_hidden_size(state, (self.state_rows, batch, size))  # type: ignore[misc]
 
@@ -75,58 +104,6 @@ class Spec:
         if permutation is None:
             return hx
         return self.pack([state.index_select(1, permutation) for state in self.states(hx) or ()])
-
-    @property
-    def cell(self) -> str:
-        """The name in `fused_rnn.reference.CELLS`."""
-        return self.mode.lower()
-
-    @property
-    def has_c(self) -> bool:
-        """Whether the state is a pair (h, c)."""
-        return self.mode == "LSTM"
-
-    @property
-    def directions(self) -> int:
-        """1 or 2."""
-        return 2 if self.bidirectional else 1
-
-    @property
-    def side_by_side(self) -> bool:
-        """Whether the layers differ in size, so that their states lie side by side in the last dimension."""
-        return isinstance(self.hidden_size, tuple)
-
-    @property
-    def hidden_sizes(self) -> tuple[int, ...]:
-        """H of every layer."""
-        return self.hidden_size if self.side_by_side else (self.hidden_size,) * self.num_layers
-
-    @property
-    def state_rows(self) -> int:
-        """The first dimension of a state."""
-        return (1 if self.side_by_side else self.num_layers) * self.directions
-
-    @property
-    def state_widths(self) -> tuple[tuple[int, ...], ...]:
-        """The sizes of h, and of c, in every layer."""
-        of_h = (self.proj_size,) * self.num_layers if self.proj_size else self.hidden_sizes
-        return (of_h, self.hidden_sizes) if self.has_c else (of_h,)
-
-    @property
-    def state_sizes(self) -> tuple[int, ...]:
-        """The last dimension of each state."""
-        return tuple(sum(widths) if self.side_by_side else widths[0] for widths in self.state_widths)
-
-    @property
-    def output_size(self) -> int:
-        """The last dimension of the output."""
-        return self.directions * self.state_widths[0][-1]
-
-    def batch(self, input: Tensor, batch_sizes: Tensor | None) -> int:
-        """The number of rows of ``[T, B, I]``, ``[B, T, I]`` or a packed input."""
-        if batch_sizes is not None:
-            return int(batch_sizes[0])
-        return input.size(0 if self.batch_first else 1)
 
     def states(self, hx: Any) -> tuple[Any, ...] | None:
         """hx as a tuple of tensors, empty without hx; None if hx has another structure."""
@@ -140,10 +117,8 @@ class Spec:
         """The inverse of `states`: a tensor, or a pair for the LSTM."""
         return tuple(states) if self.has_c else states[0]
 
-    def drawn_weights(self) -> Sequence[Tensor]:
-        """The weights of one call: with weight dropout in training, masked recurrent weights."""
-        if not (self.training and self.weight_dropout > 0):
-            return self._flat_weights
+    def dropped_weights(self) -> Sequence[Tensor]:
+        """The weights of one call with weight dropout: the recurrent weights are masked."""
         count = len(self._flat_weights) // (self.num_layers * self.directions)
         return [
             torch.dropout(weight, self.weight_dropout, True) if index % count == 1 else weight
@@ -151,10 +126,10 @@ class Spec:
         ]
 
     def layer_norms(self) -> list[tuple[Tensor, ...]]:
-        """Of every layer, the gains ``ih, hh[, c, c_bias]``, each with a first dimension D; empty without."""
+        """The gains ``ih, hh[, c, c_bias]`` of every layer, each with a first dimension D."""
         D, count = self.directions, len(self.norms) // (self.num_layers * self.directions)
         layers = []
-        for first in range(0, len(self.norms), (count or 1) * D):
+        for first in range(0, len(self.norms), count * D):
             of_layer = self.norms[first : first + count * D]
             layers.append(tuple(torch.stack(list(of_layer[kind::count])) for kind in range(count)))
         return layers

@@ -56,7 +56,6 @@ def plain(
 @policy.runs_eagerly
 def run(
     spec: Spec,
-    checks: Any,
     input: Tensor,
     hx: Any,
     resets: Tensor | None,
@@ -64,7 +63,7 @@ def run(
     active: Tensor | None,
     out: Any,
 ) -> tuple[Tensor, Any]:
-    """Compute `fused_rnn.LSTM.step` with any of its keyword arguments; `checks` as in `fused_rnn.call.run`."""
+    """Compute `fused_rnn.LSTM.step` with any of its keyword arguments."""
     name = f"{spec.name}.step"
     states, fresh = _given(spec, name, "hx", hx), _given(spec, name, "reset_state", reset_state)
     results = () if out is None else _given_results(spec, name, out)
@@ -92,7 +91,7 @@ def run(
         tensors = _in_place(spec, input, states, resets, fresh, active, into)
         increment_version(results)
     else:
-        tensors = _as_sequence(spec, checks, input, states, resets, fresh, active)
+        tensors = _as_sequence(spec, input, states, resets, fresh, active)
         if results:
             _copy(name, tensors, into)
     if results:
@@ -189,7 +188,6 @@ def _in_place(
 
 def _as_sequence(
     spec: Spec,
-    checks: Any,
     x: Tensor,
     states: Sequence[Tensor],
     resets: Tensor | None,
@@ -200,7 +198,6 @@ def _as_sequence(
     time_dim = 1 if spec.batch_first else 0
     y, hidden = call.run(
         spec,
-        checks,
         None,
         x.unsqueeze(time_dim),
         spec.pack(states) if states else None,

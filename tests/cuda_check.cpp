@@ -1,10 +1,10 @@
-// Checks the CUDA kernels, run by the emulator, against a plain loop in double precision; without torch, without a GPU.
+// Checks the CUDA kernels against a plain loop in double precision. The emulator runs them, without a GPU and torch.
 //
 //   cuda_check [--cell NAME] [--element bf16|fp16|tf32] [--seeds N] [--quick]
 //
-// Without -DCHECK_CELL and -DCHECK_ELEMENT all instances are checked, those of the .cu files; with them only a few of
-// one cell and element, compiled here: so that a program with a fault put in is built in seconds.
-// Exits with 1 at the first case that fails, having printed what.
+// By default it checks all instances, which are compiled in the .cu files. With -DCHECK_CELL and -DCHECK_ELEMENT it
+// compiles a few instances of one cell and element itself and checks those, so that a mutant is built in seconds. At
+// the first case that fails, prints the failure and exits with 1.
 
 #include "cuda_check.h"
 
@@ -26,10 +26,10 @@ namespace {
 
 constexpr uint64_t kPatience = 10'000'000'000;
 
-// ---- What is checked ------------------------------------------------------------------------------------------------
+// ---- Cases ----------------------------------------------------------------------------------------------------------
 
-// Instances of --quick: alone, and through L2 with one and with several tiles of rows, one and several warps of units;
-// and a cluster. They can be given to the compiler instead.
+// The instances of --quick: one block, exchange through L2 with one and with several tiles of rows and warps of units,
+// and a cluster. -DCHECK_INSTANCES replaces them.
 #if defined(CHECK_INSTANCES)
 constexpr bool kAllMechanisms = false;
 #else
@@ -41,9 +41,9 @@ constexpr bool kAllMechanisms = true;
   X(kThroughCluster, 1, 8, 1)
 #endif
 
-// Batch: `tiles_of_rows` whole tiles and some rows; `teams` and `tiles` are what the device has room for.
-// instances: 'a'lone, 'o'ne and 't'wo or more warps of units, 'r': only without more tiles of rows than one.
-// flags: Layer's, and 'q'uick.
+// The batch has `tiles_of_rows` whole tiles and `rows` more rows; the device has room for `teams` and `tiles`.
+// instances: 'a': kAlone; 'o': one warp of units; 't': two or more warps of units; 'r': only instances with row_tiles
+// = 1. flags: as in Layer, and 'q': included in --quick.
 struct Case {
   int64_t H, T;
   int directions, teams, tiles;
@@ -54,9 +54,9 @@ struct Case {
     const char kind = i.exchange == Exchange::kAlone ? 'a' : i.unit_warps == 1 ? 'o' : 't';
     return std::strchr(instances, kind) && (i.row_tiles == 1 || !std::strchr(instances, 'r'));
   }
-  // A cluster has 2 to 8 parts: there, those of H that are too many are left out, or one is added.
+  // H, adjusted for clusters, which have 2 to 8 parts.
   int64_t units(const Instance& i) const {
-    const int64_t parts = (H + i.units() - 1) / i.units(), most = kMostOfCluster;
+    const int64_t parts = (H + i.units() - 1) / i.units(), most = kMaxClusterBlocks;
     if (i.exchange != Exchange::kThroughCluster) return H;
     return parts < 2 ? H + i.units() : H - std::max<int64_t>(0, parts - most) * i.units();
   }
@@ -146,7 +146,7 @@ Problem problem(const Layer& l, int instance, bool backward) {
   return {l.cell.kind, l.element, l.B, static_cast<int>(l.H), static_cast<int>(l.D), backward, instance};
 }
 
-// How a launch came about: the check must have seen each.
+// The mechanisms of a launch. The cases must cover each of them.
 enum { kAloneOnChip, kCluster, kParts, kTeams, kTiles, kEmptyTile, kLaunches, kSharedColumns, kMechanisms };
 const char* const kMechanismNames[] = {
     "a block alone", "a cluster",           "several parts",    "several teams",
@@ -163,8 +163,8 @@ void count_mechanisms(const Layer& l, const Plan& p, bool backward) {
   reached[kSharedColumns] += product(l, backward).shared_pairs(p.instance.depth_warps) > 0;
 }
 
-// The planner's way on a device with room for exactly so many teams and tiles. Of clusters there is always room for
-// two or more: then fewer are taken.
+// The planner's plan for a device that has room for exactly these teams and tiles. A device always has room for two or
+// more clusters; if that is too many, the plan is reduced afterwards.
 Plan planned(const Layer& l, int instance, int teams, int tiles, bool backward) {
   const Instance& in = kAllInstances[instance];
   const int parts = static_cast<int>((l.H + in.units() - 1) / in.units()), all_teams = static_cast<int>(l.D) * teams;
@@ -172,19 +172,19 @@ Plan planned(const Layer& l, int instance, int teams, int tiles, bool backward) 
   Device device = current_device();
   device.sms = cluster ? 16 * ((all_teams + 16 / parts - 1) / (16 / parts)) : all_teams * parts;
   device.shared_bytes = Layout(in, product(l, backward), tiles).total;
-  std::optional<Plan> found = plan(problem(l, instance, backward), device);
-  require(found.has_value(), "no plan");
-  if (cluster && found->division.teams > teams) {
-    const int64_t all_tiles = (l.B + in.rows() - 1) / in.rows(), wanted = (all_tiles + teams - 1) / teams;
-    found->division.teams = teams, found->division.tiles = static_cast<int>(std::min<int64_t>(tiles, wanted));
-    found->rows = static_cast<int64_t>(teams) * found->division.tiles * in.rows();
-    found->shared_bytes = Layout(in, product(l, backward), found->division.tiles).total;
+  std::optional<Plan> result = plan(problem(l, instance, backward), device);
+  require(result.has_value(), "no plan");
+  if (cluster && result->division.teams > teams) {
+    const int64_t all_tiles = (l.B + in.rows() - 1) / in.rows(), needed_tiles = (all_tiles + teams - 1) / teams;
+    result->division.teams = teams, result->division.tiles = static_cast<int>(std::min<int64_t>(tiles, needed_tiles));
+    result->rows = static_cast<int64_t>(teams) * result->division.tiles * in.rows();
+    result->shared_bytes = Layout(in, product(l, backward), result->division.tiles).total;
   }
-  count_mechanisms(l, *found, backward);
-  return *found;
+  count_mechanisms(l, *result, backward);
+  return *result;
 }
 
-// Of a device that has no more than the plan counts on.
+// Also sets the current device to one that has no more resources than the plan needs.
 Sequence sequence(const Layer& l, const Plan& plan, uint64_t patience) {
   Device device = current_device();
   device.sms = plan.blocks(static_cast<int>(l.D)), device.shared_bytes = plan.shared_bytes;
@@ -201,15 +201,15 @@ void forward_pass(const Layer& l, Inputs& in, Results& out, const Plan& plan, bo
   ForwardParams params{sequence(l, plan, patience), {}};
   for (int d = 0; d < l.D; ++d) {
     ForwardDirection& p = params.direction[d];
-    Buffer *const i = in[d], *const o = out.of[d];
+    Buffer *const i = in[d], *const o = out.outputs[d];
     p.x_gates = i[kX].data(), p.w_hh = i[kW].data(), p.b_ih = i[kBih].data(), p.b_hh = i[kBhh].data();
     p.h0 = i[kH0].data(), p.c0 = i[kC0].data(), p.h_n = o[kHn].data(), p.c_n = o[kCn].data();
-    p.y = out.of[0][kY].data(d * l.H), p.y_stride = l.D * l.H;
+    p.y = out.outputs[0][kY].data(d * l.H), p.y_stride = l.D * l.H;
     p.reset = {i[kResetH].data(), i[kResetC].data(), l.reset_states > 1 ? l.B * l.H : 0};
     p.drop_h = i[kDrop].data();
     p.zone_h = {in[0][kZoneH].data(d * l.H), l.zone_stride()},
     p.zone_c = {in[0][kZoneC].data(d * l.H), l.zone_stride()};
-    p.c_sequence = out.of[0][kCs].data(d * l.H);
+    p.c_sequence = out.outputs[0][kCs].data(d * l.H);
     p.h_prev = train || plan.instance.exchange == Exchange::kThroughL2 ? o[kHPrev].data() : nullptr;
     p.saved = train ? o[kSaved].data() : nullptr;
     p.state_prev = train ? static_cast<float*>(o[kStatePrev].data()) : nullptr;
@@ -221,7 +221,7 @@ void backward_pass(const Layer& l, Inputs& in, Results& out, const Plan& plan, u
   BackwardParams params{sequence(l, plan, patience), {}};
   for (int d = 0; d < l.D; ++d) {
     BackwardDirection& p = params.direction[d];
-    Buffer *const i = in[d], *const o = out.of[d];
+    Buffer *const i = in[d], *const o = out.outputs[d];
     p.w_hh_t = i[kWt].data(), p.h_prev = o[kHPrev].data(), p.saved = o[kSaved].data();
     p.state_prev = static_cast<const float*>(o[kStatePrev].data());
     p.dy = in[0][kDy].data(d * l.H), p.dy_stride = l.D * l.H, p.dh_n = i[kDhN].data(), p.dc_n = i[kDcN].data();
@@ -241,23 +241,24 @@ struct Largest {
   double error = 0;
   std::string where = "nowhere";
 };
-Largest largest[3];  // of each element, relative to the tolerance
+Largest largest[3];  // for each element type, relative to the tolerance
 
-// A value is rounded when it is stored, and may have been rounded the other way when it was exchanged.
+// One unit in the last place: a value is rounded when it is stored, and one that was exchanged before may have been
+// rounded in the other direction.
 double tolerance(Element e) { return e == Element::kBf16 ? 0x1p-7 : 0x1p-10; }
 
-void compare(const Layer& l, const std::string& what, const Buffer& found, const Values& expected) {
+void compare(const Layer& l, const std::string& what, const Buffer& actual, const Values& expected) {
   double magnitude = 0;
   for (double v : expected) magnitude = std::isfinite(v) ? std::max(magnitude, std::abs(v)) : magnitude;
-  for (int64_t i = 0; i < found.size(); ++i) {
+  for (int64_t i = 0; i < actual.size(); ++i) {
     const std::string where = what + " at " + std::to_string(i);
     if (expected[i] == kUntouched) {
-      require(found.is_untouched(i), where + ": written");
+      require(actual.is_untouched(i), where + ": written");
     } else if (std::isnan(expected[i])) {
-      require(std::isnan(found[i]), where + ": " + std::to_string(found[i]) + " instead of NaN");
+      require(std::isnan(actual[i]), where + ": " + std::to_string(actual[i]) + " instead of NaN");
     } else {
-      const double error = std::abs(found[i] - expected[i]), limit = tolerance(l.element) * magnitude;
-      require(error <= limit, where + ": " + std::to_string(found[i]) + ", not " + std::to_string(expected[i]));
+      const double error = std::abs(actual[i] - expected[i]), limit = tolerance(l.element) * magnitude;
+      require(error <= limit, where + ": " + std::to_string(actual[i]) + ", not " + std::to_string(expected[i]));
       Largest& most = largest[static_cast<int>(l.element)];
       if (limit > 0 && error / limit > most.error) most = {error / limit, what};
     }
@@ -274,8 +275,8 @@ void each_output(const Layer& l, const F& f) {
 void check_memory(const Layer& l, const Results& out, Inputs& in, const Inputs& before) {
   require(*error_word() == 0, "a block has waited in vain");
   each_output(l, [&](int d, int k, const std::string& name) {
-    require(out.of[d][k].guards_hold(), name + ": written beyond its memory");
-    require((k != kHPrev && k != kDgates) || !out.of[d][k].holds_sentinel(), name + ": not all is published");
+    require(out.outputs[d][k].guards_hold(), name + ": written beyond its memory");
+    require((k != kHPrev && k != kDgates) || !out.outputs[d][k].holds_sentinel(), name + ": not all is published");
   });
   for (int i = 0; i < 2 * kInputs; ++i) {
     require(!(in[i / kInputs][i % kInputs] != before[i / kInputs][i % kInputs]), "an operand has changed");
@@ -297,8 +298,9 @@ void check(const Layer& l, const Plan& forward, const Plan& backward, int seeds)
     backward_pass(l, in, out, backward, kPatience);
     check_memory(l, out, in, before);
     each_output(l, [&](int d, int k, const std::string& name) {
-      if (seed == 0) return compare(l, name, out.of[d][k], expected[d][k]);
-      require(!(out.of[d][k] != first.of[d][k]), name + " depends on the schedule, seed " + std::to_string(seed));
+      if (seed == 0) return compare(l, name, out.outputs[d][k], expected[d][k]);
+      require(!(out.outputs[d][k] != first.outputs[d][k]),
+              name + " depends on the schedule, seed " + std::to_string(seed));
     });
     if (seed == 0) first = out;
   }
@@ -307,16 +309,17 @@ void check(const Layer& l, const Plan& forward, const Plan& backward, int seeds)
   require(*error_word() == 0, "inference: a block has waited in vain");
   each_output(l, [&](int d, int k, const std::string& name) {
     if (k > kCn) return;
-    require(!(inference.of[d][k] != first.of[d][k]), name + " is another in inference");
+    require(!(inference.outputs[d][k] != first.outputs[d][k]), name + " is another in inference");
   });
 }
 
 // ---- The watchdog ---------------------------------------------------------------------------------------------------
 
-void require_gone(const Buffer& found, int64_t H, int64_t units, const std::string& what) {
-  for (int64_t i = 0; i < found.size(); ++i) {
-    if (i % H < units) require(std::isnan(found[i]), what + " is not NaN although a part was missing");
-    if (i % H >= units) require(found.is_untouched(i), what + " of a part that is missing");
+// Requires NaN in the units that were computed without the missing part, and no writes to those of the missing part.
+void require_nan(const Buffer& actual, int64_t H, int64_t units, const std::string& what) {
+  for (int64_t i = 0; i < actual.size(); ++i) {
+    if (i % H < units) require(std::isnan(actual[i]), what + " is not NaN although a part was missing");
+    if (i % H >= units) require(actual.is_untouched(i), what + " of a part that is missing");
   }
 }
 
@@ -326,7 +329,8 @@ uint64_t emulated_time() {
   return time;
 }
 
-// A part's block is missing: the others must give up, once and for all steps, say so, and leave NaN.
+// Launches without the block of one part. The other blocks must time out once, not at every step, set the error flag
+// and store NaN.
 void check_missing_part(const CellInfo& cell, Element element, int instance) {
   const Layer l(cell, element, 12, 2, 2 * kAllInstances[instance].units() + 5, 1, "bsd");
   Inputs in;
@@ -343,20 +347,20 @@ void check_missing_part(const CellInfo& cell, Element element, int instance) {
   Results out(l);
   const uint64_t start = emulated_time();
   forward_pass(l, in, out, forward, true, patience);
-  const uint64_t rounds = (emulated_time() - start) / round;  // the clock is looked at every 64 turns
+  const uint64_t rounds = (emulated_time() - start) / round;  // the watchdog reads the clock every 64 turns
   require(rounds < 1000, "giving up took " + std::to_string(rounds) + " rounds");
   require(*error_word() == 1, "forward has not noticed that a part is missing");
-  require_gone(out.of[0][kY], l.H, units, "y");
-  require_gone(out.of[0][kHn], l.H, units, "h_n");
+  require_nan(out.outputs[0][kY], l.H, units, "y");
+  require_nan(out.outputs[0][kHn], l.H, units, "h_n");
   *error_word() = 0;
   backward_pass(l, in, whole, backward, patience);
   require(*error_word() == 1, "backward has not noticed that a part is missing");
-  require_gone(whole.of[0][kDh0], l.H, units, "dh0");
+  require_nan(whole.outputs[0][kDh0], l.H, units, "dh0");
   *error_word() = 0;
   set_nanoseconds_per_round(1000);
 }
 
-// Many short waits, together far longer than the patience, are none in vain.
+// Many short waits must not time out, although together they are much longer than the timeout.
 void check_short_waits(const CellInfo& cell, Element element, int instance) {
   const Layer l(cell, element, 150, 1, kAllInstances[instance].units() + 1, 1, "sd");
   Inputs in;
@@ -369,7 +373,7 @@ void check_short_waits(const CellInfo& cell, Element element, int instance) {
 
 // ---- The program ----------------------------------------------------------------------------------------------------
 
-// What a real device, an H200, would run.
+// The plan for a real device, an H200.
 void check_own_choice(const CellInfo& cell, Element element, const Device& device, int seeds) {
   const Layer l(cell, element, 2, 20, 40, 2, "bsd");
   const std::optional<Plan> forward = plan(problem(l, -1, false), device),
@@ -382,7 +386,7 @@ struct Options {
   std::string cell = "all", element = "all";
   int seeds = 2;
   bool quick = false;
-  Device device = current_device();  // as it is before a case has made it smaller
+  Device device = current_device();  // before a case sets a smaller one
 };
 
 std::string text(const Instance& i) {
@@ -392,7 +396,7 @@ std::string text(const Instance& i) {
          std::to_string(i.unit_warps) + "x" + std::to_string(i.depth_warps) + "x" + std::to_string(i.row_tiles);
 }
 
-// Calls f(), which throws if something is wrong.
+// Calls f() and adds the name of the case to the message of its exception.
 template <class F>
 void named(const std::string& what, const F& f) {
   try {
@@ -402,7 +406,7 @@ void named(const std::string& what, const F& f) {
   }
 }
 
-// All cases of one cell and element; returns how many.
+// Checks all cases of one cell and element; returns their number.
 int check_all(const CellInfo& cell, Element element, const Options& options) {
   const bool few = options.quick || kFewInstances;
   const std::string prefix = std::string(cell.name) + " " + kElementNames[static_cast<int>(element)] + " ";
@@ -458,7 +462,7 @@ int run(const Options& options) {
       }
     }
     require(cases > 0, "nothing to check");
-    for (int i = 0; i < kMechanisms; ++i) {  // other cells need larger layers for all
+    for (int i = 0; i < kMechanisms; ++i) {  // other cells cannot reach all of them with these sizes
       require(reached[i] > 0 || !lstm || !kAllMechanisms, std::string("no case has ") + kMechanismNames[i]);
     }
   } catch (const std::exception& error) {

@@ -1,8 +1,8 @@
-// What cuda_check.cpp compares the CUDA kernels with: a layer's operands in guarded memory and a plain loop in double
-// precision.
+// The reference of cuda_check.cpp: the operands of a layer in guarded memory, and a plain loop in double precision.
 //
-// The reference rounds where the contract (csrc/cuda/params.h) has values stored or exchanged, so that little more than
-// float32's errors remains between it and the kernels. It knows nothing of tiles, parts, warps or launches.
+// The reference rounds values where the contract (csrc/cuda/params.h) says that they are stored or exchanged, so that
+// its results differ from the kernels' by little more than float32's rounding errors. It does not use tiles, parts,
+// warps or launches.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,8 @@ namespace check {
 
 using Values = std::vector<double>;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-constexpr double kUntouched = std::numeric_limits<double>::infinity();  // expected: what was there before
+constexpr double kUntouched =
+    std::numeric_limits<double>::infinity();  // expected value of elements that a kernel must not write
 
 // ---- Numbers and memory ---------------------------------------------------------------------------------------------
 
@@ -34,8 +35,8 @@ inline double as_exchanged(Element e, double v) {
   return e == Element::kTf32 ? math::bits<float>(tf32_bits(static_cast<float>(v))) : as_stored(e, v);
 }
 
-// Elements as a kernel sees them, all `fill` (a NaN) at first, between guards: or, under the address sanitizer, of
-// exact size. An empty one is null.
+// An array of elements for a kernel, filled with `fill` (a NaN) and surrounded by guards. Under the address sanitizer
+// it has no guards, so that the sanitizer reports any access outside. The pointer of an empty one is null.
 class Buffer {
  public:
   static constexpr uint16_t kPoison = 0x7fa5, kOnes = 0xffff;
@@ -95,13 +96,14 @@ class Buffer {
   std::vector<uint16_t> halves_;
 };
 
-inline Values values(const Buffer& buffer, int64_t begin, int64_t count) {  // zeros where nothing is given
+// `count` elements from `begin` on; zeros if the buffer is empty.
+inline Values values(const Buffer& buffer, int64_t begin, int64_t count) {
   Values v(count);
   for (int64_t i = 0; i < count && buffer.size() > 0; ++i) v[i] = buffer[begin + i];
   return v;
 }
 
-// ---- A layer, what it is given, what it gives -----------------------------------------------------------------------
+// ---- A layer, its inputs and its outputs ----------------------------------------------------------------------------
 
 enum { kX, kW, kWt, kBih, kBhh, kH0, kC0, kResetH, kResetC, kDhN, kDcN, kDy, kDcs, kDrop, kZoneH, kZoneC, kInputs };
 enum { kY, kCs, kHn, kCn, kHPrev, kSaved, kStatePrev, kDgates, kDh0, kDc0, kDresetH, kDresetC, kOutputs };
@@ -120,14 +122,14 @@ struct Layer {
   Element element;
   int64_t T, B, H, Hp, D;
   bool biases, states, with_dy, with_cs, nan, drops;
-  int64_t zone_rows;     // of zoneout's shares, 0: without
-  int64_t reset_states;  // 0: none are given, 1: the same at every step, T: of each step
+  int64_t zone_rows;     // rows of the zoneout factors; 0: no zoneout
+  int64_t reset_states;  // how many reset states are given; 0: zeros, 1: the same at every step, T: one for each step
   std::vector<int32_t> lengths;
-  std::vector<uint8_t> resets;  // behind the last step there is none: who looks there finds ones
+  std::vector<uint8_t> resets;  // [T, B], then ones, so that a kernel that reads a reset beyond the last step fails
 
-  // flags: 'b'iases, 's'tates given and their gradients wanted, 'd'y given, 'c' of every step wanted and its gradient
-  // given, 'l'engths, 'n'aN in one row, resets to 'z'eros, to the same states at 'e'very step, to those 'p'er step,
-  // recurrent dropout and zoneout with 'm'asks, zoneout with a 'v'ector for all rows.
+  // flags: 'b': biases; 's': initial states, and their gradients; 'd': dy; 'c': c of every step, and its gradient; 'l':
+  // lengths; 'n': NaN in one row; resets to zeros ('z'), to the same states at every step ('e') or to states per step
+  // ('p'); 'm': recurrent dropout and zoneout with masks; 'v': zoneout with one vector for all rows.
   Layer(const CellInfo& cell_, Element element_, int64_t T_, int64_t B_, int64_t H_, int directions,
         const std::string& flags)
       : cell(cell_), element(element_), T(T_), B(B_), H(H_), Hp(padded(static_cast<int>(H), element)), D(directions) {
@@ -136,8 +138,8 @@ struct Layer {
     drops = has('m'), zone_rows = has('m') ? T * B : has('v');
     reset_states = has('p') ? T : has('e');
     for (int64_t b = 0; has('l') && b < B; ++b) {
-      const int64_t of_row[] = {T, 0, T - 1, T / 2};
-      lengths.push_back(static_cast<int32_t>(of_row[b % 4]));
+      const int64_t pattern[] = {T, 0, T - 1, T / 2};
+      lengths.push_back(static_cast<int32_t>(pattern[b % 4]));
     }
     std::mt19937 random(2);
     for (int64_t i = 0; (has('z') || reset_states > 0) && i < T * B; ++i) resets.push_back(random() % 10 < 3);
@@ -149,7 +151,7 @@ struct Layer {
   bool border(int64_t t, int64_t b) const {
     return !resets.empty() && t > 0 && t < T && active(t, b) && resets[t * B + b] != 0;
   }
-  // Whether it replaces the states that step t of direction d consumes.
+  // Whether the states before step t of direction d are replaced.
   bool begins(int d, int64_t t, int64_t b) const { return border(d == 0 ? t : t + 1, b); }
   int64_t zone_stride() const { return zone_rows > 1 ? D * H : 0; }
   bool keeps_state() const { return cell.has_c || (cell.uses_h && drops); }
@@ -190,35 +192,36 @@ struct Layer {
   }
   int64_t output_size(int i) const {
     const int64_t c = cell.has_c, state = B * H, dreset = reset_states > 0 ? T * state : 0;
-    const int64_t of[] = {T * state * D,
-                          with_cs * T * state * D,
-                          state,
-                          c * state,
-                          T * B * Hp,
-                          T * state * cell.saved,
-                          keeps_state() * T * state,
-                          T * B * cell.grads * Hp,
-                          states * state,
-                          states * c * state,
-                          dreset,
-                          c * dreset};
-    return of[i];
+    const int64_t sizes[] = {T * state * D,
+                             with_cs * T * state * D,
+                             state,
+                             c * state,
+                             T * B * Hp,
+                             T * state * cell.saved,
+                             keeps_state() * T * state,
+                             T * B * cell.grads * Hp,
+                             states * state,
+                             states * c * state,
+                             dreset,
+                             c * dreset};
+    return sizes[i];
   }
 };
 
-// The first direction's y, c_sequence and their gradients are both's.
+// The y, c_sequence and their gradients of both directions are in one buffer, that of the first direction.
 using Inputs = Buffer[2][kInputs];
 using Expected = Values[2][kOutputs];
-inline bool of_both(int output) { return output == kY || output == kCs; }
+inline bool is_shared(int output) { return output == kY || output == kCs; }
 struct Results {
-  Buffer of[2][kOutputs];
+  Buffer outputs[2][kOutputs];
 
   explicit Results(const Layer& l) {
     for (int i = 0; i < 2 * kOutputs; ++i) {
       const int d = i / kOutputs, k = i % kOutputs;
       const bool exchanged = k == kHPrev || k == kDgates;
-      of[d][k] = Buffer(k == kStatePrev ? Element::kTf32 : l.element, d < (of_both(k) ? 1 : l.D) ? l.output_size(k) : 0,
-                        exchanged ? Buffer::kOnes : Buffer::kPoison);
+      outputs[d][k] =
+          Buffer(k == kStatePrev ? Element::kTf32 : l.element, d < (is_shared(k) ? 1 : l.D) ? l.output_size(k) : 0,
+                 exchanged ? Buffer::kOnes : Buffer::kPoison);
     }
   }
 };
@@ -244,13 +247,14 @@ inline void draw(const Layer& l, Inputs& in) {
       in[d][kWt].set((from * l.cell.gates + gate) * l.Hp + to, in[d][kW][(gate * l.H + to) * l.Hp + from]);
     }
     if (!l.nan) continue;
-    // All bits set, as no kernel may publish it: in a whole word, on a way to h that changes neither sign nor payload.
+    // NaNs with all bits set (kNotReady), in two neighbouring units and in a gate through which they reach h with sign
+    // and payload unchanged. The kernels must not publish them as they are.
     const int64_t t = 1, b = l.B > 4 ? 4 : 0, gate = l.cell.gates == 1 ? 0 : 2;
     for (int64_t unit = 2; unit < 4; ++unit) in[d][kX].set_ones(((t * l.B + b) * l.cell.gates + gate) * l.H + unit);
   }
 }
 
-// The share of the new state; 1 without zoneout.
+// The zoneout factor of the new state; 1 without zoneout.
 inline double share(const Layer& l, const Inputs& in, int kind, int64_t row, int d, int64_t unit) {
   const Buffer& zone = in[0][kind];
   return zone.size() == 0 ? 1 : zone[row * l.zone_stride() + d * l.H + unit];
@@ -280,10 +284,10 @@ void expect_forward(const Layer& l, const Inputs& in, int d, Expected& out) {
       for (int64_t unit = 0; unit < H && l.active(t, b); ++unit) {
         double x[G], r[G], saved[C::kSaved];
         for (int gate = 0; gate < G; ++gate) {
-          const int64_t of = gate * H + unit;
-          x[gate] = in[d][kX][row * G * H + of] + b_ih[of];
-          r[gate] = b_hh[of];
-          for (int64_t k = 0; k < H; ++k) r[gate] += w[of * l.Hp + k] * operand[k];
+          const int64_t gate_row = gate * H + unit;
+          x[gate] = in[d][kX][row * G * H + gate_row] + b_ih[gate_row];
+          r[gate] = b_hh[gate_row];
+          for (int64_t k = 0; k < H; ++k) r[gate] += w[gate_row * l.Hp + k] * operand[k];
         }
         const double h_prev = h[unit], c_prev = c[unit];
         if (l.keeps_state()) out[d][kStatePrev][row * H + unit] = C::kHasC ? c_prev : h_prev;
@@ -347,7 +351,7 @@ void expect_backward(const Layer& l, const Inputs& in, int d, Expected& out) {
 
 inline void expect(const Layer& l, const Inputs& in, Expected& out) {
   for (int d = 0; d < l.D; ++d) {
-    for (int k = 0; k < kOutputs; ++k) {  // what rows that have ended leave, and padding
+    for (int k = 0; k < kOutputs; ++k) {  // the values of padding and of rows that have ended
       const bool untouched = k == kSaved || k == kStatePrev || k == kDresetH || k == kDresetC;
       out[d][k].assign(l.output_size(k), untouched ? kUntouched : 0);
     }

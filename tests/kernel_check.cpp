@@ -1,12 +1,14 @@
-// Checks the kernel tables against a plain reference in double precision, without torch or Python: so that the kernels
-// can also run under the thread sanitizer, which knows nothing of libgomp, and on another processor in an emulator.
+// Checks the CPU kernel tables against a plain reference in double precision. It needs neither torch nor Python, and
+// runs the workers on std::thread, so that the kernels can be checked under the thread sanitizer (which does not
+// understand libgomp's synchronisation) and in an emulator of another processor.
 //
 //   kernel_check [--quick] [--without-barrier] [table...]
 //
-// Every case runs on one thread and on teams of two and three that split rows or units. --quick leaves out the large
-// cases, and all but two threads. --without-barrier takes the teams' barrier away, to show that it is missed. Buffers
-// have their exact size (workspaces: whole cache lines) and hold NaN where a kernel is to write first. Prints each
-// table's largest error; exits with 1, having named the cases, if one is above the tolerance.
+// Every case runs on one thread and on teams of two and three threads that split rows or units. --quick skips the large
+// cases and uses two threads only. --without-barrier removes the teams' barrier, which the check must notice. Buffers
+// have their exact size (workspaces: whole cache lines) and are filled with NaN where the kernels must write before
+// they read. Prints the largest error of each table. If an error is above the tolerance, names the case and exits
+// with 1.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -28,17 +30,17 @@ enum : int { kWih, kWhh, kBih, kBhh, kWhr, kWeights };
 const char* const kResultNames[] = {"dx", "dh0", "dc0", "y", "h_n", "c_n"};
 const char* const kGradientNames[] = {"dw_ih", "dw_hh", "db_ih", "db_hh", "dw_hr"};
 
-// flags: '2' directions, 'b'iases, 's'tates given and their gradients wanted, 'p'acked rows, gradients from the 'f'inal
-// states only, 'q'uick enough for --quick.
+// flags: '2': two directions; 'b': biases; 's': initial states, and their gradients; 'p': packed rows; 'f': gradients
+// of the final states only, no dy; 'q': included in --quick.
 struct Case {
-  const char* cells;  // 't'anh, 'r'elu, 'l'stm, 'g'ru
+  const char* cells;  // 't': tanh, 'r': ReLU, 'l': LSTM, 'g': GRU
   int64_t T, B, I, H, projection;
   const char* flags;
   bool has(char flag) const { return std::strchr(flags, flag) != nullptr; }
 };
 
 const Case kCases[] = {
-    // Fewer than 8 rows in all: weights as they lie.
+    // Fewer than 8 rows over all steps: unpacked weights.
     {"trlg", 1, 1, 1, 1, 0, "bsq"},
     {"trlg", 1, 7, 33, 20, 0, "bq"},
     {"trlg", 2, 3, 5, 7, 0, "2bsq"},
@@ -46,26 +48,26 @@ const Case kCases[] = {
     {"trlg", 7, 1, 20, 33, 0, "2bfsq"},
     {"l", 2, 2, 3, 8, 7, "2bsq"},
     {"l", 1, 1, 5, 70, 33, "bs"},
-    // One row per step: W_hh as it lies, several blocks at once.
+    // One row per step: unpacked W_hh, several blocks together.
     {"trlg", 20, 1, 17, 70, 0, "2bsq"},
     {"trlg", 9, 1, 30, 130, 0, "s"},
     {"trlg", 8, 1, 5, 400, 0, "bs"},
     {"tr", 8, 1, 5, 790, 0, "2b"},
     {"l", 9, 1, 7, 70, 33, "2bsq"},
-    // A handful of rows: x times W_ih before the first step.
+    // A few rows per step: W_ih x is computed before the first step.
     {"trlg", 4, 2, 10, 65, 0, "2bsp"},
     {"trlg", 5, 5, 18, 77, 0, "2bspq"},
     {"trlg", 6, 7, 64, 64, 0, ""},
     {"trlg", 3, 3, 0, 5, 0, "2bs"},
     {"l", 5, 3, 7, 20, 9, "2bspq"},
-    // More, up to several chunks of 24.
+    // More rows, up to several chunks of 24 (kChunk).
     {"trlg", 6, 8, 12, 96, 0, "bfsq"},
     {"trlg", 3, 13, 9, 50, 0, "2bspq"},
     {"trlg", 1, 16, 16, 32, 0, "2bs"},
     {"trlg", 5, 25, 34, 40, 0, "2bs"},
     {"trlg", 4, 60, 20, 30, 0, "2bspq"},
     {"l", 4, 26, 8, 66, 40, "2bsp"},
-    // Long sums: more than 128, and more than 1024, products or rows.
+    // Long sums: more than 128 (kRun) and more than 1024 (kDepth) products or rows.
     {"trlg", 2, 9, 10, 300, 0, "2bs"},
     {"lg", 2, 2, 3, 400, 0, "bs"},
     {"trlg", 1, 9, 1100, 24, 0, "bs"},
@@ -124,21 +126,21 @@ struct Layer {
   static bool has_c(int i) { return i == kC0 || i == kDcN; }
 };
 
-// What a layer reads, zeros where nothing is given; or what it gives, each result at the place of its counterpart: dx
-// at kX, y at kDy.
+// The inputs of a layer, zeros where none are given; or its results, each at the index of the input that it corresponds
+// to: dx at kX, y at kDy, h_n at kDhN, dh0 at kH0.
 template <class V>
 struct Data {
-  std::vector<V> of[kStates], w[2][kWeights];
+  std::vector<V> tensors[kStates], w[2][kWeights];
 
   Data(const Layer& layer, V fill) {
-    for (int i = 0; i < kStates; ++i) of[i].assign(layer.size(i), fill);
+    for (int i = 0; i < kStates; ++i) tensors[i].assign(layer.size(i), fill);
     for (int i = 0; i < 2 * kWeights; ++i) w[i / kWeights][i % kWeights].assign(layer.weight_size(i % kWeights), fill);
   }
-  // Calls f(scale, vector) for each part that is given.
+  // Calls f(scale, vector) for each input that is given; values are drawn from [-scale, scale].
   template <class F>
   void each_given(const Layer& layer, const F& f) {
     for (int i = 0; i < kStates; ++i) {
-      if (layer.given(i)) f(1, of[i]);
+      if (layer.given(i)) f(1, tensors[i]);
     }
     for (auto& direction : w) {
       for (int i = 0; i < kWeights; ++i) {
@@ -148,7 +150,8 @@ struct Data {
   }
 };
 
-// The reference: one row of the batch at a time, forward and then back through its steps.
+// ---- The reference: for each row of the batch, forward over its steps and then backward
+// ----------------------------------
 
 using Vector = std::vector<double>;
 
@@ -172,9 +175,9 @@ void add_gradients(double* x_grad, Vector& w_grad, const Vector& W, const double
 
 struct Step {
   int64_t row;
-  Vector h, c;               // as the step consumes them
-  Vector a, q;               // pre-activations from x and from h
-  Vector v, c_next, hidden;  // gates after their activations; the new c; what is projected, or h itself
+  Vector h, c;               // the states before the step
+  Vector a, q;               // W_ih x + b_ih and W_hh h + b_hh
+  Vector v, c_next, hidden;  // the gates after their activations; the new c; the new h before the projection
 };
 
 void cell_forward(const Layer& layer, Step& s) {
@@ -196,7 +199,7 @@ void cell_forward(const Layer& layer, Step& s) {
   }
 }
 
-// From the gradients of hidden and of the new c: those of a, of q, of c (in dc) and of h as far as it does not pass q.
+// From the gradients of hidden and, in dc, of the new c: those of a, of q, of c (in dc), and of h outside q.
 void cell_backward(const Layer& layer, const Step& s, const Vector& dhidden, Vector& dc, Vector& da, Vector& dq,
                    Vector& dh) {
   const int64_t H = layer.shape.H;
@@ -237,46 +240,47 @@ Data<double> reference(const Layer& layer, const Data<double>& in) {
         if (!to.empty()) std::copy(v.begin(), v.end(), to.begin() + begin);
       };
       std::vector<Step> steps;
-      Vector h = part(in.of[kH0], at_h, P), c = part(in.of[kC0], at_c, H);
+      Vector h = part(in.tensors[kH0], at_h, P), c = part(in.tensors[kC0], at_c, H);
       for (int64_t t = 0; t < shape.T; ++t) {
         if (b < shape.rows(t)) steps.push_back({shape.row(t) + b});
       }
       if (d == 1) std::reverse(steps.begin(), steps.end());
       for (Step& s : steps) {
         s.h = h, s.c = c, s.a = w[kBih], s.q = w[kBhh], s.v = Vector(GH), s.c_next = s.hidden = Vector(H);
-        add_product(s.a.data(), w[kWih], &in.of[kX].data()[s.row * I], GH, I);
+        add_product(s.a.data(), w[kWih], &in.tensors[kX].data()[s.row * I], GH, I);
         add_product(s.q.data(), w[kWhh], s.h.data(), GH, P);
         cell_forward(layer, s);
         h = shape.projected ? Vector(P) : s.hidden;
         if (shape.projected) add_product(h.data(), w[kWhr], s.hidden.data(), P, H);
         c = s.c_next;
-        put(out.of[kDy], (s.row * D + d) * P, h);
+        put(out.tensors[kDy], (s.row * D + d) * P, h);
       }
-      put(out.of[kDhN], at_h, h), put(out.of[kDcN], at_c, c);
+      put(out.tensors[kDhN], at_h, h), put(out.tensors[kDcN], at_c, c);
 
-      Vector dh = part(in.of[kDhN], at_h, P), dc = part(in.of[kDcN], at_c, H), da(GH), dq(GH);
+      Vector dh = part(in.tensors[kDhN], at_h, P), dc = part(in.tensors[kDcN], at_c, H), da(GH), dq(GH);
       for (auto s = steps.rbegin(); s != steps.rend(); ++s) {
-        for (int64_t j = 0; j < P; ++j) dh[j] += in.of[kDy][(s->row * D + d) * P + j];
+        for (int64_t j = 0; j < P; ++j) dh[j] += in.tensors[kDy][(s->row * D + d) * P + j];
         Vector dhidden = shape.projected ? Vector(H) : dh, dh_prev(P);
         if (shape.projected) add_gradients(dhidden.data(), dw[kWhr], w[kWhr], s->hidden.data(), dh.data(), P, H);
         cell_backward(layer, *s, dhidden, dc, da, dq, dh_prev);
         const int64_t at_x = s->row * I;
-        add_gradients(&out.of[kX].data()[at_x], dw[kWih], w[kWih], &in.of[kX].data()[at_x], da.data(), GH, I);
+        add_gradients(&out.tensors[kX].data()[at_x], dw[kWih], w[kWih], &in.tensors[kX].data()[at_x], da.data(), GH, I);
         add_gradients(dh_prev.data(), dw[kWhh], w[kWhh], s->h.data(), dq.data(), GH, P);
         for (int64_t j = 0; j < GH; ++j) dw[kBih][j] += da[j], dw[kBhh][j] += dq[j];
         dh = dh_prev;
       }
-      put(out.of[kH0], at_h, dh), put(out.of[kC0], at_c, dc);
+      put(out.tensors[kH0], at_h, dh), put(out.tensors[kC0], at_c, dc);
     }
   }
   return out;
 }
 
-// The kernels, called as csrc/bindings/ops.cpp and csrc/cpu/dispatch.cpp call them.
+// ---- The kernels, called as csrc/bindings/ops.cpp and csrc/cpu/dispatch.cpp call them
+// --------------------------------------
 
 struct Team {
   int64_t workers;
-  bool splits_units, both_directions;  // at the same time, each with a team of its own
+  bool splits_units, both_directions;  // both_directions: two teams run at the same time, one for each direction
 };
 
 // Calls work(direction, worker) for all directions and workers.
@@ -309,10 +313,10 @@ Data<T> kernel_results(const cpu::Kernels& k, const Layer& layer, const Data<T>&
   const int64_t N = shape.N, B = shape.B, H = shape.H, P = shape.P, D = shape.directions;
   const bool chains = shape.chains_h(layer.G == 1), projected = shape.projected, states = layer.states;
   Data<T> out(layer, nan);
-  out.of[kDcN] = in.of[kC0], out.of[kC0] = in.of[kDcN];
+  out.tensors[kDcN] = in.tensors[kC0], out.tensors[kC0] = in.tensors[kDcN];
 
   std::vector<std::vector<Line>> workspaces;
-  const auto workspace = [&](int64_t elements) {  // of NaN, too
+  const auto workspace = [&](int64_t elements) {  // filled with NaN
     workspaces.emplace_back((elements * sizeof(T) + sizeof(Line) - 1) / sizeof(Line));
     std::memset(workspaces.back().data(), 0xff, workspaces.back().size() * sizeof(Line));
     return workspaces.back().data();
@@ -320,7 +324,7 @@ Data<T> kernel_results(const cpu::Kernels& k, const Layer& layer, const Data<T>&
   const int64_t after_h = layer.saved * H + P, whole = after_h + (layer.lstm ? H : 0) + (projected ? H : 0);
   std::vector<T> reserves[2], dgates[2], dh_totals[2];
   ForwardParams f{shape, {}};
-  BackwardParams b{shape, {}, false, out.of[kX].data(), workspace(k.gradients_workspace(shape) * team.workers)};
+  BackwardParams b{shape, {}, false, out.tensors[kX].data(), workspace(k.gradients_workspace(shape) * team.workers)};
   for (int64_t d = 0; d < D; ++d) {
     const std::vector<T>* const w = in.w[d];
     std::vector<T>* const dw = out.w[d];
@@ -341,7 +345,7 @@ Data<T> kernel_results(const cpu::Kernels& k, const Layer& layer, const Data<T>&
 
     ForwardDirection& p = f.direction[d];
     BackwardDirection& q = b.direction[d];
-    p.x = q.x = in.of[kX].data();
+    p.x = q.x = in.tensors[kX].data();
     p.w_ih = q.w_ih = w[kWih].data();
     p.w_hh = q.w_hh = w[kWhh].data();
     p.w_hr = q.w_hr = projected ? w[kWhr].data() : nullptr;
@@ -349,17 +353,17 @@ Data<T> kernel_results(const cpu::Kernels& k, const Layer& layer, const Data<T>&
     p.b_hh = layer.biases ? w[kBhh].data() : nullptr;
     p.reserve = q.reserve = reserve;
     p.y_stride = q.dy_stride = D * P;
-    p.h0 = states ? &in.of[kH0][d * B * P] : nullptr;
-    p.y = &out.of[kDy][d * P];
-    p.h_n = states ? &out.of[kDhN][d * B * P] : nullptr;
-    p.c = layer.lstm ? &out.of[kDcN][d * B * H] : nullptr;
+    p.h0 = states ? &in.tensors[kH0][d * B * P] : nullptr;
+    p.y = &out.tensors[kDy][d * P];
+    p.h_n = states ? &out.tensors[kDhN][d * B * P] : nullptr;
+    p.c = layer.lstm ? &out.tensors[kDcN][d * B * H] : nullptr;
     p.workspace = workspace(k.forward_workspace(shape));
-    q.dy = layer.only_final ? nullptr : &in.of[kDy][d * P];
-    q.dh_n = states ? &in.of[kDhN][d * B * P] : nullptr;
+    q.dy = layer.only_final ? nullptr : &in.tensors[kDy][d * P];
+    q.dh_n = states ? &in.tensors[kDhN][d * B * P] : nullptr;
     q.dgates = dgates[d].data();
     q.dh_total = projected ? dh_totals[d].data() : nullptr;
-    q.dh0 = states ? &out.of[kH0][d * B * P] : nullptr;
-    q.dc = layer.lstm ? &out.of[kC0][d * B * H] : nullptr;
+    q.dh0 = states ? &out.tensors[kH0][d * B * P] : nullptr;
+    q.dc = layer.lstm ? &out.tensors[kC0][d * B * H] : nullptr;
     q.dw_ih = dw[kWih].data(), q.dw_hh = dw[kWhh].data(), q.db_ih = dw[kBih].data(), q.db_hh = dw[kBhh].data();
     q.dw_hr = projected ? dw[kWhr].data() : nullptr;
     q.workspace = workspace(k.backward_workspace(shape));
@@ -371,7 +375,7 @@ Data<T> kernel_results(const cpu::Kernels& k, const Layer& layer, const Data<T>&
   return out;
 }
 
-// Comparison
+// ---- Comparison -----------------------------------------------------------------------------------------------------
 
 struct Largest {
   double error = 0, limit = 1;
@@ -380,17 +384,18 @@ struct Largest {
 
 // The largest difference, relative to the largest magnitude of the result; NaN counts as infinite.
 template <class T>
-double relative_error(const std::vector<T>& found, const Vector& expected) {
+double relative_error(const std::vector<T>& actual, const Vector& expected) {
   double difference = 0, magnitude = 0;
-  for (size_t i = 0; i < found.size(); ++i) {
-    const double d = std::abs(found[i] - expected[i]);
+  for (size_t i = 0; i < actual.size(); ++i) {
+    const double d = std::abs(actual[i] - expected[i]);
     difference = std::isnan(d) ? std::numeric_limits<double>::infinity() : std::max(difference, d);
     magnitude = std::max(magnitude, std::abs(expected[i]));
   }
   return difference == 0 ? 0 : difference / magnitude;
 }
 
-// Roundings of a sum of n terms add up like a random walk, to about sqrt(n) eps; gates and steps stand for the factor.
+// The rounding errors of a sum of n terms grow like a random walk, to about sqrt(n) eps. The factor 8 allows for the
+// cells and for errors that are carried from step to step.
 template <class T>
 double tolerance(const LayerShape& s, int64_t G) {
   const int64_t terms = std::max({s.I + s.P, G * s.H, s.N});
@@ -401,7 +406,7 @@ struct Options {
   bool quick = false, barrier = true;
 };
 
-// Checks one case on one table with all teams; returns the number of failures.
+// Checks one case with all teams; returns the number of failures.
 template <class T>
 int check(const cpu::Kernels& k, const Layer& layer, const Options& options, Largest& largest) {
   std::mt19937_64 random(1);
@@ -410,7 +415,7 @@ int check(const cpu::Kernels& k, const Layer& layer, const Options& options, Lar
     for (T& value : v) value = T((double(random() >> 11) / double(1ull << 52) - 1) * scale);
   });
   Data<double> exact(layer, 0);
-  for (int i = 0; i < kStates; ++i) exact.of[i].assign(in.of[i].begin(), in.of[i].end());
+  for (int i = 0; i < kStates; ++i) exact.tensors[i].assign(in.tensors[i].begin(), in.tensors[i].end());
   for (int i = 0; i < 2 * kWeights; ++i) {
     const std::vector<T>& w = in.w[i / kWeights][i % kWeights];
     exact.w[i / kWeights][i % kWeights].assign(w.begin(), w.end());
@@ -432,15 +437,16 @@ int check(const cpu::Kernels& k, const Layer& layer, const Options& options, Lar
     const std::string how = std::to_string(team.workers) + (team.splits_units ? " on units" : " on rows") +
                             (team.both_directions ? " per direction" : "");
     for (const bool train : {true, false}) {
-      const Data<T> found = kernel_results<T>(k, layer, in, team, train, options.barrier);
+      const Data<T> results = kernel_results<T>(k, layer, in, team, train, options.barrier);
       const std::string where = std::string(sizeof(T) == 4 ? "float32 " : "float64 ") + layer.name +
                                 ", workers: " + how + (train ? "" : ", inference") + ": ";
       for (int i = train ? kX : kDy; i < kStates; ++i) {
-        if (layer.states || (i != kH0 && i != kDhN)) compare(where + kResultNames[i], found.of[i], expected.of[i]);
+        if (layer.states || (i != kH0 && i != kDhN))
+          compare(where + kResultNames[i], results.tensors[i], expected.tensors[i]);
       }
       for (int i = 0; train && i < layer.shape.directions * kWeights; ++i) {
         const int d = i / kWeights, j = i % kWeights;
-        compare(where + kGradientNames[j] + (d ? " reverse" : ""), found.w[d][j], expected.w[d][j]);
+        compare(where + kGradientNames[j] + (d ? " reverse" : ""), results.w[d][j], expected.w[d][j]);
       }
     }
   }
@@ -466,15 +472,15 @@ int main(int argc, char** argv) {
   for (const cpu::Kernels* k : cpu::supported()) {
     if (!names.empty() && std::find(names.begin(), names.end(), k->name) == names.end()) continue;
     int cases = 0;
-    Largest of[2];
+    Largest largest[2];  // float32, float64
     for (const Case& c : kCases) {
       if (options.quick && !c.has('q')) continue;
       for (const char* cell = c.cells; *cell; ++cell, ++cases) {
         const Layer layer(c, *cell);
-        failures += check<float>(*k, layer, options, of[0]) + check<double>(*k, layer, options, of[1]);
+        failures += check<float>(*k, layer, options, largest[0]) + check<double>(*k, layer, options, largest[1]);
       }
     }
-    for (const Largest& l : of) {
+    for (const Largest& l : largest) {
       std::printf("%s: %d cases, largest error %.2g of %.2g in %s\n", k->name, cases, l.error, l.limit,
                   l.where.c_str());
     }

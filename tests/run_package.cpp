@@ -1,8 +1,9 @@
-// A process without Python: loads the operators and a package of AOTInductor, and runs it. For test_export.py.
+// A program without Python for test_export.py: loads the operators and an AOTInductor package, and runs the package.
 //
 //     run_package LIBRARY PACKAGE [FILE T B I]...
 //
-// Each FILE holds a float32 tensor (T, B, I); the first result's elements go to FILE.out. It prints what it has loaded.
+// Each FILE holds a float32 tensor [T, B, I]; the elements of the first result are written to FILE.out. Prints the
+// memory map of the process, from which the test sees which libraries are loaded.
 #include <ATen/ops/from_blob.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
@@ -15,7 +16,7 @@
 #include <vector>
 
 int main(int count, char** arguments) {
-  if (!dlopen(arguments[1], RTLD_NOW)) {  // looks for every symbol at once
+  if (!dlopen(arguments[1], RTLD_NOW)) {  // RTLD_NOW: fails if any symbol is missing
     std::fprintf(stderr, "%s\n", dlerror());
     return 1;
   }

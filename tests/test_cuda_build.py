@@ -121,7 +121,7 @@ def weights(cell: str, function: str) -> tuple[int, int, int]:
     registers of weights, which gives the second number without counting pairs.
     """
     gates = reference.GATES[policies()[cell]] if function == "forward" else 1
-    kept, chunk = constant("kRegistersOfWeights", "cuda/layout.h"), constant("kChunk", "cuda/product.cuh")
+    kept, chunk = constant("kWeightRegisters", "cuda/layout.h"), constant("kChunk", "cuda/product.cuh")
     register_pairs = kept // (8 * gates)
     chunks = -(-register_pairs // chunk) + 1
     return chunks * chunk * 2 * gates, register_pairs * 2 * gates, (1 + chunks) * chunk

@@ -169,18 +169,18 @@ MUTANTS = [
     Mutant("backward: none behind the product", _BACKWARD, "      sync_block();\n\n", "\n"),
     Mutant("backward: none behind the cell", _BACKWARD, "      sync_block();\n    }\n", "    }\n"),
     # What is exchanged through L2.
-    Mutant("nothing is ever missing", _EXCHANGE, "return v.w[0] == kNotYet ||", "return false &&"),
+    Mutant("nothing is ever missing", _EXCHANGE, "return v.w[0] == kNotReady ||", "return false &&"),
     Mutant(
-        "three words of four are looked at", _EXCHANGE, "v.w[2] == kNotYet || v.w[3]", "v.w[2] == kNotYet || v.w[2]"
+        "three words of four are looked at", _EXCHANGE, "v.w[2] == kNotReady || v.w[3]", "v.w[2] == kNotReady || v.w[2]"
     ),
     Mutant("forward: published for this step", _FORWARD, "publish(next, tile, row,", "publish(t, tile, row,"),
     Mutant("backward: waits for this step", _BACKWARD, "exchange.source(after,", "exchange.source(t < 0 ? after : t,"),
-    Mutant("loads rows behind the tile", _EXCHANGE, "kTileRows * eight < rows_ && ", ""),
+    Mutant("loads rows behind the tile", _EXCHANGE, "kTileRows * row_tile < rows_ && ", ""),
     Mutant("loads columns behind the last", _EXCHANGE, " && column < columns_", ""),
     Mutant("publishes rows behind the tile", _FORWARD, "if (row < tile.rows && unit < Hp)", "if (unit < Hp)"),
     Mutant("publishes units behind the last", _FORWARD, "row < tile.rows && unit < Hp", "row < tile.rows"),
     Mutant("backward: publishes units behind the last", _BACKWARD, "row < tile.rows && unit < Hp", "row < tile.rows"),
-    Mutant("not yet there is 0", _ELEMENT, "kNotYet = 0xffffffffu", "kNotYet = 0"),
+    Mutant("not yet there is 0", _ELEMENT, "kNotReady = 0xffffffffu", "kNotReady = 0"),
     Mutant(
         "a NaN is published as it is",
         _ELEMENT,
@@ -230,7 +230,7 @@ MUTANTS = [
     Mutant("h is not kept", _FORWARD, "          state.store(0, i, h);\n", ""),
     Mutant("c is not kept", _FORWARD, "          state.store(1, i, c);\n", ""),
     Mutant("c saved after the step", _FORWARD, "Cell::kHasC ? c_prev : h_prev;", "Cell::kHasC ? c : h_prev;"),
-    Mutant("backward: dc is not kept", _BACKWARD, "          state.store(1, i, dc + of_c.of_old);\n", ""),
+    Mutant("backward: dc is not kept", _BACKWARD, "          state.store(1, i, dc + dc_split.to_old);\n", ""),
     Mutant("backward: rows that ended lose dh", _BACKWARD, "state.store(0, i, dh);", "state.store(0, i, 0.0f);"),
     Mutant("one state for all tiles", _BLOCK, "tile.index * 2 * kElements", "0 * kElements"),
     Mutant("rows of no tile", _FORWARD, "if (row >= Shape::kRows) break;\n        const", "const"),
@@ -255,13 +255,13 @@ MUTANTS = [
     Mutant("dreset of c is that of h", _BACKWARD, "d.dreset.c, at, dc)", "d.dreset.c, at, dh)", **_ALONE),
     # c of every step.
     Mutant("c_sequence behind a row's end", _FORWARD, "active ? c : 0.0f", "c", **_ALONE),
-    Mutant("c_sequence in rows of H", _FORWARD, "(d.c_sequence, of_row,", "(d.c_sequence, at,", **_ALONE),
+    Mutant("c_sequence in rows of H", _FORWARD, "(d.c_sequence, y_index,", "(d.c_sequence, at,", **_ALONE),
     Mutant("dc_sequence is not added", _BACKWARD, "dc += dc_sequence[i];", "", **_ALONE),
     Mutant(
         "dc_sequence in rows of H",
         _BACKWARD,
-        "d.dc_sequence, of_row * d.dy_stride + unit",
-        "d.dc_sequence, of_row * H + unit",
+        "d.dc_sequence, n * d.dy_stride + unit",
+        "d.dc_sequence, n * H + unit",
         **_ALONE,
     ),
     # Recurrent dropout and zoneout.
@@ -282,8 +282,8 @@ MUTANTS = [
         "early_ = share<E>(zone_, row / 2,",
     ),
     Mutant("forward: rows that ended are mixed", _FORWARD, "c = active ? mixed", "c = present ? mixed", **_ALONE),
-    Mutant("backward: c loses what zoneout kept", _BACKWARD, "dc + of_c.of_old", "dc", **_ALONE),
-    Mutant("backward: h loses what zoneout kept", _BACKWARD, "dh_prev + of_h.of_old", "dh_prev", **_ALONE),
+    Mutant("backward: c loses what zoneout kept", _BACKWARD, "dc + dc_split.to_old", "dc", **_ALONE),
+    Mutant("backward: h loses what zoneout kept", _BACKWARD, "dh_prev + dh_split.to_old", "dh_prev", **_ALONE),
     # What is exchanged through a cluster.
     Mutant("cluster: nothing is expected again", _EXCHANGE, "gave_up()) expect(t, tile);", "gave_up()) {}", **_CLUSTER),
     Mutant("cluster: all expect", _EXCHANGE, "if (thread_index() == 0 && !watchdog_", "if (!watchdog_", **_CLUSTER),

@@ -34,6 +34,41 @@ def includes(path: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s*(<[^>]+>|"[^"]+")', code(path), flags=re.MULTILINE)
 
 
+# The Python modules from the bottom up: each imports only from lines above its own.
+PYTHON = [
+    {"_C", "options", "spec", "tally", "launch"},
+    {"reference"},
+    {"cuda_layer", "constructor", "input_gates"},
+    {"cuda", "fakes"},
+    {"policy", "operators"},
+    {"autocast", "layers"},
+    {"call", "compiled", "patch", "planning"},
+    {"steps"},
+    {"subclasses"},  # converts to the classes below at run time, and so imports the package itself
+    {"survey", "tool_tables"},
+    {"convert"},
+    {"modules", "cells"},
+    {"functional"},
+    {"__init__"},
+    {"__main__"},
+]
+
+
+def test_python_imports_run_one_way() -> None:
+    height = {name: index for index, names in enumerate(PYTHON) for name in names}
+    assert set(height) - {"_C"} == {path.stem for path in PACKAGE.glob("*.py")}
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("fused_rnn"):
+                continue
+            if node.module == "fused_rnn":
+                imported = {alias.name for alias in node.names}
+            else:
+                imported = {str(node.module).split(".")[1]}
+            for name in imported & set(height):
+                assert height[name] < height[path.stem], f"{path.name} imports {name}"
+
+
 @needs_sources
 def test_the_sources_are_found() -> None:
     for layer in LAYERS:

@@ -1,13 +1,9 @@
-"""`fused_rnn.patched()` and the command line: torch.nn's own classes on the fused kernels, scripts as they are."""
+"""`fused_rnn.patched()`: torch.nn's own classes on the fused kernels."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +12,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
 from contract import MODULES, arguments, close, each_call, fused_calls, gradients, one_thread, pair  # noqa: F401
-from fused_rnn import __main__ as command_line
 
 rnn_functions = torch.nn.modules.rnn
 TORCHS = rnn_functions._VF
@@ -217,152 +212,3 @@ def test_our_own_modules_in_patched() -> None:
     with fused_rnn.patched():
         close(module(*args), wanted)
         close(module.to_torch()(*args), wanted)
-
-
-# python -m fused_rnn
-
-
-def python(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    return subprocess.run(
-        [sys.executable, *args], cwd=cwd, env=env | environment, capture_output=True, text=True, timeout=120
-    )
-
-
-def run(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return python("-m", "fused_rnn", "run", *args, cwd=cwd)
-
-
-SHOW = """
-import json, os, sys
-main = sys.modules["__main__"].__dict__ is globals()
-print(json.dumps([sys.argv, __name__, main, sys.path[0], os.getcwd()]))
-"""
-
-KERNELS = """
-import torch
-from torch.profiler import ProfilerActivity, profile
-with profile(activities=[ProfilerActivity.CPU]) as profiler:
-    torch.nn.LSTM(3, 5)(torch.ones(2, 1, 3))
-print(sorted({event.name for event in profiler.events() if event.name.startswith("fused_rnn::")}))
-"""
-
-
-@pytest.fixture
-def scripts(tmp_path: Path) -> Path:
-    """A folder with a folder of scripts."""
-    folder = tmp_path / "scripts"
-    folder.mkdir()
-    (folder / "show.py").write_text(SHOW)
-    (folder / "kernels.py").write_text(KERNELS)
-    (folder / "neighbour.py").write_text("value = 42\n")
-    (folder / "data.txt").write_text("read me\n")
-    return tmp_path
-
-
-def test_run_uses_the_kernels(scripts: Path) -> None:
-    assert python("scripts/kernels.py", cwd=scripts).stdout == "[]\n"
-    assert run("scripts/kernels.py", cwd=scripts).stdout == "['fused_rnn::forward']\n"
-
-
-@pytest.mark.parametrize("args", [[], ["--epochs", "3", "-h", "a b", "", "run", "--", "c"], ["--", "a"]], ids=str)
-def test_run_is_like_python(scripts: Path, args: list[str]) -> None:
-    """sys.argv, __name__, the module __main__, sys.path[0] and the working folder."""
-    script = os.path.join("scripts", "show.py")
-    expected = python(script, *args, cwd=scripts)
-    assert expected.returncode == 0
-    found = run(script, *args, cwd=scripts)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout == expected.stdout
-
-
-def test_run_through_a_link(scripts: Path) -> None:
-    """Python follows it: what the script imports lies beside the file itself."""
-    (scripts / "link.py").symlink_to(scripts / "scripts" / "show.py")
-    assert run("link.py", cwd=scripts).stdout == python("link.py", cwd=scripts).stdout
-
-
-def test_run_finds_the_neighbours_of_the_script(scripts: Path) -> None:
-    script = scripts / "scripts" / "imports.py"
-    script.write_text(
-        "import os, neighbour\n"
-        "os.chdir('/')\n"
-        "print(neighbour.value, open(os.path.join(os.path.dirname(__file__), 'data.txt')).read(), end='')\n"
-    )
-    for cwd, name in ((scripts, str(script)), (scripts, "scripts/imports.py"), (scripts / "scripts", "imports.py")):
-        found = run(name, cwd=cwd)
-        assert (found.returncode, found.stdout) == (0, "42 read me\n"), found.stderr
-
-
-@pytest.mark.parametrize(
-    ("source", "status", "error"),
-    [
-        ("import sys; sys.exit(3)", 3, ""),
-        ("import sys; sys.exit('no data')", 1, "no data\n"),
-    ],
-)
-def test_run_passes_exit_codes_through(scripts: Path, source: str, status: int, error: str) -> None:
-    (scripts / "exits.py").write_text(source)
-    found = run("exits.py", cwd=scripts)
-    assert (found.returncode, found.stderr) == (status, error)
-
-
-def test_run_passes_tracebacks_through(scripts: Path) -> None:
-    (scripts / "fails.py").write_text("def f():\n    raise ValueError('boom')\n\n\nf()\n")
-    found = run("fails.py", cwd=scripts)
-    assert found.returncode == 1
-    assert found.stderr.endswith("ValueError: boom\n")
-    for line, where in ((5, "<module>"), (2, "f")):
-        assert f'fails.py", line {line}, in {where}\n' in found.stderr
-
-
-def test_run_reports_a_syntax_error_in_the_script(scripts: Path) -> None:
-    (scripts / "broken.py").write_text("x = 1\ndef f(:\n")
-    found = run("broken.py", cwd=scripts)
-    assert found.returncode == 1
-    assert 'broken.py", line 2\n' in found.stderr and found.stderr.rstrip().split("\n")[-1].startswith("SyntaxError")
-
-
-def test_run_of_a_missing_script(scripts: Path) -> None:
-    found = run("nowhere.py", cwd=scripts)
-    assert found.returncode != 0 and found.stdout == ""
-    last = found.stderr.rstrip().split("\n")[-1]
-    assert "nowhere.py" in last and "No such file or directory" in last
-
-
-def test_run_pickles_the_scripts_classes(scripts: Path) -> None:
-    """They are __main__'s, as when Python runs the script."""
-    (scripts / "save.py").write_text(
-        "import io, torch\n"
-        "class Model(torch.nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        self.rnn = torch.nn.GRU(3, 5)\n"
-        "file = io.BytesIO()\n"
-        "torch.save(Model(), file)\n"
-        "file.seek(0)\n"
-        "loaded = torch.load(file, weights_only=False)\n"
-        "print(type(loaded) is Model, Model.__module__, type(loaded.rnn).__module__)\n"
-    )
-    assert run("save.py", cwd=scripts).stdout == "True __main__ torch.nn.modules.rnn\n"
-
-
-def test_info(tmp_path: Path) -> None:
-    found = python("-m", "fused_rnn", "info", cwd=tmp_path, OMP_NUM_THREADS="1", FUSED_RNN_CPU_ISA="portable")
-    assert found.returncode == 0, found.stderr
-    lines = dict(line.split(":", 1) for line in found.stdout.splitlines())
-    info = {name: value.strip() for name, value in lines.items()}
-    assert info["fused_rnn"].startswith(f"{fused_rnn.__version__} in ")
-    assert info["torch"] == torch.__version__
-    assert info["python"].startswith(".".join(map(str, sys.version_info[:3])))
-    assert info["threads"] == "1"
-    isas = ", ".join(fused_rnn._C.supported_cpu_isas())
-    assert info["instruction set"] == f"portable (this machine has: {isas})"
-
-
-@pytest.mark.parametrize("args", [[], ["run"], ["train"], ["info", "more"]], ids=str)
-def test_wrong_command_lines(args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(sys, "argv", ["fused_rnn", *args])
-    with pytest.raises(SystemExit) as stop:
-        command_line.main()
-    assert stop.value.code == 2 and "usage: python -m fused_rnn" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
-from fused_rnn import layers, policy, reference
+from fused_rnn import layers, operators, policy, reference
 from fused_rnn.options import LayerOptions
 
 NAMES = ("RNN", "LSTM", "GRU")
@@ -466,7 +466,8 @@ def test_states_at_resets_of_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_backend_torch_runs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = fused_rnn.GRU(4, 9, backend="torch")
-    monkeypatch.setattr(ops, "_forward", None)
+    monkeypatch.setattr(layers, "forward_operator", None)
+    monkeypatch.setattr(operators, "forward_operator", None)
     ours(torch.randn(6, 3, 4), resets=torch.zeros(6, 3, dtype=torch.bool))
 
 

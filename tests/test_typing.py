@@ -15,6 +15,7 @@ from typing_extensions import assert_type
 
 import fused_rnn
 from fused_rnn import _C, constructor, functional, planning, reference
+from fused_rnn.convert import Replaced
 
 PACKAGE = Path(fused_rnn.__file__).parent
 
@@ -57,7 +58,9 @@ def test_wrong_options() -> None:
 
 
 def test_functions() -> None:
-    assert_type(fused_rnn.replace(torch.nn.Sequential(torch.nn.GRU(3, 5))), list[str])
+    names: list[str] = fused_rnn.replace(torch.nn.Sequential(torch.nn.GRU(3, 5)))
+    assert_type(fused_rnn.replace(torch.nn.Sequential(torch.nn.GRU(3, 5))), Replaced)
+    assert_type(Replaced(names).skipped, dict[str, str])
     assert_type(fused_rnn.plan("gru", device="cpu"), planning.Plan)
     weights = [torch.randn(15, 3), torch.randn(15, 5), None, None, None]
     y, h_n, c_n, *_ = reference.layer("gru", torch.randn(7, 2, 3), None, None, weights)

@@ -182,7 +182,7 @@ def test_recurrent_dropout_drops_the_same_units_at_every_step(name: str) -> None
     torch.manual_seed(0)
     module = getattr(fused_rnn, name)(3, 64, recurrent_dropout=0.4)
     x, spec = torch.zeros(9, 200, 3), module.spec()
-    found = Call(spec, None, x, None).layer_options(0, x, [*spec._flat_weights, None]).drop_h
+    found = Call(spec, x, None).layer_options(0, x, [*spec._flat_weights, None]).drop_h
     assert found.shape == (1, 200, 64)
     assert found.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
     assert abs(found.mean().item() - 1) < 0.04  # of 12,800 draws

@@ -1,4 +1,7 @@
-// The one list of cells. A cell is a policy struct: sizes, and its equations for one lane type V.
+// The list of all cells, from which every switch over cells is generated.
+//
+// A cell is a policy struct: its sizes and its equations, as templates of the lane type V (a SIMD vector or a scalar),
+// so that the CPU and CUDA kernels share them. csrc/cells/rnn.h documents the members.
 #pragma once
 
 #include "../rnn_params.h"
@@ -6,7 +9,7 @@
 #include "lstm.h"
 #include "rnn.h"
 
-// X(kind, policy, name for messages)
+// X(CellKind, policy, name in messages and in Python)
 #define FUSED_RNN_CELLS(X)               \
   X(kRnnTanh, RnnCell<Tanh>, "rnn_tanh") \
   X(kRnnRelu, RnnCell<Relu>, "rnn_relu") \

@@ -1,4 +1,4 @@
-// Gated recurrent unit (Cho et al. 2014, the variant with the reset gate after the product; torch.nn.GRU):
+// Gated recurrent unit (Cho et al. 2014, in the variant of torch.nn.GRU, whose reset gate acts on the product W_hn h):
 //   r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)
 //   z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
 //   n = tanh   (W_in x + b_in + r * (W_hn h + b_hn))
@@ -12,9 +12,9 @@ namespace fused_rnn {
 struct GruCell {
   static constexpr int kGates = 3;
   static constexpr int kSaved = 4;  // r, z, n, W_hn h + b_hn
-  // The gradient of n's pre-activation reaches W_in x as it is and W_hn h multiplied by r, so backward gives four
-  // blocks, in an order that makes both triples contiguous: n | r z n*r. The first three belong to W_ih x (in the
-  // order n r z), the last three to W_hh h (in torch's order r z n).
+  // W_in x receives the gradient dn of n's pre-activation, W_hn h receives dn * r. Backward therefore stores four
+  // blocks, in an order in which the gradients of both products are contiguous: dn, dr, dz, dn * r. The first three are
+  // those of W_ih x (as n r z), the last three those of W_hh h (in torch's order r z n).
   static constexpr int kGrads = 4;
   static constexpr int kInputShift = 1;
   static constexpr int kHiddenGrads = 1;
@@ -23,15 +23,15 @@ struct GruCell {
   static constexpr bool kSavesH = false;
 
   template <class V>
-  static FUSED_RNN_INLINE void forward(const V (&x)[3], const V (&r_)[3], const V& h_prev, V&, V (&saved)[4], V& h) {
-    const V r = math::sigmoid(x[0] + r_[0]);
-    const V z = math::sigmoid(x[1] + r_[1]);
-    const V n = math::tanh(x[2] + r * r_[2]);
+  static FUSED_RNN_INLINE void forward(const V (&x)[3], const V (&wh)[3], const V& h_prev, V&, V (&saved)[4], V& h) {
+    const V r = math::sigmoid(x[0] + wh[0]);
+    const V z = math::sigmoid(x[1] + wh[1]);
+    const V n = math::tanh(x[2] + r * wh[2]);
     h = (h_prev - n) * z + n;
-    saved[0] = r, saved[1] = z, saved[2] = n, saved[3] = r_[2];
+    saved[0] = r, saved[1] = z, saved[2] = n, saved[3] = wh[2];
   }
 
-  // dh_prev: the part of the gradient that reaches h directly, through z * h.
+  // dh_prev: the gradient of h through z * h, without the part through W_hh h.
   template <class V>
   static FUSED_RNN_INLINE void backward(const V (&saved)[4], const V& h_prev, const V&, const V& dh, V&, V (&grads)[4],
                                         V& dh_prev) {

@@ -20,22 +20,24 @@ struct LstmCell {
   static constexpr bool kSavesH = false;
 
   template <class V>
-  static FUSED_RNN_INLINE void forward(const V (&x)[4], const V (&r)[4], const V&, V& c, V (&saved)[4], V& h) {
-    const V i = math::sigmoid(x[0] + r[0]);
-    const V f = math::sigmoid(x[1] + r[1]);
-    const V g = math::tanh(x[2] + r[2]);
-    const V o = math::sigmoid(x[3] + r[3]);
+  static FUSED_RNN_INLINE void forward(const V (&x)[4], const V (&wh)[4], const V&, V& c, V (&saved)[4], V& h) {
+    const V i = math::sigmoid(x[0] + wh[0]);
+    const V f = math::sigmoid(x[1] + wh[1]);
+    const V g = math::tanh(x[2] + wh[2]);
+    const V o = math::sigmoid(x[3] + wh[3]);
     c = f * c + i * g;
     h = output(o, c);
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o;
   }
 
+  // h' before the projection. With layer normalisation, the caller passes the normalised c'.
   template <class V>
   static FUSED_RNN_INLINE V output(const V& o, const V& c) {
     return o * math::tanh(c);
   }
 
-  // dc comes in as the gradient of c', leaves as that of c. tanh(c') is cheaper to compute again than to keep.
+  // On entry dc is the gradient of c' from the next step, on return the gradient of c. c' and tanh(c') are recomputed,
+  // which is cheaper than to store and load them.
   template <class V>
   static FUSED_RNN_INLINE void backward(const V (&saved)[4], const V&, const V& c, const V& dh, V& dc, V (&grads)[4],
                                         V&) {
@@ -48,7 +50,7 @@ struct LstmCell {
     return saved[1] * c + saved[0] * saved[2];
   }
 
-  // The gradient that reaches the c in output(o, c), and that of o's gate.
+  // Backward of output(o, c): returns the gradient of c, and sets grad_o, the gradient of o before its sigmoid.
   template <class V>
   static FUSED_RNN_INLINE V output_backward(const V& o, const V& c, const V& dh, V& grad_o) {
     const V tanh_c = math::tanh(c);
@@ -56,7 +58,7 @@ struct LstmCell {
     return dh * o * math::tanh_slope(tanh_c);
   }
 
-  // dc comes in as all that reaches c', leaves as the gradient of c.
+  // Backward of next_c and the gates i, f, g. On entry dc is the whole gradient of c', on return the gradient of c.
   template <class V>
   static FUSED_RNN_INLINE void gates_backward(const V (&saved)[4], const V& c, V& dc, V (&grads)[4]) {
     const V i = saved[0], f = saved[1], g = saved[2];

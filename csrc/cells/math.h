@@ -1,9 +1,9 @@
 // sigmoid and tanh for any lane type V: a SIMD vector, a float or a double; at most 2 ulp from the exact value.
 //
-// Both come from one exponential, e^t = 2^n (1 + p) with n = round(t / ln 2): a polynomial of
-// |r| <= ln(2) / 2, no table, no branch, so a vector costs what a scalar costs. Keeping p apart from the 1 is what
-// lets tanh be exact for small arguments; what a sum with 1 or 2 rounds off is added later. NaN stays NaN, +-inf
-// saturate; a subnormal sigmoid is 0, as torch's.
+// Both use one exponential, e^t = 2^n (1 + p) with n = round(t / ln 2) and a polynomial p of |r| <= ln(2) / 2. It has
+// no table and no branch, so that a vector takes as many instructions as a scalar. p is kept separate from the 1, which
+// makes tanh accurate for small arguments; the rounding error of adding 1 or 2 is computed and corrected. NaN stays
+// NaN, infinities saturate, and a sigmoid that would be subnormal is 0, as in torch.
 #pragma once
 
 #include <cstdint>
@@ -37,8 +37,9 @@ struct Ieee<float> {
   static constexpr int kMantissa = 23;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  static constexpr float kExpLimit = 88.0f;  // |t| up to which 2^n neither overflows nor counts
-  // (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2, as a polynomial: minimax, 2^-30 off.
+  static constexpr float kExpLimit =
+      88.0f;  // clamp of |t|: below it 2^n does not overflow, beyond it sigmoid saturates
+  // (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2: minimax polynomial with an error of 2^-30.
   static constexpr float kExp[] = {0.5f, 0.16666666f, 0.04166636f, 0.0083333924f, 0.0013940848f, 0.00019843827f};
 };
 template <>
@@ -61,7 +62,7 @@ FUSED_RNN_INLINE To bits(const From& from) {
   return to;
 }
 
-// e^t = 2^n (1 + p). `n` comes as the bits of 1.5 * 2^mantissa + n.
+// e^t = 2^n (1 + p). The member n holds the bits of the floating-point number 1.5 * 2^kMantissa + n.
 template <class V>
 struct Exponential {
   typename Lane<V>::Int n;
@@ -69,7 +70,7 @@ struct Exponential {
 };
 
 template <int kTerm = 0, class V>
-FUSED_RNN_INLINE V exp_polynomial(const V& r) {  // kExp from term kTerm on
+FUSED_RNN_INLINE V exp_polynomial(const V& r) {  // Horner's rule on kExp, from term kTerm on
   using F = Ieee<typename Lane<V>::Scalar>;
   if constexpr (kTerm + 1 == sizeof(F::kExp) / sizeof(F::kExp[0])) {
     return V{} + F::kExp[kTerm];
@@ -89,12 +90,12 @@ FUSED_RNN_INLINE Exponential<V> exponential(const V& t) {
 }
 
 template <class V, class I>
-FUSED_RNN_INLINE V power_of_two(const I& n) {  // n as in Exponential; the constant's own bits are shifted out
+FUSED_RNN_INLINE V power_of_two(const I& n) {  // n as in Exponential; the shift drops the bits of 1.5 * 2^kMantissa
   using F = Ieee<typename Lane<V>::Scalar>;
   return bits<V>((n << F::kMantissa) + F::kOne);
 }
 
-// The larger and the smaller of a and b; b if one of them is NaN, as x86's instructions have it.
+// Maximum and minimum; they return b if a or b is NaN, as the x86 instructions do.
 template <class V>
 struct Extremes {
   static FUSED_RNN_INLINE V larger(const V& a, const V& b) { return a > b ? a : b; }
@@ -109,7 +110,7 @@ FUSED_RNN_INLINE V sigmoid(const V& x) {
   const Exponential<V> e = exponential(t);
   const V scale = power_of_two<V>(e.n);
   const V rounded = scale + T(1);
-  const V lost = (scale - rounded) + T(1);  // not 0 where 2^n has no bit left for the 1
+  const V lost = (scale - rounded) + T(1);  // rounding error of scale + 1
   const V one_plus_exp = (scale * e.p + lost) + rounded;
   return x < -kLimit ? V{} : T(1) / one_plus_exp;
 }
@@ -120,19 +121,20 @@ FUSED_RNN_INLINE V tanh(const V& x) {
   using I = typename Lane<V>::Int;
   using F = Ieee<T>;
   const V magnitude = bits<V>(bits<I>(x) & ~F::kSign);
-  const V t = Extremes<V>::smaller(V{} + T(40), magnitude * T(2));  // |tanh| rounds to 1 long before 20
+  const V t = Extremes<V>::smaller(V{} + T(40), magnitude * T(2));  // from |x| = 20 on, tanh rounds to 1
   const Exponential<V> e = exponential(t);
   const V scale = power_of_two<V>(e.n);
   const V expm1 = scale * e.p + (scale - T(1));
   const V rounded = expm1 + T(2);
-  const V lost = expm1 - (rounded - T(2));  // as long as expm1 < 2^23; beyond, there is nothing to correct
+  const V lost = expm1 - (rounded - T(2));  // rounding error of expm1 + 2; beyond 2^23 it no longer matters
   const V quotient = expm1 / rounded;
-  const V inverse = Extremes<V>::larger(V{}, T(0.5) - T(0.6) * quotient);  // about 1 / rounded where that counts
+  const V inverse =
+      Extremes<V>::larger(V{}, T(0.5) - T(0.6) * quotient);  // about 1 / rounded; 0 where it has no effect
   const V y = quotient - (quotient * lost) * inverse;
   return bits<V>(bits<I>(y) | (bits<I>(x) & F::kSign));
 }
 
-// Derivatives, from the function's own value y.
+// Derivatives as functions of the result y.
 template <class V>
 FUSED_RNN_INLINE V sigmoid_slope(const V& y) {
   return y - y * y;

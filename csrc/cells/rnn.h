@@ -28,22 +28,27 @@ struct Relu {
   }
 };
 
+// The members that every cell has. The CPU and CUDA kernels size their buffers by the constants.
 template <class Activation>
 struct RnnCell {
   static constexpr int kGates = 1;        // row blocks of W_ih and W_hh
-  static constexpr int kSaved = 1;        // values per unit kept for backward: h'
-  static constexpr int kGrads = 1;        // gradients per unit that backward gives
-  static constexpr int kInputShift = 0;   // how many of the last gates come first in the gradients of W_ih x
-  static constexpr int kHiddenGrads = 0;  // first gradient block that belongs to W_hh h
-  static constexpr bool kHasC = false;    // a second state c
-  static constexpr bool kUsesH = false;   // h enters other than through W_hh h
-  static constexpr bool kSavesH = true;   // what is kept is h' itself
+  static constexpr int kSaved = 1;        // values per unit that forward saves for backward; here h'
+  static constexpr int kGrads = 1;        // blocks of gate gradients that backward returns
+  static constexpr int kInputShift = 0;   // W_ih x has blocks 0 to kGates - 1, its last kInputShift gates first
+  static constexpr int kHiddenGrads = 0;  // W_hh h has kGates blocks, in order, from this one on
+  static constexpr bool kHasC = false;    // the cell has a second state c
+  static constexpr bool kUsesH = false;   // the cell reads h outside W_hh h
+  static constexpr bool kSavesH = true;   // the saved value is h', so that it can serve as the next step's h_prev
 
+  // One unit. x: W_ih x + b_ih of each gate; wh: W_hh h + b_hh of each gate; then h; c, replaced by c'; out: the saved
+  // values and h'.
   template <class V>
-  static FUSED_RNN_INLINE void forward(const V (&x)[1], const V (&r)[1], const V&, V&, V (&saved)[1], V& h) {
-    saved[0] = h = Activation::forward(x[0] + r[0]);
+  static FUSED_RNN_INLINE void forward(const V (&x)[1], const V (&wh)[1], const V&, V&, V (&saved)[1], V& h) {
+    saved[0] = h = Activation::forward(x[0] + wh[0]);
   }
 
+  // From the saved values, h, c, the gradient of h', and the gradient of c' (replaced by that of c): the gates'
+  // gradients and, where kUsesH, the gradient of h outside W_hh h.
   template <class V>
   static FUSED_RNN_INLINE void backward(const V (&saved)[1], const V&, const V&, const V& dh, V&, V (&grads)[1], V&) {
     grads[0] = Activation::backward(saved[0], dh);

@@ -1,8 +1,12 @@
-// Backward of one layer in one direction: the steps in the opposite order of forward, by the same team.
+// Backward of one layer in one direction, computed by a team of threads that splits the batch rows or the hidden units,
+// as in forward. It visits the steps in the opposite order of forward. Comments call the step that it visited before
+// the current one the next step, which it is in forward.
 //
-// A step multiplies the gates' gradients of the step after it by W_hh, adds what comes from outside, and
-// runs the cell's backward on the accumulators. The weights' gradients are left to one product over many steps.
-// With layer normalisation the sums are stored, and cell and normalisation are derived row by row on them.
+// A step multiplies the gate gradients of the next step by W_hh, adds the gradients of y (or h_n), and runs the cell's
+// backward on the sums while they are in the first-level cache. It stores the gate gradients; gradients.h multiplies
+// them into the gradients of weights and inputs, with one product over many steps. With layer normalisation, the
+// gradient of h is stored first, because a row's normalisation needs all of its units; the backward of the cell and of
+// the normalisation then runs row by row.
 #pragma once
 
 #include "../cells/cells.h"
@@ -13,6 +17,7 @@
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
+// Offsets of the parts of a direction's workspace, in elements.
 template <class Cell, class T>
 struct BackwardWorkspace {
   int64_t recurrent, projection, direct, dh, zeros, size;
@@ -35,7 +40,7 @@ class Backward {
       : s_(params.shape),
         d_(params.direction[direction]),
         packed_(s_.N >= kRowsWorthPacking && s_.B > 1),
-        goes_on_(params.goes_on),
+        accumulate_(params.accumulate),
         reverse_(direction == 1),
         worker_(worker),
         row_begin_(worker.splits_units ? 0 : worker.begin(s_.B)),
@@ -50,11 +55,11 @@ class Backward {
   }
 
   void operator()() {
-    if (!goes_on_) pack();
+    if (!accumulate_) pack();
     worker_.wait();
     for (int64_t i = 0; i < s_.T; ++i) step(reverse_ ? i : s_.T - 1 - i);
-    if (d_.dh0) initial_state();
-    if (s_.resets && d_.dreset.h) reset_states();
+    if (d_.dh0) initial_gradients();
+    if (s_.resets && d_.dreset.h) reset_gradients();
   }
 
  private:
@@ -64,29 +69,31 @@ class Backward {
   static T* at(void* p) { return static_cast<T*>(p); }
   static const T* at(const void* p) { return static_cast<const T*>(p); }
 
+  // The range [first, last) of n blocks that this worker computes: its share if the team splits units, else all.
   int64_t first(int64_t n) const { return worker_.splits_units ? worker_.begin(n) : 0; }
   int64_t last(int64_t n) const { return worker_.splits_units ? worker_.end(n) : n; }
 
   int64_t gates() const { return Cell::kGates * s_.H; }
 
   void pack() {
-    if (s_.T > 1 || d_.dh0 || d_.dreset.h) pack_columns_of(recurrent_, at(d_.w_hh), gates(), s_.P);
-    if (s_.projected) pack_columns_of(projection_, at(d_.w_hr), s_.P, s_.H);
+    if (s_.T > 1 || d_.dh0 || d_.dreset.h) pack_weights(recurrent_, at(d_.w_hh), gates(), s_.P);
+    if (s_.projected) pack_weights(projection_, at(d_.w_hr), s_.P, s_.H);
     if (worker_.index == 0) {
       const int64_t count = gates() > s_.P ? gates() : s_.P;
       for (int64_t i = 0; i < count; ++i) zeros_[i] = 0;
     }
   }
 
-  // The panels of W [K, N]. Where W serves as it lies, only the last block is copied, which would end beyond a row.
-  void pack_columns_of(T* panels, const T* W, int64_t K, int64_t N) {
+  // Packs this worker's share of the blocks of W [K, N]. If W is read unpacked, only a partial last block is packed,
+  // since whole vectors of it would end beyond the row.
+  void pack_weights(T* panels, const T* W, int64_t K, int64_t N) {
     const int64_t blocks = ceil_div(N, kBlock), whole = N / kBlock;
     for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
       if (packed_ || b >= whole) pack_columns(panels + b * K * kBlock, Rows<const T>{W, N}, K, N, b * kBlock);
     }
   }
 
-  // sums += rows [K] x W [K, N] for a part.
+  // sums += rows x W [K, N] for a part, with the panels that pack_weights() made.
   void add_product(Sums<T, U>& sums, const Part& part, const T* const* rows, const T* panels, const void* W, int64_t K,
                    int64_t N) const {
     const int64_t left = N - part.block * kBlock;
@@ -104,16 +111,17 @@ class Backward {
     }
   }
 
-  // Rows at and after `continued_` took their last step here: they get dh_n; the others the next step's gradients.
-  void enter(int64_t t) {
+  // Sets the current step. Its rows below continuing_rows_ also take part in the next step, whose gradients of W_hh h
+  // begin at next_dproduct_; for the others this is the last step, and they receive dh_n.
+  void begin_step(int64_t t) {
     t_ = t;
     rows_ = s_.rows(t);
     if (reverse_) {
-      continued_ = t == 0 ? 0 : rows_;
-      next_ = continued_ ? dproduct(s_.row(t - 1)) : nullptr;
+      continuing_rows_ = t == 0 ? 0 : rows_;
+      next_dproduct_ = continuing_rows_ ? dproduct(s_.row(t - 1)) : nullptr;
     } else {
-      continued_ = t == s_.T - 1 ? 0 : s_.rows(t + 1);
-      next_ = continued_ ? dproduct(s_.row(t + 1)) : nullptr;
+      continuing_rows_ = t == s_.T - 1 ? 0 : s_.rows(t + 1);
+      next_dproduct_ = continuing_rows_ ? dproduct(s_.row(t + 1)) : nullptr;
     }
   }
 
@@ -125,84 +133,88 @@ class Backward {
   }
   int64_t dproduct_stride() const { return s_.normalised ? gates() : Cell::kGrads * s_.H; }
 
+  // The gradient of W_hh h of row b at the next step; zeros if that step does not use this step's h.
   const T* next_dproduct(int64_t b) const {
-    const bool goes_on = b < continued_ && !s_.reset(reverse_ ? t_ - 1 : t_ + 1, b, reverse_);
-    return goes_on ? next_ + b * dproduct_stride() : zeros_;
+    const bool continues = b < continuing_rows_ && !s_.reset(reverse_ ? t_ - 1 : t_ + 1, b, reverse_);
+    return continues ? next_dproduct_ + b * dproduct_stride() : zeros_;
   }
 
-  // Whether a step passes gradients to the h before it other than through W_hh.
-  bool passes_directly() const { return Cell::kUsesH || s_.zones_h; }
+  // Whether the gradient of h has a part that does not pass through W_hh.
+  bool has_direct_gradient() const { return Cell::kUsesH || s_.zones_h; }
 
-  // What reaches h of row b other than through the next step's gates, before dy; null: nothing.
-  const T* beside(int64_t b) const {
-    if (b >= continued_) return d_.dh_n ? at(d_.dh_n) + s_.state(b) * s_.P : nullptr;
-    return passes_directly() ? direct_ + b * s_.P : nullptr;
+  // The gradient of h of row b that does not pass through W_hh, without dy; null: none.
+  const T* direct_gradient(int64_t b) const {
+    if (b >= continuing_rows_) return d_.dh_n ? at(d_.dh_n) + s_.state(b) * s_.P : nullptr;
+    return has_direct_gradient() ? direct_ + b * s_.P : nullptr;
   }
 
   // Whether anything reads h of row b after this step. What nobody reads has no gradient, not one of zero: zero times
   // a NaN or an infinity in the row would be NaN.
-  bool is_read(int64_t b) const { return b < continued_ || d_.dy || d_.dh_n; }
+  bool is_read(int64_t b) const { return b < continuing_rows_ || d_.dy || d_.dh_n; }
 
   void step(int64_t t) {
-    enter(t);
+    begin_step(t);
     const int64_t row_end = least(row_end_, rows_);
-    each_part(row_end, s_.P, [&](const Part& part) { hidden(part); });
+    each_part(row_end, s_.P, [&](const Part& part) { h_gradient(part); });
     if (s_.projected) {
       if (worker_.splits_units) worker_.wait();
-      each_part(row_end, s_.H, [&](const Part& part) { unproject(part); });
+      each_part(row_end, s_.H, [&](const Part& part) { projection_backward(part); });
     }
-    for (int64_t b = row_begin_; s_.normalised && b < row_end; ++b) normalised(b);
+    for (int64_t b = row_begin_; s_.normalised && b < row_end; ++b) normalised_cell(b);
     if (worker_.splits_units) worker_.wait();
   }
 
-  // This worker's parts of rows up to row_end and of n columns.
+  // Calls run(part) for this worker's parts of the rows up to row_end and n columns.
   template <class Run>
   FUSED_RNN_INLINE void each_part(int64_t row_end, int64_t n, const Run& run) const {
     const int64_t blocks = ceil_div(n, kBlock);
     cover<U>(row_begin_, row_end, first(blocks), last(blocks), n % kBlock != 0, run);
   }
 
-  // The gradient of h after this step: the next step's gates times W_hh, and what comes beside.
-  void hidden(const Part& part) const {
+  // The gradient of h after this step: the next step's gate gradients times W_hh, plus the direct gradient, plus dy.
+  // Passes it on to the projection or to the cell.
+  void h_gradient(const Part& part) const {
     Sums<T, U> sums;
     clear(sums, part);
-    if (part.row < continued_) {
+    if (part.row < continuing_rows_) {
       const T* rows[kChunk];
       for (int r = 0; r < part.rows; ++r) rows[r] = next_dproduct(part.row + r);
       add_product(sums, part, rows, recurrent_, d_.w_hh, gates(), s_.P);
     }
     each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) FUSED_RNN_INLINED {
       const int64_t b = part.row_of(slot), unit = units.unit, n = units.count;
-      Vec<T> dh = through_dropout(sums[slot][u], b, units);
-      if (const T* more = beside(b)) dh += load(more + unit, n);
+      Vec<T> dh = dropout_backward(sums[slot][u], b, units);
+      if (const T* direct = direct_gradient(b)) dh += load(direct + unit, n);
       if (d_.dy) dh += load(at(d_.dy) + s_.place(s_.row(t_) + b) * d_.dy_stride + unit, n);
-      if (s_.zones_h) dh = unmix(dh, b, units);
+      if (s_.zones_h) dh = zoneout_backward(dh, b, units);
       if (s_.projected) {
         store(at(d_.dh_total) + (s_.row(t_) + b) * s_.P + unit, dh, n);
       } else {
-        take(dh, b, units);
+        cell_output_gradient(dh, b, units);
       }
     });
   }
 
-  FUSED_RNN_INLINE Vec<T> through_dropout(const Vec<T>& dh, int64_t b, Units units) const {
+  FUSED_RNN_INLINE Vec<T> dropout_backward(const Vec<T>& dh, int64_t b, Units units) const {
     return s_.drops_h ? dh * load(at(d_.variant.drop_h) + s_.state(b) * s_.P + units.unit, units.count) : dh;
   }
 
-  // Of the gradient of a mixed h what belongs to the new one; the old one's goes to where the step came from.
-  FUSED_RNN_INLINE Vec<T> unmix(const Vec<T>& dh, int64_t b, Units units) const {
+  // Backward of zoneout: returns the gradient of the new h. The gradient of the old h is stored as the direct gradient
+  // of the previous step, or added to that of the reset state if the old h came from a reset.
+  FUSED_RNN_INLINE Vec<T> zoneout_backward(const Vec<T>& dh, int64_t b, Units units) const {
     const int64_t unit = units.unit, n = units.count, row = s_.row(t_) + b;
-    const Vec<T> of_new = dh * load(at(d_.variant.zone_h) + s_.place(row) * d_.variant.zone_h_stride + unit, n);
-    Vec<T> of_old = dh - of_new;
+    const Vec<T> dh_new = dh * load(at(d_.variant.zone_h) + s_.place(row) * d_.variant.zone_h_stride + unit, n);
+    Vec<T> dh_old = dh - dh_new;
     if (s_.reset(t_, b, reverse_)) {
-      add_to(d_.dreset.h, t_ * d_.dreset.step_h + s_.state(b) * s_.P + unit, of_old, n);
-      of_old = Vec<T>{};
+      add_to(d_.dreset.h, t_ * d_.dreset.step_h + s_.state(b) * s_.P + unit, dh_old, n);
+      dh_old = Vec<T>{};
     }
-    store(direct_ + b * s_.P + unit, of_old, n);
-    return of_new;
+    store(direct_ + b * s_.P + unit, dh_old, n);
+    return dh_new;
   }
 
-  FUSED_RNN_INLINE void take(const Vec<T>& dh, int64_t b, Units units) const {
+  // Takes the gradient of the cell's output: runs the cell's backward, or stores it for normalised_cell().
+  FUSED_RNN_INLINE void cell_output_gradient(const Vec<T>& dh, int64_t b, Units units) const {
     if (s_.normalised) {
       store(dh_ + b * 2 * s_.H + units.unit, dh, units.count);
     } else {
@@ -210,13 +222,13 @@ class Backward {
     }
   }
 
-  // Row b behind normalised sums: its cell, and then the gradient of the sums as they were before.
-  void normalised(int64_t b) const {
+  // Backward of the cell of row b, then of the layer normalisation of W_hh h.
+  void normalised_cell(int64_t b) const {
     T* dh = dh_ + b * 2 * s_.H;
     const int64_t row = s_.row(t_) + b;
     if constexpr (Cell::kHasC) {
       if (is_read(b)) {
-        output(dh, row);
+        normalised_output(dh, row);
       } else {
         __builtin_memset(dh, 0, 2 * s_.H * sizeof(T));
         __builtin_memset(at(d_.dnormal) + row * 2 * s_.H, 0, 2 * s_.H * sizeof(T));
@@ -228,8 +240,9 @@ class Backward {
                        hat, hat[gates()], gates());
   }
 
-  // h = o * tanh(norm_c * LN(c') + norm_c_bias): dh becomes the gradient of c', and behind it lies that of o's gate.
-  void output(T* dh, int64_t row) const {
+  // Backward of h = o * tanh(norm_c * LN(c') + norm_c_bias) for one row. dh is [2 * H]: on entry its first half is the
+  // gradient of h; on return it is the gradient of c', and the second half is the gradient of o before its sigmoid.
+  void normalised_output(T* dh, int64_t row) const {
     T *hat = at(d_.dnormal) + row * 2 * s_.H, *d_inner = hat + s_.H;
     const Reserve& kept = d_.reserve;
     const T *norm_c = at(d_.variant.norm_c), *norm_c_bias = at(d_.variant.norm_c_bias);
@@ -239,24 +252,26 @@ class Backward {
       for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(gates + k * s_.H + i, n);
       store(hat + i, Cell::next_c(saved, load(c_prev + i, n)), n);
     });
-    const T inverse = normalise(hat, s_.H);
+    const T rstd = normalise(hat, s_.H);
     each_lanes<T>(s_.H, [&](int64_t i, int64_t n) {
       const Vec<T> inner = load(norm_c + i, n) * load(hat + i, n) + load(norm_c_bias + i, n);
       Vec<T> grad_o;
       store(d_inner + i, Cell::output_backward(load(gates + 3 * s_.H + i, n), inner, load(dh + i, n), grad_o), n);
       store(dh + s_.H + i, grad_o, n);
     });
-    normalise_backward(dh, d_inner, norm_c, hat, inverse, s_.H);
+    normalise_backward(dh, d_inner, norm_c, hat, rstd, s_.H);
     each_lanes<T>(s_.H, [&](int64_t i, int64_t n) { store(hat + i, load(hat + i, n) * load(d_inner + i, n), n); });
   }
 
-  void unproject(const Part& part) const {
+  void projection_backward(const Part& part) const {
     Sums<T, U> sums;
     clear(sums, part);
     const T* rows[kChunk];
     for (int r = 0; r < part.rows; ++r) rows[r] = at(d_.dh_total) + (s_.row(t_) + part.row + r) * s_.P;
     add_product(sums, part, rows, projection_, d_.w_hr, s_.P, s_.H);
-    each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) { take(sums[slot][u], part.row_of(slot), units); });
+    each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) {
+      cell_output_gradient(sums[slot][u], part.row_of(slot), units);
+    });
   }
 
   FUSED_RNN_INLINE void cell(const Vec<T>& dh, int64_t b, Units units) const {
@@ -285,7 +300,7 @@ class Backward {
     }
     if (Cell::kHasC && s_.normalised) {
       if constexpr (Cell::kHasC) {
-        dc += dh;  // see output()
+        dc += dh;  // dh is the gradient of c' here; see normalised_output()
         Cell::gates_backward(saved, c_prev, dc, grads);
         grads[3] = load(dh_ + b * 2 * s_.H + s_.H + unit, n);
       }
@@ -300,7 +315,7 @@ class Backward {
     dc += dc_old;
     T* out = dgates(row) + unit;
     for (int i = 0; i < Cell::kGrads; ++i) store(out + i * s_.H, grads[i], n);
-    if (s_.reset(t_, b, reverse_)) {  // what goes back from here reaches the state that came in its place
+    if (s_.reset(t_, b, reverse_)) {  // this step read the reset states, so they receive its gradients
       if constexpr (Cell::kHasC) add_to(d_.dreset.c, t_ * d_.dreset.step_c + state, dc, n);
       if constexpr (Cell::kUsesH) add_to(d_.dreset.h, t_ * d_.dreset.step_h + state, dh_prev, n);
       dc = dh_prev = V{};
@@ -316,8 +331,8 @@ class Backward {
     if (sums) store(at(sums) + index, load(at(sums) + index, n) + more, n);
   }
 
-  // dh0: every row's first step, whichever that was, seen from the state before it.
-  void initial(const Part& part) const {
+  // dh0 of a part, from the gradients of each row's first step.
+  void initial_gradient(const Part& part) const {
     Sums<T, U> sums;
     clear(sums, part);
     const T* rows[kChunk];
@@ -328,33 +343,34 @@ class Backward {
     add_product(sums, part, rows, recurrent_, d_.w_hh, gates(), s_.P);
     each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) {
       const int64_t b = part.row_of(slot);
-      Vec<T> dh = through_dropout(sums[slot][u], b, units);
-      if (passes_directly()) dh += load(direct_ + b * s_.P + units.unit, units.count);
+      Vec<T> dh = dropout_backward(sums[slot][u], b, units);
+      if (has_direct_gradient()) dh += load(direct_ + b * s_.P + units.unit, units.count);
       store(at(d_.dh0) + s_.state(b) * s_.P + units.unit, dh, units.count);
     });
   }
 
+  // The gradient of W_hh h of row b at its first step; null if that step read a reset state instead of h0.
   const T* first_dproduct(int64_t b) const {
     int64_t t = reverse_ ? s_.T - 1 : 0;
     while (b >= s_.rows(t)) --t;  // never at t = 0, where every row is active
     return s_.reset(t, b, reverse_) ? nullptr : dproduct(s_.row(t) + b);
   }
 
-  void initial_state() {
-    each_part(row_end_, s_.P, [&](const Part& part) { initial(part); });
+  void initial_gradients() {
+    each_part(row_end_, s_.P, [&](const Part& part) { initial_gradient(part); });
   }
 
-  // What reaches the states that came in at resets through the gates.
-  void reset_states() {
+  // Adds the part of the reset states' gradients that passes through W_hh; cell() and zoneout_backward() add the rest.
+  void reset_gradients() {
     for (t_ = 0; t_ < s_.T; ++t_) {
       const int64_t row_end = least(row_end_, s_.rows(t_));
       bool any = false;
       for (int64_t b = row_begin_; b < row_end; ++b) any = any || s_.reset(t_, b, reverse_);
-      if (any) each_part(row_end, s_.P, [&](const Part& part) { reset_state(part); });
+      if (any) each_part(row_end, s_.P, [&](const Part& part) { reset_gradient(part); });
     }
   }
 
-  void reset_state(const Part& part) const {
+  void reset_gradient(const Part& part) const {
     Sums<T, U> sums;
     clear(sums, part);
     const T* rows[kChunk];
@@ -365,19 +381,19 @@ class Backward {
     add_product(sums, part, rows, recurrent_, d_.w_hh, gates(), s_.P);
     each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) {
       const int64_t b = part.row_of(slot);
-      const Vec<T> dh = through_dropout(sums[slot][u], b, units);
+      const Vec<T> dh = dropout_backward(sums[slot][u], b, units);
       add_to(d_.dreset.h, t_ * d_.dreset.step_h + s_.state(b) * s_.P + units.unit, dh, units.count);
     });
   }
 
   const LayerShape& s_;
   const BackwardDirection& d_;
-  const bool packed_, goes_on_, reverse_;
+  const bool packed_, accumulate_, reverse_;
   const cpu::Worker& worker_;
   const int64_t row_begin_, row_end_;
   T *recurrent_, *projection_, *direct_, *dh_, *zeros_;
-  int64_t t_ = 0, rows_ = 0, continued_ = 0;
-  const T* next_ = nullptr;
+  int64_t t_ = 0, rows_ = 0, continuing_rows_ = 0;
+  const T* next_dproduct_ = nullptr;
 };
 
 }  // namespace FUSED_RNN_ISA

@@ -1,6 +1,7 @@
-// Column sums of a matrix, or of two multiplied element by element: the gradients of biases and of gains. Rows are
-// summed in short runs and the runs' sums added, so that rounding grows with the number of runs and the length of one,
-// not with their product.
+// Column sums of a matrix, or of the elementwise product of two: the gradients of biases and of normalisation gains.
+//
+// Rows are summed in short runs, and then the sums of the runs, so that rounding errors grow with the number of runs
+// plus the length of one, not with the number of rows.
 #pragma once
 
 #include "tile.h"
@@ -8,7 +9,8 @@
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
-// W vectors of columns at once, so that a row's visit reads whole cache lines side by side.
+// Sums W vectors of columns together, so that each row is read in whole cache lines. `count` is the number of columns
+// of a single vector (W == 1); wider blocks are full.
 template <int W, class T>
 FUSED_RNN_INLINE void column_block(const T* x, int64_t rows, int64_t stride, const T* by, int64_t by_stride, T* sums,
                                    int64_t count, bool accumulate) {
@@ -33,7 +35,7 @@ FUSED_RNN_INLINE void column_block(const T* x, int64_t rows, int64_t stride, con
   }
 }
 
-// `by` may be null.
+// sums[c] = sum over the rows of x[row][c] * by[row][c], or of x[row][c] if `by` is null; += if `accumulate`.
 template <class T>
 void column_sums(const T* x, int64_t rows, int64_t columns, int64_t stride, const T* by, int64_t by_stride, T* sums,
                  bool accumulate) {

@@ -137,8 +137,8 @@ BackwardParams chunk(const BackwardParams& params, int64_t begin, int64_t end) {
   skip(d.dreset.h, begin * d.dreset.step_h);
   skip(d.dreset.c, begin * d.dreset.step_c);
   // Its gradient of h comes from the chunk behind it, and goes to the one before.
-  part.goes_on = end < s.T;
-  if (part.goes_on) d.dh_n = d.dh_chunk;
+  part.accumulate = end < s.T;
+  if (part.accumulate) d.dh_n = d.dh_chunk;
   if (begin > 0) d.dh0 = d.dh_chunk;
   s.T = end - begin;
   s.N = s.T * s.B;

@@ -1,4 +1,4 @@
-// Running a layer on the CPU: the instruction set chosen once, the threads chosen per call.
+// Runs a layer on the CPU. The instruction set is chosen once per process, the number of threads for each call.
 #pragma once
 
 #include <string>
@@ -6,20 +6,20 @@
 
 #include "kernels.h"
 
-// What the Python module, a library of its own, asks of this one; all else is hidden.
+// Marks the functions that the Python module calls. It is a library of its own; all other symbols are hidden.
 #define FUSED_RNN_EXPORT __attribute__((visibility("default")))
 
 namespace fused_rnn {
 namespace cpu {
 
-// The implementation in use: the best that the processor and the operating system support, or the one that
-// FUSED_RNN_CPU_ISA names. Throws std::runtime_error if that name is unknown or not supported here.
+// The kernels in use: the best that the processor and the operating system support, or the ones that the environment
+// variable FUSED_RNN_CPU_ISA names. Throws std::runtime_error if that name is unknown or not supported here.
 FUSED_RNN_EXPORT const Kernels& kernels();
 
-// The implementations that run on this machine, best first.
+// The kernels that this machine can run, best first.
 FUSED_RNN_EXPORT std::vector<const Kernels*> supported();
 
-// How a team works on a layer; see Worker.
+// How threads share a layer; see Worker.
 struct Plan {
   int64_t teams;    // directions that run at the same time
   int64_t workers;  // threads of each team
@@ -29,10 +29,10 @@ FUSED_RNN_EXPORT Plan plan(const LayerShape& shape, int64_t threads);
 
 void forward(const ForwardParams& params, int64_t threads);
 
-// The shape of the largest chunk of steps that backward takes at once: the gates' gradients of a long sequence are
-// multiplied chunk by chunk, and need the memory of one.
+// The shape of the largest chunk of steps in backward. Backward splits a long sequence into chunks and multiplies the
+// gate gradients of each before it goes on to the next, so that their buffers need only the size of one chunk.
 LayerShape chunk_shape(const LayerShape& shape);
-// The threads that share the products after a chunk; each needs a workspace.
+// How many threads share the products after each chunk; each needs a workspace.
 int64_t gradient_workers(const LayerShape& shape, int64_t threads);
 void backward(const BackwardParams& params, int64_t threads, int64_t gradient_workers);
 

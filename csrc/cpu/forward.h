@@ -1,11 +1,15 @@
-// Forward of one layer in one direction, by a team of threads that splits the rows or the hidden units.
+// Forward of one layer in one direction, computed by a team of threads. The threads split either the batch rows or the
+// hidden units; the loop over time steps is sequential.
 //
 // A step multiplies x and the previous h by the packed weights and runs the cell on the sums while they are in the
-// first-level cache; h goes to y, where the next step reads it. Small batches multiply x of all steps beforehand, so
-// that its weights are read for more than a few rows at a time. A single row per step reads W_hh as it lies, and a
-// handful of rows in all W_ih, too; unless a row's result has to be the same in every company (`deterministic`).
-// With a projection the cell's output goes to `hidden` and a second product makes h.
-// With layer normalisation a step's products are stored, and the cell runs row by row on them.
+// first-level cache. The new h is stored in y, where the next step reads it.
+// Small batches multiply x of all steps before the first step, so that each load of W_ih serves more rows.
+// Packing is skipped where the weights serve too few rows: for W_hh with one row per step, and for all weights with
+// fewer than kRowsWorthPacking rows over all steps. Packed and unpacked products round differently, so `deterministic`
+// layers, whose rows must not depend on the batch around them, always pack.
+//
+// With a projection, the cell's output is stored in `hidden` and a second product gives h. With layer normalisation,
+// the products of a step are stored first, because a row's mean needs all of its units; the cell then runs row by row.
 #pragma once
 
 #include "../cells/cells.h"
@@ -18,8 +22,8 @@ namespace FUSED_RNN_ISA {
 
 // How forward multiplies by each weight.
 struct ForwardProducts {
-  bool packed_x, packed_h;  // W_ih, W_hh (and W_hr) in panels, not as they lie
-  bool x_beforehand;        // x W_ih^T + b_ih of all steps before the first
+  bool packed_x, packed_h;  // whether W_ih, and whether W_hh and W_hr, are packed into panels
+  bool x_beforehand;        // whether W_ih x of all steps is known before the first step: computed, or given
 
   explicit ForwardProducts(const LayerShape& s)
       : packed_x((s.deterministic || s.N >= kRowsWorthPacking) && !s.gates_given),
@@ -27,7 +31,7 @@ struct ForwardProducts {
         x_beforehand(s.gates_given || (packed_x && s.T > 1 && s.B < kTileRows<4>)) {}
 };
 
-// Where the parts of a direction's workspace begin, in elements.
+// Offsets of the parts of a direction's workspace, in elements.
 template <class Cell, class T>
 struct ForwardWorkspace {
   int64_t recurrent, input, bias, projection, hidden, zeros, dropped, products, outputs, x_product, size;
@@ -35,10 +39,10 @@ struct ForwardWorkspace {
   explicit ForwardWorkspace(const LayerShape& s) {
     const ForwardProducts products(s);
     const int64_t block = kUnitVectors<Cell::kGates> * kLanes<T>, columns = Cell::kGates * in_vectors<T>(s.H);
-    const int64_t of_h = products.packed_h ? columns * s.P : 0, of_x = products.packed_x ? columns * s.I : 0;
+    const int64_t h_panels = products.packed_h ? columns * s.P : 0, x_panels = products.packed_x ? columns * s.I : 0;
     recurrent = 0;
-    input = products.x_beforehand ? recurrent : recurrent + of_h;  // done with when the other is packed
-    bias = products.x_beforehand && of_h > of_x ? recurrent + of_h : input + of_x;
+    input = products.x_beforehand ? recurrent : recurrent + h_panels;  // W_hh is packed after the last use of W_ih
+    bias = products.x_beforehand && h_panels > x_panels ? recurrent + h_panels : input + x_panels;
     projection = bias + ceil_div(s.H, block) * block * Cell::kGates * 2;
     hidden = projection + (s.projected && products.packed_h ? in_vectors<T>(s.P) * s.H : 0);
     zeros = hidden + (s.projected ? s.B * s.H : 0);
@@ -74,8 +78,8 @@ class Forward {
     outputs_ = workspace + part.outputs;
     x_product_ = s_.train ? at(d_.reserve.gates) : workspace + part.x_product;
     x_product_stride_ = s_.train ? d_.reserve.stride : Cell::kGates * s_.H;
-    made_ = s_.gates_given ? at(d_.x) : x_product_;
-    made_stride_ = s_.gates_given ? s_.directions * Cell::kGates * s_.H : x_product_stride_;
+    x_gates_ = s_.gates_given ? at(d_.x) : x_product_;
+    x_gates_stride_ = s_.gates_given ? s_.directions * Cell::kGates * s_.H : x_product_stride_;
   }
 
   void operator()() {
@@ -90,25 +94,25 @@ class Forward {
     if (products_.packed_h && s_.projected) pack<1>(projection_, d_.w_hr, s_.P, s_.H);
     worker_.wait();
     for (int64_t i = 0; i < s_.T; ++i) step(reverse_ ? s_.T - 1 - i : i);
-    if (d_.h_n) finish();
+    if (d_.h_n) store_h_n();
   }
 
  private:
   static constexpr int G = Cell::kGates, U = kUnitVectors<G>, C = G * U;
   static constexpr int64_t kBlock = U * kLanes<T>;  // units of a block of gates
-  static constexpr int UP = kUnitVectors<1>;        // the same for the projection
+  static constexpr int UP = kUnitVectors<1>;        // vectors of a block of the projection, which has one "gate"
   static constexpr int64_t kProjectionBlock = UP * kLanes<T>;
 
   static T* at(void* p) { return static_cast<T*>(p); }
   static const T* at(const void* p) { return static_cast<const T*>(p); }
 
-  // The share of n blocks whose products this worker computes.
+  // The range [first, last) of n blocks that this worker computes: its share if the team splits units, else all.
   int64_t first(int64_t n) const { return worker_.splits_units ? worker_.begin(n) : 0; }
   int64_t last(int64_t n) const { return worker_.splits_units ? worker_.end(n) : n; }
 
   bool narrow_end() const { return U > 1 && s_.H % kBlock != 0; }
 
-  // This worker's share of the panels of W [Gates * H, K].
+  // Packs this worker's share of the blocks of W [Gates * H, K].
   template <int Gates>
   void pack(T* panels, const void* W, int64_t H, int64_t K) const {
     constexpr int64_t kUnits = kUnitVectors<Gates> * kLanes<T>;
@@ -139,7 +143,7 @@ class Forward {
     }
   }
 
-  // sums += rows x W for a part, with the weights packed or as they lie.
+  // sums += rows x W^T for a part; reads W from `packed` if is_packed, else from W itself.
   template <int Gates>
   void add_product(Sums<T, Gates * kUnitVectors<Gates>>& sums, const Part& part, const T* const* rows, bool is_packed,
                    const T* packed, const void* W, int64_t H, int64_t K) const {
@@ -157,7 +161,7 @@ class Forward {
     }
   }
 
-  // What a part's sums begin with: b_ih (0) or b_hh (1).
+  // Initialises the sums of a part with b_ih (which = 0) or b_hh (which = 1).
   void load_biases(Sums<T, C>& sums, const Part& part, int which) const {
     for (int slot = 0; slot < part.slots(); ++slot) {
       const T* bias = bias_ + (part.block_of(slot) * 2 + which) * C * kLanes<T>;
@@ -181,28 +185,29 @@ class Forward {
     cover<C>(worker_.begin(s_.N), worker_.end(s_.N), 0, blocks, narrow_end(), multiply_part);
   }
 
-  // Rows at and after `carried_` begin at this step: what they consume is h0, not the previous step's h.
-  void enter(int64_t t) {
+  // Sets the current step. Its rows below started_rows_ took part in the previous step, in the order of the direction,
+  // whose first row in y is previous_row_; the others start here, from h0.
+  void begin_step(int64_t t) {
     t_ = t;
     rows_ = s_.rows(t);
     if (reverse_) {
-      carried_ = t == s_.T - 1 ? 0 : s_.rows(t + 1);
-      previous_ = carried_ ? s_.row(t + 1) : 0;
+      started_rows_ = t == s_.T - 1 ? 0 : s_.rows(t + 1);
+      previous_row_ = started_rows_ ? s_.row(t + 1) : 0;
     } else {
-      carried_ = t == 0 ? 0 : rows_;
-      previous_ = carried_ ? s_.row(t - 1) : 0;
+      started_rows_ = t == 0 ? 0 : rows_;
+      previous_row_ = started_rows_ ? s_.row(t - 1) : 0;
     }
   }
 
   const T* h_prev(int64_t b) const {
     const int64_t state = s_.state(b) * s_.P;
     if (s_.reset(t_, b, reverse_)) return d_.reset.h ? at(d_.reset.h) + t_ * d_.reset.step_h + state : zeros_;
-    if (b < carried_) return y(previous_ + b);
+    if (b < started_rows_) return y(previous_row_ + b);
     return d_.h0 ? at(d_.h0) + state : zeros_;
   }
 
-  // What W_hh multiplies.
-  const T* consumed(int64_t b) const { return s_.drops_h ? dropped(b) : h_prev(b); }
+  // The operand of W_hh: h, times the dropout mask if there is one.
+  const T* recurrent_input(int64_t b) const { return s_.drops_h ? dropped(b) : h_prev(b); }
   T* dropped(int64_t b) const {
     return s_.train ? at(d_.reserve.h_prev) + (s_.row(t_) + b) * d_.reserve.stride : dropped_ + b * s_.P;
   }
@@ -214,13 +219,13 @@ class Forward {
   }
 
   void step(int64_t t) {
-    enter(t);
+    begin_step(t);
     const int64_t row_end = least(row_end_, rows_);
     const int64_t blocks = ceil_div(s_.H, kBlock);
     if (s_.drops_h) drop(row_end);
     cover<C>(row_begin_, row_end, first(blocks), last(blocks), narrow_end(), [&](const Part& part) { gates(part); });
-    for (int64_t b = row_begin_; s_.normalised && b < row_end; ++b) normalised(b);
-    if (s_.train && !s_.drops_h && !(s_.chains_h(Cell::kSavesH) && carried_ > 0)) keep_h_prev(row_end);
+    for (int64_t b = row_begin_; s_.normalised && b < row_end; ++b) normalised_cell(b);
+    if (s_.train && !s_.drops_h && !(s_.chains_h(Cell::kSavesH) && started_rows_ > 0)) keep_h_prev(row_end);
     if (s_.projected) {
       if (worker_.splits_units) worker_.wait();
       const int64_t outputs = ceil_div(s_.P, kProjectionBlock);
@@ -249,8 +254,8 @@ class Forward {
     }
   }
 
-  // h_n: each row's h after the step that was its last.
-  void finish() {
+  // Copies h after each row's last step to h_n.
+  void store_h_n() {
     const int64_t from = first(s_.P), count = last(s_.P) - from;
     int64_t t = reverse_ ? 0 : s_.T - 1;
     for (int64_t b = row_begin_; b < row_end_; ++b) {
@@ -260,13 +265,13 @@ class Forward {
     }
   }
 
-  // The products of a part at this step, and the cell on them.
+  // Computes the products of a part at this step and runs the cell on them.
   void gates(const Part& part) const {
     Sums<T, C> from_x, from_h;
     const T *x[kChunk], *h[kChunk];
     for (int r = 0; r < part.rows; ++r) {
       x[r] = at(d_.x) + s_.place(s_.row(t_) + part.row + r) * s_.I;
-      h[r] = consumed(part.row + r);
+      h[r] = recurrent_input(part.row + r);
     }
     if (!products_.x_beforehand || s_.gates_given) load_biases(from_x, part, 0);
     if (!products_.x_beforehand) add_product<G>(from_x, part, x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
@@ -274,11 +279,12 @@ class Forward {
     for (int slot = 0; s_.normalised && slot < part.slots(); ++slot) {
       for (int c = 0; c < C; ++c) from_h[slot][c] = Vec<T>{};
     }
-    // Where all rows begin with zeros, one stands for them: W_hh may hold a NaN or an infinity.
-    Part of_h = part;
-    if (carried_ == 0 && !d_.h0 && !d_.reset.h) of_h.rows = 1;
-    add_product<G>(from_h, of_h, h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P);
-    for (int r = of_h.rows; r < part.rows; ++r) {
+    // If h is zero in all rows, one row is multiplied and its sums are copied to the others. The product is not
+    // skipped, because it is NaN where W_hh has a NaN or an infinity.
+    Part h_part = part;
+    if (started_rows_ == 0 && !d_.h0 && !d_.reset.h) h_part.rows = 1;
+    add_product<G>(from_h, h_part, h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P);
+    for (int r = h_part.rows; r < part.rows; ++r) {
       for (int c = 0; c < C; ++c) from_h[r][c] = from_h[0][c];
     }
     if (s_.normalised) {
@@ -289,10 +295,10 @@ class Forward {
     }
     each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) FUSED_RNN_INLINED {
       const int64_t b = part.row_of(slot);
-      const T* made = products_.x_beforehand ? made_of(b) + units.unit : nullptr;
+      const T* x_gates = products_.x_beforehand ? x_gates_row(b) + units.unit : nullptr;
       Vec<T> input[G], recurrent[G];
       for (int g = 0; g < G; ++g) {
-        input[g] = made ? load(made + g * s_.H, units.count) : from_x[slot][g * U + u];
+        input[g] = x_gates ? load(x_gates + g * s_.H, units.count) : from_x[slot][g * U + u];
         if (s_.gates_given) input[g] += from_x[slot][g * U + u];
         recurrent[g] = from_h[slot][g * U + u];
       }
@@ -300,30 +306,30 @@ class Forward {
     });
   }
 
-  // W_ih x of row b at this step, where it was made beforehand, or given.
-  const T* made_of(int64_t b) const {
+  // W_ih x of row b at this step; only with x_beforehand.
+  const T* x_gates_row(int64_t b) const {
     const int64_t row = s_.row(t_) + b;
-    return made_ + (s_.gates_given ? s_.place(row) : row) * made_stride_;
+    return x_gates_ + (s_.gates_given ? s_.place(row) : row) * x_gates_stride_;
   }
 
-  // W_hh h of row b at this step, to be normalised.
+  // Where W_hh h of row b at this step is stored and normalised.
   T* product(int64_t b) const {
     return s_.train ? at(d_.reserve.h_hat) + (s_.row(t_) + b) * d_.reserve.stride : scratch_products_ + b * G * s_.H;
   }
 
-  // The cell of row b on its normalised sums.
-  void normalised(int64_t b) const {
+  // Layer normalisation of W_hh h of row b, then the cell.
+  void normalised_cell(int64_t b) const {
     T* hat = product(b);
-    const T inverse = normalise(hat, G * s_.H);
-    if (s_.train) hat[G * s_.H] = inverse;
-    const T *made = made_of(b), *gain = at(d_.variant.norm_hh);
+    const T rstd = normalise(hat, G * s_.H);
+    if (s_.train) hat[G * s_.H] = rstd;
+    const T *x_gates = x_gates_row(b), *gain = at(d_.variant.norm_hh);
     const Part row{b, 0, 1, int(ceil_div(s_.H, kBlock))};
     each_vector<T, U>(row, s_.H, [&](int slot, int u, Units units) {
       const T* bias = bias_ + slot * 2 * C * kLanes<T> + u * kLanes<T>;
       Vec<T> input[G], recurrent[G];
       for (int g = 0; g < G; ++g) {
         const int64_t at_gate = g * s_.H + units.unit, n = units.count;
-        input[g] = load(bias + g * U * kLanes<T>) + load(made + at_gate, n);
+        input[g] = load(bias + g * U * kLanes<T>) + load(x_gates + at_gate, n);
         recurrent[g] = load(bias + (C + g * U) * kLanes<T>) + load(gain + at_gate, n) * load(hat + at_gate, n);
       }
       cell(input, recurrent, h_prev(b), b, units);
@@ -334,33 +340,34 @@ class Forward {
       normalise(c, s_.H);
       each_lanes<T>(s_.H, [&](int64_t i, int64_t n) {
         const Vec<T> inner = load(norm_c + i, n) * load(c + i, n) + load(norm_c_bias + i, n);
-        put_h(Cell::output(load(o + i, n), inner), h_prev(b), b, {i, n});
+        store_output(Cell::output(load(o + i, n), inner), h_prev(b), b, {i, n});
       });
     }
   }
 
-  // Where h of row b goes at this step: to its projection, or to y, the old h mixed in.
-  FUSED_RNN_INLINE void put_h(const Vec<T>& h, const T* h_prev, int64_t b, Units units) const {
+  // Stores the cell's output of row b: in `hidden` for the projection, or in y.
+  FUSED_RNN_INLINE void store_output(const Vec<T>& h, const T* h_prev, int64_t b, Units units) const {
     if (s_.projected) {
       store(hidden(b) + units.unit, h, units.count);
     } else {
-      put_y(h, h_prev, b, units);
+      store_y(h, h_prev, b, units);
     }
   }
 
-  FUSED_RNN_INLINE void put_y(const Vec<T>& h, const T* h_prev, int64_t b, Units units) const {
+  // Stores the new h of row b, after zoneout, in y.
+  FUSED_RNN_INLINE void store_y(const Vec<T>& h, const T* h_prev, int64_t b, Units units) const {
     const int64_t unit = units.unit, n = units.count, row = s_.row(t_) + b;
     T* out = y(row) + unit;
     if (!s_.zones_h) return store(out, h, n);
     const T* zone = at(d_.variant.zone_h) + s_.place(row) * d_.variant.zone_h_stride;
-    store(out, mixed(load(h_prev + unit, n), h, load(zone + unit, n)), n);
+    store(out, zoneout(load(h_prev + unit, n), h, load(zone + unit, n)), n);
   }
 
-  static FUSED_RNN_INLINE Vec<T> mixed(const Vec<T>& before, const Vec<T>& after, const Vec<T>& zone) {
-    return before + zone * (after - before);
+  static FUSED_RNN_INLINE Vec<T> zoneout(const Vec<T>& old_state, const Vec<T>& new_state, const Vec<T>& zone) {
+    return old_state + zone * (new_state - old_state);
   }
 
-  // The cell of some units of row b at this step, from the two halves of the pre-activations.
+  // The cell for some units of row b at this step. input: W_ih x + b_ih, recurrent: W_hh h + b_hh, of each gate.
   FUSED_RNN_INLINE void cell(const Vec<T> (&input)[G], const Vec<T> (&recurrent)[G], const T* h_prev, int64_t b,
                              Units units) const {
     using V = Vec<T>;
@@ -387,7 +394,7 @@ class Forward {
       }
       if (d_.variant.zone_c) {
         const T* zone = at(d_.variant.zone_c) + s_.place(row) * d_.variant.zone_c_stride;
-        c = mixed(c_in, c, load(zone + unit, n));
+        c = zoneout(c_in, c, load(zone + unit, n));
       }
       store(at(d_.c) + state, c, n);
       if (d_.c_sequence) store(at(d_.c_sequence) + s_.place(row) * s_.directions * s_.H + unit, c, n);
@@ -396,7 +403,7 @@ class Forward {
       T* gates = at(keep.gates) + row * keep.stride + unit;
       for (int i = 0; i < Cell::kSaved; ++i) store(gates + i * s_.H, saved[i], n);
     }
-    if (!(Cell::kHasC && s_.normalised)) put_h(h, h_prev, b, units);
+    if (!(Cell::kHasC && s_.normalised)) store_output(h, h_prev, b, units);
   }
 
   void project(const Part& part) const {
@@ -409,7 +416,7 @@ class Forward {
     add_product<1>(sums, part, rows, products_.packed_h, projection_, d_.w_hr, s_.P, s_.H);
     each_vector<T, UP>(part, s_.P, [&](int slot, int u, Units units) {
       const int64_t b = part.row_of(slot);
-      put_y(sums[slot][u], s_.zones_h ? h_prev(b) : nullptr, b, units);
+      store_y(sums[slot][u], s_.zones_h ? h_prev(b) : nullptr, b, units);
     });
   }
 
@@ -421,9 +428,9 @@ class Forward {
   const int64_t row_begin_, row_end_;
   T *recurrent_, *input_, *bias_, *projection_, *scratch_hidden_, *zeros_, *x_product_;
   T *dropped_, *scratch_products_, *outputs_;
-  const T* made_;  // W_ih x, where it comes from before the first step
-  int64_t x_product_stride_, made_stride_;
-  int64_t t_ = 0, rows_ = 0, carried_ = 0, previous_ = 0;  // previous_: the first row of the step before
+  const T* x_gates_;  // [N, G*H] W_ih x where x_beforehand: x_product_, or the given x
+  int64_t x_product_stride_, x_gates_stride_;
+  int64_t t_ = 0, rows_ = 0, started_rows_ = 0, previous_row_ = 0;  // of the current step; see begin_step()
 };
 
 }  // namespace FUSED_RNN_ISA

@@ -1,8 +1,7 @@
-// What backward leaves over once it has the gates' gradients of a chunk of steps: those of x, weights, biases and
-// gains.
+// The gradients of x, weights, biases and normalisation gains, from the gate gradients of a chunk of steps.
 //
-// Each is one product over the rows or the gates, split among the threads by rows and columns of the result, so that
-// no thread waits for another and no sum depends on their number.
+// Each is one matrix product or column sum. The threads split the rows and columns of the result, so that none waits
+// for another and no sum depends on the number of threads.
 #pragma once
 
 #include "../cells/cells.h"
@@ -13,13 +12,13 @@
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
-// A thread's share of a result of M rows and N columns, in whole blocks of columns.
+// The part of an M x N result that one thread computes: rows [row, row_end), column blocks [block, block_end).
 struct Share {
   int64_t row, row_end, block, block_end;
 
   Share(int64_t M, int64_t N, int64_t block_columns, const cpu::Worker& worker) {
     const int64_t blocks = ceil_div(N, block_columns);
-    // Of all grids of `count` threads the one whose shares have the least circumference: what a thread has to pack.
+    // Arranges the threads in the grid whose shares have the fewest rows plus columns, because a thread packs both.
     int64_t across = 1, best = INT64_MAX;
     for (int64_t n = 1; n <= worker.count; ++n) {
       if (worker.count % n || n > blocks) continue;
@@ -54,7 +53,7 @@ class Products {
     };
     int64_t block = share.block;
     if (M < kRowsWorthPacking) {
-      // b as it lies, but for a last block that would end beyond a row.
+      // b is read unpacked, except for a partial last block, whose vectors would end beyond the row.
       const int64_t whole = least(N / kBlock, share.block_end);
       cover<U>(share.row, share.row_end, block, whole, false,
                [&](const Part& part) { add_part(part, {b + part.block * kBlock, N, kBlock, U}); });
@@ -88,8 +87,8 @@ class Products {
           const T* from[kChunk];
           for (int r = 0; r < rows; ++r) from[r] = columns + r * count;
           for (int64_t block = begin; block < end; ++block) {
-            const Panel<T> of_block = own_panel(panels + (block - begin) * panel, block, N);
-            add(Rows<T>{out, N}, Part{row, block, rows, 1}, from, of_block, count, N, accumulate || k > 0);
+            const Panel<T> block_panel = own_panel(panels + (block - begin) * panel, block, N);
+            add(Rows<T>{out, N}, Part{row, block, rows, 1}, from, block_panel, count, N, accumulate || k > 0);
           }
         }
       }
@@ -99,10 +98,11 @@ class Products {
  private:
   static constexpr int U = kUnitVectors<1>;
   static constexpr int64_t kBlock = U * kLanes<T>;
-  // What `transposed` packs of b at once: little enough for a second-level cache and for memory, enough to pay off.
+  // `transposed` packs this many rows and blocks of b at a time: they fit the second-level cache and bound the
+  // workspace.
   static constexpr int64_t kRowsAtOnce = 512, kBlocksAtOnce = 8;
 
-  // A few rows: nothing to gain from packing, and the result is all there is to write.
+  // a^T b for a K too small for packing: each element of the result is a sum of a few products, written once.
   static void add_outer_products(T* out, const T* a, int64_t a_stride, const Rows<const T>& b, const Share& share,
                                  int64_t N, int64_t K, bool accumulate) {
     const int64_t end = least(share.block_end * kBlock, N);
@@ -148,7 +148,7 @@ class Gradients {
         worker_(worker),
         products_(at(params.workspace) + worker.index * workspace(params.shape), worker) {}
 
-  // Elements for each thread.
+  // Elements of workspace for each thread.
   static int64_t workspace(const LayerShape& s) {
     const int64_t widest = s.I > s.P ? s.I : s.P;
     const int64_t dx = Products<T>::rows_workspace(Cell::kGates * s.H);
@@ -165,34 +165,34 @@ class Gradients {
         const T* grads = s_.normalised ? at(d.dproduct) : hidden_grads(d);
         products_.transposed(at(d.dw_hh), grads, (s_.normalised ? kRows : kWidth) * s_.H,
                              Rows<const T>{at(d.reserve.h_prev), d.reserve.stride}, kRows * s_.H, s_.P, s_.N,
-                             p_.goes_on);
+                             p_.accumulate);
       }
       if (d.db_ih) biases(d);
       if (d.dnorm_hh) gains(d);
       if (d.dw_hr) {
         products_.transposed(at(d.dw_hr), at(d.dh_total), s_.P, Rows<const T>{at(d.reserve.hidden), d.reserve.stride},
-                             s_.P, s_.H, s_.N, p_.goes_on);
+                             s_.P, s_.H, s_.N, p_.accumulate);
       }
     }
   }
 
  private:
-  // dgates has kWidth blocks of H columns, of which kRows belong to W_ih, the last kShift gates first, and kRows to
-  // W_hh.
+  // A row of dgates has kWidth blocks of H columns. The first kRows blocks are the gates of W_ih x, its last kShift
+  // gates first; the kRows blocks from kHiddenGrads on are the gates of W_hh h. See csrc/cells/rnn.h.
   static constexpr int64_t kWidth = Cell::kGrads, kRows = Cell::kGates, kShift = Cell::kInputShift;
 
   static T* at(void* p) { return static_cast<T*>(p); }
   static const T* at(const void* p) { return static_cast<const T*>(p); }
   const T* hidden_grads(const BackwardDirection& d) const { return at(d.dgates) + Cell::kHiddenGrads * s_.H; }
 
-  // Calls f(column, row, count) for the runs of columns of dgates that are runs of rows of W_ih.
+  // Calls f(column, row, count) for each run of `count` columns of dgates that corresponds to a run of rows of W_ih.
   template <class F>
   void each_input_run(const F& f) const {
     if (kShift) f(0, (kRows - kShift) * s_.H, kShift * s_.H);
     f(kShift * s_.H, 0, (kRows - kShift) * s_.H);
   }
 
-  // Both directions add up in dx, or lie side by side.
+  // dx: the sum over both directions; with gates_given each direction has columns of its own.
   void input(const BackwardDirection& d, bool accumulate) {
     if (s_.gates_given) return input_gates(d);
     each_input_run([&](int64_t column, int64_t row, int64_t count) {
@@ -215,7 +215,7 @@ class Gradients {
   void input_weights(const BackwardDirection& d) {
     each_input_run([&](int64_t column, int64_t row, int64_t count) {
       products_.transposed(at(d.dw_ih) + row * s_.I, at(d.dgates) + column, kWidth * s_.H,
-                           Rows<const T>{at(d.x), s_.I, s_.places}, count, s_.I, s_.N, p_.goes_on);
+                           Rows<const T>{at(d.x), s_.I, s_.places}, count, s_.I, s_.N, p_.accumulate);
     });
   }
 
@@ -236,7 +236,7 @@ class Gradients {
     const int64_t end = least(worker_.end(lines) * 16, count);
     if (begin >= end) return;
     column_sums(columns + begin, s_.N, end - begin, stride, by ? by + begin : nullptr, by_stride, out + begin,
-                p_.goes_on);
+                p_.accumulate);
   }
 
   const BackwardParams& p_;

@@ -1,4 +1,4 @@
-// What one instruction set offers: the table that its wrapper file fills and dispatch.cpp chooses from.
+// The table of kernels of one instruction set. Each isa_*.cpp defines one table; dispatch.cpp chooses among them.
 #pragma once
 
 #include "../rnn_params.h"
@@ -9,16 +9,17 @@ namespace cpu {
 
 struct Kernels {
   const char* name;
-  // One worker's part of one direction (0, or 1 for the reverse one).
+  // The work of one worker in one direction (0, or 1 for the reverse one). All workers of the direction must call it.
   void (*forward)(const ForwardParams& params, int64_t direction, const Worker& worker);
   void (*backward)(const BackwardParams& params, int64_t direction, const Worker& worker);
-  // One worker's part of what is left after backward has run in every direction, on a chunk of steps.
+  // The work of one worker on the gradients of inputs and weights, after `backward` has run in every direction on a
+  // chunk of steps. The workers share no barrier.
   void (*gradients)(const BackwardParams& params, const Worker& worker);
-  // Elements of workspace: of a direction, of a direction, of a worker.
+  // Elements of the workspaces: for each direction, for each direction, for each worker.
   int64_t (*forward_workspace)(const LayerShape& shape);
   int64_t (*backward_workspace)(const LayerShape& shape);
   int64_t (*gradients_workspace)(const LayerShape& shape);
-  // y[i] = f(x[i]) for the accuracy tests; `function` is 's'igmoid or 't'anh.
+  // y[i] = f(x[i]) for the accuracy tests; `function` is 's' (sigmoid) or 't' (tanh).
   void (*map_float)(char function, const float* x, float* y, int64_t n);
   void (*map_double)(char function, const double* x, double* y, int64_t n);
 };

@@ -1,6 +1,6 @@
 // Layer normalisation of one row (Ba, Kiros and Hinton 2016), forward and backward.
 //
-// A row belongs to one thread and lies in the first-level cache: each function reads it two or three times.
+// One thread has the whole row. Each function reads it two or three times, because it stays in the first-level cache.
 #pragma once
 
 #include "vec.h"
@@ -8,7 +8,7 @@
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
-constexpr double kNormEps = 1e-5;  // NORM_EPS of reference.py, by which test_variants.py would see another
+constexpr double kNormEps = 1e-5;  // equal to NORM_EPS of reference.py; test_variants.py fails if not
 
 template <class T>
 FUSED_RNN_INLINE T sum_of_lanes(const Vec<T>& v) {
@@ -17,13 +17,13 @@ FUSED_RNN_INLINE T sum_of_lanes(const Vec<T>& v) {
   return sum;
 }
 
-// Calls f(first, count) for the vectors of n elements.
+// Calls f(first, count) for each vector of a row of n elements; the last may be partial.
 template <class T, class F>
 FUSED_RNN_INLINE void each_lanes(int64_t n, const F& f) {
   for (int64_t i = 0; i < n; i += kLanes<T>) f(i, n - i < kLanes<T> ? n - i : kLanes<T>);
 }
 
-// row becomes (row - mean) / sqrt(variance + eps); returns the inverse of that root.
+// row = (row - mean) * rstd, where rstd = 1 / sqrt(variance + eps) is returned.
 template <class T>
 T normalise(T* row, int64_t n) {
   Vec<T> sums{}, squares{};
@@ -32,17 +32,18 @@ T normalise(T* row, int64_t n) {
   each_lanes<T>(n, [&](int64_t i, int64_t count) {
     const Vec<T> centred = load(row + i, count) - mean;
     store(row + i, centred, count);
-    const Vec<T> present = load(row + i, count);  // lanes behind the row are zero
-    squares += present * present;
+    const Vec<T> valid = load(row + i, count);  // zero in the lanes beyond the row
+    squares += valid * valid;
   });
-  const T inverse = T(1) / __builtin_sqrt(double(sum_of_lanes<T>(squares) / T(n)) + kNormEps);
-  each_lanes<T>(n, [&](int64_t i, int64_t count) { store(row + i, load(row + i, count) * inverse, count); });
-  return inverse;
+  const T rstd = T(1) / __builtin_sqrt(double(sum_of_lanes<T>(squares) / T(n)) + kNormEps);
+  each_lanes<T>(n, [&](int64_t i, int64_t count) { store(row + i, load(row + i, count) * rstd, count); });
+  return rstd;
 }
 
-// The gradient of a row before normalise, from that of gain * hat: hat is the normalised row. May be in place.
+// Backward of gain * hat with hat = normalise(row): `grad` is the gradient of the result, `out` that of the row. They
+// may be the same.
 template <class T>
-void normalise_backward(T* out, const T* grad, const T* gain, const T* hat, T inverse, int64_t n) {
+void normalise_backward(T* out, const T* grad, const T* gain, const T* hat, T rstd, int64_t n) {
   Vec<T> sums{}, products{};
   each_lanes<T>(n, [&](int64_t i, int64_t count) {
     const Vec<T> g = load(grad + i, count) * load(gain + i, count);
@@ -52,7 +53,7 @@ void normalise_backward(T* out, const T* grad, const T* gain, const T* hat, T in
   const T mean = sum_of_lanes<T>(sums) / T(n), slope = sum_of_lanes<T>(products) / T(n);
   each_lanes<T>(n, [&](int64_t i, int64_t count) {
     const Vec<T> g = load(grad + i, count) * load(gain + i, count);
-    store(out + i, (g - mean - load(hat + i, count) * slope) * inverse, count);
+    store(out + i, (g - mean - load(hat + i, count) * slope) * rstd, count);
   });
 }
 

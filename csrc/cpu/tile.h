@@ -1,10 +1,11 @@
-// The product at the heart of every step and of every gradient: rows x columns, with the sums in registers.
+// The matrix product that every step and every gradient uses: some rows times some columns, with the sums in registers.
 //
-// Weights lie in panels: for each block of columns [K][C] vectors (the last block has as many as it needs), so that one
-// step of k reads C consecutive vectors and one scalar of each of R rows for R * C multiply-adds. Forward's columns are
-// all gates of one vector of units, so that the cell's equations find a unit's sums side by side. Few rows are not
-// worth packing for: they take the weights as they lie. Each sum over a panel runs over k in the same order whatever R
-// is: a row's result does not depend on its neighbours, but for the choice between packed and not.
+// Weights are packed into panels, one per block of columns: [K][C] vectors (fewer than C in the last block). One step
+// of k then reads C consecutive vectors and one scalar of each of R rows, and does R * C multiply-adds. In forward the
+// columns of a block are all gates of one vector of units, so that the cell has all sums of a unit at hand. If there
+// are only a few rows, packing costs more than it saves, and the weights are read in their own layout.
+// A sum over a panel runs over k in the same order for every R. The result of a row therefore does not depend on the
+// other rows, except through the choice between packed and unpacked weights.
 #pragma once
 
 #include "vec.h"
@@ -12,39 +13,43 @@
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
-// Vectors of units in a block of G gates: enough columns to reuse a broadcast scalar, few enough for several rows.
+// Vectors of units in a block of G gates: enough columns to reuse a broadcast scalar, and few enough to leave registers
+// for several rows.
 template <int G>
 constexpr int kUnitVectors = G > 1                              ? 1
                              : FUSED_RNN_VECTOR_REGISTERS == 32 ? 4
                                                                 : 2;
-// Rows of a tile of C columns: its sums fill up to three quarters of the vector registers. More than 8 row pointers
-// would not fit the scalar ones.
+// Rows of a tile with C columns: its sums take up to three quarters of the vector registers. The limit of 8 keeps the
+// row pointers in scalar registers.
 template <int C>
 constexpr int kTileRows = FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C < 8 ? FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C : 8;
-// Column blocks that a single row takes at once: many sums hide the latency of a multiply-add, and long runs of weights
-// are read as they come.
+// Column blocks that are multiplied together when there is a single row: many independent sums hide the latency of a
+// multiply-add, and the weights are read in long runs.
 template <int C>
 constexpr int kRowBlocks = FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C;
-// Rows between two visits of the same part of a panel, and how many k such a part has: what fits a second-level cache.
+// Rows that are multiplied by the same part of a panel before the next part, and the k of such a part: chosen so that
+// the part stays in the second-level cache.
 constexpr int kChunk = 24;
 constexpr int64_t kDepth = 1024;
-// With fewer rows than this over all steps, packing costs more than it saves.
+// With fewer rows than this over all steps, weights are not packed.
 constexpr int64_t kRowsWorthPacking = 8;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Elements of a row of n in whole vectors, and vectors of the block of G gates that begins at `unit` of n.
+// n rounded up to whole vectors.
 template <class T>
 constexpr int64_t in_vectors(int64_t n) {
   return ceil_div(n, kLanes<T>) * kLanes<T>;
 }
+// Vectors of the block of G gates that begins at `unit`, in a row of n units.
 template <class T, int G>
 constexpr int block_vectors(int64_t n, int64_t unit) {
   return G * int(least(ceil_div(n - unit, kLanes<T>), kUnitVectors<G>));
 }
 
-// Rows [row, row + rows) and blocks [block, block + blocks); one of the two counts is 1. A slot is a row or a block.
+// Rows [row, row + rows) times blocks [block, block + blocks); one of the two counts is 1. A slot is one row of one
+// block.
 struct Part {
   int64_t row, block;
   int rows, blocks;
@@ -54,8 +59,8 @@ struct Part {
   int64_t block_of(int slot) const { return blocks == 1 ? block : block + slot; }
 };
 
-// A block's weights: vector c of step k lies at data + k * stride + c * lanes, the next block `distance` further on.
-// The last block may have fewer than C vectors.
+// The weights of a block: vector c of step k is at data + k * stride + c * lanes, and the next block starts `distance`
+// elements after this one. The last block may have fewer than C vectors.
 template <class T>
 struct Panel {
   const T* data;
@@ -67,7 +72,8 @@ template <class T, int C>
 using Sums = Vec<T>[kChunk][C];
 
 // sums[slot][c] += sum over k of row[k] * panel[k][c], for NB blocks or R rows.
-// A run of k is summed in registers and then added, so that rounding grows as in a blocked BLAS, not with K.
+// Runs of kRun values of k are summed in registers and then added to sums, so that rounding errors grow with the number
+// of runs plus the length of one, as in a blocked BLAS, and not with K.
 template <class T, int NB, int R, int C, int kColumns>
 __attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], const T* const* row, const Panel<T>& panel, int64_t K) {
   constexpr int64_t kRun = 128;
@@ -75,7 +81,7 @@ __attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], const T* const* 
   for (int r = 0; r < R; ++r) rows[r] = row[r];
   for (int64_t begin = 0; begin < K; begin += kRun) {
     const int64_t end = least(begin + kRun, K);
-    Vec<T> acc[NB][R][kColumns] = {};  // in registers: every index below is a constant once the loops are unrolled
+    Vec<T> acc[NB][R][kColumns] = {};  // in registers: unrolled, every index is a constant
     const T* w = panel.data + begin * panel.stride;
     for (int64_t k = begin; k < end; ++k, w += panel.stride) {
 #pragma GCC unroll 8
@@ -115,7 +121,7 @@ void multiply_rows(Vec<T> (*sums)[C], const T* const* rows, int n, const Panel<T
   // clang-format on
 }
 
-// sums[slot][c] += rows x panel for the slots of a part; rows[0] alone if the part has several blocks.
+// sums[slot][c] += rows x panel for all slots of a part. If the part has several blocks, it has one row, rows[0].
 template <class T, int C>
 void multiply(Sums<T, C>& sums, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K) {
   if (part.blocks > 1) return multiply_tile<T, kRowBlocks<C>, 1, C, C>(sums, rows, panel, K);
@@ -123,31 +129,32 @@ void multiply(Sums<T, C>& sums, const Part& part, const T* const* rows, const Pa
   for (int64_t k = 0; k < K; k += kDepth) {
     const Panel<T> deep{panel.data + k * panel.stride, panel.stride, panel.distance, panel.vectors};
     const int64_t depth = least(kDepth, K - k);
-    for (int tile = 0; tile < tiles; ++tile) {  // tiles of about the same height: a tile of one row waits for its loads
+    for (int tile = 0; tile < tiles;
+         ++tile) {  // tiles of similar height: a single row has too few sums to hide latency
       const int begin = part.rows * tile / tiles, n = part.rows * (tile + 1) / tiles - begin;
       const T* from_k[8];
       for (int r = 0; r < n; ++r) from_k[r] = rows[begin + r] + k;
-      Vec<T>(*of_tile)[C] = sums + begin;
+      Vec<T>(*tile_sums)[C] = sums + begin;
       if constexpr (C == kUnitVectors<1>) {
         switch (panel.vectors) {
           case 1:
-            multiply_rows<T, C, 1>(of_tile, from_k, n, deep, depth);
+            multiply_rows<T, C, 1>(tile_sums, from_k, n, deep, depth);
             continue;
           case 2:
-            multiply_rows<T, C, 2>(of_tile, from_k, n, deep, depth);
+            multiply_rows<T, C, 2>(tile_sums, from_k, n, deep, depth);
             continue;
           case 3:
-            multiply_rows<T, C, least(C, 3)>(of_tile, from_k, n, deep, depth);
+            multiply_rows<T, C, least(C, 3)>(tile_sums, from_k, n, deep, depth);
             continue;
         }
       }
-      multiply_rows<T, C, C>(of_tile, from_k, n, deep, depth);
+      multiply_rows<T, C, C>(tile_sums, from_k, n, deep, depth);
     }
   }
 }
 
-// sums[r][c] += the scalar products of rows[r] with rows of W as they lie: lane j of column (g, u) of G gates is row
-// g * H + unit + u * lanes + j of W [G * H, K].
+// sums[r][c] += the scalar products of rows[r] with rows of the unpacked W [G * H, K]: lane j of column (g, u) of G
+// gates is row g * H + unit + u * lanes + j of W.
 template <class T, int G>
 __attribute__((noinline)) void multiply_unpacked(Vec<T> (*sums)[G * kUnitVectors<G>], const T* const* rows, int n,
                                                  const T* W, int64_t H, int64_t K, int64_t unit) {
@@ -175,15 +182,15 @@ __attribute__((noinline)) void multiply_unpacked(Vec<T> (*sums)[G * kUnitVectors
   }
 }
 
-// The units that one vector of a block covers: `count` of its lanes, from `unit` on.
+// The units [unit, unit + count) that one vector of a block holds.
 struct Units {
   int64_t unit, count;
 };
 
-// For a lambda whose constants are to stay in registers from one vector to the next.
+// Inlines a lambda, so that the values it captures stay in registers from one vector to the next.
 #define FUSED_RNN_INLINED __attribute__((always_inline))
 
-// Calls f(slot, u, units) for each of a part's vectors of up to `limit` units, U vectors a block.
+// Calls f(slot, u, units) for each vector of a part. A block has U vectors; units from `limit` on are left out.
 template <class T, int U, class F>
 FUSED_RNN_INLINE void each_vector(const Part& part, int64_t limit, const F& f) {
   for (int slot = 0; slot < part.slots(); ++slot) {
@@ -195,7 +202,8 @@ FUSED_RNN_INLINE void each_vector(const Part& part, int64_t limit, const F& f) {
   }
 }
 
-// Calls run(part) so that every row meets every block once; the last block may be narrower than the others.
+// Splits rows [row, row_end) times blocks [block, block_end) into parts and calls run(part) for each. narrow_end: the
+// last block has fewer vectors than the others, and so cannot be in a part of several blocks.
 template <int C, class Run>
 FUSED_RNN_INLINE void cover(int64_t row, int64_t row_end, int64_t block, int64_t block_end, bool narrow_end,
                             const Run& run) {
@@ -209,8 +217,8 @@ FUSED_RNN_INLINE void cover(int64_t row, int64_t row_end, int64_t block, int64_t
   }
 }
 
-// panel[k][c] of one block, from row-major W [G * H, K] whose rows are the block's units: lane j of column (g, u)
-// is W[g * H + unit + u * lanes + j][k]. Units past H are zero.
+// Packs one block of W [G * H, K], whose rows are units, into a panel: lane j of column (g, u) of panel[k] is
+// W[g * H + unit + u * lanes + j][k]; units past H are zero.
 template <class T, int G>
 void pack_rows(T* panel, const T* W, int64_t H, int64_t K, int64_t unit) {
   constexpr int n = kLanes<T>;
@@ -228,7 +236,7 @@ void pack_rows(T* panel, const T* W, int64_t H, int64_t K, int64_t unit) {
   }
 }
 
-// Rows of a matrix, `stride` apart, in the order of `places`, or as they lie if that is null.
+// A view of the rows of a matrix, `stride` apart. Row n is row places[n] of the matrix, or row n if `places` is null.
 template <class T>
 struct Rows {
   T* data;
@@ -239,7 +247,7 @@ struct Rows {
   Rows from(int64_t n) const { return places ? Rows{data, stride, places + n} : Rows{data + n * stride, stride}; }
 };
 
-// panel[k][u] of one block, from W [K, N] whose columns are the block's units: a copy.
+// Packs one block of W [K, N], whose columns are units, into a panel: panel[k][u] is a copy of a part of row k.
 template <class T>
 void pack_columns(T* panel, const Rows<const T>& W, int64_t K, int64_t N, int64_t unit) {
   constexpr int n = kLanes<T>;
@@ -251,7 +259,7 @@ void pack_columns(T* panel, const Rows<const T>& W, int64_t K, int64_t N, int64_
   }
 }
 
-// out[m][k] = in[k][m]; rows of `in` are in_stride apart, those of `out` out_stride.
+// out[m][k] = in[k][m] for m < M and k < K.
 template <class T>
 void pack_transposed(T* out, int64_t out_stride, const T* in, int64_t in_stride, int64_t M, int64_t K) {
   constexpr int n = kLanes<T>;

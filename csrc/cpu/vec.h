@@ -1,9 +1,10 @@
-// The SIMD vector of one instruction set: GCC/Clang vector extensions, FUSED_RNN_VEC_BYTES wide.
+// The SIMD vector of one instruction set: a GCC/Clang vector type of FUSED_RNN_VEC_BYTES bytes.
 //
-// Arithmetic, comparison and selection are the compiler's own operators; here stand only loads and stores (whole and
-// partial, for the last units of a row), minimum and maximum, and what packing and dot products need: transpose and
-// sums of lanes. Everything lies in the namespace of the instruction set, or is keyed by its vector type, so that the
-// linker can never mix code compiled for different machines (no two instruction sets have vectors of the same width).
+// The compiler provides arithmetic, comparison and selection. This file adds loads and stores (whole, and partial for
+// the last units of a row), minimum and maximum, and, for packing and dot products, the transpose and the sums of
+// lanes. Every function is in the namespace of the instruction set or specialised on its vector type, because the
+// linker keeps only one copy of an inline function: a shared one might use instructions that the machine lacks. This
+// requires that no two instruction sets have vectors of the same width.
 #pragma once
 
 #include <cstdint>
@@ -90,7 +91,7 @@ FUSED_RNN_INLINE void store_first(T* p, const Vec<T>& v, int64_t n) {
 }
 #endif
 
-// The first n lanes, n in [0, kLanes]; the others are zero and their memory is not touched.
+// Loads or stores the first n lanes, n in [0, kLanes]. A load sets the others to zero; their memory is not accessed.
 template <class T>
 FUSED_RNN_INLINE Vec<T> load(const T* p, int64_t n) {
   return n == kLanes<T> ? load(p) : load_first(p, n);
@@ -142,7 +143,7 @@ FUSED_RNN_INLINE Vec<T> interleave(const Vec<T>& a, const Vec<T>& b) {
 #endif
 }
 
-// In place; interleaving the two halves of the rows log2(lanes) times is a transpose.
+// Transposes m in place: interleaving the two halves of the rows log2(lanes) times gives the transpose.
 template <class T>
 FUSED_RNN_INLINE void transpose(Vec<T> (&m)[kLanes<T>]) {
   constexpr int n = kLanes<T>;
@@ -158,7 +159,8 @@ FUSED_RNN_INLINE void transpose(Vec<T> (&m)[kLanes<T>]) {
   }
 }
 
-// Lane i is the sum of m[i]'s lanes: the same interleaving, folding the halves as it goes. Destroys m.
+// Returns a vector whose lane i is the sum of the lanes of m[i]. It interleaves as transpose() does and adds the halves
+// after each step. Overwrites m.
 template <class T>
 FUSED_RNN_INLINE Vec<T> sums_of_lanes(Vec<T> (&m)[kLanes<T>]) {
 #pragma GCC unroll 8

@@ -1,8 +1,10 @@
-// A layer's recurrence backward, all time steps in one launch: the gradients of the gates before their activations.
+// Backward of a layer's recurrence, all time steps in one launch: the gradients of the gates before their activations.
 //
-// Shared out as forward is, with the transposed weights: a block adds up what the gradients of all units at the step
-// after pass back to its own units' states, applies the cell's derivative, and publishes its units' gradients. They
-// stay, and after the last step are multiplied into the gradients of weights and input. One more product gives dh0.
+// Parallel over directions, teams (batch rows) and parts (units), as forward is. A block keeps the rows of W_hh^T of
+// its units. At every step it multiplies them by the gate gradients that all parts published at the next step (in
+// forward's order), which gives the gradients of its units' h; it runs the cell's backward and publishes the gate
+// gradients of its units. The caller multiplies the published dgates into the gradients of weights and input. After the
+// last step, one more product gives dh0.
 #pragma once
 
 #include "../cells/cells.h"
@@ -28,17 +30,17 @@ backward(const BackwardParams params) {
   const bool is_unit = unit < H;
   const Layout layout(Shape::instance(), {1, columns, sizeof(typename E::Stored)}, q.division.tiles);
   const Shared<float> sums = shared_memory<float>(layout.sums), states = shared_memory<float>(layout.state);
-  typename ExchangeOf<E, Shape>::Type exchange(
+  typename ExchangeFor<E, Shape>::Type exchange(
       Rows<E>{static_cast<typename E::Stored*>(d.dgates), q.B, Cell::kGrads * Hp, Cell::kHiddenGrads * Hp, columns},
       block, layout, block.time(0, true));
   Weights weights(static_cast<const typename E::Stored*>(d.w_hh_t), H, columns, block.first_unit(),
                   shared_memory<Words>(layout.weights));
 
-  // State 0 is what reaches h other than through the product, state 1 the gradient of c.
+  // State 0 is the gradient of h without the product, state 1 the gradient of c.
   for (int j = 0; j < q.division.tiles; ++j) {
     const Tile tile = block.tile(j);
     const State<Shape> state(states, block, tile);
-    for (int i = 0; i < Shape::kRowsOfThread; ++i) {
+    for (int i = 0; i < Shape::kRowsPerThread; ++i) {
       const int row = block.row(i);
       if (row >= Shape::kRows) break;
       const bool present = is_unit && row < tile.rows;
@@ -49,31 +51,31 @@ backward(const BackwardParams params) {
   }
   sync_block();
 
-  for (int64_t step = 0; step <= q.T; ++step) {  // the last one only multiplies
+  for (int64_t step = 0; step <= q.T; ++step) {  // the last iteration computes only the product of dh0
     const int64_t t = step < q.T ? block.time(step, true) : -1;
     for (int j = 0; j < q.division.tiles; ++j) {
       const Tile tile = block.tile(j);
-      float saved[Shape::kRowsOfThread][Cell::kSaved] = {}, h_prev[Shape::kRowsOfThread] = {},
-            c_prev[Shape::kRowsOfThread] = {}, dy[Shape::kRowsOfThread] = {}, dc_sequence[Shape::kRowsOfThread] = {};
+      float saved[Shape::kRowsPerThread][Cell::kSaved] = {}, h_prev[Shape::kRowsPerThread] = {},
+            c_prev[Shape::kRowsPerThread] = {}, dy[Shape::kRowsPerThread] = {}, dc_sequence[Shape::kRowsPerThread] = {};
       Shares<E, Shape> share_h(d.zone_h), share_c(d.zone_c);
-      bool active[Shape::kRowsOfThread];
+      bool active[Shape::kRowsPerThread];
       FUSED_RNN_UNROLL
-      for (int i = 0; i < Shape::kRowsOfThread; ++i) {
-        const int64_t b = tile.first + block.row(i), of_row = t * q.B + b;
+      for (int i = 0; i < Shape::kRowsPerThread; ++i) {
+        const int64_t b = tile.first + block.row(i), n = t * q.B + b;
         active[i] = t >= 0 && is_unit && block.row(i) < tile.rows && block.active(t, b);
         if (!active[i]) continue;
         FUSED_RNN_UNROLL
         for (int k = 0; k < Cell::kSaved; ++k) {
-          saved[i][k] = value_or_zero<E>(d.saved, (of_row * Cell::kSaved + k) * H + unit);
+          saved[i][k] = value_or_zero<E>(d.saved, (n * Cell::kSaved + k) * H + unit);
         }
         if constexpr (Cell::kUsesH) {
-          h_prev[i] = d.state_prev ? d.state_prev[of_row * H + unit] : value_or_zero<E>(d.h_prev, of_row * Hp + unit);
+          h_prev[i] = d.state_prev ? d.state_prev[n * H + unit] : value_or_zero<E>(d.h_prev, n * Hp + unit);
         }
-        if constexpr (Cell::kHasC) c_prev[i] = d.state_prev[of_row * H + unit];
-        dy[i] = value_or_zero<E>(d.dy, of_row * d.dy_stride + unit);
-        share_h.read(of_row, unit);
-        if constexpr (Cell::kHasC) share_c.read(of_row, unit);
-        if constexpr (Cell::kHasC) dc_sequence[i] = value_or_zero<E>(d.dc_sequence, of_row * d.dy_stride + unit);
+        if constexpr (Cell::kHasC) c_prev[i] = d.state_prev[n * H + unit];
+        dy[i] = value_or_zero<E>(d.dy, n * d.dy_stride + unit);
+        share_h.read(n, unit);
+        if constexpr (Cell::kHasC) share_c.read(n, unit);
+        if constexpr (Cell::kHasC) dc_sequence[i] = value_or_zero<E>(d.dc_sequence, n * d.dy_stride + unit);
       }
 
       if (step > 0) {
@@ -84,19 +86,19 @@ backward(const BackwardParams params) {
 
       const State<Shape> state(states, block, tile);
       FUSED_RNN_UNROLL
-      for (int i = 0; i < Shape::kRowsOfThread; ++i) {
+      for (int i = 0; i < Shape::kRowsPerThread; ++i) {
         const int row = block.row(i);
         if (row >= Shape::kRows) break;
         const int64_t b = tile.first + row;
         float dh = state.load(0, i), dc = state.load(1, i), dh_prev = 0.0f;
         const bool present = is_unit && row < tile.rows;
         if (step > 0) {
-          const float sum = Weights::sum(sums, 0, row, block.unit_of_block());
+          const float sum = Weights::sum(sums, 0, row, block.local_unit());
           dh += present ? dropped<E>(d.drop_h, b * H + unit, sum) : sum;
         }
         const int64_t after = step > 0 ? block.time(step - 1, true) : 0;
         if (step > 0 && present && block.begins(after, b)) {
-          // What has come back belongs to the state that came in at the reset, and goes no further.
+          // The next step read the reset states instead of this step's: they receive the gradients, this step none.
           const int64_t at = after * d.dreset.step + b * H + unit;
           if (d.dreset.h) store_value<E>(d.dreset.h, at, dh);
           if (d.dreset.c) store_value<E>(d.dreset.c, at, dc);
@@ -104,15 +106,15 @@ backward(const BackwardParams params) {
         }
         dh += dy[i];
         dc += dc_sequence[i];
-        Parted<float> of_h{dh, 0.0f}, of_c{dc, 0.0f};
-        if (active[i]) of_h = parted(d.zone_h, share_h.get(t * q.B + b, unit), dh);
-        if (Cell::kHasC && active[i]) of_c = parted(d.zone_c, share_c.get(t * q.B + b, unit), dc);
+        SplitGradient<float> dh_split{dh, 0.0f}, dc_split{dc, 0.0f};
+        if (active[i]) dh_split = split_gradient(d.zone_h, share_h.get(t * q.B + b, unit), dh);
+        if (Cell::kHasC && active[i]) dc_split = split_gradient(d.zone_c, share_c.get(t * q.B + b, unit), dc);
         float grads[Cell::kGrads];
-        dc = of_c.of_new;
-        Cell::backward(saved[i], h_prev[i], c_prev[i], of_h.of_new, dc, grads, dh_prev);
+        dc = dc_split.to_new;
+        Cell::backward(saved[i], h_prev[i], c_prev[i], dh_split.to_new, dc, grads, dh_prev);
         if (active[i]) {
-          state.store(0, i, dh_prev + of_h.of_old);
-          state.store(1, i, dc + of_c.of_old);
+          state.store(0, i, dh_prev + dh_split.to_old);
+          state.store(1, i, dc + dc_split.to_old);
         } else {
           state.store(0, i, dh);
         }
@@ -131,7 +133,7 @@ backward(const BackwardParams params) {
   for (int j = 0; j < q.division.tiles; ++j) {
     const Tile tile = block.tile(j);
     const State<Shape> state(states, block, tile);
-    for (int i = 0; i < Shape::kRowsOfThread; ++i) {
+    for (int i = 0; i < Shape::kRowsPerThread; ++i) {
       const int row = block.row(i);
       if (row >= tile.rows || !is_unit) break;
       const int64_t at = (tile.first + row) * H + unit;

@@ -1,4 +1,4 @@
-// What forward and backward share: which part of the layer a block has, and which units and rows a thread.
+// The part of the layer that a block computes, and the units and rows of each thread; used by forward and backward.
 #pragma once
 
 #include "element.h"
@@ -8,11 +8,11 @@
 namespace fused_rnn {
 namespace cuda {
 
-// The batch rows that a block has in hand.
+// The batch rows that a block computes together.
 struct Tile {
-  int index;      // among the team's
-  int64_t first;  // row
-  int rows;
+  int index;      // in the team's list of tiles
+  int64_t first;  // batch row
+  int rows;       // 0 if the tile is beyond the end of the batch
 };
 
 template <class Shape>
@@ -28,9 +28,9 @@ class Block {
   FUSED_RNN_DEVICE const Sequence& sequence() const { return sequence_; }
   FUSED_RNN_DEVICE int direction() const { return direction_; }
   FUSED_RNN_DEVICE int first_unit() const { return first_unit_; }
-  // This thread's unit, of the block and of the layer.
-  FUSED_RNN_DEVICE int unit_of_block() const { return thread_index() % Shape::kUnits; }
-  FUSED_RNN_DEVICE int unit() const { return first_unit_ + unit_of_block(); }
+  // This thread's unit: its index in the block and in the layer. The latter may be H or more in the last block.
+  FUSED_RNN_DEVICE int local_unit() const { return thread_index() % Shape::kUnits; }
+  FUSED_RNN_DEVICE int unit() const { return first_unit_ + local_unit(); }
   // This thread's i-th row of a tile.
   FUSED_RNN_DEVICE int row(int i) const { return thread_index() / Shape::kUnits + i * Shape::kRowStep; }
 
@@ -40,18 +40,18 @@ class Block {
     const int64_t left = sequence_.last_row - first;
     return {index, first, static_cast<int>(left < 0 ? 0 : left < Shape::kRows ? left : Shape::kRows)};
   }
-  // When step `step` of a walk along or against the direction is.
+  // The time of iteration `step`, in the order of the direction, or in the opposite order if `backwards`.
   FUSED_RNN_DEVICE int64_t time(int64_t step, bool backwards) const {
     return backwards != (direction_ == 1) ? sequence_.T - 1 - step : step;
   }
-  // Whether row b takes part at time t.
+  // Whether row b has a step at time t.
   FUSED_RNN_DEVICE bool active(int64_t t, int64_t b) const { return !sequence_.lengths || t < sequence_.lengths[b]; }
 
-  // Whether row b, when it comes to time t, begins a sequence: at the borders that both directions share, but for the
-  // direction's first step.
+  // Whether the states of row b are replaced before its step at time t. A reset marks a border between two steps, at
+  // which both directions restart. The direction's first step is excluded: the host itself replaces h0 and c0.
   FUSED_RNN_DEVICE bool begins(int64_t t, int64_t b) const {
     if (!sequence_.resets) return false;
-    const int64_t later = direction_ == 0 ? t : t + 1;  // of the two steps that the border is between
+    const int64_t later = direction_ == 0 ? t : t + 1;  // the later of the two steps at the border
     return later > 0 && later < sequence_.T && active(later, b) && sequence_.resets[later * sequence_.B + b];
   }
 
@@ -60,12 +60,13 @@ class Block {
   int first_unit_, team_, direction_;
 };
 
-// Two floats of each unit and row that a block carries from step to step. Each is its own thread's.
+// Two floats for each unit and row of a tile, which a block keeps in shared memory from step to step. Only the thread
+// of the unit and row accesses them, so they need no barrier.
 template <class Shape>
 class State {
  public:
   FUSED_RNN_DEVICE State(Shared<float> shared, const Block<Shape>& block, const Tile& tile)
-      : shared_(shared), first_(tile.index * 2 * kElements + block.unit_of_block()), row_(block.row(0)) {}
+      : shared_(shared), first_(tile.index * 2 * kElements + block.local_unit()), row_(block.row(0)) {}
   FUSED_RNN_DEVICE float load(int which, int i) const { return shared_[at(which, i)]; }
   FUSED_RNN_DEVICE void store(int which, int i, float value) const { shared_[at(which, i)] = value; }
 
@@ -78,7 +79,7 @@ class State {
   int first_, row_;
 };
 
-// H rounded up to whole 16-byte loads.
+// H rounded up to a whole number of 16-byte loads.
 template <class E>
 FUSED_RNN_DEVICE int padded(int H) {
   constexpr int kElements = 16 / sizeof(typename E::Stored);

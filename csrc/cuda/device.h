@@ -1,7 +1,7 @@
-// Everything that a kernel asks of the GPU, each instruction behind a name. No kernel contains PTX.
+// The GPU's special instructions as functions, so that the kernels contain no PTX.
 //
-// One source, two targets: nvcc compiles what is below; tests/cuda_emulator offers the same names to g++, where every
-// CUDA thread is a fiber on the CPU, and so proves the kernels without a GPU.
+// nvcc compiles the definitions below. tests/cuda_emulator defines the same names for g++, with every CUDA thread a
+// fiber on the CPU, so that the kernels can be tested without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@
 namespace fused_rnn {
 namespace cuda {
 
-struct alignas(16) Words {  // what one load or store moves at most
+struct alignas(16) Words {  // the widest load or store
   uint32_t w[4];
 };
 
@@ -29,58 +29,61 @@ FUSED_RNN_DEVICE void sync_block() { __syncthreads(); }
 FUSED_RNN_DEVICE void sync_warp() { __syncwarp(); }
 FUSED_RNN_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
 
-// The block's shared memory from a byte offset on.
+// An array in the block's shared memory.
 template <class T>
 struct Shared {
   T* at;
   FUSED_RNN_DEVICE T& operator[](int i) const { return at[i]; }
 };
+// The array that begins at a byte offset.
 template <class T>
 FUSED_RNN_DEVICE Shared<T> shared_memory(int offset) {
   extern __shared__ __align__(128) unsigned char bytes[];
   return {reinterpret_cast<T*>(bytes + offset)};
 }
 
-// Clusters: neighbouring blocks that reach each other's shared memory. Below sm_90 there are none.
+// Clusters are groups of neighbouring blocks that can access each other's shared memory. They exist from sm_90 on.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kHasClusters = false;
-#define FUSED_RNN_OF_CLUSTERS(...) __trap()
+#define FUSED_RNN_CLUSTER_ASM(...) __trap()
 #else
 constexpr bool kHasClusters = true;
-#define FUSED_RNN_OF_CLUSTERS(...) asm volatile(__VA_ARGS__)
+#define FUSED_RNN_CLUSTER_ASM(...) asm volatile(__VA_ARGS__)
 #endif
+// Aborts the kernel.
 FUSED_RNN_DEVICE void trap() { __trap(); }
 
-// Waits for all threads of the cluster; each then sees what the others have done before.
+// A barrier of all threads of the cluster. Memory accesses before it are visible to all of them after it.
 FUSED_RNN_DEVICE void sync_cluster() {
-  FUSED_RNN_OF_CLUSTERS("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" :: : "memory");
+  FUSED_RNN_CLUSTER_ASM("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" :: : "memory");
 }
 
 FUSED_RNN_DEVICE uint32_t shared_address(int offset) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(&shared_memory<unsigned char>(offset)[0]));
 }
 
-// Eight bytes of shared memory that count the bytes which others push here. A phase ends when one thread has said, with
-// `expect`, how many are to come in it, and they have come; before or after, that does not matter.
+// An mbarrier: eight bytes of shared memory that count the bytes which other blocks push here. A phase ends when one
+// thread has declared the number of its bytes with `expect` and all of them have arrived, in either order.
 class Arrivals {
  public:
   FUSED_RNN_DEVICE explicit Arrivals(int offset) : offset_(offset) {}
   FUSED_RNN_DEVICE int offset() const { return offset_; }
-  // By one thread, before a sync_cluster.
+  // Called by one thread; the others may use the barrier after a sync_cluster.
   FUSED_RNN_DEVICE void init() const {
-    FUSED_RNN_OF_CLUSTERS("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(
+    FUSED_RNN_CLUSTER_ASM("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(
         shared_address(offset_)) : "memory");
   }
-  // Once in every phase.
+  // Called by one thread, once in every phase.
   FUSED_RNN_DEVICE void expect(int bytes) const {
-    FUSED_RNN_OF_CLUSTERS("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(offset_)),
+    FUSED_RNN_CLUSTER_ASM("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(offset_)),
                           "r"(bytes) : "memory");
   }
-  // Whether a phase has ended: the first and every second (parity 0), or those between (1). The caller is never more
-  // than one phase behind. Waits a moment, but not for long. Then the caller sees what has come in that phase.
+  // Whether the current phase has ended, where parity is 0 for the first, third, ... phase and 1 for the others; the
+  // caller must not be more than one phase behind. May wait for a short time. If true, the pushed bytes of the phase
+  // are visible to the caller.
   FUSED_RNN_DEVICE bool complete(int parity) const {
     uint32_t done = 0;
-    FUSED_RNN_OF_CLUSTERS(
+    FUSED_RNN_CLUSTER_ASM(
         "{\n.reg .pred p;\n"
         "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(shared_address(offset_)),
@@ -92,19 +95,20 @@ class Arrivals {
   int offset_;
 };
 
-// Stores a word in the shared memory of the cluster's block `rank`, at the offset at which this block has its own, and
-// has it counted by that block's `arrivals`. Orders nothing but the word before its being counted.
+// Stores a word asynchronously in the shared memory of the cluster's block `rank`, at the same offset as in this block.
+// That block's `arrivals` counts it after it is stored. No other memory access is ordered.
 FUSED_RNN_DEVICE void push(int offset, uint32_t word, const Arrivals& arrivals, int rank) {
-  FUSED_RNN_OF_CLUSTERS(
+  FUSED_RNN_CLUSTER_ASM(
       "{\n.reg .b32 to, at;\n"
       "mapa.shared::cluster.u32 to, %0, %3;\n"
       "mapa.shared::cluster.u32 at, %2, %3;\n"
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %1, [at];\n}" ::"r"(shared_address(offset)),
       "r"(word), "r"(shared_address(arrivals.offset())), "r"(rank) : "memory");
 }
-#undef FUSED_RNN_OF_CLUSTERS
+#undef FUSED_RNN_CLUSTER_ASM
 
-// Words that blocks exchange through the L2 cache: each is whole or not there at all; nothing orders them.
+// Loads and stores of words that blocks exchange through the L2 cache. A word is read either whole or not at all; the
+// words are not ordered with each other or with other memory accesses.
 FUSED_RNN_DEVICE Words load_exchanged(const void* from) {
   Words v;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -116,21 +120,23 @@ FUSED_RNN_DEVICE Words load_exchanged(const void* from) {
 FUSED_RNN_DEVICE void store_exchanged(void* to, uint32_t word) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
 }
-// One turn of a waiting loop.
+// Called in every iteration of a waiting loop; the emulator lets other threads run.
 FUSED_RNN_DEVICE void relax() {}
+// A clock that all multiprocessors share.
 FUSED_RNN_DEVICE uint64_t nanoseconds() {
   uint64_t time;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
   return time;
 }
-// To memory that the host reads while the kernel runs.
+// Stores to host memory that the CPU may read while the kernel runs.
 FUSED_RNN_DEVICE void store_to_host(int32_t* to, int32_t value) {
   asm volatile("st.relaxed.sys.global.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
 
-// sums += a * b on the tensor cores, a warp together: a is 16 rows of 16 (bf16, fp16) or 8 (TF32) columns, b the same
-// columns of 8 rows. Lane l holds words of rows l / 4 (a[0], a[2]) and l / 4 + 8 (a[1], a[3]) of a and of row l / 4 of
-// b: first columns of the first half, then those of the second. Sums: rows as a, columns 2 (l % 4) and 2 (l % 4) + 1.
+// c += a * b^T on the tensor cores, executed by a whole warp. a has 16 rows and b has 8 rows of 16 (bf16, fp16) or 8
+// (TF32) columns; c is [16, 8]. Lane l holds words of rows l / 4 (a[0], a[2]) and l / 4 + 8 (a[1], a[3]) of a, and of
+// row l / 4 of b (b0, b1); the first word of each pair is from the first half of the columns, the second from the
+// second half. Of c it holds columns 2 (l % 4) and 2 (l % 4) + 1 of the same rows as of a.
 #define FUSED_RNN_MMA(name, shape, types)                                                                            \
   FUSED_RNN_DEVICE void name(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {                      \
     asm("mma.sync.aligned." shape ".row.col.f32." types ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
@@ -142,7 +148,8 @@ FUSED_RNN_MMA(mma_fp16, "m16n8k16", "f16.f16")
 FUSED_RNN_MMA(mma_tf32, "m16n8k8", "tf32.tf32")
 #undef FUSED_RNN_MMA
 
-// Rounded to nearest; NaN becomes the one NaN 0x7fff (0x7fffffff), never all ones.
+// Conversions round to nearest. Every NaN becomes 0x7fff (TF32: 0x7fffffff), so that no result has all bits set; see
+// kNotReady.
 FUSED_RNN_DEVICE uint16_t bf16_bits(float value) {
   uint16_t bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));

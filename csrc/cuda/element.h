@@ -1,7 +1,7 @@
-// Element types: what is stored, what is computed in, and how the tensor cores multiply it: bf16 and fp16 as they are
-// stored, float32 as TF32, with float32 sums.
+// Element types: how values are stored, in which type the cell computes, and how the tensor cores multiply: bf16 and
+// fp16 directly, float32 rounded to TF32, all with float32 sums.
 //
-// A block publishes its results for other blocks as 32-bit words, one or two elements each.
+// A block publishes its results for other blocks as 32-bit words of one or two elements.
 #pragma once
 
 #include "../cells/math.h"
@@ -10,8 +10,9 @@
 namespace fused_rnn {
 namespace cuda {
 
-// No element rounds to this: it is a NaN, and every NaN that is stored has its sign bit clear.
-constexpr uint32_t kNotYet = 0xffffffffu;
+// A word that no block has published yet. It cannot be a published value: it is a NaN with its sign bit set, and the
+// conversions clear the sign bit of every NaN.
+constexpr uint32_t kNotReady = 0xffffffffu;
 
 struct Bf16 {
   using Stored = uint16_t;
@@ -60,6 +61,7 @@ struct Float64 {
   FUSED_RNN_DEVICE static Stored stored(double value) { return value; }
 };
 
+// Element `index` of an array; zero if the pointer is null.
 template <class E>
 FUSED_RNN_DEVICE typename E::Arithmetic value_or_zero(const void* at, int64_t index) {
   return at ? E::value(static_cast<const typename E::Stored*>(at)[index]) : typename E::Arithmetic(0);
@@ -72,7 +74,8 @@ FUSED_RNN_DEVICE void store_value(void* at, int64_t index, typename E::Arithmeti
 template <class E>
 constexpr int kElementsPerWord = 4 / sizeof(typename E::Stored);
 
-// Calls store(word) in the lanes that own one; all lanes of a warp take part, neighbours hold neighbouring units.
+// Packs the values of a warp's lanes, which are those of neighbouring units, into words, and calls store(word) in one
+// lane for each word. All lanes of the warp must call it.
 template <class E, class Store>
 FUSED_RNN_DEVICE void in_words(float value, const Store& store) {
   if constexpr (kElementsPerWord<E> == 2) {

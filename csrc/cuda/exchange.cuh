@@ -1,13 +1,14 @@
-// How units learn what the others have computed at the step before: three policies with the same members.
+// How blocks exchange the results of a time step: three policies with the same members.
 //
-// ThroughL2: the data is the flag. Every word is written once, after the host has filled all of them with kNotYet; a
-// reader loads a word again until it is there. A word is whole or not there, so no fence and no grid barrier is needed.
-// ThroughCluster: the blocks of a team are a cluster and push their words into each other's shared memory, whose
-// barriers count them.
-// Alone: one block holds all units, the rows lie in its shared memory, and the block's own barriers order them.
+// ThroughL2: through global memory. Each word is its own ready flag: the host fills all of them with kNotReady, each is
+// written once, and a reader loads it again until it is ready. Since a word is read either whole or not at all, this
+// needs no fence and no grid barrier.
+// ThroughCluster: the blocks of a team are a cluster. They push their words into each other's shared memory, where
+// mbarriers count the bytes.
+// Alone: one block has all units. The rows are in its shared memory, ordered by the block's barriers.
 //
-// A kernel publishes a tile's rows of one time after those of the time before, each behind a barrier of the block that
-// every warp has reached after it has read, through `source`, what it reads of the time before.
+// Kernels publish the rows of a tile in the order of time. Between reading the rows of one time through `source` and
+// publishing those of the next, all warps of the block meet at a barrier.
 #pragma once
 
 #include "block.cuh"
@@ -15,7 +16,7 @@
 namespace fused_rnn {
 namespace cuda {
 
-// What is exchanged: rows of `width` elements, of which others read `columns` from `offset` on.
+// The exchanged rows, each of `width` elements, of which other blocks read `columns` elements from `offset` on.
 template <class E>
 struct Rows {
   typename E::Stored* at;  // [T, B, width]
@@ -25,13 +26,14 @@ struct Rows {
   FUSED_RNN_DEVICE typename E::Stored* row(int64_t t, int64_t b) const { return at + (t * B + b) * width; }
 };
 
-// Ends a wait for what never comes (no such case is known), which must not hang the GPU. A thread that has waited in
-// vain waits no more: what is missing is NaN, which runs through to the results, and the host reports the error.
+// Timeout for words that never arrive, so that a bug cannot hang the GPU (no such case is known). A thread that has
+// timed out does not wait again: it goes on with the missing words, which are NaN, so that the results are NaN, and
+// sets the error flag, which the host reports.
 class Watchdog {
  public:
   FUSED_RNN_DEVICE explicit Watchdog(const Sequence& sequence) : error_(sequence.error), patience_(sequence.patience) {}
 
-  FUSED_RNN_DEVICE void start() { turns_ = 0, since_ = 0; }  // neither lives on between waits, in registers
+  FUSED_RNN_DEVICE void start() { turns_ = 0, since_ = 0; }  // so that neither occupies a register between waits
   FUSED_RNN_DEVICE bool gave_up() const { return gave_up_; }
   FUSED_RNN_DEVICE bool keep_waiting() {
     if (gave_up_) return false;
@@ -55,7 +57,7 @@ class Watchdog {
 template <class E, class Shape>
 class ThroughL2 {
  public:
-  // What one lane reads of a tile: its row of every eight, from its column on.
+  // What one lane reads of a tile: in each group of kTileRows rows one row, from one column on.
   class Source {
    public:
     FUSED_RNN_DEVICE Source(ThroughL2& exchange, int64_t t, const Tile& tile, int row, int column)
@@ -64,21 +66,21 @@ class ThroughL2 {
           rows_(tile.rows - row),
           columns_(exchange.rows_.columns - column) {}
 
-    FUSED_RNN_DEVICE Words load(int eight, int column) const {
-      return kTileRows * eight < rows_ && column < columns_ ? load_exchanged(address(eight, column)) : Words{};
+    FUSED_RNN_DEVICE Words load(int row_tile, int column) const {
+      return kTileRows * row_tile < rows_ && column < columns_ ? load_exchanged(address(row_tile, column)) : Words{};
     }
-    FUSED_RNN_DEVICE void wait(Words& v, int eight, int column) const {
+    FUSED_RNN_DEVICE void wait(Words& v, int row_tile, int column) const {
       if (!any_missing(v)) return;
       exchange_.watchdog_.start();
-      while (any_missing(v) && exchange_.watchdog_.keep_waiting()) v = load_exchanged(address(eight, column));
+      while (any_missing(v) && exchange_.watchdog_.keep_waiting()) v = load_exchanged(address(row_tile, column));
     }
 
    private:
-    FUSED_RNN_DEVICE const void* address(int eight, int column) const {
-      return at_ + static_cast<int64_t>(kTileRows * eight) * exchange_.rows_.width + column;
+    FUSED_RNN_DEVICE const void* address(int row_tile, int column) const {
+      return at_ + static_cast<int64_t>(kTileRows * row_tile) * exchange_.rows_.width + column;
     }
     FUSED_RNN_DEVICE static bool any_missing(const Words& v) {
-      return v.w[0] == kNotYet || v.w[1] == kNotYet || v.w[2] == kNotYet || v.w[3] == kNotYet;
+      return v.w[0] == kNotReady || v.w[1] == kNotReady || v.w[2] == kNotReady || v.w[3] == kNotReady;
     }
 
     ThroughL2& exchange_;
@@ -89,7 +91,7 @@ class ThroughL2 {
   FUSED_RNN_DEVICE ThroughL2(const Rows<E>& rows, const Block<Shape>& block, const Layout&, int64_t)
       : rows_(rows), watchdog_(block.sequence()) {}
 
-  // What was published of these rows at time t.
+  // The rows of time t. `row` and `column` are the first that the calling lane reads.
   FUSED_RNN_DEVICE Source source(int64_t t, const Tile& tile, int row, int column) {
     return {*this, t, tile, row, column};
   }
@@ -104,25 +106,24 @@ class ThroughL2 {
   Watchdog watchdog_;
 };
 
-// What one lane reads of a tile in shared memory: its row of every eight, from its column on; zero where nothing is, or
-// `otherwise`.
+// What one lane reads of a tile in shared memory: in each group of kTileRows rows one row, from one column on. Words
+// beyond the rows or columns are `fill`.
 template <class E>
 class SharedSource {
  public:
-  FUSED_RNN_DEVICE SharedSource(int at, int stride, int rows, int columns, uint32_t otherwise)
-      : at_(at), stride_(stride), rows_(rows), columns_(columns), otherwise_(otherwise) {}
+  FUSED_RNN_DEVICE SharedSource(int at, int stride, int rows, int columns, uint32_t fill)
+      : at_(at), stride_(stride), rows_(rows), columns_(columns), fill_(fill) {}
 
-  FUSED_RNN_DEVICE Words load(int eight, int column) const {
-    if (kTileRows * eight >= rows_ || column >= columns_)
-      return Words{{otherwise_, otherwise_, otherwise_, otherwise_}};
-    return shared_memory<Words>(at_ + kTileRows * eight * stride_ + column * kBytes)[0];
+  FUSED_RNN_DEVICE Words load(int row_tile, int column) const {
+    if (kTileRows * row_tile >= rows_ || column >= columns_) return Words{{fill_, fill_, fill_, fill_}};
+    return shared_memory<Words>(at_ + kTileRows * row_tile * stride_ + column * kBytes)[0];
   }
   FUSED_RNN_DEVICE void wait(Words&, int, int) const {}
 
  private:
   static constexpr int kBytes = sizeof(typename E::Stored);
   int at_, stride_, rows_, columns_;
-  uint32_t otherwise_;
+  uint32_t fill_;
 };
 
 template <class E, class Shape>
@@ -141,7 +142,8 @@ class Alone {
   FUSED_RNN_DEVICE void finish() const {}
 
  private:
-  // Byte of shared memory. One slot is enough: all have read it before the barrier behind which it is written.
+  // Byte offset in shared memory. One slot for all times suffices: all warps have read it before the barrier after
+  // which it is overwritten.
   FUSED_RNN_DEVICE int at(const Tile& tile, int row, int column) const {
     return slots_ + (tile.index * Shape::kRows + row) * stride_ + column * static_cast<int>(sizeof(typename E::Stored));
   }
@@ -150,26 +152,28 @@ class Alone {
   int slots_, stride_;
 };
 
-// Each tile has two slots for rows in every block of the cluster, for even and odd times, and each slot a barrier that
-// counts the bytes coming into it.
+// In every block of the cluster, each tile has two slots for rows, one for even and one for odd times, and each slot
+// has an mbarrier that counts the bytes arriving in it.
 //
-// Why two slots are enough, and no barrier of the cluster is needed at each step: a block pushes its words of a time
-// when all its warps have read what they need of the time before (see above), and every block has words in every row
-// that exists. So who has all words of a time knows that every block has done with the time before, and only then
-// pushes words of the time after, into the slots of the time before. Tiles have slots and barriers of their own.
+// Two slots suffice, without a cluster barrier at each step. A block pushes its words of time t only after all its
+// warps have read the rows of the time before t (see above), and it has words in every row. A block that has received
+// all words of time t therefore knows that every block has finished reading the slots of the time before t. It pushes
+// words of the time after t, which go into those slots, only then.
 //
-// A slot's barrier is told how many bytes to count when its phase before is over, and at the start, before any block
-// can push. No phase can be over before all threads have seen the one before, as this block's own words count, too.
-// Tiles without rows, behind the end of the batch, have nothing to count: nobody pushes or waits.
+// Thread 0 declares the expected bytes of a slot's next phase when the current phase has ended, and before the first
+// push at the start. No phase can end before all threads of this block have seen the previous one end, because the
+// block's own words count as well. Tiles beyond the end of the batch have no rows: nobody pushes into them or waits for
+// them.
 //
-// The words of the last time are all waited for, so that none is on its way when a block is through, unless a thread
-// has given up. It then pushes no more, whereupon the others give up as well; none may go while another, which was only
-// late, still pushes: all leave together. Thread 0, which tells the barriers, pushes words itself: if it gives up, no
-// block gets so far as to push what it has not told them about.
+// A block waits for all words of the last time, so none is in flight when it ends, unless a thread has timed out. That
+// thread pushes no more words, so the other blocks time out, too. A block must not end while another one, which was
+// only late, still pushes into its memory; finish() therefore lets all blocks of a cluster end together. Thread 0
+// pushes words itself: if it has timed out, no other block gets far enough to push words whose bytes thread 0 has not
+// declared.
 template <class E, class Shape>
 class ThroughCluster {
  public:
-  // `first`: the time of the first rows.
+  // first: the time of the first rows.
   FUSED_RNN_DEVICE ThroughCluster(const Rows<E>& rows, const Block<Shape>& block, const Layout& layout, int64_t first)
       : rows_(rows),
         first_(static_cast<int>(first)),
@@ -192,14 +196,14 @@ class ThroughCluster {
   FUSED_RNN_DEVICE SharedSource<E> source(int64_t t, const Tile& tile, int row, int column) {
     if (tile.rows > 0) wait(t, tile);
     const int at = slot(t, tile, row) + column * kBytes;
-    if (watchdog_.gave_up()) return {at, stride_, 0, 0, kNotYet};
+    if (watchdog_.gave_up()) return {at, stride_, 0, 0, kNotReady};
     return {at, stride_, tile.rows - row, rows_.columns - column, 0};
   }
   FUSED_RNN_DEVICE void publish(int64_t t, const Tile& tile, int row, int column, uint32_t word) const {
     const int read = column - rows_.offset;
     if (read >= 0 && read < rows_.columns && !watchdog_.gave_up()) {
       const int at = slot(t, tile, row) + read * kBytes;
-      // Unrolled, it would take so many registers for addresses that others spill.
+      // Not unrolled: the addresses would take so many registers that others spill.
       FUSED_RNN_NO_UNROLL
       for (int rank = 0; rank < parts_; ++rank) push(at, word, arrivals(t, tile), rank);
     }
@@ -214,18 +218,18 @@ class ThroughCluster {
   FUSED_RNN_DEVICE Arrivals arrivals(int64_t t, const Tile& tile) const {
     return Arrivals(arrivals_ + buffer(t, tile) * 8);
   }
-  // Byte of shared memory.
+  // Byte offset in shared memory.
   FUSED_RNN_DEVICE int slot(int64_t t, const Tile& tile, int row) const {
     return slots_ + (buffer(t, tile) * Shape::kRows + row) * stride_;
   }
 
-  // Each word of a row is some block's: blocks end with whole 16-byte loads.
+  // All words of the row are pushed, those of the padding between H and Hp included.
   FUSED_RNN_DEVICE void expect(int64_t t, const Tile& tile) const {
     if (tile.rows > 0) arrivals(t, tile).expect(tile.rows * rows_.columns * kBytes);
   }
   FUSED_RNN_DEVICE void wait(int64_t t, const Tile& tile) {
     const int steps = static_cast<int>(t) - first_;
-    const int parity = (steps < 0 ? -steps : steps) >> 1 & 1;  // a slot is used at every second time
+    const int parity = (steps < 0 ? -steps : steps) >> 1 & 1;  // a slot is used at every second step
     watchdog_.start();
     while (!arrivals(t, tile).complete(parity) && watchdog_.keep_waiting()) continue;
     if (thread_index() == 0 && !watchdog_.gave_up()) expect(t, tile);
@@ -237,19 +241,19 @@ class ThroughCluster {
 };
 
 template <class E, class Shape, Exchange kind = Shape::kExchange>
-struct ExchangeOf {
+struct ExchangeFor {
   using Type = ThroughL2<E, Shape>;
 };
 template <class E, class Shape>
-struct ExchangeOf<E, Shape, Exchange::kAlone> {
+struct ExchangeFor<E, Shape, Exchange::kAlone> {
   using Type = Alone<E, Shape>;
 };
 template <class E, class Shape>
-struct ExchangeOf<E, Shape, Exchange::kThroughCluster> {
+struct ExchangeFor<E, Shape, Exchange::kThroughCluster> {
   using Type = ThroughCluster<E, Shape>;
 };
 
-// Whether a kernel can run where it is compiled for.
+// Whether the architecture that is being compiled for has this exchange.
 constexpr bool can_run(Exchange exchange) { return exchange != Exchange::kThroughCluster || kHasClusters; }
 
 }  // namespace cuda

@@ -1,9 +1,9 @@
-// A layer's recurrence forward, all time steps in one launch.
+// Forward of a layer's recurrence, all time steps in one launch.
 //
-// Parallel over directions, teams (batch rows) and parts (units). A block keeps the recurrent weights of its units for
-// the whole sequence; at every step it multiplies them with the state that all parts have published, applies the cell
-// to its own units, and publishes their new state. With several tiles of rows in turn, one tile's state travels while
-// the others are computed.
+// Parallel over directions, teams (batch rows) and parts (units). A block keeps the recurrent weights of its units in
+// registers and shared memory for the whole sequence, so that no step loads them again. At every
+// step it multiplies them by the h that all parts have published, runs the cell for its own units, and publishes their
+// new h. If a block has several tiles of rows, it computes one tile while the words of the others are in flight.
 #pragma once
 
 #include "../cells/cells.h"
@@ -30,8 +30,8 @@ forward(const ForwardParams params) {
   const bool is_unit = unit < H;
   const Layout layout(Shape::instance(), {G, Hp, sizeof(typename E::Stored)}, q.division.tiles);
   const Shared<float> sums = shared_memory<float>(layout.sums), states = shared_memory<float>(layout.state);
-  typename ExchangeOf<E, Shape>::Type exchange(Rows<E>{static_cast<typename E::Stored*>(d.h_prev), q.B, Hp, 0, Hp},
-                                               block, layout, block.time(0, false));
+  typename ExchangeFor<E, Shape>::Type exchange(Rows<E>{static_cast<typename E::Stored*>(d.h_prev), q.B, Hp, 0, Hp},
+                                                block, layout, block.time(0, false));
   Weights weights(static_cast<const typename E::Stored*>(d.w_hh), H, Hp, block.first_unit(),
                   shared_memory<Words>(layout.weights));
 
@@ -52,7 +52,7 @@ forward(const ForwardParams params) {
   for (int j = 0; j < q.division.tiles; ++j) {
     const Tile tile = block.tile(j);
     const State<Shape> state(states, block, tile);
-    for (int i = 0; i < Shape::kRowsOfThread; ++i) {
+    for (int i = 0; i < Shape::kRowsPerThread; ++i) {
       const int row = block.row(i);
       if (row >= Shape::kRows) break;
       const bool present = is_unit && row < tile.rows;
@@ -69,17 +69,17 @@ forward(const ForwardParams params) {
     const int64_t t = block.time(step, false);
     for (int j = 0; j < q.division.tiles; ++j) {
       const Tile tile = block.tile(j);
-      // Read early: the product hides the way from memory.
-      float x[Shape::kRowsOfThread][G];
+      // Loaded before the product, which hides the latency.
+      float x[Shape::kRowsPerThread][G];
       Shares<E, Shape> share_h(d.zone_h), share_c(d.zone_c);
       FUSED_RNN_UNROLL
-      for (int i = 0; i < Shape::kRowsOfThread; ++i) {
+      for (int i = 0; i < Shape::kRowsPerThread; ++i) {
         const bool present = is_unit && block.row(i) < tile.rows;
-        const int64_t of_row = t * q.B + tile.first + block.row(i), at = of_row * (G * static_cast<int64_t>(H)) + unit;
+        const int64_t n = t * q.B + tile.first + block.row(i), at = n * (G * static_cast<int64_t>(H)) + unit;
         FUSED_RNN_UNROLL
         for (int gate = 0; gate < G; ++gate) x[i][gate] = present ? value_or_zero<E>(d.x_gates, at + gate * H) : 0.0f;
-        if (present) share_h.read(of_row, unit);
-        if (Cell::kHasC && present) share_c.read(of_row, unit);
+        if (present) share_h.read(n, unit);
+        if (Cell::kHasC && present) share_c.read(n, unit);
       }
 
       weights.multiply(exchange.source(t, tile, weights.lane_row(), weights.lane_column()), sums);
@@ -87,7 +87,7 @@ forward(const ForwardParams params) {
 
       const State<Shape> state(states, block, tile);
       FUSED_RNN_UNROLL
-      for (int i = 0; i < Shape::kRowsOfThread; ++i) {
+      for (int i = 0; i < Shape::kRowsPerThread; ++i) {
         const int row = block.row(i);
         if (row >= Shape::kRows) break;
         const int64_t b = tile.first + row, at = (t * q.B + b) * H + unit;
@@ -96,7 +96,7 @@ forward(const ForwardParams params) {
         float r[G], saved[Cell::kSaved], h, c = c_prev;
         FUSED_RNN_UNROLL
         for (int gate = 0; gate < G; ++gate) {
-          r[gate] = Weights::sum(sums, gate, row, block.unit_of_block()) + b_hh[gate];
+          r[gate] = Weights::sum(sums, gate, row, block.local_unit()) + b_hh[gate];
           x[i][gate] += b_ih[gate];
         }
         Cell::forward(x[i], r, h_prev, c, saved, h);
@@ -104,9 +104,9 @@ forward(const ForwardParams params) {
         h = active ? mixed(d.zone_h, share_h.get(t * q.B + b, unit), h_prev, h) : h_prev;
         if constexpr (Cell::kHasC) c = active ? mixed(d.zone_c, share_c.get(t * q.B + b, unit), c_prev, c) : c_prev;
         if (present) {
-          const int64_t of_row = (t * q.B + b) * d.y_stride + unit;
-          store_value<E>(d.y, of_row, active ? h : 0.0f);
-          if (Cell::kHasC && d.c_sequence) store_value<E>(d.c_sequence, of_row, active ? c : 0.0f);
+          const int64_t y_index = (t * q.B + b) * d.y_stride + unit;
+          store_value<E>(d.y, y_index, active ? h : 0.0f);
+          if (Cell::kHasC && d.c_sequence) store_value<E>(d.c_sequence, y_index, active ? c : 0.0f);
         }
         if (step + 1 < q.T) {
           const int64_t next = block.time(step + 1, false);
@@ -137,7 +137,7 @@ forward(const ForwardParams params) {
   for (int j = 0; j < q.division.tiles; ++j) {
     const Tile tile = block.tile(j);
     const State<Shape> state(states, block, tile);
-    for (int i = 0; i < Shape::kRowsOfThread; ++i) {
+    for (int i = 0; i < Shape::kRowsPerThread; ++i) {
       const int row = block.row(i);
       if (row >= tile.rows || !is_unit) break;
       const int64_t at = (tile.first + row) * H + unit;

@@ -1,4 +1,5 @@
-// The body of every cell's .cu file: from run-time values to the template instance, and its launch.
+// The launchers of one cell, included by the cell's .cu file: they select the template instance for the run-time values
+// and launch it.
 #pragma once
 
 #include <algorithm>
@@ -49,12 +50,13 @@ void with_shape(const Instance& i, const F& f) {
   throw std::logic_error("fused_rnn: there is no such kernel instance");
 }
 
-// Launches for every part of the batch that the plan's blocks hold at a time.
+// Launches the kernel once for every plan.rows rows of the batch.
 template <class Params>
 void launch_parts(void (*kernel)(Params), const Plan& plan, Params params, void* stream) {
   Sequence& q = params.sequence;
   q.division = plan.division;
-  // Only the blocks of one team wait for each other, and the device starts those of a cluster together.
+  // Blocks of a team wait for each other, so they must run at the same time. The hardware guarantees that for the
+  // blocks of a cluster; ThroughL2 needs a cooperative launch.
   const Exchange exchange = plan.instance.exchange;
   const Grid grid{plan.blocks(q.directions), plan.instance.threads(), plan.shared_bytes,
                   exchange == Exchange::kThroughL2, exchange == Exchange::kThroughCluster ? plan.division.parts : 1};
@@ -70,7 +72,7 @@ inline Grid pointwise_grid(int64_t values) {
   return {static_cast<int>(std::min<int64_t>(blocks, 4 * current_device().sms)), kPointwiseThreads, 0, false};
 }
 
-// One block for each row.
+// One block for each row, up to four blocks per multiprocessor; each block loops over rows.
 template <class E>
 Grid normalised_grid(int64_t rows) {
   return {static_cast<int>(std::min<int64_t>(rows, 4 * current_device().sms)), kPointwiseThreads,

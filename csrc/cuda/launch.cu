@@ -1,3 +1,4 @@
+// Kernel launches and device queries through the CUDA runtime.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -15,10 +16,11 @@ namespace {
 
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // or the next caller would find it
+  cudaGetLastError();  // clears the error, or the next caller would see it
   throw std::runtime_error("fused_rnn: " + std::string(what) + ": " + cudaGetErrorString(status));
 }
 
+// Its attributes tell which architecture the library was compiled for.
 __global__ void any_kernel() {}
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -31,7 +33,7 @@ int attribute(cudaDeviceAttr which, int device) {
 
 Device current_device() {
   static std::mutex mutex;
-  static std::vector<Device> known;  // capability 0: not asked yet
+  static std::vector<Device> known;  // capability 0: not queried yet
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   const std::lock_guard<std::mutex> lock(mutex);
@@ -65,7 +67,7 @@ void launch_kernel(const void* kernel, const Grid& grid, void* stream, void* par
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
-  config.numAttrs = grid.cluster > 1 ? 2 : 1;  // a device without clusters refuses theirs
+  config.numAttrs = grid.cluster > 1 ? 2 : 1;  // devices without clusters reject the cluster attribute
   void* arguments[] = {params};
   check(cudaLaunchKernelExC(&config, kernel, arguments), "cudaLaunchKernelExC");
 }

@@ -1,4 +1,5 @@
-// What the host asks of the CUDA runtime, so that no other file includes it; the emulator offers the same.
+// The functions of the CUDA runtime that the host code needs. launch.cu implements them for the GPU and the emulator
+// for the CPU, so that no other file includes the runtime.
 #pragma once
 
 #include <cstdint>
@@ -13,20 +14,20 @@ namespace cuda {
 struct Grid {
   int blocks, threads;
   int shared_bytes;
-  bool cooperative;  // blocks wait for each other: all must run at the same time
-  int cluster = 1;   // so many neighbouring blocks run at the same time and reach each other's shared memory
+  bool cooperative;  // all blocks must run at the same time, because they wait for each other
+  int cluster = 1;   // blocks per cluster; they run at the same time and access each other's shared memory
 };
 
 struct Device {
-  int sms;
-  int shared_bytes;  // that one block may have
-  int capability;    // 10 * major + minor; what the kernels were compiled for, if that is less
+  int sms;           // multiprocessors
+  int shared_bytes;  // maximum for one block
+  int capability;    // 10 * major + minor of the device, or of the compiled kernels if that is lower
 };
 
-// Of the current device; cached.
+// The properties of the current device; cached.
 Device current_device();
 
-// Starts `kernel(params)` on `stream` of the current device. Throws std::runtime_error if the device refuses.
+// Starts kernel(params) on `stream` of the current device. Throws std::runtime_error if the launch fails.
 #if defined(FUSED_RNN_EMULATOR)
 void run_emulated(const Grid& grid, const std::function<void()>& kernel);
 
@@ -43,10 +44,11 @@ void launch(void (*kernel)(Params), const Grid& grid, void* stream, Params param
 }
 #endif
 
-// Sets all bits of `bytes` bytes of the current device's memory, on `stream`.
+// Sets all bits of `bytes` bytes of device memory at `at`, asynchronously on `stream`.
 void fill_with_ones(void* at, int64_t bytes, void* stream);
 
-// A word of host memory that kernels of the current device can write: not 0 after a watchdog has ended a kernel.
+// The error flag: a word of host memory that kernels can write. It becomes 1 when a kernel's watchdog times out; the
+// reader resets it.
 int32_t* error_word();
 
 }  // namespace cuda

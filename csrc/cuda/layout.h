@@ -1,5 +1,5 @@
-// How one block is built: its warps, its tile of the layer, and what lies where in its shared memory. The planner
-// computes with it on the host, the kernels on the device.
+// The structure of a block: its warps, its tile of units and rows, and the layout of its shared memory. The planner
+// uses it on the host, the kernels on the device.
 #pragma once
 
 #include "../cells/math.h"
@@ -7,16 +7,18 @@
 namespace fused_rnn {
 namespace cuda {
 
-constexpr int kTileUnits = 16;   // units of a warp: the rows of one tensor-core tile
-constexpr int kTileRows = 8;     // batch rows of one tensor-core tile
-constexpr int kSumsStride = 20;  // of kTileUnits sums: the lanes of a warp then write to different banks
-constexpr int kRegistersOfWeights = 96;
+constexpr int kTileUnits = 16;  // units of a warp: the rows of operand a of a tensor-core tile
+constexpr int kTileRows = 8;    // batch rows of a tensor-core tile
+constexpr int kSumsStride =
+    20;  // stride of kTileUnits sums, padded so that the lanes of a warp write to different banks
+constexpr int kWeightRegisters = 96;  // per thread
 
 enum class Exchange : int { kAlone, kThroughL2, kThroughCluster };
-constexpr int kMostOfCluster = 8;  // blocks, on every device that has clusters
+constexpr int kMaxClusterBlocks = 8;  // the maximum on every device that has clusters
 
-// A kernel instance: `unit_warps` warps side by side over the units of the block, each unit's products split over
-// `depth_warps` warps along the columns of the weights; `row_tiles` tiles of batch rows at a time.
+// A kernel instance. A block has unit_warps * depth_warps warps: unit_warps groups of kTileUnits units, and in each
+// group depth_warps warps that split the columns of the weights. It computes row_tiles * kTileRows batch rows at a
+// time.
 struct Instance {
   Exchange exchange;
   int unit_warps, depth_warps, row_tiles;
@@ -26,7 +28,7 @@ struct Instance {
   FUSED_RNN_INLINE constexpr int rows() const { return kTileRows * row_tiles; }
 };
 
-// The ahead-of-time instances, of every cell and element: X(exchange, unit_warps, depth_warps, row_tiles)
+// The instances that are compiled, for every cell and element: X(exchange, unit_warps, depth_warps, row_tiles)
 #define FUSED_RNN_INSTANCES(X) \
   X(kAlone, 8, 1, 1)           \
   X(kThroughL2, 1, 8, 1)       \
@@ -39,15 +41,16 @@ struct Instance {
   X(kThroughCluster, 2, 4, 1)  \
   X(kThroughCluster, 4, 2, 1)
 
-// 16-byte loads of weights come in pairs of tensor-core steps; this many pairs of each gate stay in registers.
-FUSED_RNN_INLINE constexpr int register_pairs(int gates) { return kRegistersOfWeights / (8 * gates); }
+// A 16-byte load of weights holds the operands of a pair of tensor-core steps. This many pairs of each gate stay in
+// registers; the rest are in shared memory.
+FUSED_RNN_INLINE constexpr int register_pairs(int gates) { return kWeightRegisters / (8 * gates); }
 
-// What a kernel multiplies: `gates` products per unit with `columns` columns of `element` bytes.
+// The size of a step's product: `gates` rows of weights per unit, each of `columns` elements of `element` bytes.
 struct Product {
   int gates, columns, element;
 
   FUSED_RNN_INLINE constexpr int pair_columns() const { return 64 / element; }
-  // Pairs of each depth warp.
+  // Pairs of tensor-core steps of each depth warp, and how many of them are in shared memory.
   FUSED_RNN_INLINE constexpr int pairs(int depth_warps) const {
     return (columns + depth_warps * pair_columns() - 1) / (depth_warps * pair_columns());
   }
@@ -59,13 +62,13 @@ struct Product {
 
 // Byte offsets in shared memory.
 struct Layout {
-  int weights;  // pairs that found no place in registers: [warp, pair, gate, 2, lane] of 16 bytes
+  int weights;  // the pairs that are not in registers: [warp, pair, gate, 2, lane] of 16 bytes
   int sums;     // [depth warp, unit warp, gate, row, kSumsStride] floats
-  int state;    // [tile, 2, row, unit] floats: what a unit carries from step to step
-  int slots;    // what is exchanged in shared memory: [tile, row, slot_stride] bytes of a block that is alone,
-                // [tile, 2, row, slot_stride] of one in a cluster
+  int state;    // [tile, 2, row, unit] floats: see State in block.cuh
+  int slots;    // rows exchanged through shared memory, in bytes: [tile, row, slot_stride] for kAlone,
+                // [tile, 2, row, slot_stride] for kThroughCluster
   int slot_stride;
-  int arrivals;  // [tile, 2] barriers of 8 bytes, one of each of a cluster's slots
+  int arrivals;  // [tile, 2] mbarriers of 8 bytes, one for each slot of kThroughCluster
   int total;
 
   FUSED_RNN_INLINE constexpr Layout(Instance instance, Product product, int tiles)
@@ -74,7 +77,7 @@ struct Layout {
     sums = weights + warps * product.shared_pairs(instance.depth_warps) * product.gates * 2 * 32 * 16;
     state = sums + warps * product.gates * instance.rows() * kSumsStride * 4;
     slots = state + tiles * 2 * instance.rows() * instance.units() * 4;
-    // 64 bytes behind a multiple of 128: the eight lanes that load together then use different banks.
+    // 64 bytes more than a multiple of 128, so that the eight lanes that load together use different banks.
     slot_stride = (product.columns * product.element + 127) / 128 * 128 + 64;
     const bool cluster = instance.exchange == Exchange::kThroughCluster;
     const int buffers = cluster ? 2 : instance.exchange == Exchange::kAlone ? 1 : 0;
@@ -90,8 +93,8 @@ struct Shape {
   static constexpr int kUnitWarps = unit_warps, kDepthWarps = depth_warps, kRowTiles = row_tiles;
   static constexpr int kThreads = 32 * unit_warps * depth_warps;
   static constexpr int kUnits = kTileUnits * unit_warps, kRows = kTileRows * row_tiles;
-  static constexpr int kRowStep = kThreads / kUnits;  // a thread has one unit, and every so manieth row
-  static constexpr int kRowsOfThread = (kRows + kRowStep - 1) / kRowStep;
+  static constexpr int kRowStep = kThreads / kUnits;  // a thread has one unit, and every kRowStep-th row
+  static constexpr int kRowsPerThread = (kRows + kRowStep - 1) / kRowStep;
   FUSED_RNN_INLINE static constexpr Instance instance() { return {exchange, unit_warps, depth_warps, row_tiles}; }
 };
 

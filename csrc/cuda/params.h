@@ -1,8 +1,12 @@
 // The contract between the host and the CUDA kernels: plain structs, no torch, no ownership.
 //
-// Dimension letters as in rnn_params.h. `Stored` is uint16_t (bf16, fp16) or float (TF32). Hp is H rounded up to whole
-// 16-byte loads: rows of what blocks exchange are Hp wide, and what lies between H and Hp is zero. Everything is
-// row-major and contiguous unless a stride says otherwise; no two pointers alias.
+// The dimension letters are those of rnn_params.h. The caller allocates all buffers on the device of the launch and
+// keeps them until the kernel has ended; the kernels allocate nothing. Elements are of the layer's type (bf16, fp16, or
+// float for TF32) unless a comment says otherwise. Arrays are row-major and contiguous unless there is a stride. A
+// pointer is never null and aliases no other one unless its comment says so.
+//
+// Hp is H rounded up to a whole number of 16-byte loads. The rows that blocks exchange are Hp wide, with zeros from H
+// on, and so are the rows of the recurrent weights.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +14,13 @@
 namespace fused_rnn {
 namespace cuda {
 
-// How blocks share a layer. Blocks are numbered part fastest, then team, then direction. A team holds one copy of the
-// recurrent weights, each part the rows of some units, and takes every teams-th tile of batch rows.
+// How blocks share a layer. The index of a block counts parts first, then teams, then directions. A team has one copy
+// of the recurrent weights, of which each part holds the rows of some units. It computes every teams-th tile of batch
+// rows.
 struct Division {
   int parts;
-  int teams;  // of each direction
-  int tiles;  // of batch rows that one team takes in turn at every step
+  int teams;  // in each direction
+  int tiles;  // of batch rows that one team computes in turn at every step
 };
 
 struct Sequence {
@@ -24,46 +29,48 @@ struct Sequence {
   int H;
   int directions;
   Division division;
-  const int32_t* lengths;  // [B] steps of each row, 0..T; null: all T
-  const uint8_t* resets;   // [T, B] 1: a sequence begins before this step; null: nowhere. The host itself replaces the
-                           // states of the direction's first step
-  int32_t* error;          // in host memory; set to 1 by a block that has waited in vain
-  uint64_t patience;       // nanoseconds after which waiting is in vain
+  const int32_t* lengths;  // [B] number of steps of each row, 0..T; null: all T
+  const uint8_t* resets;   // [T, B] 1: a sequence begins before this step; null: no resets. At a direction's first step
+                           // the kernels ignore it: the host replaces h0 and c0 itself
+  int32_t* error;          // in host memory; a block whose wait times out sets it to 1
+  uint64_t patience;       // timeout of a wait, in nanoseconds
 };
 
-// What replaces the states at resets, of step t at t * step elements; null: zeros (in backward: not wanted).
+// The states that replace h and c at the resets of step t, at element t * step. Forward reads them; null means zeros.
+// In backward these are the gradients, written only where there is a reset; null means that they are not needed.
 struct ResetState {
   void* h;       // [B, H]
   void* c;       // [B, H]; LSTM
-  int64_t step;  // 0: the same at every step
+  int64_t step;  // 0: the same states at every step
 };
 
-// Zoneout (fused_rnn/reference.py) of one of the states: what share of the new state each row takes.
+// Zoneout of one of the states: the factor of the new state. fused_rnn/reference.py has the equations.
 struct Zone {
-  const void* at;  // [T, B, H]; null: all of it
-  int64_t stride;  // of a row; 0: the same for all
+  const void* at;  // [T, B, H]; null: no zoneout
+  int64_t stride;  // of a row; 0: one row for all
 };
 
 struct ForwardDirection {
   const void* x_gates;  // [T, B, G*H] W_ih x
   const void* w_hh;     // [G*H, Hp]
-  const void* b_ih;     // [G*H], may be null: zeros
-  const void* b_hh;     // [G*H], may be null: zeros
-  const void* h0;       // [B, H], may be null: zeros
-  const void* c0;       // [B, H], may be null: zeros; LSTM
+  const void* b_ih;     // [G*H]; null: zeros
+  const void* b_hh;     // [G*H]; null: zeros
+  const void* h0;       // [B, H]; null: zeros
+  const void* c0;       // [B, H]; null: zeros. LSTM
   ResetState reset;     // read only
-  const void* drop_h;   // [B, H] what h is multiplied by before W_hh, may be null: ones
+  const void* drop_h;   // [B, H] recurrent dropout: the factor of h in W_hh h; null: ones
   Zone zone_h, zone_c;  // zone_c: LSTM
-  void* h_prev;         // [T, B, Hp] out: h, times drop_h, as each step multiplied it. The exchange through L2, all
-                        // kNotYet before; where that goes another way, it may be null
-  void* y;              // [T, B, H] out, zero behind a row's end
-  int64_t y_stride;     // of a row of y: D * H
-  void* c_sequence;     // [T, B, H] out, c of every step, rows y_stride apart; may be null: not wanted. LSTM
-  void* h_n;            // [B, H] out
-  void* c_n;            // [B, H] out; LSTM
-  void* saved;          // [T, B, kSaved*H] out, for backward; null in inference
-  float* state_prev;    // [T, B, H] out, the state before each step that backward asks for and h_prev does not hold: c;
-                        // h of the GRU with drop_h. Null in inference and where there is none
+  void* h_prev;      // [T, B, Hp] out: h * drop_h as W_hh multiplied it at each step; dw_hh and the backward of the GRU
+                     // read it. With kThroughL2 the blocks exchange h through it: the caller fills it with kNotReady
+                     // first. With the other exchanges it may be null in inference
+  void* y;           // [T, B, H] out: h of every step, zero beyond a row's length
+  int64_t y_stride;  // of a row of y: D * H
+  void* c_sequence;  // [T, B, H] out: c of every step, in rows y_stride apart; null: not needed. LSTM
+  void* h_n;         // [B, H] out
+  void* c_n;         // [B, H] out; LSTM
+  void* saved;       // [T, B, kSaved*H] out: the cell's saved values, which backward reads; null in inference
+  float* state_prev;  // [T, B, H] out: the state before each step that backward reads and h_prev does not have: c of
+                      // the LSTM, h of the GRU with drop_h; null for other cells and in inference
 };
 
 struct ForwardParams {
@@ -72,21 +79,22 @@ struct ForwardParams {
 };
 
 struct BackwardDirection {
-  const void* w_hh_t;       // [H, G*Hp] columns as in dgates
-  const void* h_prev;       // as forward left it; GRU, else may be null
+  const void* w_hh_t;       // [H, G*Hp] W_hh^T, with columns in the order of the gates of W_hh h in dgates
+  const void* h_prev;       // as forward left it; only the GRU reads it, for other cells it may be null
   const void* saved;        // as forward left it
   const float* state_prev;  // as forward left it
-  const void* drop_h;       // as forward had it, and the two below
-  Zone zone_h, zone_c;
-  const void* dy;           // [T, B, H], may be null: zeros
+  const void* drop_h;       // as in forward
+  Zone zone_h, zone_c;      // as in forward
+  const void* dy;           // [T, B, H]; null: zeros
   int64_t dy_stride;        // of a row of dy: D * H
-  const void* dc_sequence;  // [T, B, H], rows dy_stride apart, may be null: zeros
-  const void* dh_n;         // [B, H], may be null: zeros
-  const void* dc_n;         // [B, H], may be null: zeros
-  ResetState dreset;        // [T, B, H] out, where there is a reset; zero before
-  void* dgates;             // [T, B, kGrads*Hp] out; the exchange through L2, all kNotYet before
-  void* dh0;                // [B, H] out, may be null: not wanted
-  void* dc0;                // [B, H] out, may be null: not wanted
+  const void* dc_sequence;  // [T, B, H] in rows dy_stride apart; null: zeros. LSTM
+  const void* dh_n;         // [B, H]; null: zeros
+  const void* dc_n;         // [B, H]; null: zeros. LSTM
+  ResetState dreset;        // [T, B, H] out; the caller zeroes it first
+  void* dgates;  // [T, B, kGrads*Hp] out: gate gradients, which the caller multiplies into those of weights and
+                 // input. With kThroughL2 the blocks exchange them here: the caller fills it with kNotReady
+  void* dh0;     // [B, H] out; null: not needed
+  void* dc0;     // [B, H] out; null: not needed. LSTM
 };
 
 struct BackwardParams {
@@ -94,13 +102,15 @@ struct BackwardParams {
   BackwardDirection direction[2];
 };
 
-// One time step of one direction where the weights do not stay: their product is a library's, the rest is these. H is
-// not padded; `Arithmetic` is double for float64, else float. Rows that have ended keep h, c and their gradients.
+// One time step of one direction, for layers whose recurrent weights do not fit on the chip: a library computes the
+// matrix products, and these kernels the rest of the step. Rows are H wide, without padding. Elements may also be
+// float64. "Arithmetic" elements are double for float64 and float for all other types. Rows that have ended keep h, c
+// and their gradients.
 
-// The resets at one border between two steps.
+// The resets at the border between two neighbouring steps.
 struct StepResets {
-  const uint8_t* at;  // [B]; null: none
-  int64_t t;          // the later step of the two: rows that have ended before it have no border there
+  const uint8_t* at;  // [B]; null: no resets
+  int64_t t;          // the later of the two steps; rows that have ended before it are not reset
 };
 
 struct StepForwardParams {
@@ -109,66 +119,70 @@ struct StepForwardParams {
   const int32_t* lengths;  // as in Sequence
   const void* x_gates;     // [B, G*H]
   const void* h_gates;     // [B, G*H] W_hh h
-  const void* b_ih;        // [G*H], may be null
-  const void* b_hh;        // [G*H], may be null
-  const void* drop_h;      // [B, H], may be null
+  const void* b_ih;        // [G*H]; null: zeros
+  const void* b_hh;        // [G*H]; null: zeros
+  const void* drop_h;      // [B, H]; null: ones
   Zone zone_h, zone_c;     // of this step
-  const void* h_prev;      // [B, H], what was multiplied
-  void* h;                 // [B, H] out, what the step after multiplies
-  void* kept_h;            // [B, H] Arithmetic, h itself, in and out; with drop_h, else null
+  const void* h_prev;      // [B, H] the h (times drop_h) that gave h_gates
+  void* h;                 // [B, H] out: the h (times drop_h) that W_hh multiplies at the next step
+  void* kept_h;            // [B, H] Arithmetic, in and out: h without drop_h; null without drop_h
   void* c;                 // [B, H] Arithmetic, in and out; LSTM
-  void* y;                 // [B, H] out, zero behind a row's end
+  void* y;                 // [B, H] out, zero beyond a row's length
   int64_t y_stride;
-  void* c_sequence;   // [B, H] out, rows y_stride apart; may be null
-  StepResets resets;  // at the step after
-  ResetState reset;   // of the step after: step is unused
-  void* saved;        // [B, kSaved*H] out, may be null
-  void* state_prev;   // [B, H] Arithmetic out, may be null
+  void* c_sequence;   // [B, H] out, in rows y_stride apart; null: not needed. LSTM
+  StepResets resets;  // between this step and the next
+  ResetState reset;   // the states of the next step's resets; `step` is not used
+  void* saved;        // [B, kSaved*H] out, as in ForwardDirection; null in inference
+  void* state_prev;   // [B, H] Arithmetic out, as in ForwardDirection; may be null
 };
 
+// "Next" is meant in forward's order: backward has computed the next step before this one.
 struct StepBackwardParams {
   int64_t t, B;
   int H;
-  const int32_t* lengths;
-  const void* saved;   // [B, kSaved*H]
-  const void* h_prev;  // [B, H]
-  const void* drop_h;  // [B, H], may be null
-  Zone zone_h, zone_c;
-  const void* state_prev;  // [B, H] Arithmetic, as forward left it
-  const void* dy;          // [B, H], may be null
-  int64_t dy_stride;
-  const void* dc_sequence;  // [B, H], rows dy_stride apart, may be null
-  StepResets resets;        // between this step and the one after
-  ResetState dreset;        // [B, H] out, of the step after: step is unused
-  const void* product;      // [B, H] W_hh^T times the gates' gradients of the step after; null at the last step
-  void* dh;                 // [B, H] Arithmetic, in and out: what reaches h other than through the product
-  void* dc;                 // [B, H] Arithmetic, in and out; LSTM
+  const int32_t* lengths;   // as in Sequence
+  const void* saved;        // [B, kSaved*H] as forward left it
+  const void* h_prev;       // [B, H] as forward read it
+  const void* drop_h;       // [B, H]; null: ones
+  Zone zone_h, zone_c;      // of this step
+  const void* state_prev;   // [B, H] Arithmetic, as forward left it
+  const void* dy;           // [B, H]; null: zeros
+  int64_t dy_stride;        // of a row of dy
+  const void* dc_sequence;  // [B, H] in rows dy_stride apart; null: zeros. LSTM
+  StepResets resets;        // between this step and the next
+  ResetState dreset;        // [B, H] out: gradients of the states of the next step's resets; `step` is not used
+  const void* product;      // [B, H] W_hh^T times the gate gradients of the next step; null if this is the last step
+  void* dh;                 // [B, H] Arithmetic, in and out: the gradient of h without the product
+  void* dc;                 // [B, H] Arithmetic, in and out: the gradient of c. LSTM
   void* dgates;             // [B, kGrads*H] out
-  void* dh0;                // [B, H] out, behind the last step: then all that is done; else null
+  void* dh0;  // [B, H] out. Given only in a call after the first step, which computes the gradient of h0 and nothing
+              // else; null otherwise
 };
 
-// Layer normalisation of a step, on top of the step's own.
+// Layer normalisation of a step, in addition to StepForwardParams or StepBackwardParams.
 struct StepNorms {
-  const void* gain_h;  // [G*H] of W_hh h, may be null: not normalised
-  const void* gain_c;  // [H], may be null; LSTM
-  const void* bias_c;  // [H], may be null: zeros
-  double eps;
-  void* statistics;  // [B, 4] Arithmetic: of W_hh h, then of c, the mean and the deviation's inverse; out of forward
+  const void* gain_h;  // [G*H] gain of W_hh h; null: not normalised
+  const void* gain_c;  // [H] gain of c; null: not normalised. LSTM
+  const void* bias_c;  // [H]; null: zeros
+  double eps;          // added to the variance
+  void* statistics;  // [B, 4] Arithmetic: mean and 1 / sqrt(variance + eps) of W_hh h, then those of c. Forward writes
+                     // them, backward reads them
 };
 
 struct NormalisedForwardParams {
   StepForwardParams step;
   StepNorms norms;
-  void* scratch;  // [B, 2*H] Arithmetic; with gain_c
+  void* scratch;  // [B, 2*H] Arithmetic: c and o of a row; used only with gain_c
 };
 
 struct NormalisedBackwardParams {
   StepBackwardParams step;  // dh0 is null
   StepNorms norms;
-  const void* h_gates;  // [B, G*H] as forward had it; with gain_h
-  void* dh_gates;       // [B, G*H] out, its gradient: what W_hh^T is to multiply; with gain_h
-  void* dgain_h;        // [B, G*H] Arithmetic, in and out: each row's part of the gradient; with gain_h
-  void* dnorm_c;        // [B, 2*H] Arithmetic, in and out: the same of gain_c and bias_c; with gain_c
+  const void* h_gates;  // [B, G*H] as forward read it; used only with gain_h, as the next two
+  void* dh_gates;       // [B, G*H] out: the gradient of h_gates, which the library multiplies by W_hh
+  void* dgain_h;        // [B, G*H] Arithmetic, added to: each row's part of the gradient of gain_h
+  void* dnorm_c;  // [B, 2*H] Arithmetic, added to: each row's parts of the gradients of gain_c and bias_c; used only
+                  // with gain_c
 };
 
 }  // namespace cuda

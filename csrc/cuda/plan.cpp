@@ -1,3 +1,4 @@
+// The cost model of the planner and the list of its candidates.
 #include "plan.h"
 
 #include <algorithm>
@@ -9,23 +10,24 @@ namespace cuda {
 
 namespace {
 
-// One H200 (sm_90), clock cycles of one multiprocessor unless said. None was measured by this project yet.
+// Rates of an H200 (sm_90), in clock cycles of one multiprocessor unless stated otherwise. See plan.h for their
+// sources.
 struct Rates {
-  double per_microsecond = 1900;  // cycles
-  double product = 1.66;          // one tensor-core step of one warp, mma.sync
-  double shared_bytes = 128;      // read per cycle
-  double l2_bytes = 32;           // read per cycle with every multiprocessor reading
-  double per_value = 25;          // instructions of the cell for one unit and row, a warp's share
-  double sum = 2;                 // one partial sum read from shared memory, a warp's share
-  double barriers = 120;          // two barriers, the way of a value through shared memory
-  double travel_l2 = 1100;        // from a store to its being read in another multiprocessor
-  double travel_alone = 60;
-  double travel_cluster = 400;  // from a push to the end of its phase in another multiprocessor
-  double cluster_bytes = 32;    // pushed to one multiprocessor per cycle
+  double per_microsecond = 1900;  // cycles per microsecond
+  double product = 1.66;          // one mma.sync of one warp
+  double shared_bytes = 128;      // bytes read from shared memory per cycle
+  double l2_bytes = 32;           // bytes read from L2 per cycle while every multiprocessor reads
+  double per_value = 25;          // a warp's instructions for the cell of 32 values
+  double sum = 2;                 // a warp's load of 32 partial sums from shared memory
+  double barriers = 120;          // two barriers and the latency of shared memory between them
+  double travel_l2 = 1100;        // latency from a store to its load in another multiprocessor
+  double travel_alone = 60;       // the same within a block
+  double travel_cluster = 400;    // latency from a push to the end of its phase in another multiprocessor
+  double cluster_bytes = 32;      // bytes pushed to one multiprocessor per cycle
 };
 constexpr Rates kRates;
 
-int gates_of(CellKind cell) {
+int gate_count(CellKind cell) {
   switch (cell) {
 #define FUSED_RNN_GATES(kind, policy, label) \
   case CellKind::kind:                       \
@@ -53,21 +55,21 @@ double cycles_per_step(const Instance& in, const Product& product, int tiles) {
   return tile * tiles + std::max(0., travel - tile * (tiles - 1));
 }
 
-// How many teams of all directions have their blocks on multiprocessors at the same time. A cluster lies within one of
-// the chip's groups of multiprocessors; some of them have more than 16.
+// How many teams, of all directions together, can run at the same time. A cluster must fit into one group of
+// multiprocessors (GPC); the estimate assumes 16 per group, though some groups have more.
 int resident_teams(Exchange exchange, int parts, const Device& device) {
   if (exchange == Exchange::kAlone && parts > 1) return 0;
   if (exchange != Exchange::kThroughCluster) return device.sms / parts;
-  if (device.capability < 90 || parts < 2 || parts > kMostOfCluster) return 0;
+  if (device.capability < 90 || parts < 2 || parts > kMaxClusterBlocks) return 0;
   return device.sms / 16 * (16 / parts);
 }
 
 }  // namespace
 
 std::vector<Plan> plans(const Problem& p, const Device& device) {
-  std::vector<Plan> found;
-  if (p.H < 1 || p.B < 0 || p.directions < 1 || p.directions > 2 || gates_of(p.cell) == 0) return found;
-  const int gates = gates_of(p.cell), Hp = padded(p.H, p.element);
+  std::vector<Plan> candidates;
+  if (p.H < 1 || p.B < 0 || p.directions < 1 || p.directions > 2 || gate_count(p.cell) == 0) return candidates;
+  const int gates = gate_count(p.cell), Hp = padded(p.H, p.element);
   const Product product =
       p.backward ? Product{1, gates * Hp, element_bytes(p.element)} : Product{gates, Hp, element_bytes(p.element)};
   int index = 0;
@@ -75,29 +77,29 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
     const int this_index = index++;
     if (p.instance >= 0 && p.instance != this_index) return;
     const int parts = (p.H + in.units() - 1) / in.units();
-    const int64_t most_teams = resident_teams(in.exchange, parts, device) / p.directions;
+    const int64_t max_teams = resident_teams(in.exchange, parts, device) / p.directions;
     const int64_t all_tiles = std::max<int64_t>(1, (p.B + in.rows() - 1) / in.rows());
-    if (most_teams == 0 || Layout(in, product, 1).total > device.shared_bytes) return;
-    const int64_t teams = std::min(most_teams, all_tiles);
-    const int64_t wanted = (all_tiles + teams - 1) / teams;
+    if (max_teams == 0 || Layout(in, product, 1).total > device.shared_bytes) return;
+    const int64_t teams = std::min(max_teams, all_tiles);
+    const int64_t needed_tiles = (all_tiles + teams - 1) / teams;
     int tiles = 1;
-    while (tiles < wanted && Layout(in, product, tiles + 1).total <= device.shared_bytes) ++tiles;
+    while (tiles < needed_tiles && Layout(in, product, tiles + 1).total <= device.shared_bytes) ++tiles;
     const int64_t rows = teams * tiles * in.rows();
     const int64_t launches = std::max<int64_t>(1, (p.B + rows - 1) / rows);
-    found.push_back({this_index,
-                     in,
-                     {parts, static_cast<int>(teams), tiles},
-                     rows,
-                     Layout(in, product, tiles).total,
-                     launches * cycles_per_step(in, product, tiles) / kRates.per_microsecond});
+    candidates.push_back({this_index,
+                          in,
+                          {parts, static_cast<int>(teams), tiles},
+                          rows,
+                          Layout(in, product, tiles).total,
+                          launches * cycles_per_step(in, product, tiles) / kRates.per_microsecond});
   };
 #define FUSED_RNN_CONSIDER(exchange, unit_warps, depth_warps, row_tiles) \
   consider({Exchange::exchange, unit_warps, depth_warps, row_tiles});
   FUSED_RNN_INSTANCES(FUSED_RNN_CONSIDER)
 #undef FUSED_RNN_CONSIDER
-  std::stable_sort(found.begin(), found.end(),
+  std::stable_sort(candidates.begin(), candidates.end(),
                    [](const Plan& a, const Plan& b) { return a.microseconds < b.microseconds; });
-  return found;
+  return candidates;
 }
 
 std::optional<Plan> plan(const Problem& problem, const Device& device) {

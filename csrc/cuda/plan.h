@@ -1,8 +1,8 @@
-// Which kernel instance runs a layer, and how blocks share it. Host code alone: it needs no GPU and no CUDA.
+// The planner: which kernel instance runs a layer, and how the blocks share it. It is host code and needs no GPU.
 //
-// Every instance that fits the device is a candidate; the one with the least estimated time per step is taken. The
-// estimate's constants are figures of one Hopper chip from data sheets and papers (kRates in plan.cpp), to be refitted
-// where there is a measurement.
+// Every instance that fits the device is a candidate; the one with the shortest estimated time per step is chosen. The
+// constants of the estimate (kRates in plan.cpp) are from data sheets and papers about one Hopper chip. They have not
+// been fitted to measurements yet.
 #pragma once
 
 #include <optional>
@@ -26,29 +26,29 @@ struct Problem {
   int H;
   int directions;
   bool backward;
-  int instance = -1;  // in the order of FUSED_RNN_INSTANCES: the only one to consider; -1: all
+  int instance = -1;  // the index in FUSED_RNN_INSTANCES of the only one to consider; -1: all
 };
 
 struct Plan {
-  int index;  // of the instance in FUSED_RNN_INSTANCES
+  int index;  // of `instance` in FUSED_RNN_INSTANCES
   Instance instance;
   Division division;
-  int64_t rows;         // of the batch in one launch; a larger batch takes several
-  int shared_bytes;     // of a block
+  int64_t rows;         // batch rows of one launch; a larger batch takes several launches
+  int shared_bytes;     // of each block
   double microseconds;  // estimated, per time step
 
   int blocks(int directions) const { return directions * division.teams * division.parts; }
 };
 
-// H rounded up to whole 16-byte loads.
+// H rounded up to a whole number of 16-byte loads.
 inline int padded(int H, Element e) {
   const int whole = 16 / element_bytes(e);
   return (H + whole - 1) / whole * whole;
 }
 
-// Nothing if the device cannot hold the layer's recurrent weights.
+// The best plan; none if the device cannot hold the layer's recurrent weights.
 std::optional<Plan> plan(const Problem& problem, const Device& device);
-// Every candidate, best first.
+// All candidates, best first.
 std::vector<Plan> plans(const Problem& problem, const Device& device);
 
 }  // namespace cuda

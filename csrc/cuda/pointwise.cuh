@@ -1,7 +1,7 @@
-// One time step without its products: what is left of a recurrence whose weights do not stay on the chip.
+// One time step without its matrix products, for layers whose recurrent weights do not fit on the chip.
 //
-// Parallel over units and batch rows, one thread for each. Bound by the memory it reads; the products by a library
-// before and after take longer. normalised.cuh shares the beginning and the end of a unit's step.
+// Parallel over units and batch rows, one thread for each. The kernels are memory-bound, and the library's products
+// take longer than they do. normalised.cuh uses the functions that begin and end the step of a unit.
 #pragma once
 
 #include "../cells/cells.h"
@@ -14,6 +14,7 @@ namespace cuda {
 
 constexpr int kPointwiseThreads = 256;
 
+// Whether the states of row b are replaced at this border.
 FUSED_RNN_DEVICE bool begins(const StepResets& resets, const int32_t* lengths, int64_t b) {
   return resets.at && resets.at[b] && (!lengths || resets.t < lengths[b]);
 }
@@ -37,10 +38,10 @@ FUSED_RNN_DEVICE States<T> states_before(const StepForwardParams& p, int64_t at)
   return s;
 }
 
-// For backward.
+// Stores the values that backward reads.
 template <class Cell, class E, class T = typename E::Arithmetic>
-FUSED_RNN_DEVICE void save(const StepForwardParams& p, int64_t b, int64_t unit, const States<T>& before,
-                           const T (&saved)[Cell::kSaved]) {
+FUSED_RNN_DEVICE void save_for_backward(const StepForwardParams& p, int64_t b, int64_t unit, const States<T>& before,
+                                        const T (&saved)[Cell::kSaved]) {
   if (!p.saved) return;
   const int64_t H = p.H, at = b * H + unit;
   FUSED_RNN_UNROLL
@@ -48,16 +49,17 @@ FUSED_RNN_DEVICE void save(const StepForwardParams& p, int64_t b, int64_t unit, 
   if (p.state_prev) static_cast<T*>(p.state_prev)[at] = Cell::kHasC ? before.c : before.h;
 }
 
-// Zoneout, and then to where the states go: the results, and behind a reset, if there is one, the step after.
+// Ends a unit's step: zoneout, then stores the states in the results and, replaced at a reset, for the next step. Rows
+// that are not active keep their states.
 template <class Cell, class E, class T = typename E::Arithmetic>
-FUSED_RNN_DEVICE void leave(const StepForwardParams& p, int64_t b, int64_t unit, bool active, const States<T>& before,
-                            States<T> s) {
-  const int64_t at = b * p.H + unit, of_row = b * p.y_stride + unit;
+FUSED_RNN_DEVICE void store_states(const StepForwardParams& p, int64_t b, int64_t unit, bool active,
+                                   const States<T>& before, States<T> s) {
+  const int64_t at = b * p.H + unit, y_index = b * p.y_stride + unit;
   s.h = active ? mixed(p.zone_h, share<E>(p.zone_h, b, unit), before.h, s.h) : before.h;
-  store_value<E>(p.y, of_row, active ? s.h : T(0));
+  store_value<E>(p.y, y_index, active ? s.h : T(0));
   if constexpr (Cell::kHasC) {
     s.c = active ? mixed(p.zone_c, share<E>(p.zone_c, b, unit), before.c, s.c) : before.c;
-    if (p.c_sequence) store_value<E>(p.c_sequence, of_row, active ? s.c : T(0));
+    if (p.c_sequence) store_value<E>(p.c_sequence, y_index, active ? s.c : T(0));
   }
   if (begins(p.resets, p.lengths, b)) s = {value_or_zero<E>(p.reset.h, at), value_or_zero<E>(p.reset.c, at)};
   store_value<E>(p.h, at, dropped<E>(p.drop_h, at, s.h));
@@ -81,23 +83,23 @@ step_forward(const StepForwardParams p) {
       T x[G], r[G], saved[Cell::kSaved];
       FUSED_RNN_UNROLL
       for (int gate = 0; gate < G; ++gate) {
-        const int64_t of_gate = gate * H + unit;
-        x[gate] = value_or_zero<E>(p.x_gates, b * G * H + of_gate) + value_or_zero<E>(p.b_ih, of_gate);
-        r[gate] = value_or_zero<E>(p.h_gates, b * G * H + of_gate) + value_or_zero<E>(p.b_hh, of_gate);
+        const int64_t gate_row = gate * H + unit;
+        x[gate] = value_or_zero<E>(p.x_gates, b * G * H + gate_row) + value_or_zero<E>(p.b_ih, gate_row);
+        r[gate] = value_or_zero<E>(p.h_gates, b * G * H + gate_row) + value_or_zero<E>(p.b_hh, gate_row);
       }
       Cell::forward(x, r, before.h, s.c, saved, s.h);
-      save<Cell, E>(p, b, unit, before, saved);
+      save_for_backward<Cell, E>(p, b, unit, before, saved);
     }
-    leave<Cell, E>(p, b, unit, active, before, s);
+    store_states<Cell, E>(p, b, unit, active, before, s);
   }
 }
 
 // ---- Backward -------------------------------------------------------------------------------------------------------
 
-// The gradients of the states after this step; at a reset between the two they belong to the state that came in there,
-// and go no further.
+// The gradients of the states after this step, from the next step (in forward's order). At a reset between the two
+// steps, the reset states receive them and the result is zero.
 template <class Cell, class E, class T = typename E::Arithmetic>
-FUSED_RNN_DEVICE States<T> from_step_after(const StepBackwardParams& p, int64_t b, int64_t at) {
+FUSED_RNN_DEVICE States<T> gradients_from_next_step(const StepBackwardParams& p, int64_t b, int64_t at) {
   States<T> d{static_cast<const T*>(p.dh)[at] + dropped<E>(p.drop_h, at, value_or_zero<E>(p.product, at)), T(0)};
   if constexpr (Cell::kHasC) d.c = static_cast<const T*>(p.dc)[at];
   if (!begins(p.resets, p.lengths, b)) return d;
@@ -106,14 +108,14 @@ FUSED_RNN_DEVICE States<T> from_step_after(const StepBackwardParams& p, int64_t 
   return {T(0), T(0)};
 }
 
-// And with what reaches this step's results.
+// Adds the gradients of y and c_sequence.
 template <class Cell, class E, class T = typename E::Arithmetic>
-FUSED_RNN_DEVICE void add_of_results(const StepBackwardParams& p, int64_t b, int64_t unit, States<T>& d) {
+FUSED_RNN_DEVICE void add_output_gradients(const StepBackwardParams& p, int64_t b, int64_t unit, States<T>& d) {
   d.h += value_or_zero<E>(p.dy, b * p.dy_stride + unit);
   if constexpr (Cell::kHasC) d.c += value_or_zero<E>(p.dc_sequence, b * p.dy_stride + unit);
 }
 
-// What forward left of a unit.
+// The values of one unit that forward saved.
 template <class Cell, class T>
 struct Saved {
   T values[Cell::kSaved];
@@ -149,20 +151,20 @@ step_backward(const StepBackwardParams p) {
   for (int64_t at = static_cast<int64_t>(block_index()) * kPointwiseThreads + thread_index(); at < total;
        at += static_cast<int64_t>(block_count()) * kPointwiseThreads) {
     const int64_t b = at / H, unit = at % H;
-    States<T> d = from_step_after<Cell, E>(p, b, at);
+    States<T> d = gradients_from_next_step<Cell, E>(p, b, at);
     if (p.dh0) {
       store_value<E>(p.dh0, at, d.h);
       continue;
     }
     T grads[Cell::kGrads] = {};
     if (is_active(p, b)) {
-      add_of_results<Cell, E>(p, b, unit, d);
+      add_output_gradients<Cell, E>(p, b, unit, d);
       const Saved<Cell, T> s = load_saved<Cell, E>(p, b, unit);
-      const Parted<T> of_h = parted(p.zone_h, share<E>(p.zone_h, b, unit), d.h);
-      const Parted<T> of_c = parted(p.zone_c, share<E>(p.zone_c, b, unit), d.c);
-      d = {T(0), of_c.of_new};
-      Cell::backward(s.values, s.before.h, s.before.c, of_h.of_new, d.c, grads, d.h);
-      d.h += of_h.of_old, d.c += of_c.of_old;
+      const SplitGradient<T> dh_split = split_gradient(p.zone_h, share<E>(p.zone_h, b, unit), d.h);
+      const SplitGradient<T> dc_split = split_gradient(p.zone_c, share<E>(p.zone_c, b, unit), d.c);
+      d = {T(0), dc_split.to_new};
+      Cell::backward(s.values, s.before.h, s.before.c, dh_split.to_new, d.c, grads, d.h);
+      d.h += dh_split.to_old, d.c += dc_split.to_old;
     }
     store_gradients<Cell, E>(p, b, unit, d, grads);
   }

@@ -1,9 +1,9 @@
-// The product of a block's recurrent weights with what other units have published: weights stay where they are, in
-// registers and, what does not fit there, in shared memory, for the whole sequence.
+// The product of a block's recurrent weights with the published rows of all units. The weights stay on the chip for the
+// whole sequence: in registers, and in shared memory where registers do not suffice.
 //
-// Weights are the tensor cores' operand a (16 units by columns), the state is b (columns by 8 batch rows). Lane l
-// loads 16 bytes of row l / 4 at once and uses them in two steps; both operands are loaded alike, so the order of
-// columns inside a pair of steps does not matter.
+// The weights are the tensor cores' operand a (16 units by columns), the published rows operand b (columns by 8 batch
+// rows). Lane l loads 16 bytes of row l / 4 and uses them in a pair of tensor-core steps. Both operands are loaded in
+// the same way, so that columns of a and b match whatever their order within the pair.
 #pragma once
 
 #include "element.h"
@@ -43,12 +43,13 @@ class ResidentProduct {
     sync_warp();
   }
 
-  // The row of a tile and the first column that this lane loads.
+  // The first row of a tile and the first column that this lane loads.
   FUSED_RNN_DEVICE int lane_row() const { return lane() / 4; }
   FUSED_RNN_DEVICE int lane_column() const { return first_column_; }
 
-  // weights * what `source` gives, for kRowTiles tiles of rows, over this warp's columns: left in shared memory for
-  // `sum`, behind a barrier. A chunk's loads are on their way while the chunk before is multiplied.
+  // Multiplies the weights by the rows of `source`, kRowTiles tiles of them, over this warp's columns, and stores the
+  // sums in shared memory; after a barrier, sum() adds those of all warps. The loads of a chunk are in flight while the
+  // previous chunk is multiplied.
   template <class Source>
   FUSED_RNN_DEVICE void multiply(const Source& source, Shared<float> shared) const {
     Words b[kChunk];
@@ -72,6 +73,7 @@ class ResidentProduct {
     }
   }
 
+  // The product of a row with the weights of a gate and unit, summed over the depth warps.
   FUSED_RNN_DEVICE static float sum(Shared<float> shared, int gate, int row, int unit) {
     float total = 0;
     FUSED_RNN_UNROLL
@@ -85,8 +87,8 @@ class ResidentProduct {
  private:
   static constexpr int kRegisterPairs = register_pairs(kGates);
   static constexpr int kRegisterChunks = (kRegisterPairs + 3) / 4;
-  static constexpr int kChunk = 4;                    // pairs whose loads are on their way together
-  static constexpr int kSplit = kGates == 1 ? 4 : 1;  // sums of one gate: enough independent ones to hide their latency
+  static constexpr int kChunk = 4;                    // pairs whose loads are in flight together
+  static constexpr int kSplit = kGates == 1 ? 4 : 1;  // independent sums per gate, to hide the latency of mma
   static constexpr int kLaneColumns = 16 / sizeof(Stored);
   static constexpr int kPairColumns = 4 * kLaneColumns;
 
@@ -122,7 +124,7 @@ class ResidentProduct {
     }
   }
 
-  // Multiplies the chunk in b and fills b with the next one. weight(pair, gate, step) is an operand.
+  // Multiplies the chunk in b and replaces b by the next one. weight(pair, gate, step) returns operand a.
   template <class Source, class Weight>
   FUSED_RNN_DEVICE void multiply_chunk(const Source& source, int tile, int first, Words (&b)[kChunk],
                                        float (&sums)[kGates * kSplit][4], const Weight& weight) const {

@@ -1,4 +1,4 @@
-// The launchers: a layer's recurrence on one stream of the current device. All pointers are to that device's memory.
+// The launchers of each cell's kernels, on a stream of the current device. All pointers are to that device's memory.
 #pragma once
 
 #include "plan.h"
@@ -8,12 +8,12 @@ namespace cuda {
 
 enum class StoredType : int { kBf16, kFp16, kFloat32, kFloat64 };
 
-// The instances of one cell, each cell's in a file of its own so that they compile side by side.
+// The launchers of one cell, defined in the cell's .cu file.
 struct Recurrence {
-  // All steps at once; params.sequence's division and rows are set here, as the plan says.
+  // All time steps in one launch. They set division, first_row and last_row of params.sequence from the plan.
   void (*forward)(Element, const Plan&, ForwardParams, void* stream);
   void (*backward)(Element, const Plan&, BackwardParams, void* stream);
-  // One step, behind its product.
+  // One time step, after the library's product W_hh h (backward: after W_hh^T times the gate gradients).
   void (*step_forward)(StoredType, const StepForwardParams&, void* stream);
   void (*step_backward)(StoredType, const StepBackwardParams&, void* stream);
   void (*normalised_forward)(StoredType, const NormalisedForwardParams&, void* stream);

@@ -1,5 +1,5 @@
-// Zoneout and recurrent dropout of one unit and row; the equations are in fused_rnn/reference.py. Without them each is
-// a branch that all threads take alike.
+// Zoneout and recurrent dropout of one unit and row; fused_rnn/reference.py has the equations. Whether a layer has them
+// is the same for all threads, so the branches do not diverge.
 #pragma once
 
 #include "element.h"
@@ -9,20 +9,20 @@
 namespace fused_rnn {
 namespace cuda {
 
-// h as W_hh multiplies it, or of a gradient, what of it comes back; `at`: of drop_h.
+// h (or dh) times drop_h[at].
 template <class E, class T>
 FUSED_RNN_DEVICE T dropped(const void* drop_h, int64_t at, T h) {
   return drop_h ? h * value_or_zero<E>(drop_h, at) : h;
 }
 
-// The share of the new state that a row takes.
+// The zoneout factor of the new state.
 template <class E>
 FUSED_RNN_DEVICE typename E::Arithmetic share(const Zone& zone, int64_t row, int64_t unit) {
   return value_or_zero<E>(zone.at, row * zone.stride + unit);
 }
 
-// That of a thread's rows. Where a thread has but one row it is read early, so that a product hides the way from
-// memory; with several there is no register left for it.
+// The zoneout factors of a thread's rows. If a thread has one row, its factor is loaded before the product, which hides
+// the latency; with several rows there are no registers for that, and get() loads it.
 template <class E, class Shape>
 class Shares {
  public:
@@ -33,7 +33,7 @@ class Shares {
   FUSED_RNN_DEVICE float get(int64_t row, int64_t unit) const { return kEarly ? early_ : share<E>(zone_, row, unit); }
 
  private:
-  static constexpr bool kEarly = Shape::kRowsOfThread == 1;
+  static constexpr bool kEarly = Shape::kRowsPerThread == 1;
   const Zone& zone_;
   float early_ = 0.0f;
 };
@@ -43,13 +43,13 @@ FUSED_RNN_DEVICE T mixed(const Zone& zone, T share, T old_state, T new_state) {
   return zone.at ? old_state + share * (new_state - old_state) : new_state;
 }
 
-// A state's gradient: of the new one, and directly of the old one.
+// Backward of mixed(): the gradients of the new and of the old state.
 template <class T>
-struct Parted {
-  T of_new, of_old;
+struct SplitGradient {
+  T to_new, to_old;
 };
 template <class T>
-FUSED_RNN_DEVICE Parted<T> parted(const Zone& zone, T share, T d) {
+FUSED_RNN_DEVICE SplitGradient<T> split_gradient(const Zone& zone, T share, T d) {
   if (!zone.at) return {d, T(0)};
   return {d * share, d - d * share};
 }

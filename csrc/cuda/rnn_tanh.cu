@@ -1,3 +1,4 @@
+// The kernels of the RNN with tanh. Each cell has a file of its own, so that they are compiled in parallel.
 #include "instances.cuh"
 
 namespace fused_rnn {

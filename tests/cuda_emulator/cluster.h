@@ -1,9 +1,9 @@
-// What the blocks of a cluster push into each other's shared memory, and the barriers that count it.
+// The words that the blocks of a cluster push into each other's shared memory, and the mbarriers that count them.
 //
-// A word is written when it arrives, after a delay of its own, but it is judged from the moment it is pushed: nobody
-// may touch its place from then on until he knows that the phase is over in which it is counted, nor before without the
-// pusher's knowing. Who knows what is kept exactly: of every block the number of its barriers that a thread knows have
-// been passed, from its own barriers and from the words that it has waited for.
+// A word is written when it arrives, after a delay of its own. Its place is checked for races from the moment of the
+// push: no thread may access it until it has seen the end of the phase that counts the word, and accesses before the
+// push must be ordered before it. Vector clocks track that order: a thread learns from its block's barriers, and from
+// the words that it has waited for, which barriers the other blocks have passed.
 #pragma once
 
 #include <algorithm>
@@ -20,23 +20,23 @@ namespace fused_rnn {
 namespace cuda {
 namespace emulation {
 
-// Of each block of the cluster the time of its last barrier that somebody knows of.
-using Known = std::array<uint32_t, kMostOfCluster>;
+// For each block of the cluster, the time of its latest barrier that a thread is ordered after.
+using VectorClock = std::array<uint32_t, kMaxClusterBlocks>;
 
-inline void learn(Known& known, const Known& more) {
-  for (size_t i = 0; i < known.size(); ++i) known[i] = std::max(known[i], more[i]);
+inline void merge(VectorClock& clock, const VectorClock& other) {
+  for (size_t i = 0; i < clock.size(); ++i) clock[i] = std::max(clock[i], other[i]);
 }
 
-// Words on their way between blocks.
+// The words in flight between blocks, in the order in which they arrive.
 class Pushes {
  public:
   struct Push {
     uint64_t due, serial;
-    int from, to;  // which of the running blocks
+    int from, to;  // indices among the running blocks
     int offset;
     uint32_t word;
     int counter;
-    Known known;  // to who pushes
+    VectorClock clock;  // of the thread that pushed
     bool operator<(const Push& other) const { return due != other.due ? due > other.due : serial > other.serial; }
   };
 
@@ -58,8 +58,8 @@ class Pushes {
   uint64_t serial_ = 0;
 };
 
-// The barriers of a block's shared memory and the places of words that are pushed there. Functions that return a string
-// say what is wrong, if anything.
+// The mbarriers in a block's shared memory and the words that other blocks push there. Functions that return a string
+// return a description of the error, empty if there is none.
 class Inbox {
  public:
   void begin(int bytes, int threads) {
@@ -78,33 +78,33 @@ class Inbox {
     return "";
   }
 
-  // Whether all who know that the block has passed a barrier at time `known` know that it has initialized this one.
-  bool initialized_before(int offset, uint32_t known) const {
+  // Whether the mbarrier was initialized before the block's barrier at `time`.
+  bool initialized_before(int offset, uint32_t time) const {
     const auto counter = counters_.find(offset);
-    return counter != counters_.end() && counter->second.initialized < known;
+    return counter != counters_.end() && counter->second.initialized < time;
   }
 
   std::string expect(int offset, int bytes) {
     if (counters_.count(offset) == 0) return "not initialized";
     Counter& counter = counters_[offset];
-    if (counter.told) return "twice in one phase";
-    counter.told = true;
+    if (counter.expects) return "twice in one phase";
+    counter.expects = true;
     counter.missing += bytes;
     return end_if_complete(counter);
   }
 
-  std::string complete(int offset, int thread, int parity, Known& known, bool& done) {
+  std::string complete(int offset, int thread, int parity, VectorClock& clock, bool& done) {
     if (counters_.count(offset) == 0) return "not initialized";
     Counter& counter = counters_[offset];
     done = static_cast<int>(counter.phase & 1) != parity;
     if (done) {
       counter.seen[thread] = counter.phase;
-      learn(known, counter.come);
+      merge(clock, counter.completed_clock);
     }
     return "";
   }
 
-  // A barrier of threads: each knows what the others do.
+  // A barrier of `count` threads: each has then seen all phases that one of them has seen.
   void share(int first, int count) {
     for (auto& [offset, counter] : counters_) {
       const auto begin = counter.seen.begin() + first;
@@ -112,7 +112,7 @@ class Inbox {
     }
   }
 
-  // Behind the block's end.
+  // Checked when the block has ended.
   std::string left_over() const {
     for (const auto& [offset, counter] : counters_) {
       if (counter.missing < 0) return "bytes that nobody expected at the barrier at " + std::to_string(offset);
@@ -125,8 +125,8 @@ class Inbox {
   std::string announce(int offset) {
     Word& word = words_[offset / 4];
     if (word.state == State::kCounter) return "onto a barrier";
-    if (word.on_its_way) return "where another word is on its way";
-    word.on_its_way = true;
+    if (word.in_flight) return "where another word is on its way";
+    word.in_flight = true;
     return "";
   }
 
@@ -134,17 +134,17 @@ class Inbox {
     Counter& counter = counters_[push.counter];
     words_[push.offset / 4] = {State::kPushed, false, push.counter, counter.phase};
     counter.missing -= 4;
-    learn(counter.coming, push.known);
+    merge(counter.current_clock, push.clock);
     return end_if_complete(counter);
   }
 
-  // A thread's own access.
+  // Checks an access of a thread of this block.
   std::string check(int offset, int bytes, int thread, bool writes) {
     for (int i = offset / 4; i <= (offset + bytes - 1) / 4; ++i) {
       Word& word = words_[i];
       const std::string at = "word at " + std::to_string(4 * i);
       if (word.state == State::kCounter) return at + " is a barrier's";
-      if (word.on_its_way) return at + " while one pushed there is on its way";
+      if (word.in_flight) return at + " while one pushed there is on its way";
       if (word.state == State::kPushed && counters_[word.counter].seen[thread] <= word.phase) {
         return at + " was pushed, and the thread does not know that the phase is over";
       }
@@ -157,25 +157,26 @@ class Inbox {
   enum class State : uint8_t { kOwn, kPushed, kCounter };
   struct Word {
     State state = State::kOwn;
-    bool on_its_way = false;
-    int counter = 0;  // that has counted it
-    uint32_t phase = 0;
+    bool in_flight = false;
+    int counter = 0;     // kPushed: offset of the mbarrier that counted it
+    uint32_t phase = 0;  // kPushed: the phase in which it was counted
   };
   struct Counter {
-    uint32_t initialized;        // when
-    bool told;                   // how many bytes are to come in this phase
-    int64_t missing;             // bytes; less than none if they come before that is told
-    uint32_t phase;              // how many are over
-    Known coming, come;          // what those know whose words were counted in this phase, and until it
-    std::vector<uint32_t> seen;  // by thread: how many phases it knows are over
+    uint32_t initialized;         // time of init()
+    bool expects;                 // whether expect() was called in this phase
+    int64_t missing;              // expected bytes minus arrived bytes; negative if bytes arrive before expect()
+    uint32_t phase;               // number of phases that have ended
+    VectorClock current_clock;    // merged from the threads whose words were counted in this phase
+    VectorClock completed_clock;  // the same for all phases that have ended
+    std::vector<uint32_t> seen;   // for each thread, the number of ended phases that it has seen
   };
 
   static std::string end_if_complete(Counter& counter) {
-    if (!counter.told || counter.missing > 0) return "";
+    if (!counter.expects || counter.missing > 0) return "";
     if (counter.missing < 0) return "more bytes than expected";
-    counter.told = false;
+    counter.expects = false;
     ++counter.phase;
-    learn(counter.come, counter.coming);
+    merge(counter.completed_clock, counter.current_clock);
     return "";
   }
 

@@ -1,7 +1,7 @@
-// Runs grids of fibers; machine.h says how.
+// The scheduler, the meetings and the memory operations of the emulated GPU; machine.h describes its state.
 //
-// An error is thrown inside the thread that makes it; the others are then resumed to throw as well, so that every stack
-// is left in order and the next launch finds nothing of this one.
+// An error is thrown in the thread that makes it. The other threads are then resumed to throw as well, so that all
+// stacks are unwound before the next launch.
 #include "emulator.h"
 
 #include <algorithm>
@@ -17,12 +17,13 @@ namespace cuda {
 namespace emulation {
 namespace {
 
-// Rounds without progress until the clock runs faster and faster, and the time in which a watchdog must then act.
+// After kPatience rounds without progress the clock runs faster and faster; a watchdog must then time out within
+// kDeadlock.
 constexpr int kPatience = 200;
 constexpr uint64_t kSecond = 1000000000u;
 constexpr uint64_t kDeadlock = 20 * kSecond;
 
-struct Stopped {};  // thrown in the threads of a launch that has failed
+struct Stopped {};  // thrown in the other threads when a launch has failed
 
 const char* name(Meeting meeting) {
   static const char* const names[] = {"sync_cluster", "sync_block", "sync_warp", "shuffle_xor",
@@ -35,7 +36,7 @@ std::string text(int64_t number) { return std::to_string(number); }
 }  // namespace
 
 Emulator& emulator() {
-  static Emulator& one = *new Emulator;  // never destroyed: a launch may come from a destructor at the program's end
+  static Emulator& one = *new Emulator;  // never destroyed, as destructors at exit may launch kernels
   return one;
 }
 
@@ -51,7 +52,7 @@ void Emulator::run(const Grid& grid, const std::function<void()>& kernel) {
   if (grid.threads % kLanes != 0) refuse("threads are not whole warps");
   if (grid.shared_bytes < 0 || grid.shared_bytes > device.shared_bytes) refuse("shared memory");
   if (grid.cooperative && grid.blocks > device.sms) refuse("more blocks than can run at the same time");
-  if (grid.cluster < 1 || grid.cluster > kMostOfCluster || grid.blocks % grid.cluster != 0) refuse("clusters");
+  if (grid.cluster < 1 || grid.cluster > kMaxClusterBlocks || grid.blocks % grid.cluster != 0) refuse("clusters");
   if (grid.cluster > 1 && (device.capability < 90 || grid.cooperative)) refuse("clusters here");
   grid_ = grid;
   kernel_ = &kernel;
@@ -78,7 +79,7 @@ void Emulator::run(const Grid& grid, const std::function<void()>& kernel) {
 }
 
 void Emulator::begin(Block& block, int index, int slot) {
-  if (block.time > UINT32_MAX / 2) {  // no launch has as many barriers as are left then
+  if (block.time > UINT32_MAX / 2) {  // leaves room for the barriers of any launch
     block.time = 0;
     block.shared.forget();
   }
@@ -98,8 +99,8 @@ void Emulator::begin(Block& block, int index, int slot) {
   block.shared.begin(grid_.shared_bytes);
   if (grid_.cluster > 1) {
     block.inbox.begin(grid_.shared_bytes, grid_.threads);
-    block.known.assign(grid_.threads, Known{});
-    for (Known& known : block.known) known[slot] = block.interval;
+    block.clocks.assign(grid_.threads, VectorClock{});
+    for (VectorClock& clock : block.clocks) clock[slot] = block.interval;
   }
   for (int thread = 0; thread < grid_.threads; ++thread) {
     const size_t i = static_cast<size_t>(slot) * grid_.threads + thread;
@@ -191,7 +192,7 @@ std::string Emulator::who_waits() const {
 
 // ---- Threads --------------------------------------------------------------------------------------------------------
 
-// Runs what is ready, from a random lane on, for a random number of turns: so that the interleaving varies.
+// Runs the ready lanes of a warp, from a random lane on, for a random number of turns, to vary the interleaving.
 bool Emulator::visit(Warp& warp) {
   warp.ready |= warp.polling;
   warp.polling = 0;
@@ -256,7 +257,7 @@ void Emulator::meet(Meeting kind, const Operands& operands) {
   Warp& warp = *warp_;
   Block& block = blocks_[warp.block];
   const bool whole_cluster = kind == Meeting::kSyncCluster, whole_block = kind == Meeting::kSyncBlock;
-  // The blocks whose threads all meet.
+  // The blocks [first, last) of which all threads must meet; none if only the warp meets.
   const int first = whole_cluster ? 0 : warp.block;
   const int last = whole_cluster ? grid_.cluster : whole_block ? warp.block + 1 : warp.block;
   int& waiting = whole_cluster ? cluster_waiting_ : block.waiting;
@@ -278,13 +279,13 @@ void Emulator::meet(Meeting kind, const Operands& operands) {
   progress_ = true;
   if (last > first) {
     waiting = 0;
-    Known all{};
+    VectorClock all{};
     for (int i = first; i < last; ++i) {
       end_interval(blocks_[i]);
-      if (grid_.cluster > 1) learn(all, blocks_[i].known[0]);
+      if (grid_.cluster > 1) merge(all, blocks_[i].clocks[0]);
     }
     for (int i = first; i < last && whole_cluster && grid_.cluster > 1; ++i) {
-      std::fill(blocks_[i].known.begin(), blocks_[i].known.end(), all);
+      std::fill(blocks_[i].clocks.begin(), blocks_[i].clocks.end(), all);
     }
     return;
   }
@@ -292,7 +293,7 @@ void Emulator::meet(Meeting kind, const Operands& operands) {
   warp.ready = kAllLanes;
   switch (kind) {
     case Meeting::kSyncWarp:
-      warp.time = ++block.time;  // only this one orders memory
+      warp.time = ++block.time;  // the only one of them that orders memory
       share(block, warp.first, kLanes);
       break;
     case Meeting::kShuffle:
@@ -313,7 +314,7 @@ void Emulator::meet(Meeting kind, const Operands& operands) {
   }
 }
 
-// Behind a barrier of the block.
+// After a barrier of the whole block: begins a new interval and makes all threads ready.
 void Emulator::end_interval(Block& block) {
   block.interval = ++block.time;
   for (Warp& warp : block.warps) {
@@ -323,16 +324,16 @@ void Emulator::end_interval(Block& block) {
   }
   if (grid_.cluster == 1) return;
   const int slot = static_cast<int>(block.warps.front().block);
-  for (Known& known : block.known) known[slot] = block.interval;
+  for (VectorClock& clock : block.clocks) clock[slot] = block.interval;
   share(block, 0, grid_.threads);
 }
 
-// What one of these threads knows of the cluster, all do.
+// After a barrier of these threads: merges their clocks.
 void Emulator::share(Block& block, int first, int count) {
   if (grid_.cluster == 1) return;
-  Known all{};
-  for (int i = first; i < first + count; ++i) learn(all, block.known[i]);
-  for (int i = first; i < first + count; ++i) block.known[i] = all;
+  VectorClock all{};
+  for (int i = first; i < first + count; ++i) merge(all, block.clocks[i]);
+  for (int i = first; i < first + count; ++i) block.clocks[i] = all;
   block.inbox.share(first, count);
 }
 
@@ -349,7 +350,7 @@ Words Emulator::load_exchanged(const void* from) {
   });
 }
 
-// In visits: mostly within the next four rounds, so that words overtake each other; a few much later.
+// A delay in visits: mostly up to four rounds, so that words overtake each other, and for a few words much longer.
 uint64_t Emulator::random_delay() {
   const uint32_t rounds = random.below(64) == 0 ? 16 : 4;
   return random.below(rounds * static_cast<uint32_t>(order_.size()));
@@ -357,7 +358,7 @@ uint64_t Emulator::random_delay() {
 
 void Emulator::store_exchanged(void* to, uint32_t word) {
   if (reinterpret_cast<uintptr_t>(to) % sizeof word != 0) fail("store_exchanged is not aligned");
-  static_cast<void>(*static_cast<volatile unsigned char*>(to));  // an invalid address is to be found here
+  static_cast<void>(*static_cast<volatile unsigned char*>(to));  // an invalid address must fault here, not at delivery
   exchange_.store(to, word, {block_index(), thread(), warp_->time}, visits_ + 1 + random_delay());
   progress_ = true;
 }
@@ -385,7 +386,7 @@ bool Emulator::complete(int arrivals, int parity) {
   count_poll();
   Block& block = blocks_[warp_->block];
   bool done = false;
-  const std::string error = block.inbox.complete(arrivals, thread(), parity, block.known[thread()], done);
+  const std::string error = block.inbox.complete(arrivals, thread(), parity, block.clocks[thread()], done);
   if (!error.empty()) fail("Arrivals::complete, " + error);
   return done;
 }
@@ -395,12 +396,12 @@ void Emulator::push(int offset, uint32_t word, int arrivals, int rank) {
   if (rank < 0 || rank >= grid_.cluster || grid_.cluster == 1) fail(where() + ": there is no such block");
   if (offset < 0 || offset + 4 > grid_.shared_bytes || offset % 4 != 0) fail(where() + ": not a word of it");
   Block& target = blocks_[rank];
-  const Known& known = blocks_[warp_->block].known[thread()];
-  if (!target.inbox.initialized_before(arrivals, known[rank])) fail(where() + ": its barrier may not be ready");
-  if (!target.shared.untouched_since(offset, 4, known[rank])) fail(where() + ": it may still be in use there");
+  const VectorClock& clock = blocks_[warp_->block].clocks[thread()];
+  if (!target.inbox.initialized_before(arrivals, clock[rank])) fail(where() + ": its barrier may not be ready");
+  if (!target.shared.untouched_since(offset, 4, clock[rank])) fail(where() + ": it may still be in use there");
   const std::string error = target.inbox.announce(offset);
   if (!error.empty()) fail(where() + ": " + error);
-  pushes_.add({visits_ + 1 + random_delay(), 0, warp_->block, rank, offset, word, arrivals, known});
+  pushes_.add({visits_ + 1 + random_delay(), 0, warp_->block, rank, offset, word, arrivals, clock});
   progress_ = true;
 }
 

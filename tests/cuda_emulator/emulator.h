@@ -1,9 +1,10 @@
-// The names of device.h for a host compiler: kernels run on the CPU, every CUDA thread a fiber of its own.
+// The functions of device.h for a host compiler: kernels run on the CPU, with every CUDA thread a fiber.
 //
-// The emulator is a judge more than a machine: it checks every access to shared memory for bounds and races, requires
-// warps and blocks to meet at the same operation, delays what blocks exchange and varies the order in which threads
-// run. What a kernel does wrong makes run_emulated() throw std::runtime_error. Words that are still on their way are
-// seen by load_exchanged() only, so until the launch ends nothing else may read what store_exchanged() wrote.
+// The emulator is made to detect errors, not to be fast. It checks every access to shared memory for bounds and races,
+// requires the threads of a warp, block or cluster to meet at the same operation, delays the words that blocks
+// exchange, and varies the order in which threads run. If a kernel makes an error, run_emulated() throws
+// std::runtime_error. Only load_exchanged() sees words in flight, so nothing else may read words of store_exchanged()
+// before the launch ends.
 #pragma once
 
 #include <cstdint>
@@ -19,12 +20,12 @@
 namespace fused_rnn {
 namespace cuda {
 
-// For tests. The seed decides in which order threads run and words arrive; a seed's launches can be repeated.
+// For tests. The seed determines the order in which threads run and words arrive; the same seed repeats it.
 void set_schedule_seed(uint64_t seed);
-// By how much nanoseconds() advances while every thread has its turn. A grid that only waits makes it run faster, so a
-// watchdog ends such a grid soon; without a watchdog the launch ends as a deadlock.
+// How far nanoseconds() advances in one round, in which every thread has a turn. If all threads only wait, the clock
+// runs faster and faster, so that a watchdog times out soon; without a watchdog, the launch fails as a deadlock.
 void set_nanoseconds_per_round(uint64_t nanoseconds);
-// What current_device() says from now on; initially an H200.
+// Sets the result of current_device(), which is an H200 at first.
 void set_current_device(const Device& device);
 
 struct alignas(16) Words {
@@ -68,14 +69,14 @@ namespace emulation {
 
 enum class Access { kRead, kWrite };
 
-// Where bytes of the running block's shared memory lie, after all checks.
+// The address of bytes of the running block's shared memory. Checks the access.
 unsigned char* shared_bytes(int64_t offset, int bytes, int alignment, Access access);
 
-// Stands for the T& of the GPU, which could not be checked. Not to be kept in a variable: the members refuse one,
-// because `auto` would make it a reference here and a copy there.
+// Replaces the T& of the GPU, whose accesses could not be checked. It can be used as a temporary only: a variable
+// declared with `auto` would be a reference here, but a copy on the GPU.
 template <class T>
 class SharedValue {
-  static_assert(sizeof(T) % 2 == 0, "races are tracked by two bytes");
+  static_assert(sizeof(T) % 2 == 0, "races are tracked in units of two bytes");
 
  public:
   explicit SharedValue(int64_t offset) : offset_(offset) {}
@@ -121,7 +122,7 @@ Shared<T> shared_memory(int offset) {
   return {offset};
 }
 
-// Rounded to nearest, ties to even (TF32: away from zero); NaN becomes the one NaN 0x7fff (0x7fffffff).
+// Conversions round to nearest, ties to even (TF32: away from zero); every NaN becomes 0x7fff (TF32: 0x7fffffff).
 inline uint16_t bf16_bits(float value) {
   if (value != value) return 0x7fff;
   const uint32_t bits = emulation::same_bits<uint32_t>(value);
@@ -134,9 +135,9 @@ inline uint16_t fp16_bits(float value) {
   const uint32_t sign = (bits >> 16) & 0x8000;
   const uint32_t size = bits & 0x7fffffff;
   uint32_t rounded;
-  if (size >= 0x477ff000) {  // 65520, half way between the largest number and what would be the next
+  if (size >= 0x477ff000) {  // 65520, half way between the largest number and the next one if there were one
     rounded = 0x7c00;
-  } else if (size < 0x38800000) {  // 2^-14: the sum's last bit is 2^-24, the unit of fp16's subnormal numbers
+  } else if (size < 0x38800000) {  // 2^-14: the last bit of size + 0.5 is 2^-24, the unit of subnormal fp16
     rounded = emulation::same_bits<uint32_t>(emulation::same_bits<float>(size) + 0.5f) - 0x3f000000;
   } else {
     rounded = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;

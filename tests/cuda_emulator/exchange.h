@@ -1,8 +1,8 @@
-// The words of store_exchanged on their way: each becomes visible after a delay of its own.
+// The words of store_exchanged() in flight: each becomes visible in memory after a delay of its own.
 //
-// A GPU promises no order between relaxed stores, not even of neighbouring words. What it does promise is kept: stores
-// to one address arrive in their order, and a thread sees the stores that came before it, its own or those that a
-// barrier of its warp or block has ordered.
+// A GPU does not order relaxed stores, not even of neighbouring words. It does guarantee two things, and so does this
+// class: stores to one address arrive in order, and a thread sees its own earlier stores and those that a barrier of
+// its warp or block orders before its load.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ namespace emulation {
 
 class Exchange {
  public:
-  // Who has stored a word: `time` is that of his warp, which every barrier advances.
+  // The thread that stored a word. `time` is the time of its warp, which every barrier advances.
   struct Author {
     int block;
     int thread;
@@ -28,16 +28,16 @@ class Exchange {
 
   bool empty() const { return lines_.empty(); }
 
-  // `due`: when, in the time of deliver(), the word arrives in memory.
+  // due: when the word arrives in memory, in the time of deliver().
   void store(void* to, uint32_t word, const Author& author, uint64_t due) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(to);
     Pending& pending = lines_[address / sizeof(Words)].words[address % sizeof(Words) / sizeof(word)];
-    if (pending.serial != 0) write(address, pending.word);  // its order before the new word
+    if (pending.serial != 0) write(address, pending.word);  // an earlier store to the address arrives first
     pending = {++serial_, word, author};
     arrivals_.push({due, serial_, address});
   }
 
-  // What is in memory, with the words on their way for which sees(author) is true.
+  // The memory, updated with those words in flight for which sees(author) is true.
   template <class Sees>
   Words load(const void* from, const Sees& sees) const {
     Words words;
@@ -51,7 +51,7 @@ class Exchange {
     return words;
   }
 
-  // Writes what is due; true if there was anything.
+  // Writes the words that are due; returns whether there were any.
   bool deliver(uint64_t now) {
     bool any = false;
     for (; !arrivals_.empty() && arrivals_.top().due <= now; arrivals_.pop()) {
@@ -77,7 +77,7 @@ class Exchange {
     Author author;
   };
 
-  struct Line {  // what one load_exchanged reads
+  struct Line {  // the 16 bytes of one load_exchanged()
     Pending words[4] = {};
     bool empty() const { return (words[0].serial | words[1].serial | words[2].serial | words[3].serial) == 0; }
   };
@@ -85,7 +85,7 @@ class Exchange {
   struct Arrival {
     uint64_t due, serial;
     uintptr_t address;
-    // By serial among equals, so that a run can be repeated.
+    // The serial number makes the order of equal times reproducible.
     bool operator<(const Arrival& other) const { return due != other.due ? due > other.due : serial > other.serial; }
   };
 

@@ -1,8 +1,8 @@
-// Fibers with small stacks, for the emulator alone: a grid has more threads than an operating system can start.
+// Fibers with small stacks, because a grid has more threads than an operating system can start.
 //
-// The switch saves only what a called function must keep, which is some twenty times cheaper than swapcontext with its
-// system calls; architectures without an own switch take swapcontext. Only emulator.cpp may include this file, because
-// the assembly below defines a symbol.
+// The x86-64 switch saves only the callee-saved registers, which is about twenty times cheaper than swapcontext and its
+// system calls. Other architectures use swapcontext. Only emulator.cpp may include this file, because the assembly
+// below defines a symbol.
 #pragma once
 
 #include <sys/mman.h>
@@ -60,11 +60,11 @@ namespace fused_rnn {
 namespace cuda {
 namespace emulation {
 
-// Stacks that outlive the launches. Pages cost memory only once they are touched.
+// Stacks, kept for later launches. Their pages take memory only after they have been accessed.
 class Stacks {
  public:
 #if defined(FUSED_RNN_FIBER_ASAN)
-  static constexpr size_t kBytes = 256 << 10;  // its frames are several times larger
+  static constexpr size_t kBytes = 256 << 10;  // the sanitizer's frames are several times larger
 #else
   static constexpr size_t kBytes = 64 << 10;
 #endif
@@ -75,7 +75,7 @@ class Stacks {
       void* chunk = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (chunk == MAP_FAILED) throw std::bad_alloc();
 #if defined(MADV_NOHUGEPAGE)
-      madvise(chunk, bytes, MADV_NOHUGEPAGE);  // else every stack would be backed whole
+      madvise(chunk, bytes, MADV_NOHUGEPAGE);  // huge pages would back every stack completely
 #endif
       chunks_.push_back(static_cast<char*>(chunk));
     }
@@ -87,7 +87,7 @@ class Stacks {
   std::vector<char*> chunks_;
 };
 
-// One flow of control beside that of the host, to which it goes back whenever it waits.
+// A flow of control of its own, which returns to the host whenever it waits.
 class Fiber {
  public:
   // The next resume() calls `entry`, which must end with suspend(true). `color` varies the first frame's address:
@@ -98,7 +98,7 @@ class Fiber {
     *canary() = kCanary;
     const size_t bytes = Stacks::kBytes - color % 32 * 192;
 #if defined(FUSED_RNN_FIBER_ASAN)
-    __asan_unpoison_memory_region(stack, Stacks::kBytes);  // of the frames that its last user never left
+    __asan_unpoison_memory_region(stack, Stacks::kBytes);  // frames of its last user that never returned
 #endif
 #if defined(FUSED_RNN_FIBER_UCONTEXT)
     getcontext(&context_);
@@ -108,14 +108,15 @@ class Fiber {
     makecontext(&context_, enter, 0);
 #else
     void** top = reinterpret_cast<void**>(stack + bytes);
-    *--top = nullptr;  // where enter() would return to; the ABI wants the stack 8 bytes off 16 at its start
+    *--top =
+        nullptr;  // the return address of enter(); at its start the ABI requires the stack pointer to be 8 modulo 16
     *--top = reinterpret_cast<void*>(enter);
     for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
     context_ = top;
 #endif
   }
 
-  // Host: runs the fiber until it suspends itself.
+  // Called by the host: runs the fiber until it suspends itself.
   void resume() {
     running_ = this;
 #if defined(FUSED_RNN_FIBER_ASAN)
@@ -127,12 +128,12 @@ class Fiber {
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
     if (*canary() != kCanary) {  // without guard pages: two mappings per stack would exceed what Linux allows
-      std::fprintf(stderr, "CUDA emulator: a thread's stack has overflown its %zu bytes\n", Stacks::kBytes);
+      std::fprintf(stderr, "CUDA emulator: a thread's stack has overflowed its %zu bytes\n", Stacks::kBytes);
       std::abort();
     }
   }
 
-  // Fiber: back to the host, for good if `last`.
+  // Called by the fiber: returns to the host; the fiber is not resumed again if `last`.
   void suspend(bool last = false) {
 #if defined(FUSED_RNN_FIBER_ASAN)
     void* fake_stack = nullptr;
@@ -152,7 +153,7 @@ class Fiber {
   using Context = ucontext_t;
   static void change(Context* save, Context* load) { swapcontext(save, load); }
 #else
-  using Context = void*;  // the stack pointer; all else lies on the stack
+  using Context = void*;  // the stack pointer; the registers are saved on the stack
   static void change(Context* save, Context* load) { fused_rnn_switch_stack(save, *load); }
 #endif
 

@@ -1,8 +1,8 @@
-// What the lanes of a warp compute together, done by one of them for all.
+// The operations that the lanes of a warp compute together: mma and shuffles. One lane computes them for all.
 //
-// The fragments are those of the PTX manual ("Matrix Fragments for mma.m16n8k16" and ".m16n8k8"), element by element,
-// so that a kernel that gives a lane the wrong numbers gets the wrong product here too. Sums are rounded to float32
-// after every addition, in order of k; the GPU's own order and rounding are not documented.
+// The assignment of matrix elements to lanes is that of the PTX manual ("Matrix Fragments for mma.m16n8k16" and
+// ".m16n8k8"), so that a kernel that gives a lane the wrong elements gets a wrong product here, too. Sums are rounded
+// to float32 after every addition, in the order of k; the order and rounding of the GPU are not documented.
 #pragma once
 
 #include <cstdint>
@@ -15,25 +15,26 @@ namespace emulation {
 
 constexpr int kLanes = 32;
 
-struct Operands {  // what a lane brings
-  float* c;        // its sums (shuffle: its value), replaced by the result
+struct Operands {  // of one lane
+  float* c;        // the sums (shuffle: the value), replaced by the result
   uint32_t a[4];   // shuffle: a[0] is the mask
   uint32_t b[2];
 };
 
-// The numbers of a register: two for the 16-bit types, `number` tells which; TF32 reads only the upper 19 bits.
+// The value of element `number` of a register, which holds two elements of the 16-bit types. TF32 reads the upper 19
+// bits.
 inline float tf32_number(uint32_t bits, int) { return same_bits<float>(bits & 0xffffe000u); }
 inline float bf16_number(uint32_t bits, int number) { return from_bf16(static_cast<uint16_t>(bits >> 16 * number)); }
 inline float fp16_number(uint32_t bits, int number) { return from_fp16(static_cast<uint16_t>(bits >> 16 * number)); }
 
-typedef float Four __attribute__((vector_size(16)));  // neighbouring columns; every compiler has such vectors
+typedef float Four __attribute__((vector_size(16)));  // four neighbouring columns
 
 // sums += a * b; a is 16 rows of k, b is 8 columns of k, a register holds kPacked consecutive k.
 template <int kPacked, float (*number)(uint32_t, int)>
 void multiply(const Operands (&lanes)[kLanes]) {
   constexpr int kDepth = 8 * kPacked;
   float a[16][kDepth];
-  Four b[kDepth][2], c[16][2];  // b by k, so that all columns are summed at once
+  Four b[kDepth][2], c[16][2];  // b is indexed by k first, so that all columns are summed together
   for (int lane = 0; lane < kLanes; ++lane) {
     const Operands& own = lanes[lane];
     const int group = lane / 4, place = lane % 4;

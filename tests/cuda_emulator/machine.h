@@ -1,8 +1,8 @@
-// The emulated GPU: what runs, who waits where, and what a running thread can ask for.
+// The state of the emulated GPU: the running blocks and warps, the threads that wait, and the operations of a thread.
 //
-// A warp runs until each of its lanes waits. Whoever arrives last at a meeting of a warp does the work for all lanes
-// (they are suspended, so it may write their registers) and makes them ready again: one switch per lane and meeting.
-// Whoever polls is ready again in the next round.
+// A warp runs until all of its lanes wait. The lane that arrives last at a meeting (a barrier, mma or shuffle) does the
+// work for all lanes, whose registers it may write because they are suspended, and makes them ready again. A meeting
+// thus costs one fiber switch per lane. A thread that polls is ready again in the next round.
 #pragma once
 
 #include <cstdint>
@@ -22,29 +22,30 @@ namespace fused_rnn {
 namespace cuda {
 namespace emulation {
 
-constexpr int kPollsPerTurn = 256;  // then a thread waits a round although it has not asked to
+constexpr int kPollsPerTurn = 256;  // after this many loads without relax() a thread waits for a round anyway
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 enum class Meeting { kSyncCluster, kSyncBlock, kSyncWarp, kShuffle, kBf16, kFp16, kTf32 };
 
 struct Warp {
-  int block;  // which of Emulator::blocks_
-  int first;  // thread
+  int block;  // index in Emulator::blocks_
+  int first;  // its first thread
   uint32_t time;
-  uint32_t ready, polling, arrived, left;  // lanes
-  Meeting meeting;                         // of those that have arrived
+  uint32_t ready, polling, arrived, left;  // sets of lanes; left: have ended
+  Meeting meeting;                         // where the arrived lanes wait
   Operands operands[kLanes];
 };
 
 struct Block {
   int index;
-  uint32_t time = 0;      // advanced by every barrier of the block or of one of its warps; never set back
-  uint32_t interval = 0;  // when the last barrier of the block was
-  int waiting, left;      // threads
+  uint32_t time =
+      0;  // advanced by every barrier of the block or of one of its warps; begin() resets it before it overflows
+  uint32_t interval = 0;  // the time of the last barrier of the whole block
+  int waiting, left;      // numbers of threads that wait at a block's or cluster's barrier, and that have ended
   std::vector<Warp> warps;
   SharedMemory shared;
-  Inbox inbox;               // in a cluster
-  std::vector<Known> known;  // to each thread, in a cluster
+  Inbox inbox;                      // in a cluster
+  std::vector<VectorClock> clocks;  // of each thread, in a cluster
 };
 
 class Random {  // xorshift64*
@@ -109,13 +110,13 @@ class Emulator {
 
   Grid grid_{};
   const std::function<void()>* kernel_ = nullptr;
-  std::deque<Block> blocks_;  // those that run at the same time, and their memory for later launches
+  std::deque<Block> blocks_;  // the blocks that run at the same time; their memory is kept for later launches
   std::deque<Fiber> fibers_;
   Stacks stacks_;
-  std::vector<Warp*> order_;  // of the warps that still run
+  std::vector<Warp*> order_;  // the warps that have not ended, in the order of their turns
   Exchange exchange_;
   Pushes pushes_;
-  int cluster_waiting_ = 0;  // threads of the cluster that runs
+  int cluster_waiting_ = 0;  // threads that wait at sync_cluster
 
   Warp* warp_ = nullptr;  // of the running thread
   int lane_ = 0;
@@ -123,7 +124,7 @@ class Emulator {
   bool progress_ = false, stopping_ = false;
   std::string error_, first_race_;
   uint64_t races_ = 0;
-  uint64_t visits_ = 0;  // the time in which words arrive
+  uint64_t visits_ = 0;  // number of turns of warps: the clock by which words arrive
   uint64_t clock_ = 1, step_ = 0, idle_time_ = 0;
   int idle_rounds_ = 0;
 };

@@ -1,7 +1,7 @@
-// Checks the emulator itself: that it runs correct kernels correctly and that it reports each kind of wrong one.
+// Checks the emulator itself: it must run correct kernels correctly and report each kind of error.
 //
-// A kernel test is worth what its judge is worth, so every check of the emulator has a tiny kernel here that must fail
-// it. Prints what went wrong and exits with 1 if anything did.
+// The tests of the kernels rely on the emulator's checks, so every check has a tiny kernel here that must fail it.
+// Prints the failures and exits with 1 if there are any.
 #include "self_test.h"
 
 #include <cstdio>
@@ -27,7 +27,7 @@ void synchronize(Sync sync) {
   if (sync == Sync::kBlock) sync_block();
 }
 
-// Each thread adds up what another one writes, round by round.
+// In every round each thread adds the value that another thread has written.
 FUSED_RNN_KERNEL(1024) rotate(Rotation p) {
   const Shared<uint32_t> values = shared_memory<uint32_t>(16);
   const int thread = thread_index();
@@ -59,7 +59,7 @@ void test_barriers() {
   const Sync none = Sync::kNone, warp = Sync::kWarp, block = Sync::kBlock;
   for (uint64_t seed = 0; seed < 8; ++seed) {
     set_schedule_seed(seed);
-    // Thread 3 with thread 35 needs the block's barrier, thread 3 with thread 7 only the warp's.
+    // Threads 3 and 35 need a barrier of the block, threads 3 and 7 only one of the warp.
     expect_error("races", rotate, grid, Rotation{sums.data(), 64, 32, 2, none, block});
     expect_error("races", rotate, grid, Rotation{sums.data(), 64, 32, 2, block, none});
     expect_error("races", rotate, grid, Rotation{sums.data(), 64, 32, 2, warp, block});
@@ -102,7 +102,7 @@ FUSED_RNN_KERNEL(32) use_types(Offset p) {
   const Pair pair = shared_memory<Pair>(256)[thread];
   shared_memory<double>(0)[thread] = shared_memory<double>(0)[thread] + pair.b + words.w[3] + p.offset;
   const double sum = shared_memory<double>(0)[thread];
-  if (sum != 0.5 * thread + 7) sync_block();  // no error is thrown here: the deadlock is what shows it
+  if (sum != 0.5 * thread + 7) sync_block();  // a wrong sum ends in a deadlock, which the test sees as an error
 }
 
 void test_shared_memory() {
@@ -186,7 +186,7 @@ struct Exchange {
   uint32_t* words;  // [round][block][4]: 0 until written
   int rounds;
   bool relaxes;
-  int* mixed;  // how often some words of four were seen before others
+  int* mixed;  // counts loads that saw some of their four words, but not all
 };
 
 // Blocks wait for each other's four words, round by round.
@@ -219,7 +219,7 @@ struct Local {
   int* wrong;
 };
 
-// What a thread has stored it sees at once, its block after a barrier.
+// A thread sees its own stores immediately; its warp and its block see them after a barrier.
 FUSED_RNN_KERNEL(64) exchange_locally(Local p) {
   const int thread = thread_index();
   for (uint32_t round = 1; round < 20; ++round) {
@@ -233,7 +233,7 @@ FUSED_RNN_KERNEL(64) exchange_locally(Local p) {
   }
 }
 
-// Counts in `wrong` the words that are not in memory a turn later.
+// Counts in `wrong` the words that have not arrived in memory one turn later.
 FUSED_RNN_KERNEL(32) store_last(Local p) {
   const int thread = thread_index();
   if (thread >= 4) return;
@@ -278,7 +278,7 @@ void test_exchange() {
   int wrong = 0, delayed = 0;
   expect_success("local exchange", exchange_locally, {1, 64, 0, true}, Local{lines[0].words, &wrong});
   expect(wrong == 0, "that a block sees its own words");
-  // The last words of a launch arrive although nobody waits for them.
+  // The last words of a launch arrive although no thread waits for them.
   for (uint64_t seed = 0; seed < 20; ++seed) {
     set_schedule_seed(seed);
     std::vector<Line> last(1);
@@ -288,7 +288,7 @@ void test_exchange() {
     for (const uint32_t word : last[0].words) expect(word == 1, "that the last words arrive");
   }
   expect(delayed > 0, "that words arrive late");
-  // Blocks that wait for each other without being cooperative hang on a GPU, if it is busy.
+  // Blocks that wait for each other without a cooperative launch can hang on a GPU.
   std::vector<Line> others(5);
   expect_error("deadlock", exchange, {5, 32, 0, false}, Exchange{others[0].words, 1, true, &mixed});
 }

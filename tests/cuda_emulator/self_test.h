@@ -1,4 +1,4 @@
-// What the files of the emulator's own test share.
+// The assertions of the emulator's self test, and the parts of it that are in other files.
 #pragma once
 
 #include <cstdio>

@@ -1,5 +1,5 @@
-// Checks how the emulator judges clusters: their barriers, what blocks push to each other, and how it is counted; then
-// that the kernels' exchange through a cluster ends when a block fails to do its part.
+// Checks the emulation of clusters: their barriers, the words that blocks push to each other, and the mbarriers that
+// count them. Also checks that the kernels' exchange through a cluster ends if one of its blocks is too late.
 #include <string>
 #include <vector>
 
@@ -39,8 +39,8 @@ struct Ring {
 constexpr int kRingThreads = 64;
 constexpr int ring_bytes(int cluster) { return 16 + 2 * cluster * kRingThreads * 4; }
 
-// Every thread adds what a thread of the block before has pushed, round by round. All push to all: who has a round's
-// words knows that all have done with the round before.
+// In every round each thread adds the word that a thread of the previous block has pushed. Every block pushes to all
+// blocks, so that a block that has received all words of a round knows that all blocks have finished the round before.
 FUSED_RNN_KERNEL(kRingThreads) pass_around(Ring p, int cluster) {
   const int thread = thread_index(), rank = block_index() % cluster, before = (rank + cluster - 1) % cluster;
   const auto fault = [&](Fault f) { return p.fault == f && rank == 1; };
@@ -109,12 +109,12 @@ void test_ring() {
     set_schedule_seed(seed);
     expect_success("ring", ring<kCluster>, grid, Ring{Fault::kNone, rounds, sums.data()});
     expect(sums == expected, "the sums of a ring");
-    // Words out of step are found when one is pushed, or read, or its barrier is prepared: whatever comes first.
+    // These faults are detected when a word is pushed, when it is read, or at expect(), whichever comes first.
     const auto fails = [&](Fault fault, std::vector<const char*> messages = {"push to byte", "the word at", "expect"}) {
       const std::string error = error_of(ring<kCluster>, grid, Ring{fault, rounds, sums.data()});
-      bool found = false;
-      for (const char* message : messages) found = found || error.find(message) != std::string::npos;
-      expect(found, "fault " + std::to_string(static_cast<int>(fault)) + " to be found, got '" + error + "'");
+      bool detected = false;
+      for (const char* message : messages) detected = detected || error.find(message) != std::string::npos;
+      expect(detected, "fault " + std::to_string(static_cast<int>(fault)) + " to be found, got '" + error + "'");
     };
     fails(Fault::kNoClusterBarrierAtStart, {"may not be ready"});
     fails(Fault::kNotInitialized, {"not initialized"});
@@ -142,36 +142,37 @@ void test_ring() {
   set_current_device(device);
 }
 
-// ---- Barriers and places, one event after another -----------------------------------------------------------------
+// ---- Mbarriers and words, one event after another
+// ---------------------------------------------------------------------
 
 void test_inbox() {
   using emulation::Inbox;
-  using emulation::Known;
+  using emulation::VectorClock;
   Inbox inbox;
   inbox.begin(64, 2);
   const auto push = [&](int offset, uint32_t known) {
     const std::string error = inbox.announce(offset);
-    return error.empty() ? inbox.deliver({0, 0, 1, 0, offset, 7, 8, Known{0, known}}) : error;
+    return error.empty() ? inbox.deliver({0, 0, 1, 0, offset, 7, 8, VectorClock{0, known}}) : error;
   };
-  const auto complete = [&](int thread, int parity, Known& known) {
+  const auto complete = [&](int thread, int parity, VectorClock& known) {
     bool done = false;
     expect(inbox.complete(8, thread, parity, known, done).empty(), "that a barrier can be asked");
     return done;
   };
-  Known first{}, second{};
+  VectorClock first{}, second{};
   expect(
       !inbox.init(4, 3).empty() && !inbox.init(64, 3).empty() && inbox.init(8, 3).empty() && !inbox.init(8, 3).empty(),
       "where barriers can be");
   expect(!inbox.initialized_before(8, 3) && inbox.initialized_before(8, 4), "when a barrier is ready");
   expect(!inbox.check(12, 4, 0, false).empty(), "that nobody touches a barrier");
   expect(push(16, 5).empty() && inbox.left_over() != "", "that bytes may come before they are expected");
-  expect(!complete(0, 0, first) && complete(0, 1, first) && first == Known{}, "that the first phase is not over");
+  expect(!complete(0, 0, first) && complete(0, 1, first) && first == VectorClock{}, "that the first phase is not over");
   expect(inbox.expect(8, 8).empty() && !inbox.expect(8, 8).empty(), "that a phase expects once");
   expect(!complete(0, 0, first) && push(20, 4).empty(), "that a phase waits for all bytes");
-  expect(complete(0, 0, first) && !complete(0, 1, first) && first == Known{0, 5}, "that who waits learns");
+  expect(complete(0, 0, first) && !complete(0, 1, first) && first == VectorClock{0, 5}, "that who waits learns");
   expect(inbox.check(16, 8, 0, false).empty() && !inbox.check(16, 8, 1, false).empty(), "that each thread waits");
   inbox.share(0, 2);
-  expect(inbox.check(16, 8, 1, false).empty() && second == Known{}, "or meets who has waited");
+  expect(inbox.check(16, 8, 1, false).empty() && second == VectorClock{}, "or meets who has waited");
   expect(inbox.announce(16).empty() && !inbox.announce(16).empty(), "that words do not meet on their way");
   expect(!inbox.check(16, 2, 0, false).empty() && inbox.check(20, 4, 0, true).empty(), "nor anybody else");
   expect(inbox.expect(8, 4).empty() && push(24, 1).empty() && complete(0, 1, first), "the second phase");
@@ -185,13 +186,13 @@ using RowsShape = Shape<Exchange::kThroughCluster, 1, 2, 1>;
 struct Exchanged {
   Sequence sequence;
   uint32_t* rows;  // [T, B, 2H], of which the upper half is read
-  int failing;     // the block that is late, ...
-  int64_t late;    // ... at this step, ...
-  uint64_t by;     // ... by so many nanoseconds
-  int* not_numbers;
+  int late_block;  // waits at step late_step for delay nanoseconds
+  int64_t late_step;
+  uint64_t delay;
+  int* missing_words;  // counts the words that were not ready when their reader timed out
 };
 
-// Rows of words that say when and whose they are, each read by every block of the cluster.
+// Every block of the cluster reads all rows. Each word encodes its time, row and unit.
 FUSED_RNN_KERNEL(64) exchange_rows(Exchanged p) {
   const Sequence& q = p.sequence;
   const Block<RowsShape> block(q);
@@ -220,15 +221,15 @@ FUSED_RNN_KERNEL(64) exchange_rows(Exchanged p) {
         const Words words = source.load(0, column);
         for (int i = 0; i < 4; ++i) {
           const uint32_t expected = row < tile.rows ? word(t, tile.first + row, column + i) : 0;
-          if (words.w[i] == kNotYet) ++*p.not_numbers;
-          expect(words.w[i] == expected || words.w[i] == kNotYet, "a word of a row");
+          if (words.w[i] == kNotReady) ++*p.missing_words;
+          expect(words.w[i] == expected || words.w[i] == kNotReady, "a word of a row");
         }
       }
     }
     sync_block();
-    if (block_index() == p.failing && step == p.late) {
+    if (block_index() == p.late_block && step == p.late_step) {
       const uint64_t start = nanoseconds();
-      while (nanoseconds() - start < p.by) relax();
+      while (nanoseconds() - start < p.delay) relax();
     }
     if (step + 1 < q.T) publish(block.time(step + 1, false));
   }
@@ -239,21 +240,21 @@ void test_exchange_of_rows() {
   for (uint64_t seed = 0; seed < 20; ++seed) {
     set_schedule_seed(seed);
     for (const int directions : {1, 2}) {
-      for (const int tiles : {1, 3}) {  // the last tiles have a row, or none
+      for (const int tiles : {1, 3}) {  // the last tiles have one row, or none
         for (const bool late : {false, true}) {
           Sequence q{};
           q.T = 5, q.B = 17, q.last_row = 17, q.H = 36, q.directions = directions;
           q.division = {3, 2, tiles};
-          q.error = error_word(), q.patience = 50000;  // rounds of the emulator take 1000
+          q.error = error_word(), q.patience = 50000;  // a round of the emulator takes 1000
           const int blocks = 6 * directions;
           if (tiles == 1) q.last_row = 9;
           std::vector<uint32_t> rows(q.T * q.B * 2 * q.H);
-          int not_numbers = 0;
-          const Exchanged p{q, rows.data(), late ? 1 : -1, 2, 1000000, &not_numbers};
+          int missing_words = 0;
+          const Exchanged p{q, rows.data(), late ? 1 : -1, 2, 1000000, &missing_words};
           *error_word() = 0;
           const Layout layout(RowsShape::instance(), {1, q.H, 4}, tiles);
           expect_success("rows", exchange_rows, {blocks, 64, layout.total, false, 3}, p);
-          expect((*error_word() != 0) == late && (not_numbers != 0) == late, "that only a late block is given up");
+          expect((*error_word() != 0) == late && (missing_words != 0) == late, "that only a late block is given up");
         }
       }
     }

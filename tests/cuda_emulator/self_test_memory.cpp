@@ -1,5 +1,5 @@
-// Checks how the emulator judges accesses to memory, one access after another: kernels alone would not show which of
-// two checks has found a race, nor which of two orders a word has taken.
+// Checks the race detector and the words in flight, one access after another. Kernels alone would not show which of two
+// checks has detected a race, nor in which order words have arrived.
 #include <vector>
 
 #include "exchange.h"
@@ -18,7 +18,7 @@ struct Step {
   uint32_t warp_time, block_time;
 };
 
-// Whether the last of some accesses to the same word is a race, having expected that no earlier one is.
+// Whether the last of some accesses to the same word is a race; the earlier ones must not be.
 bool last_races(const std::vector<Step>& steps) {
   SharedMemory memory;
   memory.begin(64);
@@ -34,7 +34,8 @@ bool last_races(const std::vector<Step>& steps) {
 
 void test_races() {
   const Access read = Access::kRead, write = Access::kWrite;
-  // Threads 1 and 2 are of one warp, 33 (the same lane as 1) and 70 of two others. Times: no barrier since 1.
+  // Threads 1 and 2 are in one warp, 33 (the same lane as 1) and 70 in two others. Time 1 means that there was no
+  // barrier.
   for (const int other : {2, 33}) {
     expect(last_races({{write, 1, 1, 1}, {read, other, 1, 1}}), "read after write");
     expect(last_races({{read, 1, 1, 1}, {write, other, 1, 1}}), "write after read");

@@ -1,6 +1,6 @@
-// Checks the emulator's arithmetic: the matrix products of a warp and the conversions between types of numbers.
+// Checks the emulator's arithmetic: the matrix products of a warp and the conversions between number types.
 //
-// The references share nothing with the emulator: they follow the types' definitions, in double precision.
+// The references share no code with the emulator. They follow the definitions of the types, in double precision.
 #include <cmath>
 #include <limits>
 #include <random>
@@ -17,7 +17,7 @@ struct Product {
   int type;            // 0: bf16, 1: fp16, 2: TF32
 };
 
-// Loads the fragments as the PTX manual writes them down.
+// Loads the fragments as the PTX manual describes them.
 FUSED_RNN_KERNEL(32) multiply(Product p) {
   const int group = thread_index() >> 2, place = thread_index() & 3;
   float sums[4];
@@ -29,7 +29,7 @@ FUSED_RNN_KERNEL(32) multiply(Product p) {
     const bool upper = i == 2 || i == 3 || i == 5;
     if (p.type == 2) {
       const float value = (i < 4 ? p.a : p.b)[row * 8 + place + (upper ? 4 : 0)];
-      to = tf32_bits(value) | 0x1fff;  // what the tensor cores do not read
+      to = tf32_bits(value) | 0x1fff;  // bits that the tensor cores ignore
     } else {
       const float* const from = (i < 4 ? p.a : p.b) + row * 16 + place * 2 + (upper ? 8 : 0);
       const auto bits = p.type == 0 ? bf16_bits : fp16_bits;
@@ -70,7 +70,7 @@ void test_products() {
 
 namespace {
 
-// The nearest number with `digits` bits after the leading one, whose smallest normal number is 2^lowest.
+// The nearest number of a format with `digits` bits after the leading one and the smallest normal number 2^lowest.
 double nearest(double value, int digits, int lowest, bool ties_to_even, double largest) {
   if (value == 0 || std::isinf(value)) return value;
   const double unit = std::ldexp(1., std::max(std::ilogb(value), lowest) - digits);
@@ -82,7 +82,7 @@ double nearest(double value, int digits, int lowest, bool ties_to_even, double l
 }  // namespace
 
 void test_conversions() {
-  for (uint32_t bits = 0; bits < 0x10000; ++bits) {  // every number of fp16, from its definition
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {  // every fp16 number, by its definition
     const int exponent = bits >> 10 & 31, digits = bits & 1023;
     double value = exponent == 0 ? std::ldexp(digits, -24) : std::ldexp(1024 + digits, exponent - 25);
     if (exponent == 31) value = digits == 0 ? HUGE_VAL : std::numeric_limits<double>::quiet_NaN();
@@ -95,7 +95,7 @@ void test_conversions() {
   std::mt19937 random(2);
   std::vector<uint32_t> numbers = {0, 1, 0x7f800000, 0x7f800001, 0x7fc00000, 0x7fffffff, 0x7f7fffff, 0x00400000};
   for (int exponent = 0; exponent < 255; ++exponent) {
-    for (int i = 0; i < 64; ++i) {  // numbers half way between two others, those beside them, and any
+    for (int i = 0; i < 64; ++i) {  // ties, their neighbours, and random numbers
       const uint32_t any = random();
       for (const int dropped : {13, 16}) {
         const uint32_t half = (any & 0x7fffff) >> dropped << dropped | 1u << (dropped - 1);

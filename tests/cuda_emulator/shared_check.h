@@ -1,8 +1,8 @@
-// A block's shared memory, with the last accesses to every two bytes of it.
+// A block's shared memory and the latest accesses to every two bytes of it, to detect races.
 //
-// A race is an access that no barrier orders with another thread's, one of the two a write: whether or not the order
-// in which the emulator runs the threads happens to give the right result. Time advances with the barriers, so that
-// one number per access tells both in which interval of its warp and in which of its block it was.
+// Two accesses of different threads race if one of them is a write and no barrier orders them. That does not depend on
+// the order in which the emulator happens to run the threads. Every barrier advances the block's time, so that the time
+// of an access identifies its interval between two barriers of its warp as well as of its block.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ class SharedMemory {
     uint32_t block_time;  // of the last barrier of its block; at least 1
   };
 
-  // For a block that starts, later than all earlier accesses.
+  // Begins a new block, whose accesses must all have later times than those of the block before.
   void begin(int bytes) {
     bytes_.resize(bytes);
     for (size_t i = 0; i < bytes_.size(); ++i) bytes_[i] = static_cast<unsigned char>(kPoison >> i % 4 * 8);
@@ -32,13 +32,13 @@ class SharedMemory {
     if (halves_.size() < halves) halves_.resize(halves);
   }
 
-  // All earlier accesses, so that time can start anew.
+  // Forgets all accesses, so that times can start from 0 again.
   void forget() { halves_.clear(); }
 
   int size() const { return static_cast<int>(bytes_.size()); }
   unsigned char* at(int offset) { return &bytes_[offset]; }
 
-  // Notes an access; says which race it is, if any.
+  // Records an access; returns a description of the race, empty if there is none.
   std::string check(int offset, int bytes, Access access, const Accessor& self) {
     std::string race;
     for (int i = offset / 2; i < (offset + bytes) / 2; ++i) {
@@ -50,7 +50,7 @@ class SharedMemory {
     return race;
   }
 
-  // Whether nobody has accessed these bytes since `time`.
+  // Whether no thread has accessed these bytes at or after `time`.
   bool untouched_since(int offset, int bytes, uint32_t time) const {
     for (int i = offset / 2; i < (offset + bytes) / 2; ++i) {
       if (halves_[i].written >= time || halves_[i].read >= time) return false;
@@ -63,13 +63,13 @@ class SharedMemory {
   static constexpr int16_t kSeveral = -1;
 
   struct Accesses {
-    uint32_t written, read;  // when
-    uint32_t reading_lanes;  // of the warp that reads, since its last barrier
-    int16_t reading_warp;    // or kSeveral, since the block's last barrier
+    uint32_t written, read;  // times of the last write and read
+    uint32_t reading_lanes;  // lanes of reading_warp that have read since its last barrier
+    int16_t reading_warp;    // kSeveral: more than one since the block's last barrier
     uint16_t writing_thread;
   };
 
-  // Whether what a warp did then can be unordered with what this thread does now.
+  // Whether no barrier orders an access of `warp` at `time` before an access of this thread.
   static bool unordered(int warp, uint32_t time, const Accessor& self) {
     return time >= (warp == self.thread / kLanes ? self.warp_time : self.block_time);
   }
