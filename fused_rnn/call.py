@@ -240,7 +240,7 @@ class Call:
                 raise ValueError(f"{self.name}: expected resets to be packed as input is, in the same order")
             shape, resets = (self.x.size(0),), resets.data
         else:
-            T, B = self.T, self.batch
+            T, B = self.x.size(0), self.x.size(1)
             shape = (T,) if not self.batched else (B, T) if self.spec.batch_first else (T, B)
         if not isinstance(resets, Tensor) or resets.dtype is not torch.bool:
             raise ValueError(f"{self.name}: expected resets to be a bool tensor, got {kind_of(resets)}")

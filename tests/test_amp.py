@@ -6,6 +6,7 @@ must be no farther from it than torch.nn's. On a GPU: test_autocast and test_gra
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import product
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fused_rnn
 from cases import Case
 from contract import CELLS, NAMES, SEQUENCES, close, error_of, fused_calls, one_thread, tensors  # noqa: F401
-from fused_rnn import autocast, functional
+from fused_rnn import functional, policy
 from tolerances import assert_as_accurate
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -32,7 +33,7 @@ each_half = pytest.mark.parametrize("half", [BF16, F16], ids=["bf16", "f16"])
 @pytest.fixture(autouse=True)
 def nothing_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is faster depends on the processor; the results must be right on all."""
-    monkeypatch.setattr(autocast, "torch_is_faster", lambda *size: False)
+    monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", False)
 
 
 def pair(name: str, *sizes: int, dtype: torch.dtype = F32, device: str = "cpu", **options: object) -> list[nn.Module]:
@@ -113,7 +114,12 @@ def test_no_farther_from_the_exact_ones(case: Case, of_input: torch.dtype) -> No
 
     wanted = run(exact, [t.double() for t in data])
     with torch.autocast("cpu", BF16):
-        expected = run(theirs, data)
+        try:
+            expected = run(theirs, data)
+        except RuntimeError as error:  # oneDNN's LSTM takes bfloat16 only where the processor has AVX-512
+            assert "could not create a primitive" in str(error)
+            with torch.backends.mkldnn.flags(enabled=False):
+                expected = run(theirs, data)
         with fused_calls() as calls:
             actual = run(ours, data)
     assert any("forward" in call for call in calls) and any("backward" in call for call in calls)
@@ -303,19 +309,10 @@ def test_mixed_dtypes_are_rejected_as_torch_does(name: str, device: str) -> None
 
 
 def test_where_torch_is_faster_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    for products, expected in ((True, True), (False, False)):
-        monkeypatch.setattr(autocast.ops, "HAS_BF16_PRODUCTS", products)
-        assert autocast.torch_is_faster("lstm", BF16, 50, 64, 256) is expected
-        assert autocast.torch_is_faster("gru", BF16, 50, 64, 1024) is expected
-        assert not autocast.torch_is_faster("lstm", BF16, 5, 1, 64)
-        assert not autocast.torch_is_faster("gru", BF16, 50, 4, 256)
-        assert not autocast.torch_is_faster("gru", F16, 50, 64, 1024)
-        assert autocast.torch_is_faster("gru", BF16, 1, 64, 512) is expected  # a cell's step, in training
-        with torch.no_grad():
-            assert not autocast.torch_is_faster("gru", BF16, 1, 64, 512)
-    monkeypatch.setattr(autocast, "torch_is_faster", lambda *size: True)
+    """The rules themselves are in test_policy.py."""
+    monkeypatch.setattr(policy, "choose", lambda *args, **options: policy.Choice(False, "tested"))
     with torch.autocast("cpu", BF16), fused_calls() as calls:
         for name in NAMES:
-            pair(name, 4, 8)[1](torch.randn(*((3, 4) if name in CELLS else (5, 3, 4))))
+            with suppress(RuntimeError):  # oneDNN's LSTM does not take bfloat16 on every processor
+                pair(name, 4, 8)[1](torch.randn(*((3, 4) if name in CELLS else (5, 3, 4))))
     assert not calls

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fused_rnn
-from fused_rnn import call, layers, steps
+from fused_rnn import layers, steps
 
 SIZES = [dict(B=1, I=4, H=5), dict(B=3, I=7, H=20, num_layers=2), dict(B=9, I=33, H=77, batch_first=True)]
 CELLS = [("RNN", {}), ("RNN", {"nonlinearity": "relu"}), ("LSTM", {}), ("LSTM", {"proj_size": 3}), ("GRU", {})]
@@ -162,7 +162,7 @@ def test_a_subclass_may_check_more(name: str) -> None:
 
 def test_the_usual_call_needs_no_second_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     """What falls back silently would only be seen as slow."""
-    monkeypatch.setattr(call, "run", None)
+    monkeypatch.setattr("fused_rnn.call.run", None)
     for cell, options in CELLS:
         for size in SIZES:
             module = build(cell, options, size)

@@ -1,0 +1,123 @@
+"""Who computes a call: `plan` names what really runs, at thousands of calls, and each rule does what it says."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fused_rnn
+from contract import fused_calls, one_thread  # noqa: F401
+from fused_rnn import layers, operators, policy
+
+BF16, F16 = torch.bfloat16, torch.float16
+SEED_COUNT, CALLS = 4, 400
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The operators that ran, as they run."""
+    names: list[str] = []
+
+    def counted(name: str, operator: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            names.append(name)
+            return operator(*arguments)
+
+        return run
+
+    for name in ("forward_operator", "step", "step_layers", "_step_into"):
+        monkeypatch.setattr(operators, name, counted(name, getattr(operators, name)))
+    monkeypatch.setattr(layers, "forward_operator", operators.forward_operator)
+    yield names
+
+
+def drawn_call(draw: random.Random) -> tuple[dict[str, Any], Any]:
+    """The arguments of `plan`, and the call that it is about; sizes lie on both sides of every rule's limits."""
+    name, kind = draw.choice(("RNN", "LSTM", "GRU")), draw.choice(("sequence", "packed", "step", "cell"))
+    dtype = draw.choice((torch.float32, torch.float32, torch.float64, BF16, BF16, F16))
+    T = 1 if kind in ("step", "cell") else draw.choice((1, 2, 4, 9))
+    B, H = draw.choice((1, 2, 3, 8, 9)), draw.choice((4, 64, 128, 400, 640))
+    backend = "auto" if kind == "cell" else draw.choice(("auto", "auto", "auto", "fused", "torch"))
+    directions = 1 if kind in ("step", "cell") else draw.choice((1, 2))
+    options: dict[str, Any] = {} if kind == "cell" else {"backend": backend, "bidirectional": directions == 2}
+    module = getattr(fused_rnn, f"{name}Cell" if kind == "cell" else name)(5, H, dtype=dtype, **options)
+    frozen = draw.random() < 0.3
+    module.requires_grad_(not frozen)
+    x = torch.randn(T, B, 5, dtype=dtype)
+    if kind == "packed":
+        x = pack_padded_sequence(x, torch.full((B,), T))
+    call = (lambda: module.step(x[0])) if kind == "step" else (lambda: module(x[0] if kind == "cell" else x))
+    cell = "rnn_tanh" if name == "RNN" else name.lower()
+    question = dict(cell=cell, dtype=dtype, T=T, B=B, I=5, H=H, kind=kind, bidirectional=directions == 2)
+    return question | {"backend": backend, "requires_grad": not frozen, "device": "cpu"}, call
+
+
+@pytest.mark.parametrize("seed", range(SEED_COUNT))
+def test_plan_names_what_runs(seed: int, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    seen = set()
+    for _ in range(CALLS):
+        monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", draw.random() < 0.7)
+        question, call = drawn_call(draw)
+        half = draw.choice((None, None, BF16, F16))
+        deterministic, grad = draw.random() < 0.15, draw.random() < 0.6
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            with (
+                torch.set_grad_enabled(grad),
+                nullcontext() if half is None else torch.autocast("cpu", half),
+            ):
+                plan = fused_rnn.plan(**question)
+                ran.clear()
+                with suppress(RuntimeError):  # of torch.nn: oneDNN does not take every dtype on every processor
+                    call()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        context = f"{question}, autocast {half}, deterministic {deterministic}, grad {grad}: {plan}, ran {set(ran)}"
+        assert (plan.backend == "fused") == bool(ran), context
+        assert plan.reason, context
+        seen.add((question["kind"], half is None, plan.backend))
+    assert len([case for case in seen if case[1]]) == 8  # without autocast, each kind on both
+    assert any(backend == "torch" for _, plain, backend in seen if not plain)
+
+
+def test_a_profiler_sees_the_same() -> None:
+    """The counted handles of the test above are all there are."""
+    draw = random.Random(9)
+    for _ in range(40):
+        question, call = drawn_call(draw)
+        plan = fused_rnn.plan(**question)
+        with fused_calls() as calls, suppress(RuntimeError):
+            call()
+        assert (plan.backend == "fused") == bool(calls), (question, plan, calls)
+
+
+def test_rules_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor multiplies bfloat16 itself, torch.nn computes large layers."""
+
+    def backend(cell: str, T: int, B: int, H: int, **options: Any) -> str:
+        return fused_rnn.plan(cell, torch.float32, T, B, 8, H, device="cpu", **options).backend
+
+    for products, expected in ((True, "torch"), (False, "fused")):
+        monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", products)
+        with torch.autocast("cpu", BF16):
+            assert backend("lstm", 50, 64, 256) == expected
+            assert backend("gru", 50, 64, 1024) == expected
+            assert backend("lstm", 5, 1, 64) == "fused"
+            assert backend("gru", 50, 4, 256) == "fused"
+            assert backend("gru", 1, 64, 512, kind="cell") == expected  # in training
+            assert backend("gru", 1, 64, 512, kind="cell", requires_grad=False) == "fused"
+        with torch.autocast("cpu", F16):
+            assert backend("gru", 50, 64, 1024) == "fused"
+
+
+def test_unknown_kind() -> None:
+    with pytest.raises(ValueError, match="kind must be one of 'sequence', 'packed', 'step', 'cell', got 'loop'"):
+        fused_rnn.plan("lstm", kind="loop")
