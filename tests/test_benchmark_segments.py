@@ -10,17 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import ragged
-import report
-import rl
 import run
-import speed
-import timing
-import variants
-from measurement import FUSED, TORCH, Measurement, Row
-from shapes import Shape
-from suite import Method
-from workload import build_module, random_input, random_state, state_sizes
+from harness import report, speed, timing
+from harness.measurement import FUSED, TORCH, Measurement, Row
+from harness.shapes import Shape
+from harness.suite import Method
+from harness.workload import build_module, random_input, random_state, state_sizes
+from suites import ragged, rl, variants
 
 SHAPE = Shape("small", T=7, B=3, I=4, H=5, L=1)
 ROW = Row(SHAPE, "10%", "lstm", "training", 1, "float64")

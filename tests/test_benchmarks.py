@@ -15,20 +15,13 @@ import pytest
 import torch
 from rich.console import Console
 
-import cells
-import competitors
-import grid
-import memory
-import picture
-import report
-import roofline
 import run
-import speed
-import timing
-from measurement import FUSED, TORCH, Measurement, Quartiles, Row, geometric_mean, mean_ratio
-from roofline import Ceilings
-from shapes import CPU_GROUPS, GROUPS, Shape, cpu_shapes, parse_shape
-from suite import Method, one_and_all
+from harness import competitors, picture, report, roofline, speed, timing
+from harness.measurement import FUSED, TORCH, Measurement, Quartiles, Row, geometric_mean, mean_ratio
+from harness.roofline import Ceilings
+from harness.shapes import CPU_GROUPS, GROUPS, Shape, cpu_shapes, parse_shape
+from harness.suite import Method, one_and_all
+from suites import cells, grid, memory
 
 SHAPE = Shape("small", T=3, B=2, I=4, H=5, L=1)
 ROW = Row(SHAPE, "module", "gru", "training", 1, "float32")

@@ -20,7 +20,6 @@ import torch
 
 import fused_rnn
 import run
-import training_examples
 from examples import (
     EXAMPLES,
     SEED,
@@ -35,9 +34,10 @@ from examples import (
     seeded_model,
     tour_results,
 )
-from timing import InterleavedTiming, TimedSide, time_interleaved
+from harness.timing import InterleavedTiming, TimedSide, time_interleaved
+from suites import training_examples
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 BY_NAME = {example.name: example for example in EXAMPLES}
 LONG, SHORTENED = 100, 15  # an example of more than LONG steps is stopped after SHORTENED
 

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fused_rnn
 from cases import CASES, Case
 from contract import SEQUENCES, close, error_of, fused_calls, tensors
-from gpu_timing import tf32_allowed
+from gpu.timing import tf32_allowed
 from tolerances import assert_as_accurate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
