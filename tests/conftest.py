@@ -5,9 +5,11 @@ imported.
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from default_set import default_set
 
@@ -51,3 +53,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def collected(request: pytest.FixtureRequest) -> list[pytest.Item]:
     """All tests that were there to choose from."""
     return request.config.stash[COLLECTED]
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """The tests after one that changes the number of threads have as many as before it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(same_threads: None) -> None:
+    """On a busy machine, threads that wait for each other make tests of small tensors ten times slower."""
+    torch.set_num_threads(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +20,6 @@ from suites import ragged, rl, variants
 SHAPE = Shape("small", T=7, B=3, I=4, H=5, L=1)
 ROW = Row(SHAPE, "10%", "lstm", "training", 1, "float64")
 METHOD = Method(quick=True, competitors=(), ceilings={})
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])

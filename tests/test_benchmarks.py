@@ -6,7 +6,6 @@ The suite that trains the examples is in test_examples.py.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -35,13 +34,6 @@ MACHINE = {
     "git_commit": "abc",
     "date": "today",
 }
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def measured(theirs: list[float], ours: list[float], row: Row = ROW, **fields: object) -> Measurement:

@@ -9,7 +9,6 @@ import gzip
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -37,21 +36,14 @@ from examples import (
 from harness.timing import InterleavedTiming, TimedSide, time_interleaved
 from suites import training_examples
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 BY_NAME = {example.name: example for example in EXAMPLES}
 LONG, SHORTENED = 100, 15  # an example of more than LONG steps is stopped after SHORTENED
 
 by_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 by_tour = pytest.mark.parametrize("tour", TOURS, ids=lambda tour: tour.name)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on busy cores would make these small models crawl."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(example: Example, library: object, steps: int) -> tuple[list[float], torch.nn.Module]:
