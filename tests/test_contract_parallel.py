@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fused_rnn
 from contract import close, survives
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow("starts processes that train together")]
 
 VARIANTS = {
     "ddp": DistributedDataParallel,

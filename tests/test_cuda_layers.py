@@ -20,6 +20,7 @@ from test_modules import test_gradcheck as gradcheck_a_layer
 from tolerances import assert_as_accurate
 
 pytestmark = [
+    pytest.mark.slow("compiles the CUDA kernels for the emulator, which is slow itself"),
     pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing())),
     pytest.mark.usefixtures("emulated_gpu"),
 ]

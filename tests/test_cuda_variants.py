@@ -22,6 +22,7 @@ from test_gpu import PRECISIONS, Precision, farther, rounded_to_tf32
 from tolerances import assert_as_accurate
 
 pytestmark = [
+    pytest.mark.slow("compiles the CUDA kernels for the emulator, which is slow itself"),
     pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing())),
     pytest.mark.usefixtures("emulated_gpu"),
 ]

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fused_rnn
 from contract import close, fused_calls, survives, tensors
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow("starts processes that train together")]
 
 RANKS = 2
 T, B, I, H = 5, 6, 4, 9  # noqa: E741 - B rows, shared by the ranks

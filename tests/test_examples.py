@@ -51,6 +51,7 @@ def train(example: Example, library: object, steps: int) -> tuple[list[float], t
     return list(islice(example.train(model), steps)), model
 
 
+@pytest.mark.slow("trains every example")
 @by_example
 def test_losses_and_predictions_agree(example: Example) -> None:
     steps = example.steps if example.steps <= LONG else SHORTENED
@@ -66,6 +67,7 @@ def test_losses_and_predictions_agree(example: Example) -> None:
     assert fused_losses[-1] < fused_losses[0]
 
 
+@pytest.mark.slow("trains until it is learnt")
 @pytest.mark.parametrize(
     ("name", "summary", "final_loss"),
     [
@@ -219,6 +221,7 @@ def test_a_tour_runs_alone() -> None:
     assert "60400" in finished.stdout
 
 
+@pytest.mark.slow("trains every example")
 def test_the_run_writes_its_table_and_its_picture(tmp_path: Path) -> None:
     arguments = ("--quick", "--only", "hello_rnn", "--threads", "1", "--output", str(tmp_path))
     finished = run_script("run.py", *arguments)
