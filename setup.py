@@ -48,19 +48,9 @@ def extension() -> Extension:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     sanitize = os.environ.get("FUSED_RNN_SANITIZE") == "1"
-    flags = [
-        "-std=c++17",
-        "-O3",
-        "-g0",  # Python's own flags ask for debug information, most of the libraries' size
-        "-fopenmp",
-        "-ffp-contract=fast",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wno-psabi",
-        "-Wno-unknown-pragmas",
-    ]
+    flags = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    flags += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    flags += ["-g0"]  # Python's own flags ask for debug information, most of the libraries' size
     link = ["-fopenmp", "-Wl,--as-needed"]
     if sanitize:
         sanitizers = [

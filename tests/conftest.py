@@ -39,9 +39,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 @pytest.hookimpl(tryfirst=True)  # before -k and -m, so that COLLECTED has all
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[COLLECTED] = list(items)
-    if files_are_named(config):
-        return
-    chosen = items if config.getoption("all") else default_set(items)
+    chosen = items if config.getoption("all") or files_are_named(config) else default_set(items)
     if "timing" not in config.getoption("markexpr"):
         chosen = [item for item in chosen if not item.get_closest_marker("timing")]
     kept = set(chosen)

@@ -6,15 +6,13 @@ import functools
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from fused_rnn import cuda, eligibility
+from fused_rnn import cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 H200 = (132, 232448, 90)  # what the emulator says it is; see cuda.device_properties
@@ -58,13 +56,3 @@ def load_once() -> None:
 def load(library: Path) -> None:
     torch.ops.load_library(library)
     cuda.register_fakes("fused_rnn_emulator")
-
-
-@pytest.fixture
-def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Has every layer computed by the CUDA operators."""
-    load_once()
-    monkeypatch.setattr(eligibility, "on_cuda", lambda x: True)
-    monkeypatch.setattr(cuda, "device_properties", lambda device: H200)
-    monkeypatch.setattr(cuda, "tf32_allowed", lambda: True)
-    yield

@@ -6,6 +6,8 @@ in test_gpu.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,9 +22,8 @@ from test_modules import test_gradcheck as gradcheck_a_layer
 from tolerances import assert_as_accurate
 
 pytestmark = [
-    pytest.mark.slow("compiles the CUDA kernels for the emulator, which is slow itself"),
     pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing())),
-    pytest.mark.usefixtures("emulated_gpu"),
+    pytest.mark.slow("compiles the CUDA kernels for the emulator, which is slow itself"),
 ]
 
 # Several blocks and teams, more rows than a launch's first tiles, columns beyond the registers', odd everything.
@@ -36,6 +37,20 @@ _LARGER = [
 _CELLS = [dict(cell="RNN"), dict(cell="LSTM"), dict(cell="GRU")]
 EMULATED = [case for case in CASES if case.T * case.B * case.H < 4000 and not case.proj_size]
 EMULATED += [Case(**cell, **size) for cell in _CELLS for size in _LARGER]
+
+
+@pytest.fixture(scope="module")
+def library() -> None:
+    emulated.load_once()
+
+
+@pytest.fixture(autouse=True)
+def gpu(library: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has every layer computed by the CUDA operators."""
+    monkeypatch.setattr(eligibility, "on_cuda", lambda x: True)
+    monkeypatch.setattr(cuda, "device_properties", lambda device: emulated.H200)
+    monkeypatch.setattr(cuda, "tf32_allowed", lambda: True)
+    yield
 
 
 def with_precision(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:

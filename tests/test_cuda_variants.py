@@ -6,7 +6,7 @@ dtype; with resets, lengths and packed rows, on the resident kernels and on thos
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +22,8 @@ from test_gpu import PRECISIONS, Precision, farther, rounded_to_tf32
 from tolerances import assert_as_accurate
 
 pytestmark = [
-    pytest.mark.slow("compiles the CUDA kernels for the emulator, which is slow itself"),
     pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing())),
-    pytest.mark.usefixtures("emulated_gpu"),
+    pytest.mark.slow("compiles the CUDA kernels for the emulator, which is slow itself"),
 ]
 
 
@@ -65,6 +64,19 @@ CASES = [(cell, v) for cell in reference.CELLS for v in VARIANTS if cell == "lst
 # The two that differ from others only in how numbers are stored need fewer.
 EMULATED = [(*case, name) for name in PRECISIONS for case in (CASES[::3] if name in ("f16", "f32") else CASES)]
 T, B, SIZE = 4, 6, 5
+
+
+@pytest.fixture(scope="module")
+def library() -> None:
+    emulated.load_once()
+
+
+@pytest.fixture(autouse=True)
+def gpu(library: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has every layer computed by the CUDA operators."""
+    monkeypatch.setattr(eligibility, "on_cuda", lambda x: True)
+    monkeypatch.setattr(cuda, "device_properties", lambda device: emulated.H200)
+    yield
 
 
 @dataclass(frozen=True)
