@@ -194,6 +194,7 @@ def test_dropout(training: bool) -> None:
 VARIANTS = dict(layer_norm=True, zoneout=0.2, recurrent_dropout=0.3, weight_dropout=0.2, dropout=0.1, recompute="full")
 
 
+@pytest.mark.slow("torch.compile takes seconds a case")
 @pytest.mark.parametrize("key", ["lstm", "gru_deep"])
 def test_variants(key: str) -> None:
     model = built(key, **VARIANTS)
@@ -230,6 +231,7 @@ def packed(module: nn.RNNBase, B: int) -> tuple[PackedSequence, Any, list[Tensor
     return batch, hx, [batch.data, *tensors(hx)]
 
 
+@pytest.mark.slow("torch.compile takes seconds a case")
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("key", ["rnn_relu", "lstm_proj", "gru"])
 def test_packed(key: str, given: bool) -> None:
