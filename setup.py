@@ -8,22 +8,21 @@ Environment: FUSED_RNN_CUDA=0 leaves the CUDA kernels out, =1 fails without nvcc
 in torch; FUSED_RNN_SANITIZE=1 adds the address and undefined-behaviour sanitizers to the CPU kernels, for tests.
 """
 
-import hashlib
 import os
-import re
 import shlex
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 
-ROOT = Path(__file__).parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # pip runs this file without its folder on the path
+
+from setup_cuda import build_cuda, nvcc
+
+ROOT = Path(__file__).resolve().parent
 CUDA_ONLY = ("cuda_ops.cpp", "recurrence.cpp")
 MODULE = ("bindings/module.o", "cuda/plan.o")  # the rest is _cpu.so's
-ARCHITECTURES = "8.0 9.0a 10.0a+PTX"
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000ULL")  # of torch 2.10
 
 
@@ -49,19 +48,9 @@ def extension() -> Extension:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     sanitize = os.environ.get("FUSED_RNN_SANITIZE") == "1"
-    flags = [
-        "-std=c++17",
-        "-O3",
-        "-g0",  # Python's own flags ask for debug information, most of the libraries' size
-        "-fopenmp",
-        "-ffp-contract=fast",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wno-psabi",
-        "-Wno-unknown-pragmas",
-    ]
+    flags = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    flags += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    flags += ["-g0"]  # Python's own flags ask for debug information, most of the libraries' size
     link = ["-fopenmp", "-Wl,--as-needed"]
     if sanitize:
         sanitizers = [
@@ -89,76 +78,6 @@ def extension() -> Extension:
         extra_link_args=link,
         language="c++",
     )
-
-
-def nvcc() -> str | None:
-    """The CUDA compiler to build with; None: leave the CUDA kernels out."""
-    wish = os.environ.get("FUSED_RNN_CUDA", "")
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = shutil.which("nvcc", path=f"{home}/bin") if home else None
-    found = found or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if wish == "1" and found is None:
-        sys.exit("FUSED_RNN_CUDA=1, but there is no nvcc: put it on PATH or name its folder in CUDA_HOME.")
-    return None if wish == "0" or os.environ.get("FUSED_RNN_SANITIZE") == "1" else found
-
-
-def code_generation(compiler: str) -> list[str]:
-    """nvcc's options for the architectures, written as torch writes them: "8.0 9.0a 10.0a+PTX"."""
-    wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    options = []
-    for name in (wish or ARCHITECTURES).replace(";", " ").replace(",", " ").split():
-        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
-            sys.exit(f"TORCH_CUDA_ARCH_LIST: expected versions like 8.0, 9.0a or 10.0+PTX, got {name!r}")
-        number = name.removesuffix("+PTX").replace(".", "")
-        if not wish and f"sm_{number.removesuffix('a')}" not in known:
-            continue  # newer than this compiler
-        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if name.endswith("+PTX"):
-            number = number.removesuffix("a")  # PTX of an "a" runs nowhere else
-            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return options
-
-
-def build_cuda(compiler: str, folder: Path, output: Path) -> None:
-    """A plain shared library of operators, no Python module, so that one file serves every Python."""
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    cxx = shlex.split(os.environ.get("CXX", "c++"))
-    include = [f"-I{path}" for path in include_paths()]
-    shared = ["-std=c++17", "-O3", "-c", "-D{}={}".format(*STABLE_ABI), *include]
-    device = [
-        compiler,
-        *shared,
-        *code_generation(compiler),
-        "-prec-div=false",
-        "--expt-relaxed-constexpr",
-        "-Xcompiler",
-        "-fPIC",
-    ]
-    device += ["-Xcompiler", "-fvisibility=hidden", "-ccbin", cxx[0]]
-    host = [*cxx, *shared, "-fPIC", "-fvisibility=hidden"]
-    sources = [ROOT / "csrc/bindings/cuda_ops.cpp", *sorted((ROOT / "csrc/cuda").glob("*.c*"))]
-    sources = [path for path in sources if path.suffix in (".cpp", ".cu")]
-    folder /= hashlib.sha256(" ".join(map(str, device)).encode()).hexdigest()[:12]
-    folder.mkdir(parents=True, exist_ok=True)
-    objects = [folder / f"{path.name}.o" for path in sources]
-    changed = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
-
-    def compile_one(source: Path, result: Path) -> None:
-        if result.exists() and result.stat().st_mtime > changed:
-            return
-        print(f"building {source.relative_to(ROOT)}", flush=True)
-        subprocess.run([*(device if source.suffix == ".cu" else host), source, "-o", result], check=True)
-
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(compile_one, sources, objects))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # nvcc knows where its runtime is, but for the toolkit that pip installs.
-    libraries = [f"-L{path}" for path in (*library_paths(), Path(compiler).resolve().parent.parent / "lib")]
-    link = [compiler, "-shared", "-nodlink", "-cudart", "static", "-ccbin", cxx[0], *objects, "-o", output, *libraries]
-    subprocess.run([*link, "-ltorch_cpu"], check=True)
 
 
 def build_command() -> type:
@@ -197,7 +116,7 @@ def build_command() -> type:
                     target_lang=ext.language,
                 )
             if compiler := nvcc():
-                build_cuda(compiler, Path(self.build_temp).resolve() / "cuda", Path(cuda))
+                build_cuda(compiler, ROOT / "csrc", STABLE_ABI, Path(self.build_temp).resolve() / "cuda", Path(cuda))
             else:
                 Path(cuda).unlink(missing_ok=True)  # of an earlier build
                 if self.editable_mode:

@@ -60,8 +60,8 @@ sanitize() {
   for tool in memcheck racecheck; do
     echo "-- compute-sanitizer --tool $tool"
     compute-sanitizer --tool "$tool" --error-exitcode 86 "$filter" "kns=${SANITIZER_KERNELS:-fused_rnn}" \
-      "$python" benchmarks/gpu.py --errors --backend fused --shape 4,3,8,16,1 --shape 3,9,20,33,1,bi --cell lstm gru \
-      --dtype bfloat16 float32 --mode training --output "$scratch" || return
+      "$python" benchmarks/gpu/measure.py --errors --backend fused --shape 4,3,8,16,1 --shape 3,9,20,33,1,bi \
+      --cell lstm gru --dtype bfloat16 float32 --mode training --output "$scratch" || return
   done
 }
 
@@ -171,7 +171,7 @@ has_module torch || { echo "torch is not installed for $python"; exit 1; }
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "torch sees no CUDA GPU"; exit 1; }
 
 if selected facts; then
-  run_phase facts 30 "$log" "$python" benchmarks/gpu.py --facts --output "$output"
+  run_phase facts 30 "$log" "$python" benchmarks/gpu/measure.py --facts --output "$output"
   [ "$status" -ne 0 ] || show "$output/gpu_facts.json" 60
 fi
 
@@ -198,27 +198,28 @@ if selected correctness; then
     show "$report" 1
   else
     echo "pytest is not installed: results are compared on a few shapes only"
-    run_phase correctness 90 "$report" "$python" benchmarks/gpu.py --errors --backend fused --budget 70 --output "$scratch" \
-      --shape 5,3,7,20,2 --shape 7,17,10,77,1,bi --shape 1,1,1,1,1 --shape 12,64,256,256,1 --shape 6,16,512,1024,1
+    run_phase correctness 90 "$report" "$python" benchmarks/gpu/measure.py --errors --backend fused --budget 70 \
+      --output "$scratch" --shape 5,3,7,20,2 --shape 7,17,10,77,1,bi --shape 1,1,1,1,1 \
+      --shape 12,64,256,256,1 --shape 6,16,512,1024,1
     show "$report" 20
   fi
 fi
 
 if selected baselines; then
-  run_phase baselines 60 "$scratch/baselines.log" "$python" benchmarks/gpu.py --baselines --quick \
+  run_phase baselines 60 "$scratch/baselines.log" "$python" benchmarks/gpu/measure.py --baselines --quick \
     --budget $(($(time_limit 60) - 15)) --output "$output"
   cat "$scratch/baselines.log" >> "$log"
   show_summary "$scratch/baselines.log" 45
 fi
 
 if selected grid; then
-  run_phase grid 120 "$scratch/grid.log" "$python" benchmarks/gpu.py "${quick[@]}" --backend fused --budget $(($(time_limit 120) - 18)) \
-    --output "$output"
+  run_phase grid 120 "$scratch/grid.log" "$python" benchmarks/gpu/measure.py "${quick[@]}" --backend fused \
+    --budget $(($(time_limit 120) - 18)) --output "$output"
   cat "$scratch/grid.log" >> "$log"
 fi
 
 if selected sweep; then
-  run_phase sweep 90 "$scratch/sweep.log" "$python" benchmarks/gpu_sweep.py --budget $(($(time_limit 90) - 12)) \
+  run_phase sweep 90 "$scratch/sweep.log" "$python" benchmarks/gpu/sweep.py --budget $(($(time_limit 90) - 12)) \
     --output "$output"
   cat "$scratch/sweep.log" >> "$log"
   show "$scratch/sweep.log" 60

@@ -36,22 +36,15 @@ try:
         TimeRemainingColumn,
     )
 
-    import cells
-    import grid
-    import memory
-    import picture
-    import ragged
-    import report
-    import rl
-    import training_examples
-    import variants
-    from competitors import COMPETITORS, require_packages
-    from machine import describe_machine
-    from measurement import Measurement, Row
-    from roofline import measure_ceilings
-    from shapes import named, parse_shape
-    from suite import Method, Suite
-    from workload import CLASSES, MODES
+    from harness import picture, report
+    from harness.competitors import COMPETITORS, require_packages
+    from harness.machine import describe_machine
+    from harness.measurement import Measurement, Row
+    from harness.roofline import measure_ceilings
+    from harness.shapes import named, parse_shape
+    from harness.suite import Method, Suite
+    from harness.workload import CLASSES, MODES
+    from suites import cells, grid, memory, ragged, rl, training_examples, variants
 except ModuleNotFoundError as error:
     sys.exit(f'{error.name} is not installed: run pip install ".[bench]" in the project folder')
 

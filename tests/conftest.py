@@ -1,9 +1,67 @@
-"""Has the tests import the installed fused_rnn under `python -m pytest`, which puts the source folder on the path."""
+"""Chooses the tests that run (see default_set.py), and has them import the installed fused_rnn.
+
+`python -m pytest` puts the source folder on the path, where without a build in place the sources alone cannot be
+imported.
+"""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import pytest
+import torch
 
-if not any((ROOT / "fused_rnn").glob("_C.*.so")):  # not built in place: the sources alone cannot be imported
+from default_set import default_set
+
+ROOT = Path(__file__).resolve().parent.parent
+COLLECTED = pytest.StashKey[list[pytest.Item]]()
+
+if not any((ROOT / "fused_rnn").glob("_C.*.so")):
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="every case of every test, and the slow tests")
+
+
+def files_are_named(config: pytest.Config) -> bool:
+    """Whether the command line asks for anything smaller than the whole folder."""
+    folder = config.invocation_params.dir
+    return any((folder / arg).resolve() not in (ROOT, ROOT / "tests") for arg in config.args)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if files_are_named(config):
+        return "set: all cases of the files named"
+    return f"set: {'all cases' if config.getoption('all') else 'default; pytest --all runs all cases'}"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -k and -m, so that COLLECTED has all
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = list(items)
+    chosen = items if config.getoption("all") or files_are_named(config) else default_set(items)
+    if "timing" not in config.getoption("markexpr"):
+        chosen = [item for item in chosen if not item.get_closest_marker("timing")]
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = chosen
+
+
+@pytest.fixture
+def collected(request: pytest.FixtureRequest) -> list[pytest.Item]:
+    """All tests that were there to choose from."""
+    return request.config.stash[COLLECTED]
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """The tests after one that changes the number of threads have as many as before it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(same_threads: None) -> None:
+    """On a busy machine, threads that wait for each other make tests of small tensors ten times slower."""
+    torch.set_num_threads(1)

@@ -68,25 +68,19 @@ one_of_each = pytest.mark.parametrize("key", ONE_OF_EACH)
 each_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For every test of a file that imports this: on a busy machine, threads that wait for each
-    other make tests of such small tensors ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def twins(name, *sizes, backend=None, **options):
+    """torch.nn's module of this class and fused_rnn's, with the same parameters; `backend` is fused_rnn's alone."""
+    torch.manual_seed(0)
+    expected = getattr(nn, name)(*sizes, **options)
+    actual = getattr(fused_rnn, name)(*sizes, **options, **({"backend": backend} if backend else {}))
+    actual.load_state_dict(expected.state_dict())
+    return expected, actual
 
 
 def pair(key, dtype=torch.float32, sizes=(INPUT, HIDDEN), **changes):
-    """torch.nn's module of MODULES[key] and fused_rnn's, with the same parameters."""
+    """The twins of MODULES[key]."""
     name, options = MODULES[key]
-    options = {**options, "dtype": dtype, **changes}
-    torch.manual_seed(0)
-    expected = getattr(nn, name)(*sizes, **options)
-    actual = getattr(fused_rnn, name)(*sizes, **options)
-    actual.load_state_dict(expected.state_dict())
-    return expected, actual
+    return twins(name, *sizes, **{**options, "dtype": dtype, **changes})
 
 
 def arguments(module, time=TIME, batch=BATCH, packed=False, grad=False, seed=1):

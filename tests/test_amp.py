@@ -16,9 +16,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
 from cases import Case
-from contract import CELLS, NAMES, SEQUENCES, close, error_of, fused_calls, one_thread, tensors  # noqa: F401
+from contract import CELLS, NAMES, SEQUENCES, close, error_of, fused_calls, tensors, twins
 from fused_rnn import functional, policy
 from tolerances import assert_as_accurate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = {"bf16": BF16, "f16": F16, "f32": F32, "f64": F64}
@@ -34,14 +36,6 @@ each_half = pytest.mark.parametrize("half", [BF16, F16], ids=["bf16", "f16"])
 def nothing_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is faster depends on the processor; the results must be right on all."""
     monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", False)
-
-
-def pair(name: str, *sizes: int, dtype: torch.dtype = F32, device: str = "cpu", **options: object) -> list[nn.Module]:
-    torch.manual_seed(0)
-    theirs = getattr(nn, name)(*sizes, **options, dtype=dtype, device=device)
-    ours = getattr(fused_rnn, name)(*sizes, **options, dtype=dtype, device=device)
-    ours.load_state_dict(theirs.state_dict())
-    return [theirs, ours]
 
 
 def dtypes_of(module: nn.Module, half: torch.dtype, x: Tensor, hx: object) -> list[torch.dtype] | None:
@@ -71,7 +65,7 @@ def test_every_mix_of_dtypes_returns_torchs(name: str, options: dict, packed: bo
     lead = (4,) if name in CELLS else (rows, 4)
     compared = 0
     for weights, of_x, of_h, of_c in product(DTYPES.values(), DTYPES.values(), [None, *DTYPES.values()], [F32, half]):
-        theirs, ours = pair(name, 3, 5, dtype=weights, **options)
+        theirs, ours = twins(name, 3, 5, dtype=weights, **options)
         x = torch.ones(*((4, 3) if name in CELLS else (3, 4, 3)), dtype=of_x)
         hx = None
         if of_h is not None:
@@ -130,8 +124,8 @@ def test_no_farther_from_the_exact_ones(case: Case, of_input: torch.dtype) -> No
 
 @pytest.mark.parametrize("name", CELLS)
 def test_cells_no_farther_from_the_exact_ones(name: str) -> None:
-    theirs, ours = pair(name, 10, 33)
-    (exact, _) = pair(name, 10, 33, dtype=F64)
+    theirs, ours = twins(name, 10, 33)
+    (exact, _) = twins(name, 10, 33, dtype=F64)
     exact.load_state_dict(theirs.state_dict())
     x, h, c = torch.randn(7, 10), torch.randn(7, 33), torch.randn(7, 33)
 
@@ -153,7 +147,7 @@ def test_cells_no_farther_from_the_exact_ones(name: str) -> None:
 @each_device
 def test_what_torch_does_not_have(name: str, device: str) -> None:
     """Resets, lengths, the states of every step, steps and functions: dtypes as forward's, values within rounding."""
-    _, ours = pair(name, 6, 20, num_layers=2, device=device)
+    _, ours = twins(name, 6, 20, num_layers=2, device=device)
     ours.backend = "fused"
     x = torch.randn(5, 3, 6, device=device)
     fresh = tuple(torch.randn(2, 1, 20, device=device) for _ in range(2 if name == "LSTM" else 1))
@@ -201,7 +195,7 @@ def test_regularised_variants(name: str, options: dict) -> None:
 @each_sequence
 def test_without_kernels_the_dtypes_stay(name: str) -> None:
     """backend="torch" computes what torch.nn does not have by the specification."""
-    _, ours = pair(name, 6, 20)
+    _, ours = twins(name, 6, 20)
     x, lengths = torch.randn(5, 3, 6), torch.tensor([5, 0, 3])
     found = []
     for ours.backend in ("fused", "torch"):
@@ -215,7 +209,7 @@ def test_without_kernels_the_dtypes_stay(name: str) -> None:
 @each_name
 def test_gradient_penalty(name: str) -> None:
     """backward of a backward inside autocast: through the specification, whose products autocast rounds."""
-    theirs, ours = pair(name, 4, 8)
+    theirs, ours = twins(name, 4, 8)
     penalties = []
     for module in (theirs.double(), ours):
         torch.manual_seed(1)
@@ -231,7 +225,7 @@ def test_gradient_penalty(name: str) -> None:
 
 @each_sequence
 def test_dropout_draws_the_same_mask(name: str) -> None:
-    theirs, ours = pair(name, 4, 64, num_layers=2, dropout=0.5)
+    theirs, ours = twins(name, 4, 64, num_layers=2, dropout=0.5)
     x, found = torch.randn(5, 3, 4), []
     for module in (theirs, ours):
         torch.manual_seed(3)
@@ -245,7 +239,7 @@ def test_dropout_draws_the_same_mask(name: str) -> None:
 def test_grad_scaler_on_the_cpu(name: str, half: torch.dtype) -> None:
     """Three steps; the last one overflows and is skipped on both sides."""
     trained = []
-    theirs, ours = pair(name, 6, 20)
+    theirs, ours = twins(name, 6, 20)
     for module in (ours, theirs):
         optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -271,10 +265,10 @@ def test_grad_scaler_on_the_cpu(name: str, half: torch.dtype) -> None:
 @each_device
 def test_parameters_of_16_bits(name: str, half: torch.dtype, device: str) -> None:
     """Outside of autocast: forward and gradients in the parameters' dtype, no farther from float64 than torch.nn's."""
-    theirs, ours = pair(name, 10, 33, dtype=half, device=device)
+    theirs, ours = twins(name, 10, 33, dtype=half, device=device)
     if name in SEQUENCES:
         ours.backend = "fused"
-    exact = pair(name, 10, 33, dtype=F64)[0]
+    exact = twins(name, 10, 33, dtype=F64)[0]
     exact.load_state_dict(theirs.state_dict())
     x = torch.randn(*((7, 10) if name in CELLS else (4, 7, 10))).to(half)
     found = []
@@ -294,7 +288,7 @@ def test_mixed_dtypes_are_rejected_as_torch_does(name: str, device: str) -> None
     for weights, of_x, of_h, of_c in product([F32, BF16, F64], repeat=4):
         if len({weights, of_x, of_h, of_c}) == 1:
             continue
-        theirs, ours = pair(name, 3, 5, dtype=weights, device=device)
+        theirs, ours = twins(name, 3, 5, dtype=weights, device=device)
         x = torch.ones(*((4, 3) if name in CELLS else (3, 4, 3)), dtype=of_x, device=device)
         states = [torch.zeros(*(() if name in CELLS else (1,)), 4, 5, dtype=d, device=device) for d in (of_h, of_c)]
         hx = tuple(states) if "LSTM" in name else states[0]
@@ -314,5 +308,5 @@ def test_where_torch_is_faster_it_computes(monkeypatch: pytest.MonkeyPatch) -> N
     with torch.autocast("cpu", BF16), fused_calls() as calls:
         for name in NAMES:
             with suppress(RuntimeError):  # oneDNN's LSTM does not take bfloat16 on every processor
-                pair(name, 4, 8)[1](torch.randn(*((3, 4) if name in CELLS else (5, 3, 4))))
+                twins(name, 4, 8)[1](torch.randn(*((3, 4) if name in CELLS else (5, 3, 4))))
     assert not calls

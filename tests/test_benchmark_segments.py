@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-import ragged
-import report
-import rl
 import run
-import speed
-import timing
-import variants
-from measurement import FUSED, TORCH, Measurement, Row
-from shapes import Shape
-from suite import Method
-from workload import build_module, random_input, random_state, state_sizes
+from harness import report, speed, timing
+from harness.measurement import FUSED, TORCH, Measurement, Row
+from harness.shapes import Shape
+from harness.suite import Method
+from harness.workload import build_module, random_input, random_state, state_sizes
+from suites import ragged, rl, variants
 
 SHAPE = Shape("small", T=7, B=3, I=4, H=5, L=1)
 ROW = Row(SHAPE, "10%", "lstm", "training", 1, "float64")
 METHOD = Method(quick=True, competitors=(), ceilings={})
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])

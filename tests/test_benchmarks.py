@@ -6,7 +6,6 @@ The suite that trains the examples is in test_examples.py.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -15,20 +14,13 @@ import pytest
 import torch
 from rich.console import Console
 
-import cells
-import competitors
-import grid
-import memory
-import picture
-import report
-import roofline
 import run
-import speed
-import timing
-from measurement import FUSED, TORCH, Measurement, Quartiles, Row, geometric_mean, mean_ratio
-from roofline import Ceilings
-from shapes import CPU_GROUPS, GROUPS, Shape, cpu_shapes, parse_shape
-from suite import Method, one_and_all
+from harness import competitors, picture, report, roofline, speed, timing
+from harness.measurement import FUSED, TORCH, Measurement, Quartiles, Row, geometric_mean, mean_ratio
+from harness.roofline import Ceilings
+from harness.shapes import CPU_GROUPS, GROUPS, Shape, cpu_shapes, parse_shape
+from harness.suite import Method, one_and_all
+from suites import cells, grid, memory
 
 SHAPE = Shape("small", T=3, B=2, I=4, H=5, L=1)
 ROW = Row(SHAPE, "module", "gru", "training", 1, "float32")
@@ -42,13 +34,6 @@ MACHINE = {
     "git_commit": "abc",
     "date": "today",
 }
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def measured(theirs: list[float], ours: list[float], row: Row = ROW, **fields: object) -> Measurement:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_rnn
-from contract import CELLS, NAMES, close, one_thread  # noqa: F401
+from contract import CELLS, NAMES, close
 from fused_rnn import tool_tables
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 each_name = pytest.mark.parametrize("name", NAMES)
 

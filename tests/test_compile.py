@@ -136,6 +136,7 @@ def test_sequences(key: str) -> None:
     assert graphs.backward == ["backward.default"] * layers
 
 
+@pytest.mark.slow("torch.compile takes seconds a case")
 @pytest.mark.parametrize("key", ["rnn_deep", "lstm", "gru"])
 def test_zero_states_unbatched_and_inference(key: str) -> None:
     model = built(key)
@@ -167,6 +168,7 @@ EXTRAS = [  # module, keywords, whether there are initial states
 ]
 
 
+@pytest.mark.slow("torch.compile takes seconds a case")
 @pytest.mark.parametrize(("key", "names", "given"), EXTRAS)
 def test_resets_lengths_and_the_states_of_every_step(key: str, names: str, given: bool) -> None:
     model = built(key)
@@ -194,6 +196,7 @@ def test_dropout(training: bool) -> None:
 VARIANTS = dict(layer_norm=True, zoneout=0.2, recurrent_dropout=0.3, weight_dropout=0.2, dropout=0.1, recompute="full")
 
 
+@pytest.mark.slow("torch.compile takes seconds a case")
 @pytest.mark.parametrize("key", ["lstm", "gru_deep"])
 def test_variants(key: str) -> None:
     model = built(key, **VARIANTS)
@@ -230,6 +233,7 @@ def packed(module: nn.RNNBase, B: int) -> tuple[PackedSequence, Any, list[Tensor
     return batch, hx, [batch.data, *tensors(hx)]
 
 
+@pytest.mark.slow("torch.compile takes seconds a case")
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("key", ["rnn_relu", "lstm_proj", "gru"])
 def test_packed(key: str, given: bool) -> None:
@@ -249,6 +253,7 @@ def test_packed(key: str, given: bool) -> None:
     assert graphs.traced == ["layer.default"] * module.num_layers
 
 
+@pytest.mark.slow("torch.compile takes seconds a case")
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_a_module_itself(name: str) -> None:
     """Not inside of another one, and without being told what varies: two graphs for any number of lengths."""
@@ -263,6 +268,7 @@ def test_a_module_itself(name: str) -> None:
     assert graphs.traced == ["layer.default"]
 
 
+@pytest.mark.slow("torch.compile takes seconds a case")
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("key", ["rnn_tanh", "lstm", "lstm_proj", "gru_deep", "lstm_cell", "gru_cell"])
 def test_autocast(key: str, half: torch.dtype) -> None:
@@ -314,6 +320,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert graphs.backward == ["backward.default"] * 2
 
 
+@pytest.mark.slow("torch.compile takes seconds a case")
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_without_the_switch(name: str) -> None:
     """The graph breaks at the module as at torch.nn's, and the module runs eagerly."""
@@ -333,6 +340,7 @@ def test_without_the_switch(name: str) -> None:
     assert counts[0] == counts[1]
 
 
+@pytest.mark.slow("torch.compile takes seconds a case")
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_without_the_switch_nothing_inside_is_compiled(name: str) -> None:
     module = getattr(fused_rnn, name)(INPUT, HIDDEN)
@@ -351,6 +359,7 @@ def test_without_the_switch_nothing_inside_is_compiled(name: str) -> None:
     assert all(of.fail_type for of in ours)
 
 
+@pytest.mark.slow("torch.compile takes seconds a case")
 @pytest.mark.parametrize("name", NAMES)
 def test_patched(name: str) -> None:
     """torch.nn's own classes compile to the fused operators inside `patched`."""
@@ -404,6 +413,7 @@ def test_vmap() -> None:
     assert graphs.traced == []
 
 
+@pytest.mark.slow("compiles C++")
 def test_inductor() -> None:
     model = built("lstm")
     compiled = torch.compile(model, fullgraph=True, dynamic=True)

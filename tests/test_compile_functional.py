@@ -18,6 +18,8 @@ from contract import MODULES, SEQUENCE_MODULES, close
 from fused_rnn import functional
 from test_compile import EXTRAS, HIDDEN, INPUT, SIZES, VARIANTS, Graphs, drawn, packed, same, whole
 
+pytestmark = pytest.mark.slow("torch.compile takes seconds a case")
+
 FUNCTIONS = {"RNN": functional.rnn, "LSTM": functional.lstm, "GRU": functional.gru}
 
 

@@ -15,6 +15,8 @@ from contract import CELL_MODULES, close, pair
 from test_compile import HIDDEN, INPUT, built, drawn, same, whole
 from test_compile import one_compiler as one_compiler
 
+pytestmark = pytest.mark.slow("torch.compile takes seconds a case")
+
 
 @pytest.mark.parametrize("key", CELL_MODULES)
 def test_cells(key: str) -> None:

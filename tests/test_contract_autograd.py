@@ -25,11 +25,12 @@ from contract import (
     leaves,
     loss,
     one_of_each,
-    one_thread,  # noqa: F401
     pair,
     ramp,
     tensors,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @each_module

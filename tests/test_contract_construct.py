@@ -24,11 +24,12 @@ from contract import (
     each_module,
     each_sequence,
     error_of,
-    one_thread,  # noqa: F401
     pair,
     same_error,
     tensors,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SEQUENCE_ARGUMENTS = {
     "two": ((3, 5), {}),

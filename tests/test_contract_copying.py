@@ -20,10 +20,11 @@ from contract import (
     error_of,
     gradients,
     one_of_each,
-    one_thread,  # noqa: F401
     pair,
     tensors,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def saved_and_loaded(module):

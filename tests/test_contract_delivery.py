@@ -23,10 +23,11 @@ from contract import (
     gradients,
     loss,
     one_of_each,
-    one_thread,  # noqa: F401
     pair,
     tensors,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 rnn_functions = torch.nn.modules.rnn
 

@@ -13,10 +13,11 @@ from contract import (
     higher_gradients,
     leaves,
     loss,
-    one_thread,  # noqa: F401
     pair,
     tensors,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seeded(call, *args):

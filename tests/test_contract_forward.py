@@ -27,7 +27,6 @@ from contract import (
     gradients,
     loss,
     one_of_each,
-    one_thread,  # noqa: F401
     pair,
     same_call_error,
     same_outcome,
@@ -36,6 +35,8 @@ from contract import (
     unchanged,
     zero_state,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @each_module

@@ -31,7 +31,6 @@ from contract import (
     each_sequence,
     error_of,
     gradients,
-    one_thread,  # noqa: F401
     pair,
     same_call_error,
     survives,
@@ -39,6 +38,8 @@ from contract import (
     unchanged,
     zero_state,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STATE = torch.zeros(BATCH, HIDDEN)
 

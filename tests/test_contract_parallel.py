@@ -16,7 +16,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_rnn
-from contract import close, one_thread, survives  # noqa: F401
+from contract import close, survives
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow("starts processes that train together")]
 
 VARIANTS = {
     "ddp": DistributedDataParallel,

@@ -24,12 +24,13 @@ from contract import (
     gradients,
     loss,
     one_of_each,
-    one_thread,  # noqa: F401
     pair,
     same_outcome,
     tensors,
 )
 from tolerances import assert_as_accurate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HALVES = (torch.float16, torch.bfloat16)
 

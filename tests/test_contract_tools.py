@@ -24,13 +24,13 @@ from contract import (
     gradients,
     loss,
     one_of_each,
-    one_thread,  # noqa: F401
     pair,
     same_outcome,
     tensors,
 )
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]

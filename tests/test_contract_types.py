@@ -33,13 +33,14 @@ from contract import (
     gradients,
     loss,
     one_of_each,
-    one_thread,  # noqa: F401
     pair,
     same_error,
     same_outcome,
     survives,
     tensors,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HELPERS = (
     "check_input",

@@ -30,12 +30,13 @@ from contract import (
     gradients,
     loss,
     one_of_each,
-    one_thread,  # noqa: F401
     pair,
     survives,
     tensors,
     unchanged,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LARGE = {"sizes": (32, 128)}  # worth more than one thread
 LARGE_INPUT = {"time": 12, "batch": 8}

@@ -22,9 +22,10 @@ from contract import (
     each_module,
     fused_calls,
     gradients,
-    one_thread,  # noqa: F401
     pair,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 each_name = pytest.mark.parametrize("name", NAMES)
 

@@ -18,7 +18,10 @@ import emulated
 from fused_rnn import reference
 from test_fuzz import DAMAGES, DISGUISES, check, damaged, searched
 
-pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
+pytestmark = [
+    pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing())),
+    pytest.mark.slow("compiles the CUDA kernels for the emulator, which is slow itself"),
+]
 
 CELLS = list(reference.CELLS)
 

@@ -37,6 +37,7 @@ PROCESSES = 2
 SECONDS = 300  # far more than anything takes here: a program that needs longer hangs
 
 pytestmark = [
+    pytest.mark.slow("compiles the CUDA kernels for the emulator many times, each with a fault put in"),
     pytest.mark.skipif(not CSRC.is_dir(), reason=f"the C++ sources are not beside the tests, in {CSRC}"),
     pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"there is no C++ compiler ({COMPILER[0]})"),
 ]

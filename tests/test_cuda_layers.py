@@ -21,7 +21,10 @@ from test_modules import GRADCHECKS
 from test_modules import test_gradcheck as gradcheck_a_layer
 from tolerances import assert_as_accurate
 
-pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
+pytestmark = [
+    pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing())),
+    pytest.mark.slow("compiles the CUDA kernels for the emulator, which is slow itself"),
+]
 
 # Several blocks and teams, more rows than a launch's first tiles, columns beyond the registers', odd everything.
 _LARGER = [

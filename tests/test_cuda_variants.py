@@ -21,7 +21,10 @@ from fused_rnn.reference import GATES, Norms
 from test_gpu import PRECISIONS, Precision, farther, rounded_to_tf32
 from tolerances import assert_as_accurate
 
-pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
+pytestmark = [
+    pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing())),
+    pytest.mark.slow("compiles the CUDA kernels for the emulator, which is slow itself"),
+]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from cases import Case
 from test_isa import assert_same_rounding
 from test_properties import padded
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 
 # Alone, every row is below each limit from which forward packs weights or multiplies x beforehand; in the batches some
@@ -36,15 +38,6 @@ CASES = [Case(cell, **size) for cell in ("RNN", "LSTM", "GRU") for size in _SIZE
 CASES += [Case("LSTM", T=5, B=9, I=10, H=150, proj_size=140), Case("LSTM", T=2, B=3, I=4, H=20, proj_size=9)]
 CASES += [replace(CASES[3], nonlinearity="relu")]
 WIDE = [Case(cell, T=2, B=3, I=20, H=1040) for cell in ("RNN", "LSTM", "GRU")]  # more than one depth of a panel
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """One, and the number of before behind the test."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

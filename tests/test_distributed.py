@@ -24,7 +24,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_rnn
-from contract import close, fused_calls, one_thread, survives, tensors  # noqa: F401
+from contract import close, fused_calls, survives, tensors
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow("starts processes that train together")]
 
 RANKS = 2
 T, B, I, H = 5, 6, 4, 9  # noqa: E741 - B rows, shared by the ranks

@@ -9,7 +9,6 @@ import gzip
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -20,7 +19,6 @@ import torch
 
 import fused_rnn
 import run
-import training_examples
 from examples import (
     EXAMPLES,
     SEED,
@@ -35,9 +33,12 @@ from examples import (
     seeded_model,
     tour_results,
 )
-from timing import InterleavedTiming, TimedSide, time_interleaved
+from harness.timing import InterleavedTiming, TimedSide, time_interleaved
+from suites import training_examples
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 BY_NAME = {example.name: example for example in EXAMPLES}
 LONG, SHORTENED = 100, 15  # an example of more than LONG steps is stopped after SHORTENED
 
@@ -45,20 +46,12 @@ by_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: ex
 by_tour = pytest.mark.parametrize("tour", TOURS, ids=lambda tour: tour.name)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on busy cores would make these small models crawl."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def train(example: Example, library: object, steps: int) -> tuple[list[float], torch.nn.Module]:
     model = seeded_model(example, library, SEED)
     return list(islice(example.train(model), steps)), model
 
 
+@pytest.mark.slow("trains every example")
 @by_example
 def test_losses_and_predictions_agree(example: Example) -> None:
     steps = example.steps if example.steps <= LONG else SHORTENED
@@ -74,6 +67,7 @@ def test_losses_and_predictions_agree(example: Example) -> None:
     assert fused_losses[-1] < fused_losses[0]
 
 
+@pytest.mark.slow("trains until it is learnt")
 @pytest.mark.parametrize(
     ("name", "summary", "final_loss"),
     [
@@ -227,6 +221,7 @@ def test_a_tour_runs_alone() -> None:
     assert "60400" in finished.stdout
 
 
+@pytest.mark.slow("trains every example")
 def test_the_run_writes_its_table_and_its_picture(tmp_path: Path) -> None:
     arguments = ("--quick", "--only", "hello_rnn", "--threads", "1", "--output", str(tmp_path))
     finished = run_script("run.py", *arguments)

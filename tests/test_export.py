@@ -173,6 +173,7 @@ def packaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, str]:
     return model, torch._inductor.aoti_compile_and_package(program, package_path=str(file))
 
 
+@pytest.mark.slow("compiles C++")
 def test_a_package_runs_with_the_operators_alone(packaged: tuple[nn.Module, str], tmp_path: Path) -> None:
     model, package = packaged
     inputs = [torch.randn(T, B, INPUT) for T, B in SIZES]
@@ -189,6 +190,7 @@ assert not any(name.startswith("fused_rnn") for name in sys.modules)
         close(found, model(input))
 
 
+@pytest.mark.slow("compiles C++")
 def test_a_package_runs_without_python(packaged: tuple[nn.Module, str], tmp_path: Path) -> None:
     """In a C++ program."""
     model, package = packaged

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-import fused_rnn
 from cases import CASES, Case
-from contract import SEQUENCES, close, error_of, fused_calls, tensors
-from gpu_timing import tf32_allowed
+from contract import SEQUENCES, close, error_of, fused_calls, tensors, twins
+from gpu.timing import tf32_allowed
 from tolerances import assert_as_accurate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -82,11 +81,7 @@ def full_float32() -> Iterator[None]:
 
 def pair(name: str, *sizes: int, dtype: torch.dtype = torch.float32, **options: object) -> tuple[nn.Module, nn.Module]:
     """torch.nn's module on the GPU, and ours with the same weights, which does not leave small work to torch.nn."""
-    torch.manual_seed(0)
-    theirs = getattr(nn, name)(*sizes, **options, dtype=dtype, device=GPU)
-    ours = getattr(fused_rnn, name)(*sizes, **options, dtype=dtype, device=GPU, backend="fused")
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
+    return twins(name, *sizes, **options, dtype=dtype, device=GPU, backend="fused")
 
 
 def draw(*sizes: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 import fused_rnn
 from contract import fused_calls
 from fused_rnn import cuda, layers, reference
-from gpu_timing import tf32_allowed
+from gpu.timing import tf32_allowed
 from test_cuda_variants import CASES, VARIANTS, Inputs, Variant, assert_is_the_specification, pieces
 from test_gpu import (
     GPU,

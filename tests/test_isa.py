@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,16 +17,10 @@ from cases import CASES, Case
 from contract import survives
 from fused_rnn import _C, reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ISAS = _C.supported_cpu_isas()
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """Leaves the number of threads as it was."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def results(case: Case, dtype: torch.dtype) -> list[Tensor]:

@@ -27,7 +27,10 @@ FLAGS = [  # setup.py's, short of -O3 (it compiles for longer) and of the warnin
 NATIVE = shlex.split(os.environ.get("CXX", "g++"))
 ARM = ["aarch64-linux-gnu-g++", "-static"]
 
-pytestmark = pytest.mark.skipif(not CSRC.is_dir(), reason=f"the C++ sources are not beside the tests, in {CSRC}")
+pytestmark = [
+    pytest.mark.skipif(not CSRC.is_dir(), reason=f"the C++ sources are not beside the tests, in {CSRC}"),
+    pytest.mark.slow("compiles all kernels anew, also for the thread sanitizer and for emulated Arm"),
+]
 
 
 def require(tool: str, package: str) -> None:

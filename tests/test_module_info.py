@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fused_rnn
-from contract import NAMES, close, one_thread, tensors  # noqa: F401
+from contract import NAMES, close, tensors
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs the package expecttest")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @contextmanager

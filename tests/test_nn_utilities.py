@@ -34,12 +34,11 @@ from contract import (
     gradients,
     loss,
     one_of_each,
-    one_thread,  # noqa: F401
     pair,
     tensors,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning"), pytest.mark.usefixtures("one_thread")]
 
 REWRITERS = {
     "weight_norm": nn.utils.weight_norm,

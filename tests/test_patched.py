@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
-from contract import MODULES, arguments, close, each_call, fused_calls, gradients, one_thread, pair  # noqa: F401
+from contract import MODULES, arguments, close, each_call, fused_calls, gradients, pair
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 rnn_functions = torch.nn.modules.rnn
 TORCHS = rnn_functions._VF

@@ -12,8 +12,10 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
-from contract import fused_calls, one_thread  # noqa: F401
+from contract import fused_calls
 from fused_rnn import layers, operators, policy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BF16, F16 = torch.bfloat16, torch.float16
 SEED_COUNT, CALLS = 4, 400

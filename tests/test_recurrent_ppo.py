@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,18 +16,12 @@ import examples  # noqa: F401 - puts the folder of recurrent_ppo on the path
 import recurrent_ppo
 from recurrent_ppo import BACKENDS, LIMITS, Learner, Player, Policy, Rollout
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ENVIRONMENTS, STEPS = 6, 50
 
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
 by_cell = pytest.mark.parametrize("cell", ["lstm", "gru"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def new_player(backend: str, cell: str = "lstm") -> Player:

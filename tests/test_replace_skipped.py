@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import fused_rnn
-from contract import close, fused_calls, one_thread  # noqa: F401
+from contract import close, fused_calls
 from fused_rnn.convert import Replaced
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 X = torch.ones(4, 2, 3)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_rnn
-from contract import NAMES, arguments, close, fused_calls, gradients, one_thread, tensors  # noqa: F401
+from contract import NAMES, arguments, close, fused_calls, gradients, tensors
 from fused_rnn.convert import Replaced
 
 SUBCLASSES = {name: type(f"My{name}", (getattr(nn, name),), {"__module__": __name__}) for name in NAMES}
@@ -182,6 +182,8 @@ LOAD = """
 import torch
 model, x, y = torch.load("model.pt", weights_only=False)
 import fused_rnn, users_tagger
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 assert isinstance(model[0], users_tagger.Tagger) and isinstance(model[0], fused_rnn.GRU), type(model[0]).__mro__
 assert type(model[0].to_torch()) is users_tagger.Tagger
 torch.testing.assert_close(model(x)[0], y)

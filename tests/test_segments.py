@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
+from contract import twins
 from fused_rnn import layers, operators, policy, reference
 from fused_rnn.options import LayerOptions
 
@@ -23,14 +25,7 @@ OPTIONS = [
     {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False},
 ]
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
-
-
-def pair(name: str, *sizes: int, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[nn.Module, nn.Module]:
-    torch.manual_seed(0)
-    theirs = getattr(nn, name)(*sizes, **options, dtype=dtype)
-    ours = getattr(fused_rnn, name)(*sizes, **options, dtype=dtype)
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
+pair = partial(twins, dtype=torch.float64)
 
 
 def draw_state(module: nn.Module, B: int, *first: int, requires_grad: bool = True) -> Any:

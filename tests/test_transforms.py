@@ -21,8 +21,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
-from contract import CELLS, SEQUENCES, close, loss, one_thread, tensors  # noqa: F401
+from contract import CELLS, SEQUENCES, close, loss, tensors
 from fused_rnn import functional
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 T, B, INPUT, HIDDEN = 5, 3, 3, 4
 RESETS = torch.tensor([[0, 1, 0], [0, 0, 1], [1, 0, 0], [1, 0, 0], [0, 0, 1]], dtype=torch.bool)

@@ -20,7 +20,9 @@ import pytest
 import torch
 
 import fused_rnn
-from contract import fused_calls, one_thread  # noqa: F401
+from contract import fused_calls
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FOLDER = os.environ.get("FUSED_RNN_TUTORIALS")
 TEXTS = sorted(path for path in Path(FOLDER).iterdir() if path.suffix in (".txt", ".md")) if FOLDER else []

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
-from contract import one_thread  # noqa: F401
 from fused_rnn import policy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 INPUT, HIDDEN = 3, 5
 OPTIONS = {

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
-from contract import close, one_thread  # noqa: F401
+from contract import close
 from tolerances import assert_as_accurate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 T, B, FEATURES, HIDDEN, NOISE = 9, 6, 4, 16, 5
 LENGTHS = torch.tensor([3, 9, 1, 7, 9, 5])

@@ -25,11 +25,11 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-sys.path.append(str(Path(__file__).parent.parent))
+sys.path.append(str(Path(__file__).parents[1]))
 
 import fused_rnn
-from machine import describe_machine
-from timing import InterleavedTiming, time_interleaved
+from harness.machine import describe_machine
+from harness.timing import InterleavedTiming, time_interleaved
 
 BACKENDS = ("loop", "fused")
 VISIBLE = [0, 2]  # of CartPole's observations: position of the cart, angle of the pole
@@ -41,7 +41,7 @@ CLIP, VALUE_WEIGHT, ENTROPY_WEIGHT, MAX_GRADIENT_NORM = 0.2, 0.5, 0.01, 0.5  # t
 EPISODES = 100  # that the mean return is taken over
 SAME_START = 1e-5  # that the losses of the first update may differ by between the backends
 TIMED_UPDATES, WARM_UP = 9, 2
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 PROGRESS = "{steps:8d} steps, {seconds:4.0f} s: return {mean_return:5.1f}; learner {learner_ms:.0f} ms per update"
 LEARNER_TIMES = "learner, per update: loop {loop_ms:.0f} ms, fused {fused_ms:.0f} ms, {speed_up:.1f} times as fast"
 

@@ -4,10 +4,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from measurement import Measurement, Row
-from roofline import Ceilings
-from shapes import Shape
-from workload import CLASSES, MODES
+from harness.measurement import Measurement, Row
+from harness.roofline import Ceilings
+from harness.shapes import Shape
+from harness.workload import CLASSES, MODES
+
+OPTIONS = frozenset({"threads", "dtype", "cell", "mode", "only", "check", "shape"})
+
+
+def one_and_all(default: int) -> list[int]:
+    """One thread, and as many as PyTorch chooses."""
+    return [1] if default == 1 else [1, default]
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Suite:
     Attributes:
         quantity: what a ratio compares, for headings, and in which unit it is measured (see Measurement).
         shapes: what is measured if nobody asks for other shapes.
-        options: the command line's options that only some suites take, and this one does.
+        options: the command line's options that only some suites take, and this one does; most take OPTIONS.
         threads: the default numbers of threads, as a function of PyTorch's choice.
         calls: of fused_rnn; see Row.
         cells: what is measured if nobody asks for others.
@@ -45,8 +52,8 @@ class Suite:
     unit: str
     shapes: Sequence[Shape]
     measure: Callable[[Row, Method], Measurement]
-    options: frozenset[str]
-    threads: Callable[[int], list[int]]
+    options: frozenset[str] = OPTIONS
+    threads: Callable[[int], list[int]] = one_and_all
     calls: Sequence[str] = ("module",)
     modes: Sequence[str] = MODES
     cells: Sequence[str] = tuple(CLASSES)
@@ -68,8 +75,3 @@ class Suite:
             Row(shape, call, cell, mode, count, dtype)
             for count, mode, shape, call, cell in product(threads, modes, shapes, self.calls, cells)
         ]
-
-
-def one_and_all(default: int) -> list[int]:
-    """One thread, and as many as PyTorch chooses."""
-    return [1] if default == 1 else [1, default]

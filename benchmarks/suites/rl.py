@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from measurement import FUSED, TORCH, Measurement, Row
-from shapes import Shape
-from speed import Way, measure_ways
-from suite import Method, Suite, one_and_all
-from timing import Pace
-from workload import SEED, build_module, one_call, random_input, random_state, state_sizes
+from harness.measurement import FUSED, TORCH, Measurement, Row
+from harness.shapes import Shape
+from harness.speed import Way, measure_ways
+from harness.suite import OPTIONS, Method, Suite
+from harness.timing import Pace
+from harness.workload import SEED, build_module, one_call, random_input, random_state, state_sizes
 
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -163,8 +163,7 @@ SUITE = Suite(
     unit="s",
     shapes=SHAPES,
     measure=measure,
-    options=frozenset({"threads", "dtype", "cell", "only", "check", "shape"}),
-    threads=one_and_all,
+    options=OPTIONS - {"mode"},
     calls=tuple(RATES),
     modes=("training",),
     cells=("lstm", "gru"),

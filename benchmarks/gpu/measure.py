@@ -1,15 +1,15 @@
 """Compare fused_rnn with torch.nn (cuDNN) on an NVIDIA GPU.
 
-    python benchmarks/gpu.py                              every row, the most informative first
-    python benchmarks/gpu.py --budget 100                 as many of them as fit into 100 seconds
-    python benchmarks/gpu.py --only b64_h256 --cell lstm --dtype bfloat16
-    python benchmarks/gpu.py --baselines                  torch.nn alone, and which kernels it runs
-    python benchmarks/gpu.py --errors                     compare results only
-    python benchmarks/gpu.py --facts                      what machine this is
+    python benchmarks/gpu/measure.py                              every row, the most informative first
+    python benchmarks/gpu/measure.py --budget 100                 as many of them as fit into 100 seconds
+    python benchmarks/gpu/measure.py --only b64_h256 --cell lstm --dtype bfloat16
+    python benchmarks/gpu/measure.py --baselines                  torch.nn alone, and which kernels it runs
+    python benchmarks/gpu/measure.py --errors                     compare results only
+    python benchmarks/gpu/measure.py --facts                      what machine this is
 
 Rows are written as they are measured, one JSON object a line; a CSV file, a picture and a table of means follow at the
 end. The exit status is 1 if a result of fused_rnn is wrong. --baselines and --facts do not need fused_rnn. How a row
-is measured is in gpu_timing.py; gpu_run.sh builds, tests and measures in one command.
+is measured is in timing.py; benchmarks/gpu_run.sh builds, tests and measures in one command.
 """
 
 import argparse
@@ -30,12 +30,14 @@ from typing import Any, TextIO
 
 import torch
 
-from gpu_timing import CLASSES, DTYPES, MODES, NORMAL, QUICK, GpuMethod, GpuRow, is_alive, measure
-from measurement import FUSED, TORCH, geometric_mean
-from shapes import GROUPS, Shape, named, parse_shape
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).parent / "results" / "gpu"
+from gpu.timing import CLASSES, DTYPES, MODES, NORMAL, QUICK, GpuMethod, GpuRow, is_alive, measure
+from harness.measurement import FUSED, TORCH, geometric_mean
+from harness.shapes import GROUPS, Shape, named, parse_shape
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 SHAPES = (
     *GROUPS["gpu"],
     Shape("b32_h160", T=512, B=32, I=160, H=160, L=1),

@@ -1,6 +1,6 @@
 """Every resident CUDA kernel on every shape: what the planner estimates against what the GPU takes.
 
-    python benchmarks/gpu_sweep.py [--budget SECONDS] [--output DIR] [--cell lstm gru rnn] [--dtype bfloat16 tf32]
+    python benchmarks/gpu/sweep.py [--budget SECONDS] [--output DIR] [--cell lstm gru rnn] [--dtype bfloat16 tf32]
 
 Measured is the recurrence alone, by replays of a CUDA graph; the products over all time steps around it are cuBLAS's.
 A line of gpu_sweep.jsonl per kernel; the table says where the planner's choice is not the fastest, and by how much. The
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -20,8 +21,10 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from fused_rnn import cuda, reference
-from shapes import GROUPS, Shape
+from harness.shapes import GROUPS, Shape
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32}
 CELLS = {"rnn": "rnn_tanh", "lstm": "lstm", "gru": "gru"}

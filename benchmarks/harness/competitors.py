@@ -17,8 +17,8 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
-from measurement import Row
-from workload import module_arguments, module_call
+from harness.measurement import Row
+from harness.workload import module_arguments, module_call
 
 ONNX_PACKAGES = ("onnx", "onnxruntime")
 COMPILE_LIMIT = 60  # seconds; steps are unrolled, and a hundred of them compile for many minutes

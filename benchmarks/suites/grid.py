@@ -2,12 +2,12 @@
 
 from functools import partial
 
-from competitors import COMPETITORS
-from measurement import FUSED, TORCH, Measurement, Row
-from shapes import cpu_shapes
-from speed import measure_time
-from suite import Method, Suite, one_and_all
-from workload import build_module, module_call
+from harness.competitors import COMPETITORS
+from harness.measurement import FUSED, TORCH, Measurement, Row
+from harness.shapes import cpu_shapes
+from harness.speed import measure_time
+from harness.suite import OPTIONS, Method, Suite
+from harness.workload import build_module, module_call
 
 
 def measure(row: Row, method: Method) -> Measurement:
@@ -28,6 +28,5 @@ SUITE = Suite(
     unit="s",
     shapes=cpu_shapes(),
     measure=measure,
-    options=frozenset({"threads", "dtype", "cell", "mode", "only", "compare", "check", "shape"}),
-    threads=one_and_all,
+    options=OPTIONS | {"compare"},
 )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import exp, fsum, log
 from statistics import median, quantiles
 
-from shapes import Shape
+from harness.shapes import Shape
 
 FUSED = "fused_rnn"
 TORCH = "torch.nn"

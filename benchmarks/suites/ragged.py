@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from measurement import FUSED, TORCH, Measurement, Row
-from shapes import Shape
-from speed import Way, measure_ways
-from suite import Method, Suite, one_and_all
-from workload import SEED, build_module, one_call, random_input
+from harness.measurement import FUSED, TORCH, Measurement, Row
+from harness.shapes import Shape
+from harness.speed import Way, measure_ways
+from harness.suite import Method, Suite
+from harness.workload import SEED, build_module, one_call, random_input
 
 SHAPES = [Shape(f"t{T}_b{B}_h{H}", T, B, I=H, H=H, L=1) for T in (32, 128) for B in (8, 32, 128) for H in (64, 256)]
 SHORTEST = 8  # times as short as T
@@ -66,6 +66,4 @@ SUITE = Suite(
     unit="s",
     shapes=SHAPES,
     measure=measure,
-    options=frozenset({"threads", "dtype", "cell", "mode", "only", "check", "shape"}),
-    threads=one_and_all,
 )

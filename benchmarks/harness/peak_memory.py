@@ -1,6 +1,6 @@
 """Print how many bytes one training step takes at its peak, as a process of its own.
 
-    python benchmarks/peak_memory.py SIDE ROW    with the row's fields as JSON
+    python -m harness.peak_memory SIDE ROW    in benchmarks/, with the row's fields as JSON
 
 The suite `memory` starts this once for every number it needs. What is printed is the peak of the
 resident memory during the step, less the resident memory before it. The module and its input are
@@ -31,9 +31,9 @@ from pathlib import Path
 
 import torch
 
-from measurement import Row
-from shapes import Shape
-from workload import build_module, module_call
+from harness.measurement import Row
+from harness.shapes import Shape
+from harness.workload import build_module, module_call
 
 ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
 
 import fused_rnn
-from measurement import FUSED, TORCH, Measurement, Row
-from shapes import Shape
-from speed import Way, measure_ways
-from suite import Method, Suite, one_and_all
-from workload import CLASSES, SEED, dtype_of, one_call, random_input
+from harness.measurement import FUSED, TORCH, Measurement, Row
+from harness.shapes import Shape
+from harness.speed import Way, measure_ways
+from harness.suite import Method, Suite
+from harness.workload import CLASSES, SEED, dtype_of, one_call, random_input
 
 OPTIONS = {"layer_norm": {"layer_norm": True}, "zoneout": {"zoneout": 0.1}, "dropout": {"recurrent_dropout": 0.2}}
 SHAPES = [Shape(f"t{T}_b{B}_h{H}", T, B, I=H, H=H, L=1) for T, B, H in ((100, 1, 64), (100, 16, 128), (50, 64, 256))]
@@ -109,8 +109,6 @@ SUITE = Suite(
     unit="s",
     shapes=SHAPES,
     measure=measure,
-    options=frozenset({"threads", "dtype", "cell", "mode", "only", "check", "shape"}),
-    threads=one_and_all,
     calls=tuple(OPTIONS),
     cells=("lstm", "gru"),
     refusal=refusal,

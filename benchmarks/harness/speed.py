@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from measurement import FUSED, TORCH, Measurement, Row
-from roofline import floor_seconds
-from suite import Method
-from timing import NORMAL, QUICK, Pace, sample_in_turns
-from workload import dtype_of
+from harness.measurement import FUSED, TORCH, Measurement, Row
+from harness.roofline import floor_seconds
+from harness.suite import Method
+from harness.timing import NORMAL, QUICK, Pace, sample_in_turns
+from harness.workload import dtype_of
 
 # Outputs lie between -1 and 1. Wrong weights or equations differ by tenths; a float32 LSTM of a hundred
 # steps differs by 1e-5 from one library to the other.

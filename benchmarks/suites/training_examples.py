@@ -27,9 +27,9 @@ from examples import (
     seeded_model,
     tour_results,
 )
-from examples_report import ExampleResult, draw, print_table, write_csv
-from machine import describe_machine
-from timing import time_interleaved
+from harness.examples_report import ExampleResult, draw, print_table, write_csv
+from harness.machine import describe_machine
+from harness.timing import time_interleaved
 
 NAMES = [example.name for example in EXAMPLES]
 QUICK_STEPS = 20

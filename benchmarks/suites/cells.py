@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import fused_rnn
-from measurement import FUSED, TORCH, Measurement, Row
-from shapes import Shape
-from speed import measure_time
-from suite import Method, Suite, one_and_all
-from workload import CLASSES, build_cell, build_module, one_call, random_input, random_state, state_sizes
+from harness.measurement import FUSED, TORCH, Measurement, Row
+from harness.shapes import Shape
+from harness.speed import measure_time
+from harness.suite import Method, Suite
+from harness.workload import CLASSES, build_cell, build_module, one_call, random_input, random_state, state_sizes
 
 STEPS = 32
 SHAPES = [Shape(f"b{B}_h{H}", T=STEPS, B=B, I=H, H=H, L=1) for B in (1, 16, 64) for H in (16, 64, 256)]
@@ -81,8 +81,6 @@ SUITE = Suite(
     unit="s",
     shapes=SHAPES,
     measure=measure,
-    options=frozenset({"threads", "dtype", "cell", "mode", "only", "check", "shape"}),
-    threads=one_and_all,
     calls=("cell", "step") if HAS_STEP else ("cell",),
     refusal=refusal,
     note="" if HAS_STEP else "this version of fused_rnn has no step(): only its cells are measured",

@@ -18,9 +18,9 @@ from time import perf_counter
 
 import torch
 
-from measurement import Row
-from shapes import Shape
-from workload import GATES, dtype_of
+from harness.measurement import Row
+from harness.shapes import Shape
+from harness.workload import GATES, dtype_of
 
 MATRIX = 1024  # rows and columns of the matrix product
 MIB = 2**20

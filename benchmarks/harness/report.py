@@ -13,8 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from measurement import FUSED, TORCH, Measurement, mean_ratio
-from workload import CLASSES
+from harness.measurement import FUSED, TORCH, Measurement, mean_ratio
+from harness.workload import CLASSES
 
 SCALES = {
     "s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs")),

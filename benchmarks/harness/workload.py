@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import fused_rnn
-from measurement import FUSED, TORCH, Row
-from shapes import Shape
+from harness.measurement import FUSED, TORCH, Row
+from harness.shapes import Shape
 
 CLASSES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU"}
 GATES = {"rnn": 1, "lstm": 4, "gru": 3}

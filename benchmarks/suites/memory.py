@@ -1,7 +1,7 @@
 """The suite `memory`: what a training step takes at its peak, on torch.nn and on fused_rnn.
 
 Every number comes from a fresh process, because memory that a process has taken once it takes again
-at no cost; how it is counted is in peak_memory.py.
+at no cost; how it is counted is in harness/peak_memory.py.
 """
 
 import json
@@ -11,12 +11,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from measurement import FUSED, TORCH, Measurement, Row
-from peak_memory import ALLOCATOR, RESOLUTION
-from shapes import cpu_shapes
-from suite import Method, Suite
+from harness.measurement import FUSED, TORCH, Measurement, Row
+from harness.peak_memory import ALLOCATOR, RESOLUTION
+from harness.shapes import cpu_shapes
+from harness.suite import OPTIONS, Method, Suite
 
-SCRIPT = Path(__file__).with_name("peak_memory.py")
+BENCHMARKS = Path(__file__).parents[1]
 ROUNDS = 3  # of a process for each side; the numbers hardly vary
 
 
@@ -36,7 +36,8 @@ def measure(row: Row, method: Method) -> Measurement:
 def peak_bytes(side: str, row: Row) -> int:
     """One training step in a process of its own; less than can be told from nothing counts as that much."""
     finished = subprocess.run(
-        [sys.executable, str(SCRIPT), side, json.dumps(asdict(row))],
+        [sys.executable, "-m", "harness.peak_memory", side, json.dumps(asdict(row))],
+        cwd=BENCHMARKS,
         env={**os.environ, **ALLOCATOR},
         capture_output=True,
         text=True,
@@ -51,7 +52,7 @@ SUITE = Suite(
     unit="B",
     shapes=cpu_shapes(),
     measure=measure,
-    options=frozenset({"threads", "dtype", "cell", "only", "check", "shape"}),
+    options=OPTIONS - {"mode"},
     threads=lambda default: [default],
     modes=("training",),
 )

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from measurement import Measurement, mean_ratio
-from report import competitors_of, conditions, thread_count
-from workload import CLASSES
+from harness.measurement import Measurement, mean_ratio
+from harness.report import competitors_of, conditions, thread_count
+from harness.workload import CLASSES
 
 COLOURS = dict(zip(CLASSES, ("#d95f02", "#0b4f8a", "#1b9e77"), strict=True))
 PARTING_COLOUR = "#f4a582"

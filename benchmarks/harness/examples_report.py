@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples import Agreement
-from timing import InterleavedTiming
+from harness.timing import InterleavedTiming
 
 TORCH_COLOUR = "#f4a582"
 FUSED_COLOUR = "#0b4f8a"

@@ -1,13 +1,13 @@
-"""What gpu.py measures on one row, and how.
+"""How measure.py measures one row.
 
-The calls are those of workload.py (x needs no gradient, zero states, gradients into fresh memory), on a GPU. Modules of
-both libraries have the same weights and get the same random input. Time is taken twice over:
+The calls are those of harness/workload.py (x needs no gradient, zero states, gradients into fresh memory), on a GPU.
+Modules of both libraries have the same weights and get the same random input. Time is taken twice over:
 
     events   CUDA events around a batch of eager calls: what a user sees, the cost of Python and of launches included
     graph    the same around replays of a CUDA graph of one call: what the kernels take
 
-Both in turns (A B A B ...), for the reasons in timing.py, in two passes: two medians of the same thing that differ show
-how much of a ratio is noise. On a CPU (to try this file without a GPU) a clock takes the place of both.
+Both in turns (A B A B ...), for the reasons in harness/timing.py, in two passes: two medians of the same thing that
+differ show how much of a ratio is noise. On a CPU (to try this file without a GPU) a clock takes the place of both.
 
 This file needs fused_rnn only for its side of a row, so torch.nn can be measured before anything is built.
 """
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from measurement import FUSED, TORCH, Measurement
-from shapes import Shape
-from timing import Pace, seconds_per_call
+from harness.measurement import FUSED, TORCH, Measurement
+from harness.shapes import Shape
+from harness.timing import Pace, seconds_per_call
 
 CLASSES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU"}
 MODES = ("inference", "training")

@@ -1,0 +1,1 @@
+"""Measurements on an NVIDIA GPU; `benchmarks/gpu_run.sh` runs them all."""

@@ -1,0 +1,1 @@
+"""How a row is measured, compared, printed and drawn; every suite uses this."""
