@@ -21,8 +21,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
-CUDA_ONLY = ("cuda_ops.cpp", "recurrence.cpp")
+CUDA_ONLY = ("bindings/cuda_*.cpp", "cuda/recurrence.cpp")
 MODULE = ("bindings/module.o", "cuda/plan.o")  # the rest is _cpu.so's
+EXHAUSTIVE_SWITCHES = ("-Werror=switch",)  # a cell that a switch leaves out is an error
 ARCHITECTURES = "8.0 9.0a 10.0a+PTX"
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000ULL")  # of torch 2.10
 
@@ -59,6 +60,7 @@ def extension() -> Extension:
         "-fno-trapping-math",
         "-fvisibility=hidden",
         "-Wall",
+        *EXHAUSTIVE_SWITCHES,
         "-Wno-psabi",
         "-Wno-unknown-pragmas",
     ]
@@ -72,7 +74,9 @@ def extension() -> Extension:
         flags = [*flags, *sanitizers, "-O1", "-g", "-fno-omit-frame-pointer"]
         link += sanitizers
     sources = sorted(
-        path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*/*.cpp") if path.name not in CUDA_ONLY
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.glob("csrc/*/*.cpp")
+        if not any(path.match(pattern) for pattern in CUDA_ONLY)
     )
     return Extension(
         "fused_rnn._C",
@@ -137,8 +141,8 @@ def build_cuda(compiler: str, folder: Path, output: Path) -> None:
         "-fPIC",
     ]
     device += ["-Xcompiler", "-fvisibility=hidden", "-ccbin", cxx[0]]
-    host = [*cxx, *shared, "-fPIC", "-fvisibility=hidden"]
-    sources = [ROOT / "csrc/bindings/cuda_ops.cpp", *sorted((ROOT / "csrc/cuda").glob("*.c*"))]
+    host = [*cxx, *shared, *EXHAUSTIVE_SWITCHES, "-fPIC", "-fvisibility=hidden"]
+    sources = [*sorted((ROOT / "csrc/bindings").glob("cuda_*.cpp")), *sorted((ROOT / "csrc/cuda").glob("*.c*"))]
     sources = [path for path in sources if path.suffix in (".cpp", ".cu")]
     folder /= hashlib.sha256(" ".join(map(str, device)).encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)

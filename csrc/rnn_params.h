@@ -13,6 +13,8 @@ namespace fused_rnn {
 enum class CellKind : int32_t { kRnnTanh, kRnnRelu, kLstm, kGru };
 enum class Dtype : int32_t { kFloat32, kFloat64 };
 
+constexpr double kNormEps = 1e-5;  // that layer normalisation adds to a variance; torch.nn.LayerNorm's default
+
 // The shape of one layer and the place of its rows.
 // Row (t, b) of every [N, ...] buffer is row(t) + b; a packed sequence has fewer rows at later steps. What the caller
 // hands in and gets may lie elsewhere, as in a padded batch whose rows are worked on longest first: `places` says where

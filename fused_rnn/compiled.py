@@ -2,7 +2,7 @@
 
 It is composed of others. Called eagerly it does what `fused_rnn.ops.layer` does, derivatives of any order included, so
 that an exported program can be trained; lowered by a compiler, it leaves ``fused_rnn::forward`` and ``backward``, which
-need no Python. Nothing here reads a tensor's values, and nothing but a CUDA layer's batch decides by a size.
+need no Python. Nothing here reads a tensor's values or decides by a size.
 """
 
 from __future__ import annotations

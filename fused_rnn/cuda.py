@@ -1,24 +1,23 @@
-"""The way of one layer to the CUDA operators: whether they are there, which kernels take it, and calls of every shape.
+"""CUDA, as far as Python decides: whether the operators are there, TF32, and when cuDNN is faster.
 
-What happens around the operators is in `fused_rnn.cuda_layer`.
+The operators are those of the CPU, ``torch.ops.fused_rnn.forward`` and ``backward``, registered for CUDA tensors by
+csrc/bindings/cuda_ops.cpp.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from fused_rnn import _C
-from fused_rnn.cuda_layer import NUMBER, Layer, Regularisation, Segments, register_fakes
+from fused_rnn.cell_info import NUMBER
 
-if TYPE_CHECKING:
-    from fused_rnn.ops import Steering
+_Results = TypeVar("_Results")
 
 MEASURED: frozenset[int] = frozenset()
 """Compute capabilities (10 * major + minor) of devices with results in benchmarks/results: none yet."""
@@ -42,7 +41,6 @@ def _load() -> bool:
     except OSError as error:
         warnings.warn(f"fused_rnn's CUDA kernels cannot be used, torch.nn's are: {error}", stacklevel=2)
         return False
-    register_fakes("fused_rnn")
     return True
 
 
@@ -55,7 +53,10 @@ def tf32_allowed() -> bool:
 def is_resident(
     cell: str, dtype: torch.dtype, batch: int, hidden_size: int, directions: int, properties: tuple[int, int, int]
 ) -> bool:
-    """Whether the kernels that keep the recurrent weights on the chip take such a layer."""
+    """Whether the kernels that keep the recurrent weights on the chip take such a layer, of more than one step.
+
+    The operators decide the same (csrc/bindings/cuda_layer.h).
+    """
     if dtype is torch.float64 or (dtype is torch.float32 and not tf32_allowed()):
         return False
     return bool(
@@ -119,122 +120,21 @@ def torch_is_faster(
     )
 
 
-def forward(
-    steering: Steering, inputs: Sequence[Tensor | None], train: bool
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """y, h_n, c_n as the operator ``fused_rnn::forward``'s, what else was asked for, and what `backward` needs.
+def in_tf32(operator: Callable[..., _Results], *arguments: Any) -> _Results:
+    """`operator` with torch's products in TF32, as cuDNN computes those around a recurrence.
 
-    `steering` and the order of inputs are `fused_rnn.ops`'.
+    The resident kernels are told by an argument; the products over all time steps, which the operators leave to torch,
+    follow torch's switch for products. A compiled graph calls the operators without this, and then they are as precise
+    as the switch says.
     """
-    x, h0, c0, reset_h, reset_c, *norms = inputs[:8]
-    assert x is not None
-    call, regularisation = _arranged(x, steering, norms)
-    layer = _layer(steering.cell, call, inputs[8:], regularisation)
-    h0, c0 = call.with_direction(h0), call.with_direction(c0)
-    segments = Segments(call.lengths, call.resets, reset_h, reset_c)
-    y, h_n, c_n, *kept, c_of_steps = layer.forward(
-        call.padded(x), h0, c0, segments, train, steering.c_sequence, regularisation
-    )
-    h_n = h_n.new_empty(0) if call.is_step else h_n
-    c_n = c_n.squeeze(0) if call.is_step and steering.cell == "lstm" else c_n
-    more = (call.unpadded(c_of_steps),) if steering.c_sequence else ()
-    return call.unpadded(y), h_n, c_n, more, tuple(kept)
-
-
-def backward(
-    steering: Steering,
-    grads: Sequence[Tensor | None],
-    inputs: Sequence[Tensor | None],
-    kept: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of the inputs; `grads` are those of forward's results, None for zeros."""
-    x, _, _, reset_h, reset_c, *norms = inputs[:8]
-    assert x is not None
-    call, regularisation = _arranged(x, steering, norms)
-    layer = _layer(steering.cell, call, inputs[8:], regularisation, kept)
-    dy, dh_n, dc_n, *dc_sequence = grads
-    dx, dh0, dc0, *rest = layer.backward(
-        None if dy is None else call.padded(dy),
-        None if dh_n is None or call.is_step else dh_n,
-        call.with_direction(dc_n) if steering.cell == "lstm" else None,
-        call.padded(x),
-        kept,
-        Segments(call.lengths, call.resets, reset_h, reset_c),
-        needs,
-        None if not dc_sequence or dc_sequence[0] is None else call.padded(dc_sequence[0]),
-        regularisation,
-    )
-    if call.is_step:
-        dh0, dc0 = (None if g is None else g.squeeze(0) for g in (dh0, dc0))
-    return [None if dx is None else call.unpadded(dx), dh0, dc0, *rest]
-
-
-def _arranged(x: Tensor, steering: Steering, norms: Sequence[Tensor | None]) -> tuple[_Call, Regularisation]:
-    call = _Call(x, steering)
-    zones = (
-        zone if zone is None or zone.dim() == 1 else call.padded(zone) for zone in (steering.zone_h, steering.zone_c)
-    )
-    return call, Regularisation(call.with_direction(steering.drop_h), *zones, *norms)
-
-
-def _layer(
-    cell: str,
-    call: _Call,
-    weights: Sequence[Tensor | None],
-    regularisation: Regularisation,
-    kept: Sequence[Tensor] = (),
-) -> Layer:
-    """`kept` tells backward which way forward took, whatever torch's switches say by now."""
-    w_hh: Any = weights[1]
-    directions = len(weights) // 5
-    if kept:
-        return Layer(cell, weights, kept[0].size(1) == call.steps, tf32_allowed())
-    properties = device_properties(w_hh.device)
-    batch = int(call.batch)  # the kernels differ by it: a compiler has to settle for one
-    resident = (
-        call.steps > 1
-        and not regularisation.normalises()
-        and is_resident(cell, w_hh.dtype, batch, w_hh.size(1), directions, properties)
-    )
-    return Layer(cell, weights, resident, tf32_allowed())
-
-
-class _Call:
-    """The shape of one call: a sequence ``[T, B, I]``, one step ``[B, I]``, or packed rows ``[N, I]``.
-
-    The kernels take padded sequences; rows that have ended are left out by `lengths`.
-    """
-
-    def __init__(self, x: Tensor, steering: Steering) -> None:
-        batch_sizes, lengths, resets = steering.batch_sizes, steering.lengths, steering.resets
-        self.resets = resets
-        self.is_step = batch_sizes is None and x.dim() == 2
-        self.lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
-        self.rows = None
-        if batch_sizes is None:
-            self.steps, self.batch = (1, x.size(0)) if self.is_step else x.shape[:2]
-            return
-        self.steps, self.batch = batch_sizes.size(0), int(batch_sizes[0])
-        present = torch.arange(self.batch) < batch_sizes.unsqueeze(1)  # [T, B]
-        self.lengths = present.sum(0, dtype=torch.int32).to(x.device, non_blocking=True)
-        self.rows = present.flatten().nonzero().squeeze(1).to(x.device, non_blocking=True)
-        if resets is not None:
-            self.resets = self.padded(resets.unsqueeze(1)).squeeze(2)
-
-    def padded(self, x: Tensor) -> Tensor:
-        """``[T, B, width]``; zeros where a row has ended."""
-        if self.is_step:
-            return x.unsqueeze(0)
-        if self.rows is None:
-            return x
-        out = x.new_zeros(self.steps * self.batch, x.size(1))
-        return out.index_copy_(0, self.rows, x).view(self.steps, self.batch, -1)
-
-    def unpadded(self, y: Tensor) -> Tensor:
-        if self.is_step:
-            return y.squeeze(0)
-        return y if self.rows is None else y.flatten(0, 1).index_select(0, self.rows)
-
-    def with_direction(self, state: Tensor | None) -> Tensor | None:
-        return state.unsqueeze(0) if self.is_step and state is not None else state
+    backends: Any = torch.backends  # for type checkers the module that it replaces
+    if backends.cuda.matmul.fp32_precision == "tf32":
+        return operator(*arguments)
+    before = backends.cuda.matmul.fp32_precision
+    if before == backends.fp32_precision:
+        before = "none"  # which follows torch's general setting
+    backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        return operator(*arguments)
+    finally:
+        backends.cuda.matmul.fp32_precision = before

@@ -14,13 +14,13 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from fused_rnn import cuda
+from fused_rnn import _C, cuda
 
 BACKENDS = ("auto", "fused", "torch")
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
 COMPILERS_TYPES = (*PLAIN_TYPES, FakeTensor, FunctionalTensor)  # what plain tensors are while a compiler looks
-KERNEL_DTYPES = (torch.float32, torch.float64)  # on the CPU; the others are widened first
-DTYPES = (*KERNEL_DTYPES, torch.bfloat16, torch.float16)
+DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in _C.dtypes())
+KERNEL_DTYPES = DTYPES[:2]  # float32 and float64; on the CPU the others are widened first
 deterministic = torch.are_deterministic_algorithms_enabled
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

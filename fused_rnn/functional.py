@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fused_rnn import ops
-from fused_rnn.reference import GATES, Norms
+from fused_rnn.cell_info import GATES
+from fused_rnn.reference import Norms
 
 
 def stack(

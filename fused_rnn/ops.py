@@ -7,7 +7,7 @@ The operators are plain (no autograd kernel): ``autograd.Function`` outside them
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_rnn import cuda, eligibility, input_gates, reference
-from fused_rnn.cuda_layer import NUMBER
+from fused_rnn.cell_info import NUMBER
 from fused_rnn.eligibility import COMPILERS_TYPES, PLAIN_TYPES, deterministic
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Steering(NamedTuple):
     cell: str
     c_sequence: bool = False
     recompute: bool = False
+    tf32: bool = False  # products of float32 on CUDA, as torch's switch says for cuDNN's recurrent layers
     batch_sizes: Tensor | None = None
     lengths: Tensor | None = None
     resets: Tensor | None = None
@@ -46,13 +47,13 @@ class Steering(NamedTuple):
 
 # What a call without all that passes, itself: it is known again by its identity, and its operators get few arguments,
 # which cost a good part of a small call.
-_PLAIN = {cell: Steering(cell) for cell in reference.CELLS}
+_PLAIN = {cell: Steering(cell) for cell in NUMBER}
 
 # A layer's inputs that may have gradients are x, h0, c0, reset_h, reset_c, norm_hh, norm_c, norm_c_bias, and five
 # weights of each direction; None where absent. With layer normalisation norm_ih comes last: not the kernels', which are
 # given the input's share of the gates then.
 _WEIGHTS = 8
-_FLAGS = 3  # of a Steering: what comes before its tensors
+_FLAGS = 4  # of a Steering: what comes before its tensors
 
 
 def layer(
@@ -89,9 +90,10 @@ def layer(
         and not (c_sequence or recompute)
     ):
         if torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
-            y, h_n, c_n = _apply(_PLAIN[cell], x, h0, c0, *_NO_WEIGHTS, *weights)
+            plain = _plain_on_cuda(cell, x) if eligibility.on_cuda(x) else _PLAIN[cell]
+            y, h_n, c_n = _apply(plain, x, h0, c0, *_NO_WEIGHTS, *weights)
         elif eligibility.on_cuda(x) or deterministic():
-            y, h_n, c_n, _, _ = _call_forward(_PLAIN[cell], (x, h0, c0, *_NO_WEIGHTS, *weights), False)
+            y, h_n, c_n, _, _ = _call_forward(_plain_on_cuda(cell, x), (x, h0, c0, *_NO_WEIGHTS, *weights), False)
         else:
             y, h_n, c_n, _, _ = _forward(x, h0, c0, NUMBER[cell], False, *weights)
         return y, y if x.dim() == 2 else h_n, c_n if cell == "lstm" else None
@@ -127,11 +129,20 @@ def layer_of_kernels(
     if norm_ih is not None:
         x = x if lengths is None else reference.without_what_follows(x, lengths)
         inputs = (x, *inputs[1:], norm_ih)
-    steering = Steering(cell, c_sequence, recompute, batch_sizes, lengths, resets, drop_h, zone_h, zone_c)
+    steering = Steering(cell, c_sequence, recompute, _in_tf32(x), batch_sizes, lengths, resets, drop_h, zone_h, zone_c)
     if torch.is_grad_enabled() and any_requires_grad(inputs):
         return _apply(steering, *inputs)
     y, h_n, c_n, more, _ = _run_forward(steering, inputs, False)
     return [y, h_n, c_n, *more]
+
+
+def _in_tf32(x: Tensor) -> bool:
+    return x.dtype is torch.float32 and eligibility.on_cuda(x) and cuda.tf32_allowed()
+
+
+def _plain_on_cuda(cell: str, x: Tensor) -> Steering:
+    """Of a call without options, on the CPU, too."""
+    return Steering(cell, tf32=True) if _in_tf32(x) else _PLAIN[cell]
 
 
 def step(cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -232,15 +243,14 @@ def _run_backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients in the order of inputs."""
-    call = cuda.backward if eligibility.on_cuda(inputs[0]) else _call_backward
     if (len(inputs) - _WEIGHTS) % 5 == 0:  # no norm_ih
-        return call(steering, grads, inputs, kept, needs)
+        return _call_backward(steering, grads, inputs, kept, needs)
     x, norm_ih, w_ih, need_w = inputs[0], inputs[-1], inputs[_WEIGHTS:-1:5], needs[_WEIGHTS:-1:5]
     needs_of_kernels = [needs[0] or needs[-1] or any(need_w), *needs[1:-1]]
     needs_of_kernels[_WEIGHTS::5] = [False] * len(w_ih)
     gates = x.new_empty(()).expand(*x.shape[:-1], norm_ih.numel())  # never read
     first = len(kept) - input_gates.KEPT * len(w_ih)
-    found: list[Any] = call(steering, grads, _with_gates(inputs, gates), kept[:first], needs_of_kernels)
+    found: list[Any] = _call_backward(steering, grads, _with_gates(inputs, gates), kept[:first], needs_of_kernels)
     wanted = (needs[0], need_w, needs[-1])
     dx, dw, dnorm = input_gates.backward(found[0], x, norm_ih, w_ih, kept[first:], wanted)
     found = [dx, *found[1 : len(inputs) - 1], dnorm]  # of a single direction the rest is of none
@@ -259,17 +269,16 @@ def _call_forward(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """`_run_forward` on what the kernels take."""
     x, h0, c0, reset_h, reset_c, *norms = inputs[:_WEIGHTS]
-    if eligibility.on_cuda(x):
-        return cuda.forward(steering, inputs, train)
     s, weights = steering, inputs[_WEIGHTS:]
     if s is _PLAIN[s.cell] and not deterministic():
         y, h_n, c_n, reserve, _ = _forward(x, h0, c0, NUMBER[s.cell], train, *weights)
         return y, h_n, c_n, (), (reserve,)
     if len(weights) == 5:
         weights = (*weights, *_NO_WEIGHTS)
-    y, h_n, c_n, reserve, c_of_steps = _forward(
+    operator = partial(cuda.in_tf32, _forward) if s.tf32 else _forward
+    y, h_n, c_n, reserve, c_of_steps = operator(
         x, h0, c0, NUMBER[s.cell], train, *weights, s.batch_sizes, s.resets, reset_h, reset_c, s.c_sequence,
-        s.drop_h, s.zone_h, s.zone_c, *norms, deterministic(), s.lengths,
+        s.drop_h, s.zone_h, s.zone_c, *norms, deterministic(), s.lengths, s.tf32,
     )  # fmt: skip
     return y, h_n, c_n, (c_of_steps,) if s.c_sequence else (), (reserve,)
 
@@ -297,8 +306,9 @@ def _call_backward(
     if s is not _PLAIN[s.cell]:
         reset_steps = _steps_of_reset_states((reset_h, reset_c), needs)
         masks = (s.drop_h, s.zone_h, s.zone_c)
-        further = (s.batch_sizes, s.resets, reset_steps, dc_sequence, *masks, *norms, s.lengths)
-    dx, dh0, dc0, *of_both, dreset_h, dreset_c, dnorm_hh, dnorm_c = _backward(
+        further = (s.batch_sizes, s.resets, reset_steps, dc_sequence, *masks, *norms, s.lengths, s.tf32)
+    operator = partial(cuda.in_tf32, _backward) if s.tf32 else _backward
+    dx, dh0, dc0, *of_both, dreset_h, dreset_c, dnorm_hh, dnorm_c = operator(
         dy, dh_n, dc_n, x, *kept, NUMBER[s.cell], needs[0], needs[1] or needs[2], need_w_ih, need_w_hh,
         need_b_ih or need_b_hh, need_w_hr, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse, *further,
     )  # fmt: skip

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fused_rnn import _C, cuda, eligibility, reference
+from fused_rnn import _C, cuda, eligibility
+from fused_rnn.cell_info import NAMES, NUMBER
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def plan(
         'resident'
     """
     cell = "rnn_tanh" if cell == "rnn" else cell
-    if cell not in reference.CELLS:
-        raise ValueError(f"unknown cell {cell!r}; the cells are: rnn, {', '.join(reference.CELLS)}")
+    if cell not in NUMBER:
+        raise ValueError(f"unknown cell {cell!r}; the cells are: rnn, {', '.join(NAMES)}")
     for letter, size in dict(T=T, B=B, I=I, H=H, num_layers=num_layers).items():
         if not 1 <= size < 2**31:
             raise ValueError(f"{letter} must be at least 1 and less than 2**31, got {size}")
@@ -86,7 +87,7 @@ def plan(
     if device.type == "cpu":
         if backend == "torch" or (backend == "auto" and eligibility.torch_is_faster(mode, dtype, B, H)):
             return Plan("torch", "torch")
-        shared = _C.cpu_plan(reference.CELLS.index(cell), T, B, I, H, H, directions, torch.get_num_threads())
+        shared = _C.cpu_plan(NUMBER[cell], T, B, I, H, H, directions, torch.get_num_threads())
         return Plan("fused", "cpu", shared, shared)
 
     properties = properties or cuda.device_properties(device)

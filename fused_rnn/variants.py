@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused_rnn.reference import GATES, Norms
+from fused_rnn.cell_info import GATES
+from fused_rnn.reference import Norms
 
 _Value = TypeVar("_Value")
 

@@ -3,12 +3,11 @@
 // A row belongs to one thread and lies in the first-level cache: each function reads it two or three times.
 #pragma once
 
+#include "../rnn_params.h"
 #include "vec.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
-
-constexpr double kNormEps = 1e-5;  // NORM_EPS of reference.py, by which test_variants.py would see another
 
 template <class T>
 FUSED_RNN_INLINE T sum_of_lanes(const Vec<T>& v) {

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "../cells/cells.h"
+#include "../cells/cell_info.h"
 
 namespace fused_rnn {
 namespace cuda {
@@ -24,17 +24,6 @@ struct Rates {
   double cluster_bytes = 32;    // pushed to one multiprocessor per cycle
 };
 constexpr Rates kRates;
-
-int gates_of(CellKind cell) {
-  switch (cell) {
-#define FUSED_RNN_GATES(kind, policy, label) \
-  case CellKind::kind:                       \
-    return policy::kGates;
-    FUSED_RNN_CELLS(FUSED_RNN_GATES)
-#undef FUSED_RNN_GATES
-  }
-  return 0;
-}
 
 double cycles_per_step(const Instance& in, const Product& product, int tiles) {
   const Rates& r = kRates;
@@ -66,8 +55,8 @@ int resident_teams(Exchange exchange, int parts, const Device& device) {
 
 std::vector<Plan> plans(const Problem& p, const Device& device) {
   std::vector<Plan> found;
-  if (p.H < 1 || p.B < 0 || p.directions < 1 || p.directions > 2 || gates_of(p.cell) == 0) return found;
-  const int gates = gates_of(p.cell), Hp = padded(p.H, p.element);
+  if (p.H < 1 || p.B < 0 || p.directions < 1 || p.directions > 2) return found;
+  const int gates = static_cast<int>(cell_info(p.cell).gates), Hp = padded(p.H, p.element);
   const Product product =
       p.backward ? Product{1, gates * Hp, element_bytes(p.element)} : Product{gates, Hp, element_bytes(p.element)};
   int index = 0;
