@@ -174,6 +174,22 @@ def test_autocast_around_a_call_changes_nothing(instance: int, kind: str) -> Non
         ]
 
 
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_parameters_are_taken_as_they_are(kind: str) -> None:
+    """Called directly, where torch would record gradients, the operators compute the same, as on the CPU."""
+    forward = forward_arguments("lstm", EVERY_STEP, 2, torch.float32, kind, True)
+    backward = backward_arguments(forward)
+    for operator, arguments in (("forward", forward), ("backward", backward)):
+        call = getattr(torch.ops.fused_rnn_emulator, operator)
+        differentiable = {
+            name: value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+            for name, value in arguments.items()
+        }
+        results = zip(call(**differentiable)[:3], call(**arguments)[:3], strict=True)
+        assert all(torch.equal(a, b) for a, b in results)
+    assert torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize("lengths", [[-1, 2], [2**31 - 1, -(2**31)], [4, 0]])
 @pytest.mark.parametrize("instance", [EVERY_STEP, 0])
 def test_lengths_outside_of_the_sequence(instance: int, lengths: list[int]) -> None:

@@ -2,7 +2,7 @@
 //
 // The kernels take padded batches [T, B, ...] in the tensors' own dtype. A packed sequence is padded before them, and
 // where its rows end becomes their `lengths`; a single step is a sequence of one. While a CudaLayer lives, its device
-// is the current one.
+// is the current one, and torch records no gradients.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -195,6 +195,7 @@ class CudaLayer : public Layer {
     return copy;
   }
 
+  NoGrad no_grad_;
   std::optional<Guard> guard_;
   OptionalTensor rows_, lengths_;
   int instance_ = static_cast<int>(kPlanned);

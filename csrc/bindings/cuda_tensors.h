@@ -13,6 +13,19 @@ namespace bindings {
 
 using torch::stable::select;
 
+// While it lives, torch records no gradients: the operators have none of their own, on any device, and torch would
+// refuse to write products of parameters to a given tensor.
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool before_;
+};
+
 // A functional operation of one result.
 template <class... Arguments>
 Tensor call(const char* operation, const char* overload, const Arguments&... arguments) {
