@@ -18,10 +18,10 @@ from setuptools import Extension, setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # pip runs this file without its folder on the path
 
-from setup_cuda import build_cuda, nvcc
+from setup_cuda import EXHAUSTIVE_SWITCHES, build_cuda, nvcc
 
 ROOT = Path(__file__).resolve().parent
-CUDA_ONLY = ("cuda_ops.cpp", "recurrence.cpp")
+CUDA_ONLY = ("bindings/cuda_*.cpp", "cuda/recurrence.cpp")
 MODULE = ("bindings/module.o", "cuda/plan.o")  # the rest is _cpu.so's
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000ULL")  # of torch 2.10
 
@@ -49,7 +49,7 @@ def extension() -> Extension:
 
     sanitize = os.environ.get("FUSED_RNN_SANITIZE") == "1"
     flags = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
-    flags += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    flags += [*EXHAUSTIVE_SWITCHES, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     flags += ["-g0"]  # Python's own flags ask for debug information, most of the libraries' size
     link = ["-fopenmp", "-Wl,--as-needed"]
     if sanitize:
@@ -61,7 +61,9 @@ def extension() -> Extension:
         flags = [*flags, *sanitizers, "-O1", "-g", "-fno-omit-frame-pointer"]
         link += sanitizers
     sources = sorted(
-        path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*/*.cpp") if path.name not in CUDA_ONLY
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.glob("csrc/*/*.cpp")
+        if not any(path.match(pattern) for pattern in CUDA_ONLY)
     )
     return Extension(
         "fused_rnn._C",

@@ -13,6 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+EXHAUSTIVE_SWITCHES = ("-Werror=switch",)  # a cell that a switch leaves out is an error
 ARCHITECTURES = "8.0 9.0a 10.0a+PTX"
 
 
@@ -67,8 +68,8 @@ def build_cuda(compiler: str, csrc: Path, macro: tuple[str, str], folder: Path, 
         "-fPIC",
     ]
     device += ["-Xcompiler", "-fvisibility=hidden", "-ccbin", cxx[0]]
-    host = [*cxx, *shared, "-fPIC", "-fvisibility=hidden"]
-    sources = [csrc / "bindings/cuda_ops.cpp", *sorted((csrc / "cuda").glob("*.c*"))]
+    host = [*cxx, *shared, *EXHAUSTIVE_SWITCHES, "-fPIC", "-fvisibility=hidden"]
+    sources = [*sorted((csrc / "bindings").glob("cuda_*.cpp")), *sorted((csrc / "cuda").glob("*.c*"))]
     sources = [path for path in sources if path.suffix in (".cpp", ".cu")]
     folder /= hashlib.sha256(" ".join(map(str, device)).encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,8 @@ namespace fused_rnn {
 enum class CellKind : int32_t { kRnnTanh, kRnnRelu, kLstm, kGru };
 enum class Dtype : int32_t { kFloat32, kFloat64 };
 
+constexpr double kNormEps = 1e-5;  // added to the variance in layer normalisation, as in torch.nn.LayerNorm
+
 // The shape of one layer and the layout of its rows.
 //
 // The kernels number the rows of [N, ...] buffers by step: row b of step t is row(t) + b. Rows of a packed sequence, or

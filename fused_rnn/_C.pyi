@@ -7,9 +7,26 @@ class BuildInfo(TypedDict):
     compiler: str
     openmp: int
 
+class CellInfo(TypedDict):
+    """A cell's constants; csrc/cells/cell_info.h says what each is."""
+
+    name: str
+    gates: int
+    saved: int
+    grads: int
+    input_shift: int
+    hidden_grads: int
+    has_c: bool
+    uses_h: bool
+    saves_h: bool
+
+NORM_EPS: float
+
 def cpu_isa() -> str: ...
 def supported_cpu_isas() -> list[str]: ...
 def build_info() -> BuildInfo: ...
+def cells() -> list[CellInfo]: ...
+def dtypes() -> list[str]: ...
 def cpu_plan(cell: int, T: int, B: int, I: int, H: int, P: int, directions: int, threads: int, /) -> dict[str, Any]: ...
 def cuda_plans(
     cell: int,

@@ -31,6 +31,7 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
 from fused_rnn import _C as _C  # registers torch.ops.fused_rnn
 from fused_rnn import compiled as compiled  # adds what compilers take
 from fused_rnn import fakes as fakes  # and the shapes that they ask for
+from fused_rnn import functional as functional
 from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
 from fused_rnn.convert import from_torch, replace
 from fused_rnn.modules import GRU, LSTM, RNN

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fused_rnn import policy
 from fused_rnn.policy import CASTABLE, autocast_dtype
 
 _Tensor = TypeVar("_Tensor", Tensor, Tensor | None)
@@ -59,7 +60,7 @@ def casts(
     half = autocast_dtype(x.device) if isinstance(x, Tensor) else None
     if half is None:
         return None
-    if x.is_cuda:
+    if policy.on_cuda(x):
         return Casts(half, half, half)
     dtypes = {t.dtype for t in (x, *states, *weights) if isinstance(t, Tensor)}
     if dtypes == {half} or not dtypes <= set(CASTABLE):

@@ -62,7 +62,7 @@ def run(
     if casts is not None:
         weights = call.cast(casts, weights)
     takes_operators = is_torchs or (spec.backend != "torch" and policy.fusible(*call.tensors(), *weights))
-    if takes_operators and call.x.is_cuda and (spec.proj_size > 0 or call.x.numel() == 0):
+    if takes_operators and policy.on_cuda(call.x) and (spec.proj_size > 0 or call.x.numel() == 0):
         takes_operators = False
     with torch.autocast(call.x.device.type, enabled=False) if in_autocast else _NO_CONTEXT:
         tensors = layers.stack(
@@ -88,7 +88,9 @@ def _operators_compute(spec: Spec, input: Any, hx: Any) -> bool:
     """Whether the operators compute a call without keywords, before torch.nn's own checks of its sizes."""
     packed = isinstance(input, PackedSequence)
     data, states = input.data if packed else input, spec.states(hx)
-    if states is None or any(s is None for s in (*states, *spec._flat_weights)) or type(spec.bidirectional) is not bool:
+    if not isinstance(data, Tensor) or states is None or type(spec.bidirectional) is not bool:
+        return False
+    if any(t is None for t in (*states, *spec._flat_weights)):
         return False
     tensors = (data, *states, *spec._flat_weights)
     half = autocast_dtype(data.device)
@@ -121,6 +123,7 @@ def _operators_compute(spec: Spec, input: Any, hx: Any) -> bool:
         backend=spec.backend,
         differentiable=half is not None and torch.is_grad_enabled() and policy.any_requires_grad(tensors),
         half=half,
+        on_gpu=policy.on_cuda(data),
         device=data.device,
     ).fused
 
@@ -214,7 +217,7 @@ class Call:
             raise ValueError(f"{self.name}: reset_state needs resets, got None")
         if lengths is not None:
             self.lengths = self.checked_lengths(lengths)
-            if self.x.is_cuda or torch.compiler.is_compiling():  # there the operators multiply all of x at once
+            if policy.on_cuda(self.x) or torch.compiler.is_compiling():  # there the operators multiply all of x at once
                 self.x = reference.without_what_follows(self.x, self.lengths)
         if reset_state is not None:
             self.reset_states = (*self.checked_reset_states(reset_state), None)[:2]

@@ -52,8 +52,8 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
             return super().forward(input, hx)
         try:
             return layers.step(cell, input, h0, c0, (*weights, None))
-        except RuntimeError:  # a size or dtype does not fit: torch.nn says which
-            return super().forward(input, hx)
+        except RuntimeError:  # a size or dtype does not fit: find torch.nn's error
+            return self._run_any(cell, input, hx, states)
 
     def _is_plain(self, x: Any, h0: Any, c0: Any, weights: Sequence[Any]) -> bool:
         """Whether the operator checks all that is left to check: batched CPU tensors, and nothing observes torch."""
@@ -82,6 +82,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
             kind="cell",
             half=policy.autocast_dtype(x.device),
             differentiable=torch.is_grad_enabled() and policy.any_requires_grad((x, *states, *weights)),
+            on_gpu=policy.on_cuda(x),
             device=x.device,
         )
 
@@ -188,8 +189,8 @@ class LSTMCell(FusedCellBase, torch.nn.LSTMCell):
         """
         pair = isinstance(hx, (tuple, list)) and len(hx) == 2 and hx[0] is not None and hx[1] is not None
         if not (pair or hx is None):
-            if isinstance(hx, Tensor):  # torch.nn takes its rows for states
-                check_ranks("LSTMCell", input, hx.unbind() if hx.dim() > 0 else ())
+            if isinstance(hx, Tensor):  # torch.nn takes its rows for the states of an unbatched input
+                check_ranks("LSTMCell", input, hx.unbind() if hx.dim() == 3 else ())
             elif isinstance(hx, (tuple, list)):
                 check_ranks("LSTMCell", input, hx)
             else:

@@ -2,7 +2,7 @@
 
 It is composed of others. Called eagerly it does what `fused_rnn.ops.layer` does, derivatives of any order included, so
 that an exported program can be trained; lowered by a compiler, it leaves ``fused_rnn::forward`` and ``backward``, which
-need no Python. Nothing here reads a tensor's values, and nothing but a CUDA layer's batch decides by a size.
+need no Python. Nothing here reads a tensor's values or decides by a size.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _layer(
     if policy.transformed():
         y, h_n, c_n, *more = reference.layer(cell, x, h0, c0, weights, options)
         return [y, h_n, x.new_empty(0) if c_n is None else c_n, *more]
-    if lengths is not None and not x.is_cuda:
+    if lengths is not None and not policy.on_cuda(x):
         return _with_lengths(cell, x, h0, c0, weights, options, lengths)
     return layers.layer_of_operators(cell, x, h0, c0, weights, options)
 

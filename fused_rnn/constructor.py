@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, TypedDict, TypeVar
 import torch
 from torch.nn import Parameter
 
-from fused_rnn.reference import GATES
+from fused_rnn.cell_info import GATES
 
 _Value = TypeVar("_Value")
 

@@ -1,22 +1,23 @@
-"""The way of one layer to the CUDA operators: whether they are there, which kernels take it, and calls of every shape.
+"""CUDA, as far as Python decides: whether the operators are there, TF32, and when cuDNN is faster.
 
-What happens around the operators is in `fused_rnn.cuda_layer`.
+The operators are those of the CPU, ``torch.ops.fused_rnn.forward`` and ``backward``, registered for CUDA tensors by
+csrc/bindings/cuda_ops.cpp.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from fused_rnn import _C
-from fused_rnn.cuda_layer import NUMBER, register_fakes
+from fused_rnn.cell_info import NUMBER
+
+_Results = TypeVar("_Results")
 
 Properties = tuple[int, int, int]
 """Multiprocessors, bytes of shared memory that a block may have, and 10 * major + minor compute capability."""
@@ -43,7 +44,6 @@ def _load() -> bool:
     except OSError as error:
         warnings.warn(f"fused_rnn's CUDA kernels cannot be used, torch.nn's are: {error}", stacklevel=2)
         return False
-    register_fakes("fused_rnn")
     return True
 
 
@@ -56,7 +56,10 @@ def tf32_allowed() -> bool:
 def is_resident(
     cell: str, dtype: torch.dtype, batch: int, hidden_size: int, directions: int, properties: Properties
 ) -> bool:
-    """Whether the kernels that keep the recurrent weights on the chip take such a layer."""
+    """Whether the kernels that keep the recurrent weights on the chip take such a layer, of more than one step.
+
+    The operators decide the same (csrc/bindings/cuda_layer.h).
+    """
     if dtype is torch.float64 or (dtype is torch.float32 and not tf32_allowed()):
         return False
     return bool(
@@ -124,18 +127,21 @@ def why_cudnn(
     return None
 
 
-@contextmanager
-def tf32_products(x: Tensor) -> Iterator[None]:
-    """Within it, torch multiplies float32 in TF32 if its switch for recurrent layers says so, as cuDNN does."""
+def in_tf32(operator: Callable[..., _Results], *arguments: Any) -> _Results:
+    """`operator` with torch's products in TF32, as cuDNN computes those around a recurrence.
+
+    The resident kernels are told by an argument; the products over all time steps, which the operators leave to torch,
+    follow torch's switch for products. A compiled graph calls the operators without this, and then they are as precise
+    as the switch says.
+    """
     backends: Any = torch.backends  # for type checkers the module that it replaces
-    if x.dtype is not torch.float32 or not tf32_allowed() or backends.cuda.matmul.fp32_precision == "tf32":
-        yield
-        return
+    if backends.cuda.matmul.fp32_precision == "tf32":
+        return operator(*arguments)
     before = backends.cuda.matmul.fp32_precision
     if before == backends.fp32_precision:
         before = "none"  # which follows torch's general setting
     backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        yield
+        return operator(*arguments)
     finally:
         backends.cuda.matmul.fp32_precision = before

@@ -1,18 +1,21 @@
 """The shapes of the operators' results, for torch's compilers and fake tensors, which run no kernel.
 
-The arguments are the operators'; csrc/bindings/ops.cpp allocates the same.
+The arguments are the operators'; csrc/bindings allocates the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fused_rnn import reference
-from fused_rnn.cuda_layer import require_one_device
+from fused_rnn import policy
+from fused_rnn.cell_info import CELLS, NAMES
+
+if TYPE_CHECKING:
+    from fused_rnn._C import CellInfo
 
 _Maybe = Tensor | None  # an operator's "Tensor?"
 
@@ -24,27 +27,31 @@ def _forward(
     batch_sizes: _Maybe = None, resets: _Maybe = None, reset_h: _Maybe = None, reset_c: _Maybe = None,
     want_c_sequence: bool = False, drop_h: _Maybe = None, zone_h: _Maybe = None, zone_c: _Maybe = None,
     norm_hh: _Maybe = None, norm_c: _Maybe = None, norm_c_bias: _Maybe = None, deterministic: bool = False,
-    lengths: _Maybe = None,
+    lengths: _Maybe = None, tf32: bool = False, instance: int = -1,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     weights = (w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse)
     variant = (drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias)
     require_one_device(x, h0, c0, *weights, resets, reset_h, reset_c, *variant)
-    name = reference.CELLS[cell]
-    H, P = w_hh.size(0) // reference.GATES[name], w_hh.size(1)
+    info = CELLS[NAMES[cell]]
+    H, P = w_hh.size(0) // info["gates"], w_hh.size(1)
     D = 1 if w_hh_reverse is None else 2
     is_step = x.dim() == 2 and batch_sizes is None
     batch, rows = _batch_and_rows(x, h0, batch_sizes)
     state = (batch,) if is_step else (D, batch)
     y = x.new_empty((*x.shape[:-1], D * P))
     h_n = x.new_empty((0,) if is_step else (*state, P))
-    c_n = x.new_empty((*state, H) if name == "lstm" else (0,))
-    chained = reference.GATES[name] == 1 and all(t is None for t in (batch_sizes, resets, drop_h, zone_h, norm_hh))
-    if lengths is not None:  # how many rows have steps is in the values
-        rows, chained = torch.library.get_ctx().new_dynamic_size(), False
-    width = H if chained else _reserve_width(name, H, P, w_hr, drop_h, norm_hh)
-    reserve = x.new_empty((D if train else 0, rows + batch if chained else rows, width))
-    if x.dtype in (torch.bfloat16, torch.float16):
-        reserve = reserve.float()
+    c_n = x.new_empty((*state, H) if info["has_c"] else (0,))
+    kept = D if train else 0
+    if policy.on_cuda(x):
+        steps = 1 if is_step else x.size(0) if batch_sizes is None else batch_sizes.size(0)
+        reserve = _cuda_reserve(x, info, (kept, steps, batch, H), drop_h, norm_hh, norm_c)
+    else:
+        chained = info["saves_h"] and all(t is None for t in (batch_sizes, resets, drop_h, zone_h, norm_hh))
+        if lengths is not None:  # how many rows have steps is in the values
+            rows, chained = torch.library.get_ctx().new_dynamic_size(), False
+        width = H if chained else _reserve_width(info, H, P, w_hr, drop_h, norm_hh)
+        reserve = x.new_empty((kept, rows + batch if chained else rows, width))
+        reserve = reserve if x.dtype in policy.KERNEL_DTYPES else reserve.float()
     return y, h_n, c_n, reserve, x.new_empty((*x.shape[:-1], D * H) if want_c_sequence else (0,))
 
 
@@ -53,8 +60,9 @@ def _step(
     b_hh: _Maybe = None, w_hr: _Maybe = None, deterministic: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     require_one_device(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    info = CELLS[NAMES[cell]]
     h = x.new_empty((x.size(0), w_hh.size(1)))
-    return h, x.new_empty((x.size(0), w_hh.size(0) // 4) if reference.CELLS[cell] == "lstm" else (0,))
+    return h, x.new_empty((x.size(0), w_hh.size(0) // info["gates"]) if info["has_c"] else (0,))
 
 
 def _step_into(*arguments: Any) -> None:
@@ -66,9 +74,9 @@ def _step_layers(
     projected: bool, deterministic: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     require_one_device(x, h0, c0, *weights)
-    batch, (w_ih, w_hh) = x.size(0), weights[:2]
+    batch, (w_ih, w_hh), info = x.size(0), weights[:2], CELLS[NAMES[cell]]
     h = x.new_empty((layers, batch, w_hh.size(1)))
-    c = x.new_empty((layers, batch, w_ih.size(0) // 4) if reference.CELLS[cell] == "lstm" else (0,))
+    c = x.new_empty((layers, batch, w_ih.size(0) // info["gates"]) if info["has_c"] else (0,))
     return x.new_empty((batch, w_hh.size(1))), h, c
 
 
@@ -78,13 +86,13 @@ def _backward(
     w_hr: _Maybe = None, w_ih_reverse: _Maybe = None, w_hh_reverse: _Maybe = None, w_hr_reverse: _Maybe = None,
     batch_sizes: _Maybe = None, resets: _Maybe = None, reset_steps: int = 0, dc_sequence: _Maybe = None,
     drop_h: _Maybe = None, zone_h: _Maybe = None, zone_c: _Maybe = None, norm_hh: _Maybe = None,
-    norm_c: _Maybe = None, norm_c_bias: _Maybe = None, lengths: _Maybe = None,
+    norm_c: _Maybe = None, norm_c_bias: _Maybe = None, lengths: _Maybe = None, tf32: bool = False, instance: int = -1,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     weights = (w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse)
     variant = (drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias)
     require_one_device(dy, dh_n, dc_n, x, reserve, *weights, resets, dc_sequence, *variant)
-    name = reference.CELLS[cell]
-    H, P = w_hh.size(0) // reference.GATES[name], w_hh.size(1)
+    info = CELLS[NAMES[cell]]
+    H, P = w_hh.size(0) // info["gates"], w_hh.size(1)
     D = 1 if w_hh_reverse is None else 2
     is_step = x.dim() == 2 and batch_sizes is None
     state = dh_n if dh_n is not None else dc_n
@@ -100,7 +108,7 @@ def _backward(
     grads = [
         wanted(x.shape, need_dx),
         wanted((*rows, P), need_dstate),
-        wanted((*rows, H), need_dstate and name == "lstm"),
+        wanted((*rows, H), need_dstate and info["has_c"]),
     ]
     for direction in range(2):
         has = direction < D
@@ -111,10 +119,10 @@ def _backward(
             wanted(w_hh.shape[:1], has and need_db),
             wanted((P, H), has and need_dw_hr and w_hr is not None),
         ]
-    of_reset = (D, batch) if reset_steps == 1 else (x.size(0), D, batch)
-    grads += [wanted((*of_reset, P), reset_steps != 0), wanted((*of_reset, H), reset_steps != 0 and name == "lstm")]
-    normalised = norm_hh is not None
-    grads += [wanted((D, w_hh.size(0)), normalised), wanted((D, 2, H), normalised and name == "lstm")]
+    steps = (x if batch_sizes is None else batch_sizes).size(0)
+    of_reset = (D, batch) if reset_steps == 1 else (steps, D, batch)
+    grads += [wanted((*of_reset, P), reset_steps != 0), wanted((*of_reset, H), reset_steps != 0 and info["has_c"])]
+    grads += [wanted((D, w_hh.size(0)), norm_hh is not None), wanted((D, 2, H), norm_c is not None)]
     return tuple(grads)
 
 
@@ -127,16 +135,50 @@ def _batch_and_rows(x: Tensor, state: Tensor | None, batch_sizes: Tensor | None)
     return x.size(1), x.size(0) * x.size(1)
 
 
-def _reserve_width(cell: str, H: int, P: int, w_hr: Any, drop_h: Any, norm_hh: Any) -> int:
-    width = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4}[cell] * H + P
-    width += H if cell == "lstm" else 0
+def _reserve_width(cell: CellInfo, H: int, P: int, w_hr: Any, drop_h: Any, norm_hh: Any) -> int:
+    width = cell["saved"] * H + P
+    width += H if cell["has_c"] else 0
     width += H if w_hr is not None else 0
-    width += P if drop_h is not None and cell == "gru" else 0
-    return width + (reference.GATES[cell] * H + 1 if norm_hh is not None else 0)
+    width += P if drop_h is not None and cell["uses_h"] else 0
+    return width + (cell["gates"] * H + 1 if norm_hh is not None else 0)
 
 
-torch.library.register_fake("fused_rnn::forward", _forward)
+def _cuda_reserve(
+    x: Tensor, cell: CellInfo, sizes: tuple[Any, Any, Any, Any], drop_h: Any, norm_hh: Any, norm_c: Any
+) -> Tensor:
+    """The parts as csrc/bindings/cuda_reserve.h lists them, each in whole 16 bytes."""
+    D, T, B, H = sizes
+    stored, arithmetic = x.dtype.itemsize, max(x.dtype.itemsize, 4)
+    whole = 16 // stored
+    rows = D * T * B
+    parts = [D * (T + 1) * B * ((H + whole - 1) // whole * whole) * stored, rows * cell["saved"] * H * stored]
+    if cell["has_c"] or (cell["uses_h"] and drop_h is not None):
+        parts.append(rows * H * arithmetic)
+    if norm_hh is not None:
+        parts.append(rows * cell["gates"] * H * stored)
+    if norm_hh is not None or norm_c is not None:
+        parts.append(rows * 4 * arithmetic)
+    return x.new_empty((sum((part + 15) // 16 * 16 for part in parts),), dtype=torch.uint8)
+
+
+def require_one_device(*tensors: Tensor | None) -> None:
+    """For fake kernels, which torch calls as soon as one tensor is on "meta".
+
+    Raises:
+        RuntimeError: another is on a real device; what a fake kernel returns there would be memory nobody wrote to.
+    """
+    devices = {str(t.device) for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise RuntimeError(f"fused_rnn: expected all tensors on one device, got {' and '.join(sorted(devices))}")
+
+
+def register(namespace: str) -> None:
+    """For the operators that every device has."""
+    torch.library.register_fake(f"{namespace}::forward", _forward)
+    torch.library.register_fake(f"{namespace}::backward", _backward)
+
+
+register("fused_rnn")
 torch.library.register_fake("fused_rnn::step", _step)
 torch.library.register_fake("fused_rnn::step_into", _step_into)
 torch.library.register_fake("fused_rnn::step_layers", _step_layers)
-torch.library.register_fake("fused_rnn::backward", _backward)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import call, modules
-from fused_rnn.reference import GATES
+from fused_rnn.cell_info import GATES
 from fused_rnn.spec import Spec
 
 
@@ -98,7 +98,7 @@ def _call(
     configuration, weight_shapes, norm_shapes = _description(
         name, shapes[0][1], sizes[0] if len(set(sizes)) == 1 else sizes, len(sizes), bias, batch_first,
         dropout, bidirectional, width if projected else 0, norms is not None,
-        tuple(of_class.items()),
+        tuple((option, tuple(value) if isinstance(value, list) else value) for option, value in of_class.items()),
     )  # fmt: skip
     for what, given, expected in (("weights", weights, weight_shapes), ("norms", list(norms or ()), norm_shapes)):
         actual = [tuple(w.shape) for w in given]

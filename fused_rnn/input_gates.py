@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fused_rnn.reference import NORM_EPS
+from fused_rnn._C import NORM_EPS
 
 KEPT = 3
 """Tensors of each direction that `backward` needs: W_ih x, and the mean and 1 / sqrt(variance + eps) of its rows."""

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_rnn import input_gates, operators, reference
-from fused_rnn.operators import NUMBER, forward_operator
+from fused_rnn import cuda, input_gates, operators, policy, reference
+from fused_rnn.cell_info import NUMBER
+from fused_rnn.operators import forward_operator
 from fused_rnn.options import CONSTANT, DIFFERENTIABLE, NO_OPTIONS, LayerOptions
 from fused_rnn.policy import COMPILERS_TYPES, FAKE_TYPES, any_requires_grad, deterministic
 
@@ -138,7 +139,7 @@ def layer(
             cell, x, h0, c0, weights, o.batch_sizes, o.resets, o.reset_h, o.reset_c, o.c_sequence, o.lengths,
             [o.norm_ih, o.norm_hh, o.norm_c, o.norm_c_bias], o.drop_h, o.zone_h, o.zone_c, o.recompute,
         )  # fmt: skip
-    elif options is not NO_OPTIONS or deterministic() or x.is_cuda:
+    elif options is not NO_OPTIONS or deterministic() or policy.on_cuda(x):
         y, h_n, c_n, *more = layer_of_operators(cell, x, h0, c0, weights, options)
     elif torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
         y, h_n, c_n = _apply(cell, len(weights), NO_OPTIONS, x, h0, c0, *weights)
@@ -179,6 +180,8 @@ def layer_of_operators(
         x = reference.without_what_follows(x, options.lengths)
     if deterministic():
         options = options._replace(deterministic=True)
+    if x.dtype is torch.float32 and policy.on_cuda(x) and cuda.tf32_allowed():
+        options = options._replace(tf32=True)
     tensors = [getattr(options, name) for name in DIFFERENTIABLE] if options is not NO_OPTIONS else []
     if torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights, *tensors)):
         results: Sequence[Tensor] = _apply(cell, len(weights), options, x, h0, c0, *weights, *tensors)

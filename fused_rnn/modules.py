@@ -98,7 +98,7 @@ class FusedRNNBase(TorchConvertible, Variants):
         if self._is_plain(input, 3, hx):
             h0, c0 = (None, None) if hx is None else hx if self.mode == "LSTM" else (hx, None)
             try:
-                y, *hidden = layers.stack(
+                y, *states = layers.stack(
                     self.mode.lower(),
                     input.transpose(0, 1) if self.batch_first else input,
                     h0,
@@ -109,9 +109,11 @@ class FusedRNNBase(TorchConvertible, Variants):
                     2 if self.bidirectional else 1,
                     self.dropout if self.training else 0.0,
                 )
-            except RuntimeError:  # a size or dtype does not fit: torch.nn says which
-                return super().forward(input, hx)
-            return call.batch_major(y) if self.batch_first else y, tuple(hidden) if self.mode == "LSTM" else hidden[0]
+            except RuntimeError:
+                pass  # a size or dtype does not fit: find torch.nn's error below
+            else:
+                hidden = tuple(states) if self.mode == "LSTM" else states[0]
+                return call.batch_major(y) if self.batch_first else y, hidden
         if "parametrizations" in self._modules and not policy.fusible(_data(input)):
             return self._torchs(input, hx)  # which reads the weights itself: a parametrised one may be random
         return call.run(self.spec(), self._torchs, input, hx)
@@ -170,8 +172,8 @@ class FusedRNNBase(TorchConvertible, Variants):
                     self.mode == "LSTM" and self.proj_size > 0,
                     self.dropout if self.training else 0.0,
                 )
-            except RuntimeError:  # a size or dtype does not fit: forward says which, in torch.nn's words
-                pass
+            except RuntimeError:
+                pass  # a size or dtype does not fit: forward finds torch.nn's error
             else:
                 return y, tuple(hidden) if self.mode == "LSTM" else hidden[0]
         time_dim = 1 if self.batch_first and input.dim() == 2 else 0

@@ -6,16 +6,16 @@ They have no autograd kernels of their own; `fused_rnn.layers` differentiates th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_rnn import cuda, reference
+from fused_rnn import cuda
+from fused_rnn.cell_info import NUMBER
 from fused_rnn.options import NO_OPTIONS, OPERATOR_FIELDS, LayerOptions
 
-NUMBER = {cell: number for number, cell in enumerate(reference.CELLS)}
-"""The operators' numbers of the cells."""
 NO_WEIGHTS = (None,) * 5
 
 forward_operator: Callable[..., tuple[Tensor, ...]] = torch.ops.fused_rnn.forward.default
@@ -25,7 +25,7 @@ step: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fused_rnn.step.default
 step_layers: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.fused_rnn.step_layers.default
 """One step of all layers: x, h0, c0, the cell's number, layers, weights, has_biases, projected, deterministic."""
 _step_into = torch.ops.fused_rnn.step_into.default
-_backward = torch.ops.fused_rnn.backward.default
+backward_operator: Callable[..., tuple[Any, ...]] = torch.ops.fused_rnn.backward.default
 
 
 def forward(
@@ -55,10 +55,8 @@ def forward(
     else:
         both = weights if len(weights) > 5 else (*weights, *NO_WEIGHTS)
         arguments = (*both, *options[:OPERATOR_FIELDS])
-    if not x.is_cuda:
-        return forward_operator(x, h0, c0, NUMBER[cell], train, *arguments)
-    with cuda.tf32_products(x):
-        return forward_operator(x, h0, c0, NUMBER[cell], train, *arguments)
+    run = partial(cuda.in_tf32, forward_operator) if options.tf32 else forward_operator
+    return run(x, h0, c0, NUMBER[cell], train, *arguments)
 
 
 def backward(
@@ -95,13 +93,13 @@ def backward(
     if options is not NO_OPTIONS:
         more = (
             o.batch_sizes, o.resets, reset_steps, dc_sequence, o.drop_h, o.zone_h, o.zone_c, o.norm_hh, o.norm_c,
-            o.norm_c_bias, o.lengths,
+            o.norm_c_bias, o.lengths, o.tf32,
         )  # fmt: skip
-    with cuda.tf32_products(x) if x.is_cuda else nullcontext():
-        dx, dh0, dc0, *rest = _backward(
-            dy, dh_n, dc_n, x, reserve, NUMBER[cell], needs[0], needs[1] or needs[2], need_w_ih, need_w_hh,
-            need_b_ih or need_b_hh, need_w_hr, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse, *more,
-        )  # fmt: skip
+    run = partial(cuda.in_tf32, backward_operator) if options.tf32 else backward_operator
+    dx, dh0, dc0, *rest = run(
+        dy, dh_n, dc_n, x, reserve, NUMBER[cell], needs[0], needs[1] or needs[2], need_w_ih, need_w_hh,
+        need_b_ih or need_b_hh, need_w_hr, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse, *more,
+    )  # fmt: skip
     of_weights, (dreset_h, dreset_c, dnorm_hh, dnorm_c) = rest[:count], rest[-4:]
     dnorms = dnorm_c.unbind(1) if o.norm_c is not None else (None, None)
     return [dx, dh0, dc0, *of_weights, dreset_h, dreset_c, dnorm_hh, *dnorms]

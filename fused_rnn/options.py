@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 class LayerOptions(NamedTuple):
-    """What one layer computes beyond torch.nn's; the meaning of each field is `fused_rnn.reference.layer`'s.
+    """What one layer computes beyond torch.nn's; the meaning of the fields is in `fused_rnn.reference.layer`.
 
-    The operators take the first `OPERATOR_FIELDS` fields, as a call lists them behind the weights. The last two are for
-    the layer's autograd: the operators receive the normalised product of the input instead of norm_ih.
+    The operators take the first `OPERATOR_FIELDS` fields, behind the weights. `deterministic` makes a row's results
+    independent of its batch; `tf32` multiplies float32 in TF32 on CUDA. The last two fields are the autograd's: the
+    operators receive the normalised product of the input instead of norm_ih.
     """
 
     batch_sizes: Tensor | None = None
@@ -27,6 +28,7 @@ class LayerOptions(NamedTuple):
     norm_c_bias: Tensor | None = None
     deterministic: bool = False
     lengths: Tensor | None = None
+    tf32: bool = False
     norm_ih: Tensor | None = None
     recompute: bool = False
 

@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 import torch
 
-from fused_rnn import _C, cuda, policy, reference
+from fused_rnn import _C, cuda, policy
+from fused_rnn.cell_info import NUMBER
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def plan(
         'resident'
     """
     cell = "rnn_tanh" if cell == "rnn" else cell
-    if cell not in reference.CELLS:
-        raise ValueError(f"unknown cell {cell!r}; the cells are: rnn, {', '.join(reference.CELLS)}")
+    if cell not in NUMBER:
+        raise ValueError(f"unknown cell {cell!r}; the cells are: rnn, {', '.join(NUMBER)}")
     for letter, size in dict(T=T, B=B, I=I, H=H, num_layers=num_layers).items():
         if not 1 <= size < 2**31:
             raise ValueError(f"{letter} must be at least 1 and less than 2**31, got {size}")
@@ -105,13 +106,14 @@ def plan(
         backend=backend,
         differentiable=torch.is_grad_enabled() and requires_grad,
         half=policy.autocast_dtype(device) if device.type == "cpu" else None,
+        on_gpu=device.type != "cpu",
         device=device,
         properties=properties,
     )
     if not choice.fused:
         return Plan("torch", "torch", choice.reason)
     if device.type == "cpu":
-        shared = _C.cpu_plan(reference.CELLS.index(cell), T, B, I, H, H, directions, torch.get_num_threads())
+        shared = _C.cpu_plan(NUMBER[cell], T, B, I, H, H, directions, torch.get_num_threads())
         return Plan("fused", "cpu", choice.reason, shared, shared)
     properties = properties or cuda.device_properties(device)
     if T == 1 or not cuda.is_resident(cell, dtype, B, H, directions, properties):

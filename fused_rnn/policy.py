@@ -7,6 +7,7 @@ one device, while nothing but a compiler observes or rewrites torch's operations
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -15,19 +16,20 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from fused_rnn import cuda
+from fused_rnn import _C, cuda
 
 BACKENDS = ("auto", "fused", "torch")
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
 FAKE_TYPES = (FakeTensor, FunctionalTensor)  # the types of plain tensors while a compiler traces
 COMPILERS_TYPES = (*PLAIN_TYPES, *FAKE_TYPES)
-KERNEL_DTYPES = (torch.float32, torch.float64)  # on the CPU; the others are widened first
-DTYPES = (*KERNEL_DTYPES, torch.bfloat16, torch.float16)
+DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in _C.dtypes())
+KERNEL_DTYPES = DTYPES[:2]  # float32 and float64; on the CPU the others are widened first
 ALWAYS_FUSED = (*KERNEL_DTYPES, torch.float16)  # for bfloat16 it depends on sizes and on the processor
 CASTABLE = (torch.float32, torch.bfloat16, torch.float16)  # by autocast
 HAS_BF16_PRODUCTS = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 CPU = torch.device("cpu")
 Kind = Literal["sequence", "packed", "step", "cell"]
+on_cuda: Callable[[Any], bool] = attrgetter("is_cuda")  # whether the CUDA operators compute with a tensor
 deterministic = torch.are_deterministic_algorithms_enabled
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -54,6 +56,7 @@ def choose(
     backend: str = "auto",
     differentiable: bool = False,
     half: torch.dtype | None = None,
+    on_gpu: bool = False,
     device: torch.device = CPU,
     properties: cuda.Properties | None = None,
 ) -> Choice:
@@ -68,6 +71,7 @@ def choose(
         backend: of the module: "auto", "fused" or "torch".
         differentiable: whether the call records a gradient.
         half: autocast's dtype, or None outside of autocast.
+        on_gpu: whether the device is a CUDA device.
         device: of the tensors.
         properties: of a CUDA device that is not in this machine; None means `device`'s own.
 
@@ -75,7 +79,6 @@ def choose(
     """
     if backend == "torch":
         return Choice(False, "backend is 'torch'")
-    on_gpu = device.type == "cuda"
     if on_gpu and (projected or kind == "cell"):
         return Choice(False, "the CUDA kernels have no projections and no cells")
     if on_gpu and T * B * I == 0:

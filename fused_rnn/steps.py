@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fused_rnn import call, layers, operators, policy
-from fused_rnn.operators import NUMBER
+from fused_rnn.cell_info import NUMBER
 from fused_rnn.spec import Spec
 
 

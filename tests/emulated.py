@@ -1,18 +1,24 @@
-"""The CUDA operators on tensors of the CPU: bindings and kernels compiled for the emulator, as torch operators."""
+"""The CUDA operators on tensors of the CPU: bindings and kernels compiled for the emulator, as torch operators.
+
+They have the schemas of ``fused_rnn::forward`` and ``backward``, in a namespace of their own.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from fused_rnn import cuda
+from fused_rnn import cuda, fakes, layers, operators, policy
 
 ROOT = Path(__file__).resolve().parent.parent
 H200 = (132, 232448, 90)  # what the emulator says it is; see cuda.device_properties
@@ -29,9 +35,9 @@ def build(folder: Path, *options: str) -> Path:
     """Compiles the library; `options` go to every call of the compiler."""
     flags = ["-std=c++17", "-O1", "-fPIC", "-DFUSED_RNN_EMULATOR", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
     flags += [f"-I{path}" for path in (ROOT / "csrc/cuda", ROOT / "tests/cuda_emulator", *include_paths())]
-    sources = [*(ROOT / "csrc/cuda").glob("*.c*"), ROOT / "csrc/bindings/cuda_ops.cpp"]
+    sources = [*(ROOT / "csrc/cuda").glob("*.c*"), *(ROOT / "csrc/bindings").glob("cuda_*.cpp")]
     sources = [path for path in sources if path.suffix in (".cpp", ".cu") and path.name != "launch.cu"]
-    sources.append(ROOT / "tests/cuda_emulator/emulator.cpp")
+    sources += [ROOT / f"tests/cuda_emulator/{name}.cpp" for name in ("emulator", "last_launch")]
     objects = [folder / f"{path.name}.o" for path in sources]
 
     def compile_one(source: Path, result: Path) -> None:
@@ -47,12 +53,38 @@ def build(folder: Path, *options: str) -> Path:
 
 
 @functools.cache
-def load_once() -> None:
+def load_once() -> ctypes.CDLL:
     """Builds and loads it for all tests of this process."""
     with tempfile.TemporaryDirectory() as folder:
-        load(build(Path(folder)))
+        return load(build(Path(folder)))
 
 
-def load(library: Path) -> None:
+def load(library: Path) -> ctypes.CDLL:
     torch.ops.load_library(library)
-    cuda.register_fakes("fused_rnn_emulator")
+    fakes.register("fused_rnn_emulator")
+    return ctypes.CDLL(str(library))
+
+
+def operator(name: str, **options: Any) -> Any:
+    """The emulated ``fused_rnn::{name}``, with arguments of the test's own."""
+    return functools.partial(getattr(torch.ops.fused_rnn_emulator, name).default, **options)
+
+
+def use(patch: pytest.MonkeyPatch, *, tf32: bool = True, **options: Any) -> None:
+    """Has every layer computed by the CUDA operators, with these options in each call."""
+    load_once()
+    patch.setattr(policy, "on_cuda", lambda x: True)
+    patch.setattr(cuda, "tf32_allowed", lambda: tf32)
+    patch_operators(patch, operator("forward", **options), operator("backward", **options))
+
+
+def patch_operators(patch: pytest.MonkeyPatch, forward: Any, backward: Any) -> None:
+    """Has every layer computed by these in place of ``fused_rnn::forward`` and ``backward``."""
+    patch.setattr(layers, "forward_operator", forward)
+    patch.setattr(operators, "forward_operator", forward)
+    patch.setattr(operators, "backward_operator", backward)
+
+
+def last_was_resident() -> bool:
+    """Whether the last kernel is one of those that keep the recurrent weights on the chip."""
+    return load_once().fused_rnn_emulated_shared_bytes() >= 4096

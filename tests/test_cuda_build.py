@@ -3,7 +3,6 @@ nothing, and the library loads under any torch and tells its compilers the right
 
 from __future__ import annotations
 
-import ast
 import re
 import shutil
 import subprocess
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_rnn
 import sass
@@ -227,131 +225,20 @@ print(any("libtorch_cuda" in line for line in open("/proc/self/maps")))
 
 LOAD = """
 import sys, torch
-torch.ops.load_library(sys.argv[1])
-for name in ("recurrence_forward", "recurrence_backward"):
-    print(getattr(torch.ops.fused_rnn, name).default._schema)
-x = torch.zeros(1, 2, 1, 4)
-try:
-    torch.ops.fused_rnn.recurrence_forward(x, None, None, 0, False, True, -1, torch.zeros(1, 4, 4), None, None, None)
-except NotImplementedError as error:
-    print("'CPU' backend" in str(error))
+for library in sys.argv[1:]:
+    torch.ops.load_library(library)
+for name in ("forward", "backward"):
+    operator = getattr(torch.ops.fused_rnn, name).default
+    keys = [key for key in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key)]
+    print(operator.name(), *keys)
 """
 
 
-@needs_sources
-def test_it_loads_by_itself_and_refuses_cpu_tensors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [("_cuda.so", "_cpu.so"), ("_cpu.so", "_cuda.so")], ids=" ".join)
+def test_it_registers_the_cpus_operators_for_cuda(order: tuple[str, str], tmp_path: Path) -> None:
     """Without the package, under this torch, whether or not it has CUDA and the machine a GPU."""
-    definitions = re.findall(r"\bm\.def\((.*?)\);", source("bindings/cuda_ops.cpp"), flags=re.DOTALL)
-    schemas = [f"fused_rnn::{ast.literal_eval(f'({text})')}" for text in definitions]
-    assert len(schemas) == 2
-    assert run_python(LOAD, LIBRARY, cwd=tmp_path).splitlines() == [*schemas, "True"]
-
-
-@pytest.fixture(scope="module")
-def operators() -> None:
-    """The library's operators, with their fakes, under a torch without CUDA, too."""
-    if not cuda.available():
-        torch.ops.load_library(LIBRARY)
-        cuda.register_fakes("fused_rnn")
-
-
-T, B = 5, 3
-
-
-def check(tensor: torch.Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert tuple(tensor.shape) == shape, name
-    assert tensor.dtype is dtype, name
-    assert tensor.device.type == "cuda", name
-    assert tensor.stride() == torch.empty(shape, device="meta").stride(), name
-
-
-@pytest.mark.parametrize("H", [8, 13])
-@pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("regularised", [False, True])
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "whole"),  # of a resident kernel: elements of 16 bytes; of the others: 1
-    [
-        (torch.bfloat16, 8),
-        (torch.float32, 4),
-        (torch.float16, 1),
-        (torch.float64, 1),
-    ],
-)
-@pytest.mark.parametrize("cell", reference.CELLS)
-def test_fake_kernels_give_what_the_operators_allocate(
-    operators: None,
-    cell: str,
-    dtype: torch.dtype,
-    whole: int,
-    train: bool,
-    regularised: bool,
-    directions: int,
-    H: int,
-) -> None:
-    """As csrc/bindings/cuda_ops.cpp does."""
-    number, G, D, is_lstm = reference.CELLS.index(cell), reference.GATES[cell], directions, cell == "lstm"
-    is_resident, padded = whole > 1, -(-H // whole) * whole
-    blocks = 4 if cell in ("lstm", "gru") else 1  # kSaved and kGrads
-    normalised = regularised and not is_resident
-    kept, norms = (D if train else 0), (D if normalised else 0)
-    kept_state = kept if is_lstm or (regularised and cell == "gru") else 0
-    arithmetic = torch.float64 if dtype is torch.float64 else torch.float32
-    with FakeTensorMode():
-
-        def given(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="cuda")
-
-        biases, h0 = (given(D, G * H), given(D, G * H)), given(D, B, H)
-        lengths = torch.empty(B, dtype=torch.int32, device="cuda")
-        resets = torch.empty(T, B, dtype=torch.bool, device="cuda")
-        options: dict[str, torch.Tensor | None] = {}
-        if regularised:
-            options = {"drop_h": h0, "zone_h": given(T, B, D * H), "zone_c": given(D * H) if is_lstm else None}
-        if normalised:
-            options |= {"norm_hh": given(D, G * H), "norm_c": given(D, H) if is_lstm else None}
-        y, h_n, c_n, h_prev, saved, state_prev, h_gates, statistics, c_sequence = (
-            torch.ops.fused_rnn.recurrence_forward(
-                given(D, T, B, G * H),
-                h0,
-                h0 if is_lstm else None,
-                number,
-                train,
-                is_resident,
-                -1,
-                given(D, G * H, padded),
-                *biases,
-                lengths,
-                resets,
-                want_c_sequence=is_lstm,
-                **options,
-            )
-        )
-        check(y, "y", (T, B, D * H), dtype)
-        check(h_n, "h_n", (D, B, H), dtype)
-        check(c_n, "c_n", (D if is_lstm else 0, B, H), dtype)
-        # Where every step is a product of its own, slot T is the last state's; an empty tensor says nothing of it.
-        check(h_prev, "h_prev", (kept, T + 1 if train and not is_resident else T, B, padded), dtype)
-        check(saved, "saved", (kept, T, B, blocks * H), dtype)
-        check(state_prev, "state_prev", (kept_state, T, B, H), arithmetic)
-        check(h_gates, "h_gates", (norms if train else 0, T, B, G * H), dtype)
-        check(statistics, "statistics", (norms if train else 0, T, B, 4), arithmetic)
-        check(c_sequence, "c_sequence", (T, B, D * H) if is_lstm else (0,), dtype)
-        if not train:
-            return
-
-        left = (h_prev, saved, state_prev, h_gates, statistics)
-        dgates, dh0, dc0, dreset_h, dreset_c, dh_gates, dnorm_hh, dnorm_c = torch.ops.fused_rnn.recurrence_backward(
-            y, h_n, None, *left, number, is_resident, -1, given(D, H, G * padded), lengths, resets, True, **options
-        )
-        check(dgates, "dgates", (D, T, B, blocks * padded), dtype)
-        check(dh0, "dh0", (D, B, H), dtype)
-        check(dc0, "dc0", (D if is_lstm else 0, B, H), dtype)
-        check(dreset_h, "dreset_h", (D, T, B, H), dtype)
-        check(dreset_c, "dreset_c", (D if is_lstm else 0, T, B, H), dtype)
-        check(dh_gates, "dh_gates", (norms, T, B, G * H), dtype)
-        check(dnorm_hh, "dnorm_hh", (norms, B, G * H), arithmetic)
-        check(dnorm_c, "dnorm_c", (norms if is_lstm else 0, B, 2 * H), arithmetic)
+    found = run_python(LOAD, *(LIBRARY.with_name(name) for name in order), cwd=tmp_path)
+    assert found.splitlines() == ["fused_rnn::forward CPU CUDA", "fused_rnn::backward CPU CUDA"]
 
 
 def test_the_package_sees_the_library_where_torch_has_cuda() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import emulated
-from fused_rnn import reference
+from fused_rnn import policy, reference
 from test_fuzz import DAMAGES, DISGUISES, check, damaged, searched
 
 pytestmark = [
@@ -24,6 +24,7 @@ pytestmark = [
 ]
 
 CELLS = list(reference.CELLS)
+PLANNED, EVERY_STEP = -1, -2  # as `instance`; csrc/bindings/schemas.h
 
 
 @pytest.fixture(autouse=True)
@@ -31,66 +32,75 @@ def library() -> None:
     emulated.load_once()
 
 
-def forward_arguments(cell: str, resident: bool, D: int, dtype: torch.dtype, more: bool) -> dict[str, Any]:
-    """Of a valid call; with all options if `more`."""
+def forward_arguments(
+    cell: str, instance: int, D: int, dtype: torch.dtype, kind: str, more: bool, H: int = 8
+) -> dict[str, Any]:
+    """Of a valid call, "padded", "packed" or "step"; with all options if `more`."""
     torch.manual_seed(0)
-    T, B, H, G = 3, 2, 8, reference.GATES[cell]
-    is_lstm = cell == "lstm"
+    T, B, size, G = 3, 2, 4, reference.GATES[cell]
+    is_lstm, is_step = cell == "lstm", kind == "step"
+    shape = {"packed": (5,), "step": (B,)}.get(kind, (T, B))
+    state = (B, H) if is_step else (D, B, H)
+    normalised = more and instance == EVERY_STEP
 
     def of(*shape: int) -> Tensor:
         return torch.randn(shape).to(dtype)
 
-    return dict(
-        x_gates=of(D, T, B, G * H),
-        h0=of(D, B, H),
-        c0=of(D, B, H) if is_lstm else None,
+    weights: dict[str, Tensor | None] = {}
+    for suffix in ("", "_reverse"):
+        for name, *rows in (("w_ih", G * H, size), ("w_hh", G * H, H), ("b_ih", G * H), ("b_hh", G * H)):
+            weights[name + suffix] = of(*rows) if D == 2 or not suffix else None
+    return weights | dict(
+        x=of(*shape, size),
+        h0=of(*state),
+        c0=of(*state) if is_lstm else None,
         cell=CELLS.index(cell),
         train=True,
-        resident=resident,
-        instance=-1,
-        w_hh=of(D, G * H, H),
-        b_ih=of(D, G * H),
-        b_hh=of(D, G * H),
-        lengths=torch.tensor([3, 1], dtype=torch.int32) if more else None,
-        resets=torch.rand(T, B) < 0.5 if more else None,
-        reset_h=of(D, T, B, H) if more else None,
-        reset_c=of(D, T, B, H) if more and is_lstm else None,
+        batch_sizes=torch.tensor([2, 2, 1]) if kind == "packed" else None,
+        lengths=torch.tensor([3, 1], dtype=torch.int32) if more and kind == "padded" else None,
+        resets=torch.rand(shape) < 0.5 if more and not is_step else None,
+        reset_h=of(T, D, B, H) if more and not is_step else None,
+        reset_c=of(T, D, B, H) if more and is_lstm and not is_step else None,
         want_c_sequence=more and is_lstm,
-        drop_h=of(D, B, H) if more else None,
-        zone_h=of(T, B, D * H) if more else None,
+        drop_h=of(*state) if more else None,
+        zone_h=of(*shape, D * H) if more else None,
         zone_c=of(D * H) if more and is_lstm else None,
-        norm_hh=of(D, G * H) if more and not resident else None,
-        norm_c=of(D, H) if more and is_lstm and not resident else None,
-        norm_c_bias=of(D, H) if more and is_lstm and not resident else None,
-        norm_eps=reference.NORM_EPS,
+        norm_hh=of(D, G * H) if normalised else None,
+        norm_c=of(D, H) if normalised and is_lstm else None,
+        norm_c_bias=of(D, H) if normalised and is_lstm else None,
+        tf32=True,
+        instance=instance,
     )
 
 
 def backward_arguments(forward: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(1)
-    y, h_n, c_n, *left, c_sequence = torch.ops.fused_rnn_emulator.recurrence_forward(**forward)
-    variant = ("drop_h", "zone_h", "zone_c", "norm_hh", "norm_c", "norm_c_bias")
-    same = {name: forward[name] for name in ("cell", "resident", "instance", "lengths", "resets", *variant)}
-    same |= dict(zip(("h_prev", "saved", "state_prev", "h_gates", "statistics"), left, strict=True))
-    return same | dict(
+    y, h_n, c_n, reserve, c_sequence = torch.ops.fused_rnn_emulator.forward(**forward)
+    names = ("x", "w_ih", "w_hh", "w_ih_reverse", "w_hh_reverse", "cell", "batch_sizes", "lengths", "resets")
+    names += ("drop_h", "zone_h", "zone_c", "norm_hh", "norm_c", "norm_c_bias", "tf32", "instance")
+    needs = ("dx", "dstate", "dw_ih", "dw_hh", "db", "dw_hr")
+    return {name: forward[name] for name in names} | dict(
         dy=torch.randn_like(y),
-        dh_n=torch.randn_like(h_n),
+        dh_n=torch.randn_like(h_n) if h_n.numel() else None,
         dc_n=torch.randn_like(c_n) if c_n.numel() else None,
-        w_hh_t=forward["w_hh"].transpose(1, 2).contiguous(),
-        need_dreset=forward["resets"] is not None,
+        reserve=reserve,
+        reset_steps=0 if forward["resets"] is None else -1,
         dc_sequence=torch.randn_like(c_sequence) if c_sequence.numel() else None,
+        **{f"need_{need}": True for need in needs},
     )
 
 
 @st.composite
 def calls(draw: Callable, operator: str) -> dict[str, Any]:
-    resident = draw(st.booleans())
-    dtypes = [torch.float32, torch.bfloat16, torch.float16] + ([] if resident else [torch.float64])
+    instance = draw(st.sampled_from([PLANNED, EVERY_STEP, 0]))
+    dtypes = [torch.float32, torch.bfloat16, torch.float16] + ([torch.float64] if instance == EVERY_STEP else [])
+    kind = draw(st.sampled_from(["padded", "packed", "step"]))
     arguments = forward_arguments(
         draw(st.sampled_from(CELLS)),
-        resident,
-        draw(st.integers(1, 2)),
+        instance,
+        1 if kind == "step" else draw(st.integers(1, 2)),
         draw(st.sampled_from(dtypes)),
+        kind,
         draw(st.booleans()),
     )
     return backward_arguments(arguments) if operator == "backward" else arguments
@@ -100,57 +110,122 @@ def calls(draw: Callable, operator: str) -> dict[str, Any]:
 @settings(searched, max_examples=40)
 @given(data=st.data())
 def test_damaged_calls(operator: str, data: st.DataObject) -> None:
-    call = getattr(torch.ops.fused_rnn_emulator, f"recurrence_{operator}")
+    call = getattr(torch.ops.fused_rnn_emulator, operator)
     # Behind a row's end, what forward keeps for backward is memory that nobody has written to.
     check(call, damaged(data, data.draw(calls(operator), "call")), slice(3) if operator == "forward" else slice(1, 3))
+
+
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize(("kind", "D"), [("padded", 1), ("padded", 2), ("packed", 2), ("step", 1)])
+@pytest.mark.parametrize(
+    ("instance", "dtype"),
+    [
+        (0, torch.bfloat16),
+        (0, torch.float32),
+        (EVERY_STEP, torch.float16),
+        (EVERY_STEP, torch.float64),
+    ],
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_fake_kernels_give_what_the_operators_allocate(
+    cell: str, instance: int, dtype: torch.dtype, kind: str, D: int, more: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes, strides and dtypes as torch's compilers are told, whichever kernels run."""
+    monkeypatch.setattr(policy, "on_cuda", lambda x: True)
+    arguments = forward_arguments(cell, instance, D, dtype, kind, more, H=13)
+    for train in (True, False):
+        forward = arguments | dict(train=train)
+        torch.library.opcheck(
+            torch.ops.fused_rnn_emulator.forward.default, (), forward, test_utils=("test_schema", "test_faketensor")
+        )
+    backward = backward_arguments(arguments)
+    torch.library.opcheck(
+        torch.ops.fused_rnn_emulator.backward.default, (), backward, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cell", CELLS)
 def test_weights_that_begin_anywhere(cell: str, dtype: torch.dtype) -> None:
     """A GPU loads them by 16 bytes from addresses that are multiples of 16; flat parameters lie as they come."""
-    forward = forward_arguments(cell, True, 1, dtype, False)
+    arguments = forward_arguments(cell, 0, 1, dtype, "padded", False)
+    moved = DISGUISES["later in a buffer"](arguments["w_hh"])
+    assert moved.data_ptr() % 16 and moved.is_contiguous()
+    results = []
+    for w_hh in (arguments["w_hh"], moved):
+        forward = arguments | dict(w_hh=w_hh)
+        of_backward = torch.ops.fused_rnn_emulator.backward(**backward_arguments(forward))
+        results.append([*torch.ops.fused_rnn_emulator.forward(**forward)[:3], *of_backward])
+    for found, expected in zip(*results, strict=True):
+        assert found is expected or torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+@pytest.mark.parametrize("instance", [EVERY_STEP, 0])
+def test_autocast_around_a_call_changes_nothing(instance: int, kind: str) -> None:
+    """As when backward is called under it: torch's products inside would have another dtype than the kernels read."""
+    forward = forward_arguments("gru", instance, 2, torch.float32, kind, True)
     backward = backward_arguments(forward)
-    for operator, arguments, name in [("forward", forward, "w_hh"), ("backward", backward, "w_hh_t")]:
-        call = getattr(torch.ops.fused_rnn_emulator, f"recurrence_{operator}")
-        moved = DISGUISES["later in a buffer"](arguments[name])
-        assert moved.data_ptr() % 16 and moved.is_contiguous()
-        for found, expected in zip(call(**arguments | {name: moved}), call(**arguments), strict=True):
-            assert torch.equal(found, expected)
+    for operator, arguments in (("forward", forward), ("backward", backward)):
+        call = getattr(torch.ops.fused_rnn_emulator, operator)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = call(**arguments)
+        for a, b in zip(found[:3], call(**arguments)[:3], strict=True):
+            assert a is b or torch.equal(a, b)
+        assert [None if t is None else t.dtype for t in found] == [
+            None if t is None else t.dtype for t in call(**arguments)
+        ]
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_parameters_are_taken_as_they_are(kind: str) -> None:
+    """Called directly, where torch would record gradients, the operators compute the same, as on the CPU."""
+    forward = forward_arguments("lstm", EVERY_STEP, 2, torch.float32, kind, True)
+    backward = backward_arguments(forward)
+    for operator, arguments in (("forward", forward), ("backward", backward)):
+        call = getattr(torch.ops.fused_rnn_emulator, operator)
+        differentiable = {
+            name: value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+            for name, value in arguments.items()
+        }
+        results = zip(call(**differentiable)[:3], call(**arguments)[:3], strict=True)
+        assert all(torch.equal(a, b) for a, b in results)
+    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("lengths", [[-1, 2], [2**31 - 1, -(2**31)], [4, 0]])
-@pytest.mark.parametrize("resident", [False, True])
-def test_lengths_outside_of_the_sequence(resident: bool, lengths: list[int]) -> None:
+@pytest.mark.parametrize("instance", [EVERY_STEP, 0])
+def test_lengths_outside_of_the_sequence(instance: int, lengths: list[int]) -> None:
     """Nobody looks at them on the host: they count as 0 and T."""
-    forward = forward_arguments("lstm", resident, 2, torch.float32, True)
+    forward = forward_arguments("lstm", instance, 2, torch.float32, "padded", True)
     inside = [min(max(length, 0), 3) for length in lengths]
     results = []
     for given_lengths in (lengths, inside):
         arguments = forward | dict(lengths=torch.tensor(given_lengths, dtype=torch.int32))
         results.append(
             [
-                *torch.ops.fused_rnn_emulator.recurrence_forward(**arguments)[:3],
-                *torch.ops.fused_rnn_emulator.recurrence_backward(**backward_arguments(arguments))[1:3],
+                *torch.ops.fused_rnn_emulator.forward(**arguments)[:3],
+                *torch.ops.fused_rnn_emulator.backward(**backward_arguments(arguments))[1:3],
             ]
         )
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("instance", [-(2**63), -2, 10, 2**31, 2**32 + 1, 2**63 - 1])
+@pytest.mark.parametrize("instance", [-(2**63), -3, 10, 2**31, 2**32 + 1, 2**63 - 1])
 def test_kernels_that_are_not_there(instance: int) -> None:
-    arguments = forward_arguments("gru", True, 1, torch.float32, False)
+    arguments = forward_arguments("gru", instance, 1, torch.float32, "padded", False)
     with pytest.raises(RuntimeError, match=r"this kernel|there is no kernel"):
-        torch.ops.fused_rnn_emulator.recurrence_forward(**arguments | dict(instance=instance))
+        torch.ops.fused_rnn_emulator.forward(**arguments)
 
 
 def test_memory_that_was_taken_away() -> None:
-    forward = forward_arguments("lstm", True, 2, torch.float32, True)
-    for operator, arguments in (("forward", forward), ("backward", backward_arguments(forward))):
-        for name in [name for name, value in arguments.items() if isinstance(value, Tensor)]:
-            if operator == "backward" and name in ("h_prev", "h_gates", "statistics"):
-                continue  # resident kernels do not read them, of an LSTM
-            with pytest.raises(RuntimeError, match=f"{name} reaches beyond the end of its storage"):
-                call = getattr(torch.ops.fused_rnn_emulator, f"recurrence_{operator}")
-                call(**arguments | {name: DAMAGES["no storage"](arguments[name])})
+    for instance in (EVERY_STEP, 0):
+        forward = forward_arguments("lstm", instance, 2, torch.float32, "padded", True)
+        for operator, arguments in (("forward", forward), ("backward", backward_arguments(forward))):
+            for name in [name for name, value in arguments.items() if isinstance(value, Tensor)]:
+                # Of both directions' weights the message has one name.
+                words = f"{name.removesuffix('_reverse')} reaches beyond the end of its storage"
+                with pytest.raises(RuntimeError, match=words):
+                    call = getattr(torch.ops.fused_rnn_emulator, operator)
+                    call(**arguments | {name: DAMAGES["no storage"](arguments[name])})

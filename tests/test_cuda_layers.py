@@ -6,8 +6,6 @@ in test_gpu.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -39,18 +37,10 @@ EMULATED = [case for case in CASES if case.T * case.B * case.H < 4000 and not ca
 EMULATED += [Case(**cell, **size) for cell in _CELLS for size in _LARGER]
 
 
-@pytest.fixture(scope="module")
-def library() -> None:
-    emulated.load_once()
-
-
 @pytest.fixture(autouse=True)
-def gpu(library: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has every layer computed by the CUDA operators."""
-    monkeypatch.setattr(policy, "on_cuda", lambda x: True)
-    monkeypatch.setattr(cuda, "device_properties", lambda device: emulated.H200)
-    monkeypatch.setattr(cuda, "tf32_allowed", lambda: True)
-    yield
+    emulated.use(monkeypatch)
 
 
 def with_precision(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,12 +114,19 @@ def test_every_kernel(cell: str, dtype: torch.dtype) -> None:
     if dtype is torch.float32:
         weights = [None if w is None else rounded_to_tf32(w) for w in weights]
 
+    number = reference.CELLS.index(cell)
+
     def run(instance: int) -> list[Tensor]:
-        layer = cuda.Layer(cell, weights, True, True, instance)
-        y, h_n, c_n, *kept, _ = layer.forward(x, h0, c0, cuda.Segments(lengths), True)
+        given = dict(lengths=lengths, tf32=True, instance=instance)
+        results = emulated.operator("forward", **given)(x, h0, c0, number, True, *weights)
+        y, h_n, c_n, reserve, _ = results
         grads = [torch.ones_like(y), torch.ones_like(h_n), torch.ones_like(c_n) if cell == "lstm" else None]
-        needs = [True] * 3 + [False] * 5 + [True] * 10  # neither resets nor norms
-        found = layer.backward(*grads, x, kept, cuda.Segments(lengths), needs)
+        w_ih, w_hh, _, _, _, w_ih_reverse, w_hh_reverse, *_ = weights
+        found = emulated.operator("backward", **given)(
+            *grads, x, reserve, number, True, True, True, True, True, False, w_ih, w_hh,
+            w_ih_reverse=w_ih_reverse, w_hh_reverse=w_hh_reverse,
+        )  # fmt: skip
+        assert emulated.last_was_resident()
         return [y, h_n, c_n, *(g for g in found if g is not None)]
 
     assert kernels() >= 10
@@ -156,25 +153,58 @@ def test_not_a_number(cell: str, dtype: torch.dtype) -> None:
     assert y[:, [0, 2]].isfinite().all() and y[0].isfinite().all()
 
 
+def test_products_around_the_recurrence_are_in_tf32() -> None:
+    """Only while the operator runs: torch's switch is set back, also where it fails."""
+    backends = torch.backends
+    before = backends.cuda.matmul.fp32_precision
+    assert before != "tf32"
+    assert cuda.in_tf32(lambda: backends.cuda.matmul.fp32_precision) == "tf32"
+    with pytest.raises(ZeroDivisionError):
+        cuda.in_tf32(lambda x: 1 / x, 0)
+    assert backends.cuda.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["f64", "f32", "bf16"])
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize(("T", "B", "H", "D"), [(1, 3, 20, 1), (2, 3, 20, 2), (2, 1, 2500, 1)])
+def test_the_planner_says_what_runs(
+    T: int, B: int, H: int, D: int, tf32: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulated.use(monkeypatch, tf32=tf32)
+    module = fused_rnn.GRU(4, H, bidirectional=D == 2, dtype=dtype, backend="fused")
+    with torch.no_grad():
+        module(torch.randn(T, B, 4, dtype=dtype))
+    options = dict(bidirectional=D == 2, backend="fused", properties=emulated.H200)
+    plan = fused_rnn.plan("gru", dtype, T, B, 4, H, **options)
+    assert plan.way == ("resident" if emulated.last_was_resident() else "steps")
+
+
 def test_bad_calls_raise() -> None:
-    forward = torch.ops.fused_rnn_emulator.recurrence_forward
-    x, w = torch.randn(1, 2, 3, 20).bfloat16(), torch.randn(1, 20, 8).bfloat16()
-    forward(x, None, None, 2, True, True, -1, w, None, None, None)
-    bad = [
-        (x, None, None, 9, True, True, -1, w, None, None, None),  # no such cell
-        (x, None, None, 2, True, True, -1, w[:, :, :5], None, None, None),  # not padded
-        (x, None, None, 2, True, True, 99, w, None, None, None),  # no such kernel
-        (x, x[0, 0], None, 2, True, True, -1, w, None, None, None),  # h0 of another shape
-        (x, None, None, 2, True, True, -1, w.float(), None, None, None),  # another dtype
-        (x.double(), None, None, 2, True, True, -1, w.double(), None, None, None),  # no float64 in the kernels
-        (x, None, None, 2, True, True, -1, w, None, None, torch.tensor([1, 2, 3])),  # int64 lengths
-        (x[:, :0], None, None, 2, True, True, -1, w, None, None, None),  # no steps
-        (x, None, None, 2, True, True, -1, w, None, None, None, torch.zeros(2, 3)),  # resets are bool
-        (x, None, torch.zeros(1, 3, 5).bfloat16(), 0, True, True, -1, w, None, None, None),  # the RNN has no c
+    forward = emulated.operator("forward")
+    x, w_ih, w_hh = torch.randn(2, 3, 4).bfloat16(), torch.randn(20, 4).bfloat16(), torch.randn(20, 5).bfloat16()
+    good = dict(x=x, h0=None, c0=None, cell=2, train=True, w_ih=w_ih, w_hh=w_hh, tf32=True, instance=-1)
+    forward(**good)
+    doubles = dict(x=x.double(), w_ih=w_ih.double(), w_hh=w_hh.double())
+    bad: list[dict[str, object]] = [
+        dict(cell=9),  # no such cell
+        dict(w_hh=w_hh[:, :4]),
+        dict(instance=99),  # no such kernel
+        dict(instance=-3),
+        dict(h0=x[0]),  # of another shape
+        dict(w_hh=w_hh.float()),  # another dtype
+        dict(doubles, instance=0),  # no float64 in the resident kernels
+        dict(x=x.float(), w_ih=w_ih.float(), w_hh=w_hh.float(), instance=0, tf32=False),  # nor any other float32
+        dict(lengths=torch.tensor([1.0, 2.0, 3.0])),
+        dict(lengths=torch.tensor([1, 2])),
+        dict(x=x[:0]),  # no steps
+        dict(x=x[:, :0]),  # no rows
+        dict(resets=torch.zeros(2, 3)),  # resets are bool
+        dict(cell=0, w_ih=w_ih[:5], w_hh=w_hh[:5], c0=torch.zeros(1, 3, 5).bfloat16()),  # the RNN has no c
+        dict(w_hh=w_hh[:, :3], w_hr=torch.zeros(3, 5).bfloat16()),  # no projection
     ]
-    for arguments in bad:
+    for change in bad:
         with pytest.raises(RuntimeError):
-            forward(*arguments)
+            forward(**good | change)
 
 
 def test_autocast_casts_as_for_torch() -> None:

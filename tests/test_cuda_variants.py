@@ -6,8 +6,9 @@ dtype; with resets, lengths and packed rows, on the resident kernels and on thos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,9 +17,12 @@ from torch import Tensor
 
 import emulated
 import fused_rnn
-from fused_rnn import cuda, layers, policy, reference
-from fused_rnn.reference import GATES, Norms
+from emulated import patch_operators
+from fused_rnn import layers, operators, policy, reference
+from fused_rnn.options import LayerOptions
+from fused_rnn.reference import GATES
 from test_gpu import PRECISIONS, Precision, farther, rounded_to_tf32
+from test_variants import NORMS
 from tolerances import assert_as_accurate
 
 pytestmark = [
@@ -64,19 +68,13 @@ CASES = [(cell, v) for cell in reference.CELLS for v in VARIANTS if cell == "lst
 # The two that differ from others only in how numbers are stored need fewer.
 EMULATED = [(*case, name) for name in PRECISIONS for case in (CASES[::3] if name in ("f16", "f32") else CASES)]
 T, B, SIZE = 4, 6, 5
-
-
-@pytest.fixture(scope="module")
-def library() -> None:
-    emulated.load_once()
+EVERY_STEP = -2  # as `instance`: kEveryStep of csrc/bindings/schemas.h
 
 
 @pytest.fixture(autouse=True)
-def gpu(library: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has every layer computed by the CUDA operators."""
-    monkeypatch.setattr(policy, "on_cuda", lambda x: True)
-    monkeypatch.setattr(cuda, "device_properties", lambda device: emulated.H200)
-    yield
+    emulated.use(monkeypatch)
 
 
 @dataclass(frozen=True)
@@ -148,14 +146,13 @@ class Inputs:
         D = sum(name.startswith("w_ih") for name in inputs)
         weights = [inputs.get(f"{w} {d}") for d in range(D) for w in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
         states = {name: inputs[name] for name in ("reset_h", "reset_c") if name in inputs}
-        norms = Norms(*(inputs.get(f"norm_{kind}") for kind in Norms._fields))
+        norms = {name: inputs[name] for name in NORMS if name in inputs}
         lengths = self.steering.get("lengths")
         x = inputs["x"]
         if lengths is not None:  # as the modules do
             x = torch.where((torch.arange(T, device=x.device).unsqueeze(1) < lengths).unsqueeze(2), x, 0.0)
-        outputs = layer(
-            self.cell, x, inputs["h0"], inputs.get("c0"), weights, norms=norms, **states, **self.steering,
-        )  # fmt: skip
+        options = LayerOptions(**norms, **states, **self.steering)
+        outputs = layer(self.cell, x, inputs["h0"], inputs.get("c0"), weights, options)
         return {name: o for name, o in zip(("y", "h_n", "c_n", "c_sequence"), outputs, strict=False) if o is not None}
 
     def results(self, layer: Callable, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -171,14 +168,16 @@ class Inputs:
 
 def ways_taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of every call of an operator to come: whether it was for the resident kernels."""
-    found, way = [], cuda._layer
+    found: list[bool] = []
 
-    def noted(*arguments: Any) -> cuda.Layer:
-        layer = way(*arguments)
-        found.append(layer.resident)
-        return layer
+    def noted(operator: Callable, *arguments: Any) -> Any:
+        results = operator(*arguments)
+        found.append(emulated.last_was_resident())
+        return results
 
-    monkeypatch.setattr(cuda, "_layer", noted)
+    patch_operators(
+        monkeypatch, *(partial(noted, o) for o in (operators.forward_operator, operators.backward_operator))
+    )
     return found
 
 
@@ -186,9 +185,7 @@ def ways_taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_is_the_specification(cell: str, variant: Variant, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     precision = PRECISIONS[name]
     dtype = precision.dtype
-    monkeypatch.setattr(cuda, "tf32_allowed", lambda: precision.tf32)
-    if not variant.resident:
-        monkeypatch.setattr(cuda, "is_resident", lambda *sizes: False)
+    emulated.use(monkeypatch, tf32=precision.tf32, instance=-1 if variant.resident else EVERY_STEP)
     ways = ways_taken(monkeypatch)
     inputs = Inputs.drawn(cell, variant, dtype)
     actual = inputs.results(layers.layer, dtype)
@@ -279,19 +276,16 @@ def test_fake_kernels_agree(cell: str, variant: Variant, monkeypatch: pytest.Mon
     """Shapes, strides and types as torch's compilers are told."""
     calls: list[tuple[Any, tuple[Any, ...]]] = []
 
-    class Operators:
-        def __getattr__(self, name: str) -> Callable:
-            operator = getattr(torch.ops.fused_rnn_emulator, name).default
+    def noted(name: str) -> Callable:
+        operator = getattr(torch.ops.fused_rnn_emulator, name).default
 
-            def call(*arguments: Any) -> Any:
-                calls.append((operator, arguments))
-                return operator(*arguments)
+        def call(*arguments: Any) -> Any:
+            calls.append((operator, (*arguments, -1 if variant.resident else EVERY_STEP)))
+            return operator(*calls[-1][1])
 
-            return call
+        return call
 
-    monkeypatch.setattr(cuda_layer, "_operators", lambda tensor: Operators())
-    if not variant.resident:
-        monkeypatch.setattr(cuda, "is_resident", lambda *sizes: False)
+    patch_operators(monkeypatch, noted("forward"), noted("backward"))
     Inputs.drawn(cell, variant, torch.bfloat16).results(layers.layer, torch.bfloat16)
     assert len(calls) == 2
     for operator, arguments in calls:
@@ -300,19 +294,18 @@ def test_fake_kernels_agree(cell: str, variant: Variant, monkeypatch: pytest.Mon
 
 
 def test_bad_calls_raise() -> None:
-    forward = torch.ops.fused_rnn_emulator.recurrence_forward
-
-    def call(resident: bool = False, cell: int = 2, **options: Tensor) -> Any:
-        G, padded = GATES[reference.CELLS[cell]], 8 if resident else 5
-        gates, w_hh = torch.zeros(1, 2, 3, G * 5).bfloat16(), torch.zeros(1, G * 5, padded).bfloat16()
-        return forward(gates, None, None, cell, True, resident, -1, w_hh, None, None, **options)
-
     def zeros(*sizes: int) -> Tensor:
         return torch.zeros(sizes).bfloat16()
 
+    def call(cell: int = 2, **options: Any) -> Any:
+        rows = GATES[reference.CELLS[cell]] * 5
+        return emulated.operator("forward")(
+            zeros(2, 3, rows), None, None, cell, True, None, zeros(rows, 5), **options
+        )  # fmt: skip
+
     call(drop_h=zeros(1, 3, 5), zone_h=zeros(5), zone_c=zeros(2, 3, 5), norm_hh=zeros(1, 20), norm_c=zeros(1, 5))
-    bad = [
-        dict(resident=True, norm_hh=zeros(1, 20)),
+    bad: list[dict[str, Any]] = [
+        dict(instance=0, norm_hh=zeros(1, 20)),
         dict(drop_h=zeros(3, 5)),
         dict(zone_h=zeros(2, 3, 4)),
         dict(zone_h=zeros(4)),

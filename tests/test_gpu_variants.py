@@ -6,6 +6,7 @@ The cases are those of the emulator. The reference is computed on the CPU.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -14,9 +15,10 @@ from torch import Tensor
 
 import fused_rnn
 from contract import fused_calls
-from fused_rnn import cuda, layers, reference
+from emulated import patch_operators
+from fused_rnn import layers, operators, reference
 from gpu.timing import tf32_allowed
-from test_cuda_variants import CASES, VARIANTS, Inputs, Variant, assert_is_the_specification, pieces
+from test_cuda_variants import CASES, EVERY_STEP, VARIANTS, Inputs, Variant, assert_is_the_specification, pieces
 from test_gpu import (
     GPU,
     Precision,
@@ -41,7 +43,8 @@ def test_is_the_specification(
 ) -> None:
     """And once more: the second time is the same to the last bit."""
     if not variant.resident:
-        monkeypatch.setattr(cuda, "is_resident", lambda *sizes: False)
+        each = (partial(o, instance=EVERY_STEP) for o in (operators.forward_operator, operators.backward_operator))
+        patch_operators(monkeypatch, *each)
     inputs = Inputs.drawn(cell, variant, precision.dtype)
 
     def run() -> dict[str, Tensor]:

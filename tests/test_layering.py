@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from fused_rnn import reference
 
 PACKAGE = Path(fused_rnn.__file__).parent
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
+COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 # What each folder may use beside itself; csrc/rnn_params.h is everyone's.
 LAYERS = {"cells": [], "cpu": ["cells"], "cuda": ["cells"], "bindings": ["cells", "cpu", "cuda"]}
 
@@ -37,11 +42,10 @@ def includes(path: Path) -> list[str]:
 # The Python modules from the bottom up: each imports only from lines above its own.
 PYTHON = [
     {"_C", "options", "spec", "tally", "launch"},
-    {"reference"},
-    {"cuda_layer", "constructor", "input_gates"},
-    {"cuda", "fakes"},
+    {"reference", "cell_info", "input_gates"},
+    {"constructor", "cuda"},
     {"policy", "operators"},
-    {"autocast", "layers"},
+    {"autocast", "layers", "fakes"},
     {"call", "compiled", "patch", "planning"},
     {"steps"},
     {"subclasses"},  # converts to the classes below at run time, and so imports the package itself
@@ -146,20 +150,52 @@ def test_python_has_the_equations_once() -> None:
 
 
 def test_the_specification_stands_alone() -> None:
-    """It imports nothing of the package: it cannot agree with the kernels by using them."""
+    """It imports nothing of the package but the names of options: it cannot agree with the kernels by using them."""
     imported = set()
     for node in ast.walk(ast.parse((PACKAGE / "reference.py").read_text())):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            imported.add("" if node.level else str(node.module).split(".")[0])
-    assert imported == {"__future__", "collections", "torch", "typing", "typing_extensions"}
+            imported.add("" if node.level else str(node.module))
+    roots = {name if name.startswith("fused_rnn") else name.split(".")[0] for name in imported}
+    assert roots == {"__future__", "collections", "fused_rnn.options", "torch", "typing", "typing_extensions"}
 
 
 def test_no_file_for_odds_and_ends() -> None:
     names = [path.stem for folder in (PACKAGE, CSRC) for path in folder.rglob("*")]
     assert "reference" in names
     assert not {"util", "utils", "helper", "helpers", "common", "misc"} & set(names)
+
+
+def test_the_specification_has_the_constants_of_the_kernels() -> None:
+    """It states them itself: it stands alone."""
+    assert {cell["name"]: cell["gates"] for cell in fused_rnn._C.cells()} == reference.GATES
+    assert [cell["name"] for cell in fused_rnn._C.cells()] == list(reference.CELLS)
+    assert fused_rnn._C.NORM_EPS == reference.NORM_EPS
+
+
+@needs_sources
+@pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"there is no C++ compiler ({COMPILER[0]})")
+@pytest.mark.parametrize("source", ["cpu/isa_portable.cpp", "cuda/plan.cpp", "cuda/recurrence.cpp"])
+def test_a_cell_that_a_switch_leaves_out_does_not_compile(source: str, tmp_path: Path) -> None:
+    """Of all switches over cells: with the options of setup.py, a CellKind that FUSED_RNN_CELLS lacks is an error."""
+    (options,) = re.findall(r"^EXHAUSTIVE_SWITCHES = (.*?)  #", (CSRC.parent / "setup.py").read_text(), re.MULTILINE)
+    copy = Path(shutil.copytree(CSRC, tmp_path / "csrc"))
+    command = [*COMPILER, "-std=c++17", "-fsyntax-only", "-Wno-psabi", *ast.literal_eval(options), copy / source]
+    assert subprocess.run(command).returncode == 0
+    contract = copy / "rnn_params.h"
+    contract.write_text(contract.read_text().replace("kLstm, kGru }", "kLstm, kGru, kToy }"))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "kToy" in done.stderr
+
+
+@needs_sources
+def test_every_switch_over_cells_is_generated() -> None:
+    """So the files compiled above are all that have one."""
+    users = {path.name for path in cpp_files(*LAYERS) if re.search(r"\bcase CellKind::\w+", code(path))}
+    assert users == {"kernels.inc", "cell_info.h", "recurrence.cpp"}
+    for path in cpp_files(*LAYERS):
+        assert not re.search(r"\bcase CellKind::k[A-Z]", code(path)), path
 
 
 def test_the_extension_knows_the_cells_of_the_specification() -> None:

@@ -2,7 +2,8 @@
 
     python benchmarks/gpu/sweep.py [--budget SECONDS] [--output DIR] [--cell lstm gru rnn] [--dtype bfloat16 tf32]
 
-Measured is the recurrence alone, by replays of a CUDA graph; the products over all time steps around it are cuBLAS's.
+Measured is the recurrence alone, by replays of a CUDA graph: the layer is given W_ih x, and no gradient of a weight is
+asked for. Of two directions the time includes a copy of W_ih x.
 A line of gpu_sweep.jsonl per kernel; the table says where the planner's choice is not the fastest, and by how much. The
 constants of csrc/cuda/plan.cpp are fitted to it.
 """
@@ -24,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fused_rnn import cuda, reference
+from fused_rnn.cell_info import NUMBER
 from harness.shapes import GROUPS, Shape
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32}
@@ -57,19 +59,14 @@ def main() -> None:
 def sweep(cell: str, dtype: torch.dtype, shape: Shape) -> list[dict[str, Any]]:
     """A line per kernel that fits, forward and backward."""
     D, G = 2 if shape.bi else 1, reference.GATES[cell]
-    weights = [
-        t if t is None else t.to("cuda", dtype)
-        for _ in range(D)
-        for t in (torch.randn(G * shape.H, shape.I), torch.randn(G * shape.H, shape.H) / shape.H**0.5, None, None, None)
-    ]
-    x = torch.randn(shape.T, shape.B, shape.I, device="cuda", dtype=dtype)
-    properties = cuda.device_properties(x.device)
+    w_hh = [(torch.randn(G * shape.H, shape.H) / shape.H**0.5).to("cuda", dtype) for _ in range(D)]
+    gates = torch.randn(shape.T, shape.B, D * G * shape.H, device="cuda", dtype=dtype)
+    properties = cuda.device_properties(gates.device)
     lines = []
     for backward in (False, True):
         found = cuda.plans(cell, dtype, shape.B, shape.H, D, backward, properties)
         for rank, plan in enumerate(found):
-            layer = cuda.Layer(cell, weights, True, True, plan["instance"])
-            call = recurrence(cell, layer, x, backward)
+            call = recurrence(cell, gates, w_hh, plan["instance"], backward)
             try:
                 seconds = replay_time(call)
             except RuntimeError as error:
@@ -92,24 +89,27 @@ def kernel_name(line: dict[str, Any]) -> str:
     return f"{line['kernel']} {line['unit_warps']}x{line['depth_warps']}x{line['row_tiles']}"
 
 
-def recurrence(cell: str, layer: cuda.Layer, x: torch.Tensor, backward: bool) -> Callable[[], object]:
-    """The operator alone, on random operands."""
-    T, B, _ = x.shape
-    D, H, G = len(layer.directions), layer.H, layer.G
-    x_gates, w_hh, number = x.new_empty(D, T, B, G * H).normal_(), layer.recurrent_weights(), cuda.NUMBER[cell]
-    kept: list[torch.Tensor] = []
+def recurrence(
+    cell: str, gates: torch.Tensor, w_hh: list[torch.Tensor], instance: int, backward: bool
+) -> Callable[[], object]:
+    """The operator alone, by one kernel."""
+    operators, number = torch.ops.fused_rnn, NUMBER[cell]
+    reverse = dict(w_hh_reverse=w_hh[1] if len(w_hh) > 1 else None)
 
-    def forward() -> None:
-        operator = torch.ops.fused_rnn.recurrence_forward
-        kept[:] = operator(x_gates, None, None, number, True, True, layer.instance, w_hh, None, None)
+    def forward() -> tuple[torch.Tensor, ...]:
+        options = dict(**reverse, tf32=True, instance=instance)
+        return operators.forward(gates, None, None, number, True, None, w_hh[0], **options)
 
     if not backward:
         return forward
-    layer.instance, instance = -1, layer.instance
-    forward()
-    dy, w_hh_t, of_forward = torch.randn_like(kept[0]), layer.transposed_recurrent_weights(), kept[3:8]
-    operator = torch.ops.fused_rnn.recurrence_backward
-    return lambda: operator(dy, None, None, *of_forward, number, True, instance, w_hh_t)
+    properties = cuda.device_properties(gates.device)
+    sizes = (gates.size(1), w_hh[0].size(1), len(w_hh))
+    instance, of_backward = cuda.plans(cell, gates.dtype, *sizes, False, properties)[0]["instance"], instance
+    y, _, _, reserve, _ = forward()
+    dy, needs = torch.randn_like(y), [False] * 6
+    return lambda: operators.backward(
+        dy, None, None, gates, reserve, number, *needs, None, w_hh[0], **reverse, tf32=True, instance=of_backward
+    )
 
 
 def replay_time(call: Callable[[], object]) -> float:

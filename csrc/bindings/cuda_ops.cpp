@@ -1,294 +1,243 @@
-// The CUDA operators: a layer's recurrence, forward and backward, all directions at once. The products over all time
-// steps around them (fused_rnn/cuda.py) are torch's own.
+// The operators of a CUDA layer: as those of the CPU (ops.cpp), of which they have the schemas, the checks and the
+// results.
 //
-// They check everything that a kernel relies on, and take one of two ways: kernels that keep the recurrent weights on
-// the chip for the whole sequence (`resident`; `instance` forces one of them, -1 leaves it to the planner), or one
-// product and one pointwise kernel per step, which is the only way with layer normalisation. Built for the emulator,
-// the same code registers itself for CPU tensors.
+// Forward:  x_gates = x W_ih^T of all time steps  ->  recurrence  ->  y.
+// Backward: recurrence in reverse  ->  the gates' gradients  ->  one product each for dx, dW_ih and dW_hh, sums for the
+// biases. Products and sums over all time steps are torch's own, so they are parallel over everything; the recurrence
+// is cuda_recurrence.h's. Nothing waits for the GPU. Built for the emulator, the same code registers itself for CPU
+// tensors.
 #include <torch/csrc/stable/library.h>
 
-#include "cuda_layer.h"
+#include "cuda_recurrence.h"
+#include "cuda_weights.h"
 
 namespace fused_rnn {
 namespace bindings {
 
 namespace {
 
-using torch::stable::select;
-
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// y [T, B, D*H], h_n and c_n [D, B, H] (c_n empty without c), then what backward reads: h_prev [D, T, B, padded], saved
-// [D, T, B, kSaved*H], state_prev [D, T, B, H], h_gates [D, T, B, G*H], statistics [D, T, B, 4]; those are empty
-// without `train`, or where params.h says that there are none. Last c of every step, as y, if it is wanted.
-Forward recurrence_forward(Tensor x_gates, OptionalTensor h0, OptionalTensor c0, int64_t cell, bool train,
-                           bool resident, int64_t instance, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
-                           OptionalTensor lengths, OptionalTensor resets, OptionalTensor reset_h,
-                           OptionalTensor reset_c, bool want_c_sequence, OptionalTensor drop_h, OptionalTensor zone_h,
-                           OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c,
-                           OptionalTensor norm_c_bias, double norm_eps) {
-  FUSED_RNN_CHECK(x_gates.dim() == 4 && w_hh.dim() == 3, "x_gates must be [D, T, B, G*H] and w_hh [D, G*H, H]");
-  const int64_t G = cell_info(cell).gates;
-  const Layer l(x_gates, cell, resident, x_gates.size(0), x_gates.size(1), x_gates.size(2), x_gates.size(3) / G,
-                lengths);
-  const int64_t D = l.D, T = l.T, B = l.B, H = l.H;
-  l.given(x_gates, "x_gates", {D, T, B, G * H});
-  l.given(w_hh, "w_hh", {D, G * H, l.padded});
-  l.given(b_ih, "b_ih", {D, G * H});
-  l.given(b_hh, "b_hh", {D, G * H});
-  l.given(h0, "h0", {D, B, H});
-  l.given(c0, "c0", {D, B, H});
-  FUSED_RNN_CHECK(l.cell.has_c || !(c0 || reset_c || want_c_sequence), "only the LSTM has c");
-  const int64_t S = reset_h && reset_h->dim() == 4 ? reset_h->size(1) : 1;
-  FUSED_RNN_CHECK(S == 1 || S == T, "reset_h must be of 1 or ", T, " steps, got ", S);
-  l.given(reset_h, "reset_h", {D, S, B, H});
-  l.given(reset_c, "reset_c", {D, S, B, H});
-  const uint8_t* const begins = checked_resets(l, resets);
-  const Regularisation r{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias, norm_eps};
-  r.check(l);
-  const Tensor c_sequence = want_c_sequence ? l.empty({T, B, D * H}) : l.empty({0});
-
-  const bool has_c = l.cell.has_c, keeps_state = train && (has_c || (l.cell.uses_h && drop_h));
-  const Tensor y = l.empty({T, B, D * H}), h_n = l.empty({D, B, H}), c_n = l.empty({has_c ? D : 0, B, H});
-  const Tensor saved = l.empty({train ? D : 0, T, B, l.cell.saved * H});
-  const Tensor state_prev = l.empty_arithmetic({keeps_state ? D : 0, T, B, H});
-  const int64_t kept_norms = train && r.normalises() ? D : 0;
-  const Tensor all_h_gates = l.empty({norm_hh ? kept_norms : 0, T, B, G * H});
-  const Tensor statistics = l.empty_arithmetic({kept_norms, T, B, 4});
-  if (resident) {
-    w_hh = aligned(w_hh);
-    const cuda::Plan plan = l.plan(false, instance);
-    const bool exchanges = train || plan.instance.exchange == cuda::Exchange::kThroughL2;
-    const Tensor h_prev = l.exchange(plan, {exchanges ? D : 0, T, B, l.padded});
-    cuda::ForwardParams params{l.sequence(), {}};
-    params.sequence.resets = begins;
-    for (int64_t d = 0; d < D; ++d) {
-      cuda::ForwardDirection& p = params.direction[d];
-      p.x_gates = slice(x_gates, d), p.w_hh = slice(w_hh, d), p.b_ih = slice(b_ih, d), p.b_hh = slice(b_hh, d);
-      p.h0 = slice(h0, d), p.c0 = slice(c0, d), p.h_n = slice(h_n, d), p.c_n = slice(c_n, d);
-      p.y = slice(y, 0) + d * H * l.bytes(), p.y_stride = D * H;
-      p.reset = reset_state(l, reset_h, reset_c, d);
-      if (want_c_sequence) p.c_sequence = slice(c_sequence, 0) + d * H * l.bytes();
-      p.drop_h = slice(drop_h, d), p.zone_h = r.zone(l, zone_h, d), p.zone_c = r.zone(l, zone_c, d);
-      p.h_prev = slice(h_prev, d), p.saved = slice(saved, d);
-      p.state_prev = reinterpret_cast<float*>(slice(state_prev, d));
-    }
-    cuda::recurrence(l.kind).forward(l.element(), plan, params, l.stream);
-    return {y,           h_n,        c_n,       train ? h_prev : l.empty({0, T, B, l.padded}), saved, state_prev,
-            all_h_gates, statistics, c_sequence};
+// h0 or c0 of each direction, [B, H] as its first step consumes it: rows that begin anew at step 0 (`begins`,
+// CudaLayer's begin_anew) take the state that comes in at resets. In the reverse direction step 0 is the last.
+std::vector<OptionalTensor> entered(const CudaLayer& l, const OptionalTensor& begins, const OptionalTensor& state,
+                                    const OptionalTensor& fresh) {
+  std::vector<OptionalTensor> states(l.D);
+  if (state) {
+    for (int64_t d = 0; d < l.D; ++d) states[d] = select(view(*state, {l.D, l.B, l.H}), 0, d);
   }
-
-  // h_prev[d][T] is h_n's place; without `train` two slots take turns. With drop_h they hold what is multiplied, and h
-  // itself lies elsewhere.
-  const int64_t slots = train ? T + 1 : 2;
-  const Tensor h = l.empty({D, slots, B, H}), h_gates = l.empty({B, G * H});
-  const Tensor c = l.empty_arithmetic({has_c ? D : 0, B, H});
-  if (has_c) copied(c0, c);
-  const Tensor kept_h = l.empty_arithmetic({drop_h ? D : 0, B, H});
-  if (drop_h) copied(h0, kept_h);
-  const Tensor scratch = l.empty_arithmetic({norm_c ? B : 0, 2 * H});
-  const Tensor unkept = l.empty_arithmetic({r.normalises() ? B : 0, 4});
-  for (int64_t d = 0; d < D; ++d) {
-    const Tensor h_d = select(h, 0, d), x_d = select(x_gates, 0, d),
-                 y_d = torch::stable::narrow(const_cast<Tensor&>(y), 2, d * H, H);
-    const Tensor w_t = torch::stable::transpose(select(w_hh, 0, d), 0, 1);
-    const auto slot = [&](int64_t step) { return select(h_d, 0, !train ? step % 2 : d == 0 ? step : T - step); };
-    if (h0 && drop_h) {
-      into(slot(0), "aten::mul", select(*h0, 0, d), select(*drop_h, 0, d));
-    } else {
-      copied(h0 ? OptionalTensor(select(*h0, 0, d)) : std::nullopt, slot(0));
-    }
-    for (int64_t step = 0; step < T; ++step) {
-      const int64_t t = d == 0 ? step : T - 1 - step, next = d == 0 ? t + 1 : t - 1;
-      const Tensor from = slot(step), to = slot(step + 1), y_t = select(y_d, 0, t);
-      const Tensor product = all_h_gates.numel() > 0 ? select(select(all_h_gates, 0, d), 0, t) : h_gates;
-      into(product, "aten::mm", from, w_t);
-      cuda::StepForwardParams p{};
-      p.t = t, p.B = B, p.H = static_cast<int>(H), p.lengths = l.lengths;
-      p.x_gates = slice(x_d, t), p.h_gates = product.data_ptr(), p.b_ih = slice(b_ih, d), p.b_hh = slice(b_hh, d);
-      p.h_prev = from.data_ptr(), p.h = to.data_ptr(), p.kept_h = slice(kept_h, d), p.c = slice(c, d);
-      p.drop_h = slice(drop_h, d), p.zone_h = r.zone(l, zone_h, d, t), p.zone_c = r.zone(l, zone_c, d, t);
-      p.y = y_t.data_ptr(), p.y_stride = D * H;
-      if (want_c_sequence) p.c_sequence = slice(c_sequence, t) + d * H * l.bytes();
-      p.resets = between(l, begins, t, next);
-      if (p.resets.at) p.reset = of_step(reset_state(l, reset_h, reset_c, d), l, next);
-      if (train) {
-        p.saved = slice(select(saved, 0, d), t);
-        p.state_prev = keeps_state ? slice(select(state_prev, 0, d), t) : nullptr;
-      }
-      if (r.normalises()) {
-        const Tensor of_step = kept_norms > 0 ? select(select(statistics, 0, d), 0, t) : unkept;
-        cuda::recurrence(l.kind).normalised_forward(l.stored_type(), {p, r.norms(d, of_step), slice(scratch, 0)},
-                                                    l.stream);
-      } else {
-        cuda::recurrence(l.kind).step_forward(l.stored_type(), p, l.stream);
-      }
-    }
-    Tensor last = select(h_n, 0, d);
-    torch::stable::copy_(last, drop_h ? select(kept_h, 0, d) : slot(T));
-  }
-  if (has_c) {
-    Tensor out = c_n;
-    torch::stable::copy_(out, c);
-  }
-  return {y, h_n, c_n, train ? h : l.empty({0, T, B, H}), saved, state_prev, all_h_gates, statistics, c_sequence};
+  if (!begins || !(state || fresh)) return states;
+  const Tensor zero = zero_like(state ? *state : *fresh);
+  const Tensor first = !fresh ? zero : select(fresh->dim() == 4 ? select(*fresh, 0, 0) : *fresh, 0, 0);
+  states[0] = where(*begins, first, state ? *states[0] : zero);
+  return states;
+}
+// Backward of `entered`: dstate [D, B, H] keeps what goes to the initial state, dfresh [T, D, B, H] takes the rest.
+void leave(const OptionalTensor& begins, const Tensor& dstate, const Tensor& dfresh) {
+  if (!begins) return;
+  const Tensor of_first = select(dstate, 0, 0), zero = zero_like(dstate);
+  if (dfresh.defined()) copy(where(*begins, of_first, zero), select(select(dfresh, 0, 0), 0, 0));
+  copy(where(*begins, zero, of_first), of_first);
 }
 
-using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+void require_one_kind(const OptionalTensor& reset_h, const OptionalTensor& reset_c) {
+  FUSED_RNN_CHECK(!reset_h || !reset_c || reset_h->dim() == reset_c->dim(),
+                  "reset_h and reset_c must both be of all steps or of each");
+}
 
-// dgates [D, T, B, kGrads*padded], dh0 and dc0 [D, B, H] (dc0 empty without c), gradients of reset_h and reset_c
-// [D, T, B, H]; and with normalisation those of its input dh_gates [D, T, B, G*H], and each batch row's part of
-// norm_hh's [D, B, G*H] and of norm_c's and norm_c_bias's [D, B, 2*H]. What is not there or not wanted is empty.
-Backward recurrence_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor h_prev, Tensor saved,
-                             Tensor state_prev, Tensor h_gates, Tensor statistics, int64_t cell, bool resident,
-                             int64_t instance, Tensor w_hh_t, OptionalTensor lengths, OptionalTensor resets,
-                             bool need_dreset, OptionalTensor dc_sequence, OptionalTensor drop_h, OptionalTensor zone_h,
-                             OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c,
-                             OptionalTensor norm_c_bias) {
-  FUSED_RNN_CHECK(saved.dim() == 4 && w_hh_t.dim() == 3, "saved must be [D, T, B, S*H] and w_hh_t [D, H, G*H]");
-  const CellInfo info = cell_info(cell);
-  const Layer l(saved, cell, resident, saved.size(0), saved.size(1), saved.size(2), saved.size(3) / info.saved,
-                lengths);
-  const int64_t D = l.D, T = l.T, B = l.B, H = l.H, G = info.gates;
-  l.given(saved, "saved", {D, T, B, info.saved * H});
-  if (info.uses_h) l.given(h_prev, "h_prev", {D, resident ? T : T + 1, B, l.padded});
-  const bool keeps_state = info.has_c || (info.uses_h && drop_h);
-  if (keeps_state) l.given(state_prev, "state_prev", {D, T, B, H}, l.arithmetic());
-  const Regularisation r{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias, 0.0};
-  r.check(l);
-  if (norm_hh) l.given(h_gates, "h_gates", {D, T, B, G * H});
-  if (r.normalises()) l.given(statistics, "statistics", {D, T, B, 4}, l.arithmetic());
-  l.given(w_hh_t, "w_hh_t", {D, H, G * l.padded});
-  l.given(dy, "dy", {T, B, D * H});
-  l.given(dh_n, "dh_n", {D, B, H});
-  l.given(dc_n, "dc_n", {D, B, H});
-  l.given(dc_sequence, "dc_sequence", {T, B, D * H});
-  FUSED_RNN_CHECK(info.has_c || !(dc_n || dc_sequence), "only the LSTM has c");
-  const uint8_t* const begins = checked_resets(l, resets);
-  FUSED_RNN_CHECK(begins || !need_dreset, "there are no resets");
-
-  const bool has_dreset_c = need_dreset && info.has_c;
-  const Tensor dreset_h = copied(std::nullopt, l.empty({need_dreset ? D : 0, T, B, H}));
-  const Tensor dreset_c = copied(std::nullopt, l.empty({has_dreset_c ? D : 0, T, B, H}));
-  const Tensor dh0 = l.empty({D, B, H}), dc0 = l.empty({info.has_c ? D : 0, B, H});
-  const Tensor dh_gates = l.empty({norm_hh ? D : 0, T, B, G * H});
-  const Tensor dnorm_hh = copied(std::nullopt, l.empty_arithmetic({norm_hh ? D : 0, B, G * H}));
-  const Tensor dnorm_c = copied(std::nullopt, l.empty_arithmetic({norm_c ? D : 0, B, 2 * H}));
-  if (resident) {
-    w_hh_t = aligned(w_hh_t);
-    const cuda::Plan plan = l.plan(true, instance);
-    const Tensor dgates = l.exchange(plan, {D, T, B, info.grads * l.padded});
-    cuda::BackwardParams params{l.sequence(), {}};
-    params.sequence.resets = begins;
-    for (int64_t d = 0; d < D; ++d) {
-      cuda::BackwardDirection& p = params.direction[d];
-      p.w_hh_t = slice(w_hh_t, d);
-      p.h_prev = info.uses_h ? slice(h_prev, d) : nullptr;
-      p.saved = slice(saved, d);
-      p.state_prev = keeps_state ? reinterpret_cast<const float*>(slice(state_prev, d)) : nullptr;
-      p.drop_h = slice(drop_h, d), p.zone_h = r.zone(l, zone_h, d), p.zone_c = r.zone(l, zone_c, d);
-      p.dy = dy ? slice(*dy, 0) + d * H * l.bytes() : nullptr;
-      p.dy_stride = D * H;
-      p.dh_n = slice(dh_n, d);
-      p.dc_n = slice(dc_n, d);
-      p.dgates = slice(dgates, d);
-      p.dh0 = slice(dh0, d);
-      p.dc0 = slice(dc0, d);
-      p.dc_sequence = dc_sequence ? slice(*dc_sequence, 0) + d * H * l.bytes() : nullptr;
-      p.dreset = {slice(dreset_h, d), slice(dreset_c, d), B * H};
-    }
-    cuda::recurrence(l.kind).backward(l.element(), plan, params, l.stream);
-    return {dgates, dh0, dc0, dreset_h, dreset_c, dh_gates, dnorm_hh, dnorm_c};
+Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bool train, OptionalTensor w_ih,
+                Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
+                OptionalTensor w_hh_reverse, OptionalTensor b_ih_reverse, OptionalTensor b_hh_reverse,
+                OptionalTensor w_hr_reverse, OptionalTensor batch_sizes, OptionalTensor resets, OptionalTensor reset_h,
+                OptionalTensor reset_c, bool want_c_sequence, OptionalTensor drop_h, OptionalTensor zone_h,
+                OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c, OptionalTensor norm_c_bias, bool,
+                OptionalTensor lengths, bool tf32, int64_t instance) {
+  CudaLayer l(cell, x, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, batch_sizes, lengths, resets);
+  VariantTensors variant{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias};
+  l.regularise(variant);
+  l.choose(tf32, instance);
+  const int64_t D = l.D, T = l.T, B = l.B, H = l.H, G = l.G;
+  const bool has_c = l.cell.has_c;
+  FUSED_RNN_CHECK(has_c || !(c0 || reset_c || want_c_sequence), "only the LSTM has c");
+  reset_h = l.checked_reset(reset_h, "reset_h", H);
+  reset_c = l.checked_reset(reset_c, "reset_c", H);
+  require_one_kind(reset_h, reset_c);
+  h0 = l.checked_state(h0, "h0", H);
+  c0 = l.checked_state(c0, "c0", H);
+  std::vector<Weights> weights{l.checked_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
+  if (D == 2) {
+    weights.push_back(l.checked_weights(w_ih_reverse, *w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
   }
+  x = l.padded(l.checked_sequence(x, "x", l.shape.I));
 
-  const Tensor dgates = l.empty({D, T, B, info.grads * H});
-
-  const Tensor dh = copied(dh_n, l.empty_arithmetic({D, B, H}));
-  const Tensor dc = l.empty_arithmetic({info.has_c ? D : 0, B, H});
-  if (info.has_c) copied(dc_n, dc);
-  const Tensor product = l.empty({B, H});
+  CudaForward f{l, variant, {}, reset_h, reset_c};
+  f.y = l.new_padded(D * H), f.h_n = l.new_state(H);
+  if (has_c) f.c_n = l.new_state(H);
+  if (want_c_sequence) f.c_sequence = l.new_padded(D * H);
+  const CudaReserve layout(l, variant);
+  const Tensor reserve = empty({train ? layout.bytes() : 0}, ScalarType::Byte, l.place);
+  if (train) f.kept = layout.parts(reserve);
+  const OptionalTensor begins = l.begin_anew();
+  const std::vector<OptionalTensor> h = entered(l, begins, h0, reset_h), c = entered(l, begins, c0, reset_c);
+  const Tensor rows = view(x, {T * B, l.shape.I});
   for (int64_t d = 0; d < D; ++d) {
-    const Tensor dgates_d = select(dgates, 0, d), w = torch::stable::transpose(select(w_hh_t, 0, d), 0, 1);
-    const auto hidden_grads = [&](int64_t t) {
-      if (norm_hh) return select(select(dh_gates, 0, d), 0, t);
-      Tensor all = select(dgates_d, 0, t);
-      return torch::stable::narrow(all, 1, info.hidden_grads * H, G * H);
-    };
-    for (int64_t step = 0; step <= T; ++step) {
-      const int64_t t = d == 0 ? T - 1 - step : step, after = d == 0 ? t + 1 : t - 1;
-      if (step > 0) into(product, "aten::mm", hidden_grads(after), w);
-      cuda::StepBackwardParams p{};
-      p.B = B, p.H = static_cast<int>(H), p.dh = slice(dh, d), p.drop_h = slice(drop_h, d);
-      p.product = step > 0 ? product.data_ptr() : nullptr;
-      p.dc = slice(dc, d);
-      if (step > 0) p.resets = between(l, begins, t, after);
-      if (p.resets.at) p.dreset = of_step({slice(dreset_h, d), slice(dreset_c, d), B * H}, l, after);
-      if (step == T) {
-        p.dh0 = slice(dh0, d);
-        cuda::recurrence(l.kind).step_backward(l.stored_type(), p, l.stream);
-        break;
-      }
-      p.t = t, p.lengths = l.lengths;
-      p.saved = slice(select(saved, 0, d), t);
-      // The reverse direction's slots are one further: slot T holds h0.
-      p.h_prev = info.uses_h ? slice(select(h_prev, 0, d), d == 0 ? t : t + 1) : nullptr;
-      p.state_prev = keeps_state ? slice(select(state_prev, 0, d), t) : nullptr;
-      p.zone_h = r.zone(l, zone_h, d, t), p.zone_c = r.zone(l, zone_c, d, t);
-      p.dy = dy ? slice(*dy, t) + d * H * l.bytes() : nullptr;
-      p.dy_stride = D * H;
-      p.dc_sequence = dc_sequence ? slice(*dc_sequence, t) + d * H * l.bytes() : nullptr;
-      p.dgates = slice(dgates_d, t);
-      if (!r.normalises()) {
-        cuda::recurrence(l.kind).step_backward(l.stored_type(), p, l.stream);
-        continue;
-      }
-      cuda::NormalisedBackwardParams n{p,
-                                       r.norms(d, select(select(statistics, 0, d), 0, t)),
-                                       nullptr,
-                                       nullptr,
-                                       slice(dnorm_hh, d),
-                                       slice(dnorm_c, d)};
-      if (norm_hh) n.h_gates = slice(select(h_gates, 0, d), t), n.dh_gates = slice(select(dh_gates, 0, d), t);
-      cuda::recurrence(l.kind).normalised_backward(l.stored_type(), n, l.stream);
+    const Weights& w = weights[d];
+    const Tensor x_gates =
+        w.w_ih ? product(rows, transposed(*w.w_ih)) : torch::stable::contiguous(narrow(rows, 1, d * G * H, G * H));
+    const Tensor of_h = with_padded_columns(l, w.w_hh);
+    f.directions.push_back(
+        {view(x_gates, {T, B, G * H}), l.resident ? aligned(of_h) : of_h, w.b_ih, w.b_hh, h[d], c[d]});
+  }
+  f.run();
+
+  const auto none = [&] { return l.new_tensor({0}); };
+  return {l.unpadded(f.y), l.step ? none() : f.h_n, has_c ? f.c_n : none(), reserve,
+          want_c_sequence ? l.unpadded(f.c_sequence) : none()};
+}
+
+// What backward multiplies after the recurrence: gradients of x and of the weights, from those of the gates.
+class Products {
+ public:
+  Products(const CudaLayer& l, const CudaBackward& b)
+      : l_(l), b_(b), of_input_(l, l.cell.input_shift), of_hidden_(l, 0), width_(l.G * l.width()) {}
+
+  Tensor dx(const std::vector<Weights>& weights) const {
+    const int64_t N = l_.T * l_.B, I = l_.shape.I, D = l_.D;
+    const Tensor out = l_.new_padded(I);
+    if (l_.shape.gates_given) {
+      const Tensor gates = view(out, {N, D, l_.G, l_.H});
+      for (int64_t d = 0; d < D; ++d) of_input_.restore_columns(input_gates(d), select(gates, 1, d));
+      return out;
     }
+    const Tensor each = D == 1 ? out : l_.new_tensor({D, l_.T, l_.B, I});
+    const Tensor rows = view(each, {D, N, I});
+    for (int64_t d = 0; d < D; ++d) {
+      into(select(rows, 0, d), "aten::mm", input_gates(d), of_input_.arranged(*weights[d].w_ih));
+    }
+    return D == 1 ? out : sum(each, 0);
   }
-  if (info.has_c) {
-    Tensor out = dc0;
-    torch::stable::copy_(out, dc);
+  Tensor dw_ih(int64_t d, const Tensor& x) const {
+    return of_input_.restored(product(transposed(input_gates(d)), view(x, {l_.T * l_.B, l_.shape.I})));
   }
-  return {dgates, dh0, dc0, dreset_h, dreset_c, dh_gates, dnorm_hh, dnorm_c};
+  Tensor dw_hh(int64_t d) const {
+    const int64_t N = l_.T * l_.B;
+    const Tensor of_product =
+        b_.dh_gates.defined() ? view(select(b_.dh_gates, 0, d), {N, l_.G * l_.H}) : hidden_gates(d);
+    // Where steps are products of their own, the reverse direction's states begin one slot further.
+    const Tensor slots = select(b_.kept.h_prev, 0, d);
+    const Tensor h = view(narrow(slots, 0, d * (slots.size(0) - l_.T), l_.T), {N, l_.width()});
+    const Tensor all = of_hidden_.restored(product(transposed(of_product), h));
+    return l_.width() == l_.H ? all : torch::stable::contiguous(narrow(all, 1, 0, l_.H));
+  }
+  Tensor db_ih(int64_t d) const { return of_input_.restored(sum(input_gates(d), 0)); }
+  Tensor db_hh(int64_t d) const { return of_hidden_.restored(sum(hidden_gates(d), 0)); }
+
+ private:
+  // Of all rows: the first and the last blocks of a direction's gradients.
+  Tensor input_gates(int64_t d) const { return narrow(all_gates(d), 1, 0, width_); }
+  Tensor hidden_gates(int64_t d) const { return narrow(all_gates(d), 1, l_.cell.grads * l_.width() - width_, width_); }
+  Tensor all_gates(int64_t d) const { return view(select(b_.dgates, 0, d), {l_.T * l_.B, l_.cell.grads * l_.width()}); }
+
+  const CudaLayer& l_;
+  const CudaBackward& b_;
+  GateOrder of_input_, of_hidden_;
+  int64_t width_;
+};
+
+Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor reserve, int64_t cell,
+                   bool need_dx, bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool,
+                   OptionalTensor w_ih, Tensor w_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
+                   OptionalTensor w_hh_reverse, OptionalTensor w_hr_reverse, OptionalTensor batch_sizes,
+                   OptionalTensor resets, int64_t reset_steps, OptionalTensor dc_sequence, OptionalTensor drop_h,
+                   OptionalTensor zone_h, OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c,
+                   OptionalTensor norm_c_bias, OptionalTensor lengths, bool tf32, int64_t instance) {
+  CudaLayer l(cell, x, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, batch_sizes, lengths, resets);
+  VariantTensors variant{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias};
+  l.regularise(variant);
+  l.choose(tf32, instance);
+  const int64_t D = l.D, T = l.T, B = l.B, H = l.H, G = l.G;
+  const bool has_c = l.cell.has_c;
+  FUSED_RNN_CHECK(w_ih || !need_dw_ih, "without w_ih there is no dw_ih");
+  FUSED_RNN_CHECK(!l.step || !dh_n, "a single step has no dh_n");
+  FUSED_RNN_CHECK(has_c || !(dc_n || dc_sequence), "only the LSTM has dc_n and dc_sequence");
+  FUSED_RNN_CHECK(reset_steps == 0 || (l.resets && (reset_steps == 1 || reset_steps == -1)),
+                  "reset_steps must be 0, 1 or, for one state for each step, -1, got ", reset_steps);
+  const CudaReserve layout(l, variant);
+  reserve = checked(reserve, "reserve", {layout.bytes()}, ScalarType::Byte, l.place);
+  if (need_dw_ih) x = l.padded(l.checked_sequence(x, "x", l.shape.I));
+  if (dy) dy = l.padded(l.checked_sequence(*dy, "dy", D * H));
+  if (dc_sequence) dc_sequence = l.padded(l.checked_sequence(*dc_sequence, "dc_sequence", D * H));
+  dh_n = l.checked_state(dh_n, "dh_n", H);
+  dc_n = l.checked_state(dc_n, "dc_n", H);
+  if (dc_n) dc_n = view(*dc_n, {D, B, H});
+  std::vector<Weights> weights{l.checked_weights(w_ih, w_hh, std::nullopt, std::nullopt, w_hr)};
+  if (D == 2) {
+    weights.push_back(l.checked_weights(w_ih_reverse, *w_hh_reverse, std::nullopt, std::nullopt, w_hr_reverse));
+  }
+
+  CudaBackward b{l, variant, layout.parts(reserve), {}, dy, dc_sequence, dh_n, dc_n};
+  const GateOrder order(l, 0);
+  for (const Weights& w : weights) {
+    b.w_hh.push_back(l.resident ? torch::stable::contiguous(transposed(order.arranged(w.w_hh))) : w.w_hh);
+  }
+  b.dgates = l.new_tensor({D, T, B, l.cell.grads * l.width()});
+  b.dh0 = l.new_state(H);
+  if (has_c) b.dc0 = l.new_state(H);
+  if (reset_steps != 0) b.dreset_h = cleared(l.new_tensor({T, D, B, H}));
+  if (reset_steps != 0 && has_c) b.dreset_c = cleared(l.new_tensor({T, D, B, H}));
+  if (norm_hh) {
+    b.dh_gates = l.new_tensor({D, T, B, G * H});
+    b.dnorm_hh = cleared(empty({D, B, G * H}, l.arithmetic(), l.place));
+  }
+  if (norm_c) b.dnorm_c = cleared(empty({D, B, 2, H}, l.arithmetic(), l.place));
+  b.run();
+  const OptionalTensor begins = l.begin_anew();
+  leave(begins, b.dh0, b.dreset_h);
+  if (has_c) leave(begins, b.dc0, b.dreset_c);
+
+  const Products products(l, b);
+  const auto none = [] { return Tensor(); };  // None in Python
+  const auto of_resets = [&](const Tensor& of_steps) {
+    return of_steps.defined() && reset_steps == 1 ? sum(of_steps, 0) : of_steps;
+  };
+  const auto of_rows = [&](const Tensor& parts) { return converted(sum(parts, 1), l.dtype); };
+  const auto of_weights = [&](int64_t d, bool need, const auto& gradient) {
+    return need && d < D ? gradient() : none();
+  };
+  const auto dw_ih = [&](int64_t d) { return of_weights(d, need_dw_ih, [&] { return products.dw_ih(d, x); }); };
+  const auto dw_hh = [&](int64_t d) { return of_weights(d, need_dw_hh, [&] { return products.dw_hh(d); }); };
+  const auto db_ih = [&](int64_t d) { return of_weights(d, need_db, [&] { return products.db_ih(d); }); };
+  const auto db_hh = [&](int64_t d) { return of_weights(d, need_db, [&] { return products.db_hh(d); }); };
+  return {need_dx ? l.unpadded(products.dx(weights)) : none(),
+          need_dstate ? b.dh0 : none(),
+          need_dstate ? b.dc0 : none(),
+          dw_ih(0),
+          dw_hh(0),
+          db_ih(0),
+          db_hh(0),
+          none(),
+          dw_ih(1),
+          dw_hh(1),
+          db_ih(1),
+          db_hh(1),
+          none(),
+          of_resets(b.dreset_h),
+          of_resets(b.dreset_c),
+          norm_hh ? of_rows(b.dnorm_hh) : none(),
+          norm_c ? of_rows(b.dnorm_c) : none()};
 }
 
 }  // namespace
 
 #if defined(FUSED_RNN_EMULATOR)
 STABLE_TORCH_LIBRARY(fused_rnn_emulator, m) {
-#else
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {
-#endif
-  m.def(
-      "recurrence_forward(Tensor x_gates, Tensor? h0, Tensor? c0, int cell, bool train, bool resident, int instance, "
-      "Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? lengths=None, Tensor? resets=None, Tensor? reset_h=None, "
-      "Tensor? reset_c=None, bool want_c_sequence=False, Tensor? drop_h=None, Tensor? zone_h=None, "
-      "Tensor? zone_c=None, Tensor? norm_hh=None, Tensor? norm_c=None, Tensor? norm_c_bias=None, float norm_eps=0.) -> "
-      "(Tensor y, Tensor h_n, Tensor c_n, Tensor h_prev, Tensor saved, Tensor state_prev, Tensor h_gates, "
-      "Tensor statistics, Tensor c_sequence)");
-  m.def(
-      "recurrence_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor h_prev, Tensor saved, Tensor state_prev, "
-      "Tensor h_gates, Tensor statistics, int cell, bool resident, int instance, Tensor w_hh_t, Tensor? lengths=None, "
-      "Tensor? resets=None, bool need_dreset=False, Tensor? dc_sequence=None, Tensor? drop_h=None, "
-      "Tensor? zone_h=None, Tensor? zone_c=None, Tensor? norm_hh=None, Tensor? norm_c=None, "
-      "Tensor? norm_c_bias=None) -> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dreset_h, Tensor dreset_c, "
-      "Tensor dh_gates, Tensor dnorm_hh, Tensor dnorm_c)");
+  m.def(kForwardSchema);
+  m.def(kBackwardSchema);
 }
-
-#if defined(FUSED_RNN_EMULATOR)
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn_emulator, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CUDA, m) {
 #endif
-  m.impl("recurrence_forward", TORCH_BOX(&recurrence_forward));
-  m.impl("recurrence_backward", TORCH_BOX(&recurrence_backward));
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("backward", TORCH_BOX(&backward));
 }
 
 }  // namespace bindings

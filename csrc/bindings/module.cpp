@@ -8,6 +8,8 @@
 
 #include "../cpu/dispatch.h"
 #include "../cuda/plan.h"
+#include "cell_number.h"
+#include "dtypes.h"
 
 namespace py = pybind11;
 using fused_rnn::cpu::Kernels;
@@ -50,10 +52,41 @@ PYBIND11_MODULE(_C, m) {
       },
       "What the extension was built with.");
   m.def(
+      "cells",
+      [] {
+        py::list all;
+        for (const fused_rnn::CellInfo& cell : fused_rnn::kCells) {
+          py::dict d;
+          d["name"] = cell.name;
+          d["gates"] = cell.gates;
+          d["saved"] = cell.saved;
+          d["grads"] = cell.grads;
+          d["input_shift"] = cell.input_shift;
+          d["hidden_grads"] = cell.hidden_grads;
+          d["has_c"] = cell.has_c;
+          d["uses_h"] = cell.uses_h;
+          d["saves_h"] = cell.saves_h;
+          all.append(d);
+        }
+        return all;
+      },
+      "The cells in the order of their numbers, with the constants of csrc/cells/cell_info.h.");
+  m.def(
+      "dtypes",
+      [] {
+        std::vector<std::string> names;
+#define FUSED_RNN_NAME(type, name) names.push_back(#name);
+        FUSED_RNN_DTYPES(FUSED_RNN_NAME)
+#undef FUSED_RNN_NAME
+        return names;
+      },
+      "The dtypes of a layer's tensors, those that the CPU's kernels compute in first.");
+  m.attr("NORM_EPS") = fused_rnn::kNormEps;
+  m.def(
       "cpu_plan",
       [](int cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t directions, int64_t threads) {
         fused_rnn::LayerShape shape{};
-        shape.cell = static_cast<fused_rnn::CellKind>(cell);
+        shape.cell = fused_rnn::bindings::cell_by_number(cell).kind;
         shape.T = T, shape.B = B, shape.I = I, shape.H = H, shape.P = P, shape.N = T * B, shape.directions = directions;
         const fused_rnn::cpu::Plan plan = fused_rnn::cpu::plan(shape, threads);
         py::dict d;
@@ -71,7 +104,7 @@ PYBIND11_MODULE(_C, m) {
         using namespace fused_rnn::cuda;
         const auto element = element_bytes == 4 ? Element::kTf32 : Element::kBf16;
         const Problem problem{
-            static_cast<fused_rnn::CellKind>(cell), element, batch, hidden_size, directions, backward};
+            fused_rnn::bindings::cell_by_number(cell).kind, element, batch, hidden_size, directions, backward};
         py::list all;
         for (const Plan& p : plans(problem, {sms, shared_bytes, capability})) {
           py::dict d;

@@ -7,7 +7,9 @@
 #include <tuple>
 
 #include "../cpu/dispatch.h"
-#include "layer.h"
+#include "cpu_layer.h"
+#include "schemas.h"
+#include "scratch.h"
 
 namespace fused_rnn {
 namespace bindings {
@@ -32,14 +34,15 @@ ForwardDirection inputs_of_forward(const Tensor& x, const Weights& w) {
 
 // y, h_n, c_n, reserve, c of every step (as y). c_n is empty without c, h_n for a single step (it would be y), reserve
 // without `train`, the last one unless it is wanted.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bool train, OptionalTensor w_ih, Tensor w_hh,
-    OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
-    OptionalTensor w_hh_reverse, OptionalTensor b_ih_reverse, OptionalTensor b_hh_reverse, OptionalTensor w_hr_reverse,
-    OptionalTensor batch_sizes, OptionalTensor resets, OptionalTensor reset_h, OptionalTensor reset_c,
-    bool want_c_sequence, OptionalTensor drop_h, OptionalTensor zone_h, OptionalTensor zone_c, OptionalTensor norm_hh,
-    OptionalTensor norm_c, OptionalTensor norm_c_bias, bool deterministic, OptionalTensor lengths) {
-  Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), batch_sizes, lengths);
+Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bool train, OptionalTensor w_ih,
+                Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
+                OptionalTensor w_hh_reverse, OptionalTensor b_ih_reverse, OptionalTensor b_hh_reverse,
+                OptionalTensor w_hr_reverse, OptionalTensor batch_sizes, OptionalTensor resets, OptionalTensor reset_h,
+                OptionalTensor reset_c, bool want_c_sequence, OptionalTensor drop_h, OptionalTensor zone_h,
+                OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c, OptionalTensor norm_c_bias,
+                bool deterministic, OptionalTensor lengths, bool, int64_t) {
+  CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), batch_sizes);
+  layer.end_at(lengths);
   layer.shape.train = train;
   layer.shape.deterministic = deterministic;
   layer.without_input_weights(w_ih.has_value(), w_ih_reverse.has_value());
@@ -96,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, Tensor w_ih, Tensor w_hh,
                                 OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, bool deterministic) {
   FUSED_RNN_CHECK(x.dim() == 2, "x must be [B, I], got ", shape_text(x.sizes()));
-  Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, false, std::nullopt, std::nullopt);
+  CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, false, std::nullopt);
   layer.shape.deterministic = deterministic;
   const LayerShape& s = layer.shape;
   x = layer.checked_sequence(x, "x", s.I);
@@ -118,9 +121,6 @@ std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, 
   return {converted(h, layer.stored), converted(c, layer.stored)};
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                             Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 // dx, dh0, dc0, then dw_ih, dw_hh, db_ih, db_hh, dw_hr of each direction, then of the states at resets (reset_steps:
 // 1 if they are the same at all steps, -1 if each has its own, 0 if no gradient is wanted), of norm_hh [D, G*H], of
 // norm_c and norm_c_bias [D, 2, H]; what was not asked for is undefined: None in Python.
@@ -130,8 +130,9 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
                    OptionalTensor w_hh_reverse, OptionalTensor w_hr_reverse, OptionalTensor batch_sizes,
                    OptionalTensor resets, int64_t reset_steps, OptionalTensor dc_sequence, OptionalTensor drop_h,
                    OptionalTensor zone_h, OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c,
-                   OptionalTensor norm_c_bias, OptionalTensor lengths) {
-  Layer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), batch_sizes, lengths);
+                   OptionalTensor norm_c_bias, OptionalTensor lengths, bool, int64_t) {
+  CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), batch_sizes);
+  layer.end_at(lengths);
   layer.without_input_weights(w_ih.has_value(), w_ih_reverse.has_value());
   VariantTensors variant{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias};
   layer.regularise(variant);
@@ -250,27 +251,9 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
 
 }  // namespace
 
-// `cell` as in cells.h: 0 rnn_tanh, 1 rnn_relu, 2 lstm, 3 gru. `deterministic`: bit for bit the same for a row alone
-// and in any batch; backward has nothing to choose.
 STABLE_TORCH_LIBRARY(fused_rnn, m) {
-  m.def(
-      "forward(Tensor x, Tensor? h0, Tensor? c0, int cell, bool train, Tensor? w_ih, Tensor w_hh, Tensor? b_ih=None, "
-      "Tensor? b_hh=None, Tensor? w_hr=None, Tensor? w_ih_reverse=None, Tensor? w_hh_reverse=None, "
-      "Tensor? b_ih_reverse=None, Tensor? b_hh_reverse=None, Tensor? w_hr_reverse=None, Tensor? batch_sizes=None, "
-      "Tensor? resets=None, Tensor? reset_h=None, Tensor? reset_c=None, bool want_c_sequence=False, "
-      "Tensor? drop_h=None, Tensor? zone_h=None, Tensor? zone_c=None, Tensor? norm_hh=None, Tensor? norm_c=None, "
-      "Tensor? norm_c_bias=None, bool deterministic=False, Tensor? lengths=None) -> "
-      "(Tensor y, Tensor h_n, Tensor c_n, Tensor reserve, Tensor c_sequence)");
-  m.def(
-      "backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor reserve, int cell, bool need_dx, "
-      "bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr, Tensor? w_ih, Tensor w_hh, "
-      "Tensor? w_hr=None, Tensor? w_ih_reverse=None, Tensor? w_hh_reverse=None, Tensor? w_hr_reverse=None, "
-      "Tensor? batch_sizes=None, Tensor? resets=None, int reset_steps=0, "
-      "Tensor? dc_sequence=None, Tensor? drop_h=None, Tensor? zone_h=None, Tensor? zone_c=None, "
-      "Tensor? norm_hh=None, Tensor? norm_c=None, Tensor? norm_c_bias=None, Tensor? lengths=None) -> "
-      "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
-      "Tensor dw_ih_reverse, Tensor dw_hh_reverse, Tensor db_ih_reverse, Tensor db_hh_reverse, "
-      "Tensor dw_hr_reverse, Tensor dreset_h, Tensor dreset_c, Tensor dnorm_hh, Tensor dnorm_c)");
+  m.def(kForwardSchema);
+  m.def(kBackwardSchema);
   m.def(
       "step(Tensor x, Tensor? h0, Tensor? c0, int cell, Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, "
       "Tensor? b_hh=None, Tensor? w_hr=None, bool deterministic=False) -> (Tensor h, Tensor c)");

@@ -7,8 +7,8 @@
 #include <tuple>
 
 #include "../cpu/dispatch.h"
-#include "cell_info.h"
-#include "tensors.h"
+#include "layer.h"
+#include "scratch.h"
 
 namespace fused_rnn {
 namespace bindings {
@@ -74,17 +74,18 @@ void step_into(OptionalTensor x, OptionalTensor h0, OptionalTensor c0, int64_t l
                Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor active,
                OptionalTensor resets, OptionalTensor reset_h, OptionalTensor reset_c, Tensor y, Tensor h,
                OptionalTensor c, bool deterministic) {
-  const CellInfo info = cell_info(cell);
   const ScalarType type = h.scalar_type();
   FUSED_RNN_CHECK(type == ScalarType::Float || type == ScalarType::Double, "h must be float32 or float64");
   FUSED_RNN_CHECK(h.dim() == 3 && h.is_contiguous(), "h must be contiguous [L, B, P], got ", shape_text(h.sizes()));
-  const int64_t L = h.size(0), B = h.size(1), P = h.size(2), G = info.gates;
+  const int64_t L = h.size(0), B = h.size(1), P = h.size(2);
   FUSED_RNN_CHECK(layer >= 0 && layer < L, "layer must be between 0 and ", L - 1, ", got ", layer);
-  FUSED_RNN_CHECK(w_ih.dim() == 2 && w_ih.size(0) % G == 0, "w_ih must be [", G, "*H, I], got ",
-                  shape_text(w_ih.sizes()));
-  const int64_t H = w_ih.size(0) / G, I = w_ih.size(1);
-  FUSED_RNN_CHECK(!w_hr || info.kind == CellKind::kLstm, "only the LSTM has a projection");
-  FUSED_RNN_CHECK(P > 0 && (w_hr || P == H), "h must be ", H, " wide, got ", P);
+  FUSED_RNN_CHECK(w_ih.dim() == 2, "w_ih must be [G*H, I], got ", shape_text(w_ih.sizes()));
+  const int64_t of_x[] = {B, w_ih.size(1)};
+  Layer one(cell, Place(), of_x, type, type, w_hh, w_hr, false, std::nullopt);
+  const CellInfo& info = one.cell;
+  LayerShape& s = one.shape;
+  const int64_t I = s.I, H = s.H;
+  FUSED_RNN_CHECK(P > 0 && P == s.P, "h must be ", s.P, " wide, got ", P);
   FUSED_RNN_CHECK(x || (layer > 0 && I == P), "x is missing, or w_ih does not fit h");
   FUSED_RNN_CHECK(c.has_value() == info.has_c && (info.has_c || !(c0 || reset_c)),
                   "the LSTM, and no other cell, has c");
@@ -98,40 +99,26 @@ void step_into(OptionalTensor x, OptionalTensor h0, OptionalTensor c0, int64_t l
       FUSED_RNN_CHECK(in_place || !all[i].meets(all[j]), all[i].name, " must not share memory with ", all[j].name);
     }
   }
-  const auto must_have = [&](const Tensor& t, const char* name, std::initializer_list<int64_t> sizes) {
-    FUSED_RNN_CHECK(t.scalar_type() == type, name, " must have the dtype of h");
-    bool same = t.dim() == static_cast<int64_t>(sizes.size());
-    for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == sizes.begin()[d];
-    FUSED_RNN_CHECK(same, name, " must have shape ", shape_text(sizes), ", got ", shape_text(t.sizes()));
-  };
-  must_have(y, "y", {B, P});
+  require(y, "y", {B, P}, type);
   FUSED_RNN_CHECK(P == 1 || y.stride(1) == 1, "y must have contiguous rows");
   FUSED_RNN_CHECK(B < 2 || y.stride(0) >= P, "rows of y must not overlap");
-  if (c) must_have(*c, "c", {L, B, H});
+  if (c) require(*c, "c", {L, B, H}, type);
   FUSED_RNN_CHECK(!c || c->is_contiguous(), "c must be contiguous");
-  x = checked(x, "x", {B, I}, type);
-  h0 = checked(h0, "h0", {L, B, P}, type);
-  c0 = checked(c0, "c0", {L, B, H}, type);
-  w_ih = checked(w_ih, "w_ih", {G * H, I}, type);
-  w_hh = checked(w_hh, "w_hh", {G * H, P}, type);
-  b_ih = checked(b_ih, "b_ih", {G * H}, type);
-  b_hh = checked(b_hh, "b_hh", {G * H}, type);
-  w_hr = checked(w_hr, "w_hr", {P, H}, type);
+  x = one.readable(x, "x", {B, I});
+  h0 = one.readable(h0, "h0", {L, B, P});
+  c0 = one.readable(c0, "c0", {L, B, H});
+  const Weights w = one.checked_weights(w_ih, w_hh, b_ih, b_hh, w_hr);
   active = checked(active, "active", {B}, ScalarType::Bool);
   resets = checked(resets, "resets", {B}, ScalarType::Bool);
   reset_h = checked_reset(reset_h, "reset_h", {L, B, P}, type);
   reset_c = checked_reset(reset_c, "reset_c", {L, B, H}, type);
 
-  LayerShape s{};
-  s.cell = info.kind;
-  s.dtype = type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kFloat64;
-  s.T = 1, s.B = s.N = B, s.I = I, s.H = H, s.P = P, s.directions = 1, s.projected = w_hr.has_value();
   s.deterministic = deterministic;
   s.resets = static_cast<const uint8_t*>(data(resets));
   const auto* const is_active = static_cast<const uint8_t*>(data(active));
 
   // Scratch: the kernel's, y of a lower layer, states at resets, the rows that are active.
-  const int64_t size = type == ScalarType::Float ? 4 : 8;
+  const int64_t size = one.element();
   const auto lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
   const int64_t workspace = lines(cpu::kernels().forward_workspace(s) * size);
   const int64_t of_h = lines(B * P * size), of_c = lines(B * H * size);
@@ -155,7 +142,7 @@ void step_into(OptionalTensor x, OptionalTensor h0, OptionalTensor c0, int64_t l
   ForwardParams params{s, {}};
   ForwardDirection& p = params.direction[0];
   p.x = x ? data(x) : of_layer(h, layer - 1, P);
-  p.w_ih = data(w_ih), p.w_hh = data(w_hh), p.b_ih = data(b_ih), p.b_hh = data(b_hh), p.w_hr = data(w_hr);
+  p.w_ih = data(w.w_ih), p.w_hh = data(w.w_hh), p.b_ih = data(w.b_ih), p.b_hh = data(w.b_hh), p.w_hr = data(w.w_hr);
   p.h0 = of_layer(h0, layer, P);
   p.y = last ? y.data_ptr() : lower_y;
   p.y_stride = last && B > 1 ? y.stride(0) : P;
@@ -183,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> step_layers(Tensor x, OptionalTensor h0, Opti
                   layers, " layers, got ", count);
   FUSED_RNN_CHECK(x.dim() == 2, "x must be [B, I], got ", shape_text(x.sizes()));
   FUSED_RNN_CHECK(weights[0].dim() == 2 && weights[1].dim() == 2, "w_ih and w_hh must have 2 dimensions");
-  const CellInfo info = cell_info(cell);
+  const CellInfo& info = cell_by_number(cell);
   const ScalarType type = x.scalar_type();
   FUSED_RNN_CHECK(type == ScalarType::Float || type == ScalarType::Double, "x must be float32 or float64");
   const int64_t B = x.size(0), P = weights[1].size(1), H = weights[0].size(0) / info.gates;

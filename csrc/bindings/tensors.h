@@ -9,14 +9,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
-#include <utility>
-#include <vector>
+
+#include "check.h"
+#include "dtypes.h"
 
 namespace fused_rnn {
 namespace bindings {
@@ -24,32 +21,6 @@ namespace bindings {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-// Throws what Python sees as a RuntimeError.
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  message << "fused_rnn: ";
-  ((message << parts), ...);
-  throw std::runtime_error(message.str());
-}
-
-// A macro, so that the message is only made when it is needed: these checks run on every call.
-#define FUSED_RNN_CHECK(condition, ...) \
-  if (!(condition)) ::fused_rnn::bindings::fail(__VA_ARGS__)
-
-template <class Sizes>
-std::string shape_text(const Sizes& sizes) {
-  std::ostringstream text;
-  text << "[";
-  bool first = true;
-  for (int64_t size : sizes) {
-    text << (first ? "" : ", ") << size;
-    first = false;
-  }
-  text << "]";
-  return text.str();
-}
 
 // A tensor's storage may have been resized behind its back; torch does not look.
 inline void require_storage(const Tensor& tensor, const char* name, int64_t elements) {
@@ -72,22 +43,65 @@ inline Tensor contiguous(const Tensor& tensor, const char* name) {
   return torch::stable::contiguous(tensor);
 }
 
-// `tensor`, contiguous, after checking that it has these sizes and x's dtype.
-inline Tensor checked(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  FUSED_RNN_CHECK(tensor.is_cpu(), name, " must be on the CPU");
-  FUSED_RNN_CHECK(tensor.scalar_type() == dtype, name, " must have the dtype of x");
+// The device that all tensors of a call are on.
+class Place {
+ public:
+  Place() = default;  // the CPU
+  explicit Place(const Tensor& tensor) {
+    if (tensor.is_cpu()) return;
+    is_cpu_ = false;
+    aoti_torch_get_device_type(tensor.get(), &type_);
+    index_ = tensor.get_device_index();
+  }
+  bool is_cpu() const { return is_cpu_; }
+  int32_t type() const { return type_; }
+  int32_t index() const { return index_; }
+  bool holds(const Tensor& tensor) const {
+    if (is_cpu_) return tensor.is_cpu();
+    const Place other(tensor);
+    return other.type_ == type_ && other.index_ == index_;
+  }
+
+ private:
+  bool is_cpu_ = true;
+  int32_t type_ = aoti_torch_device_type_cpu(), index_ = 0;
+};
+
+// Whether `tensor` has these sizes and this dtype and lies there; `dtype_of` is the argument that decides the dtype.
+inline void require(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes, ScalarType dtype,
+                    const Place& place = {}, const char* dtype_of = "x") {
+  FUSED_RNN_CHECK(place.holds(tensor), name, " must be on ", place.is_cpu() ? "the CPU" : "the device of x");
+  FUSED_RNN_CHECK(tensor.scalar_type() == dtype, name, " must have the dtype of ", dtype_of);
   const auto got = tensor.sizes();
   bool same = got.size() == sizes.size();
   size_t i = 0;
   for (int64_t size : sizes) same = same && got[i++] == size;
   FUSED_RNN_CHECK(same, name, " must have shape ", shape_text(sizes), ", got ", shape_text(got));
+}
+
+// `tensor`, contiguous, after `require`.
+inline Tensor checked(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes, ScalarType dtype,
+                      const Place& place = {}) {
+  require(tensor, name, sizes, dtype, place);
   return contiguous(tensor, name);
 }
 
 inline OptionalTensor checked(const OptionalTensor& tensor, const char* name, std::initializer_list<int64_t> sizes,
-                              ScalarType dtype) {
+                              ScalarType dtype, const Place& place = {}) {
   if (!tensor) return std::nullopt;
-  return checked(*tensor, name, sizes, dtype);
+  return checked(*tensor, name, sizes, dtype, place);
+}
+
+// Refuses what no kernel takes.
+inline void require_dtype(ScalarType dtype) {
+  switch (dtype) {
+#define FUSED_RNN_CASE(type, name) case ScalarType::type:
+    FUSED_RNN_DTYPES(FUSED_RNN_CASE)
+#undef FUSED_RNN_CASE
+    return;
+    default:
+      fail("x must be float32, float64, bfloat16 or float16");
+  }
 }
 
 inline const void* data(const Tensor& tensor) { return tensor.data_ptr(); }
@@ -95,19 +109,33 @@ inline const void* data(const OptionalTensor& tensor) { return tensor ? tensor->
 
 inline int32_t type_number(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Double:
-      return aoti_torch_dtype_float64();
-    case ScalarType::BFloat16:
-      return aoti_torch_dtype_bfloat16();
-    case ScalarType::Half:
-      return aoti_torch_dtype_float16();
+#define FUSED_RNN_CASE(type, name) \
+  case ScalarType::type:           \
+    return aoti_torch_dtype_##name();
+    FUSED_RNN_DTYPES(FUSED_RNN_CASE)
+#undef FUSED_RNN_CASE
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
+    case ScalarType::Bool:
+      return aoti_torch_dtype_bool();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
     default:
-      return aoti_torch_dtype_float32();
+      fail("no buffer has such a dtype");
   }
 }
 
+inline int64_t element_size(ScalarType dtype) {
+  return dtype == ScalarType::Double || dtype == ScalarType::Long ? 8
+         : dtype == ScalarType::Float || dtype == ScalarType::Int ? 4
+         : dtype == ScalarType::Byte || dtype == ScalarType::Bool ? 1
+                                                                  : 2;
+}
+
 // Straight through the C shim: torch::stable::empty boxes its arguments.
-inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Place& place = {}) {
   int64_t strides[4];  // of no more dimensions than any buffer has
   int64_t stride = 1;
   for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
@@ -118,66 +146,17 @@ inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType d
   }
   AtenTensorHandle handle;
   const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
-                                                        type_number(dtype), aoti_torch_device_type_cpu(), 0, &handle);
+                                                        type_number(dtype), place.type(), place.index(), &handle);
   FUSED_RNN_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for a buffer of shape ", shape_text(sizes));
   return Tensor(handle);
 }
 
 inline Tensor converted(const Tensor& tensor, ScalarType dtype) {
   if (tensor.scalar_type() == dtype) return tensor;
-  Tensor out = empty(tensor.sizes(), dtype);
+  Tensor out = empty(tensor.sizes(), dtype, Place(tensor));
   torch::stable::copy_(out, tensor);
   return out;
 }
-
-// Memory for the length of one call. Little lies on the stack. What is more is kept for the thread's next call, up to
-// kKept bytes: fresh memory from the system costs a page fault every 4 KB, for small layers more than the arithmetic.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) {
-    if (bytes <= static_cast<int64_t>(sizeof(local_))) {
-      data_ = local_;
-    } else if (bytes <= kKept) {
-      if (kept().size < bytes) kept() = Kept(bytes);
-      data_ = kept().data;
-    } else {
-      heap_ = empty({(bytes + 3) / 4}, ScalarType::Float);  // torch aligns to 64 bytes, too
-      data_ = static_cast<char*>(heap_->data_ptr());
-    }
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  char* data() const { return data_; }
-
- private:
-  static constexpr int64_t kKept = 64 << 20;
-
-  struct Kept {
-    int64_t size = 0;
-    char* data = nullptr;
-
-    Kept() = default;
-    explicit Kept(int64_t bytes) : size((bytes + 63) / 64 * 64) {
-      data = static_cast<char*>(std::aligned_alloc(64, size));
-      FUSED_RNN_CHECK(data, "no memory for ", size, " bytes of scratch");
-    }
-    Kept& operator=(Kept&& other) noexcept {
-      std::swap(size, other.size);
-      std::swap(data, other.data);
-      return *this;
-    }
-    ~Kept() { std::free(data); }
-  };
-  static Kept& kept() {
-    static thread_local Kept of_thread;
-    return of_thread;
-  }
-
-  alignas(64) char local_[8192];
-  OptionalTensor heap_;
-  char* data_;
-};
 
 }  // namespace bindings
 }  // namespace fused_rnn

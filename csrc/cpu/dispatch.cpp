@@ -13,6 +13,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "../cells/cell_info.h"
+
 namespace fused_rnn {
 namespace cpu {
 
@@ -110,7 +112,7 @@ int64_t chunks(const LayerShape& s) {
   // region.
   constexpr int64_t kRows = 512, kElements = 1 << 17;
   if (s.directions > 1 || s.batch_sizes || s.N == 0 || s.H == 0) return 1;
-  const int64_t width = s.H * (s.cell == CellKind::kLstm || s.cell == CellKind::kGru ? 4 : 1);  // Cell::kGrads
+  const int64_t width = s.H * cell_info(s.cell).grads;
   return std::clamp<int64_t>(s.N / std::max(kRows, kElements / width), 1, s.T);
 }
 
@@ -167,7 +169,7 @@ const Kernels& kernels() {
 
 Plan plan(const LayerShape& shape, int64_t threads) {
   // Multiply-adds of a step and of the whole, in one direction. An activation counts as some tens of them.
-  const int64_t gates = shape.cell == CellKind::kLstm ? 4 : shape.cell == CellKind::kGru ? 3 : 1;
+  const int64_t gates = cell_info(shape.cell).gates;
   const double step = double(gates) * shape.H * double(shape.B) * (shape.P + shape.I + 32);
   const double total = step * shape.T;
   constexpr double kRegion = 4e5;  // below it a parallel region costs more than it saves

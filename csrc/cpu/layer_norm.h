@@ -3,12 +3,11 @@
 // One thread has the whole row. Each function reads it two or three times, because it stays in the first-level cache.
 #pragma once
 
+#include "../rnn_params.h"
 #include "vec.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
-
-constexpr double kNormEps = 1e-5;  // equal to NORM_EPS of reference.py; test_variants.py fails if not
 
 template <class T>
 FUSED_RNN_INLINE T sum_of_lanes(const Vec<T>& v) {

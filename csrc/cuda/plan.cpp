@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "../cells/cells.h"
+#include "../cells/cell_info.h"
 
 namespace fused_rnn {
 namespace cuda {
@@ -26,17 +26,6 @@ struct Rates {
   double cluster_bytes = 32;      // bytes pushed to one multiprocessor per cycle
 };
 constexpr Rates kRates;
-
-int gate_count(CellKind cell) {
-  switch (cell) {
-#define FUSED_RNN_GATES(kind, policy, label) \
-  case CellKind::kind:                       \
-    return policy::kGates;
-    FUSED_RNN_CELLS(FUSED_RNN_GATES)
-#undef FUSED_RNN_GATES
-  }
-  return 0;
-}
 
 double cycles_per_step(const Instance& in, const Product& product, int tiles) {
   const Rates& r = kRates;
@@ -68,8 +57,8 @@ int resident_teams(Exchange exchange, int parts, const Device& device) {
 
 std::vector<Plan> plans(const Problem& p, const Device& device) {
   std::vector<Plan> candidates;
-  if (p.H < 1 || p.B < 0 || p.directions < 1 || p.directions > 2 || gate_count(p.cell) == 0) return candidates;
-  const int gates = gate_count(p.cell), Hp = padded(p.H, p.element);
+  if (p.H < 1 || p.B < 0 || p.directions < 1 || p.directions > 2) return candidates;
+  const int gates = static_cast<int>(cell_info(p.cell).gates), Hp = padded(p.H, p.element);
   const Product product =
       p.backward ? Product{1, gates * Hp, element_bytes(p.element)} : Product{gates, Hp, element_bytes(p.element)};
   int index = 0;

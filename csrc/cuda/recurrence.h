@@ -1,6 +1,7 @@
 // The launchers of each cell's kernels, on a stream of the current device. All pointers are to that device's memory.
 #pragma once
 
+#include "../cells/cells.h"
 #include "plan.h"
 
 namespace fused_rnn {
@@ -22,7 +23,9 @@ struct Recurrence {
 
 const Recurrence& recurrence(CellKind cell);
 
-extern const Recurrence kRnnTanh, kRnnRelu, kLstm, kGru;
+#define FUSED_RNN_DECLARE(kind, policy, name) extern const Recurrence kind;
+FUSED_RNN_CELLS(FUSED_RNN_DECLARE)
+#undef FUSED_RNN_DECLARE
 
 }  // namespace cuda
 }  // namespace fused_rnn

@@ -83,6 +83,7 @@ class Emulator {
   int thread() const { return warp_->first + lane_; }
   int block_index() const { return blocks_[warp_->block].index; }
   int block_count() const { return grid_.blocks; }
+  const Grid& grid() const { return grid_; }
   uint64_t clock() const { return clock_; }
 
   Random random{0};
@@ -128,6 +129,8 @@ class Emulator {
   uint64_t clock_ = 1, step_ = 0, idle_time_ = 0;
   int idle_rounds_ = 0;
 };
+
+Emulator& emulator();  // the one that everything runs on
 
 }  // namespace emulation
 }  // namespace cuda
