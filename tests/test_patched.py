@@ -225,7 +225,7 @@ def test_our_own_modules_in_patched() -> None:
 def python(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     return subprocess.run(
-        [sys.executable, *args], cwd=cwd, env=env | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *args], cwd=cwd, env=env | environment, capture_output=True, text=True, timeout=600
     )
 
 
