@@ -111,6 +111,8 @@ def torch_is_faster(cell: str, half: torch.dtype, steps: int, batch: int, hidden
         return False
     if eligibility.deterministic():
         return False  # one way for any batch
+    if cell == "lstm" and eligibility.lacks_threads():
+        return False
     training = torch.is_grad_enabled()
     if steps == 1:
         return training and batch * hidden_size**2 >= 2**21

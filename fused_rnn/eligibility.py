@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from fused_rnn import cuda
+from fused_rnn import _C, cuda
 
 BACKENDS = ("auto", "fused", "torch")
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
@@ -83,6 +83,15 @@ def on_cuda(x: Tensor | None) -> bool:
 HAS_BF16_PRODUCTS = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def lacks_threads() -> bool:
+    """Whether OpenMP may give fewer threads than torch asks for: OMP_DYNAMIC, OMP_THREAD_LIMIT, OMP_MAX_ACTIVE_LEVELS.
+
+    oneDNN's LSTM, on which torch.nn.LSTM runs, then leaves out a part of the work, and returns wrong numbers without an
+    error. The kernels share the work among the threads that they get.
+    """
+    return torch.get_num_threads() > _C.openmp_threads()
+
+
 def torch_is_faster(mode: str, dtype: torch.dtype, batch: int, hidden_size: int) -> bool:
     """Whether torch.nn beats the kernels on this processor (measured; benchmarks/NOTES.md).
 
@@ -90,6 +99,8 @@ def torch_is_faster(mode: str, dtype: torch.dtype, batch: int, hidden_size: int)
     torch.nn's LSTM gains from it unless it runs row by row, its RNN and GRU where their products are large.
     """
     if dtype is not torch.bfloat16 or not HAS_BF16_PRODUCTS or deterministic():  # which takes one way for any batch
+        return False
+    if mode == "LSTM" and lacks_threads():
         return False
     return batch >= 3 if mode == "LSTM" else batch >= 8 and hidden_size >= 384
 

@@ -299,7 +299,7 @@ def test_mixed_dtypes_are_rejected_as_torch_does(name: str, device: str) -> None
 def test_where_torch_is_faster_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     for products, expected in ((True, True), (False, False)):
-        monkeypatch.setattr(autocast.ops, "HAS_BF16_PRODUCTS", products)
+        monkeypatch.setattr(autocast.eligibility, "HAS_BF16_PRODUCTS", products)
         assert autocast.torch_is_faster("lstm", BF16, 50, 64, 256) is expected
         assert autocast.torch_is_faster("gru", BF16, 50, 64, 1024) is expected
         assert not autocast.torch_is_faster("lstm", BF16, 5, 1, 64)
