@@ -96,7 +96,7 @@ def choose(
         return Choice(False, "torch.nn's autograd node of an RNNCell costs less than ours")
     if deterministic():
         return Choice(True, "deterministic: a row's result does not depend on its batch")
-    if (half or dtype) is not torch.bfloat16 or not HAS_BF16_PRODUCTS:
+    if (half or dtype) is not torch.bfloat16 or not HAS_BF16_PRODUCTS or (cell == "lstm" and lacks_threads()):
         return Choice(True, "measured to be at least as fast")
     # The kernels widen bfloat16 to float32. This processor multiplies it at twice the speed or more.
     if half is None:
@@ -111,6 +111,15 @@ def choose(
     return Choice(
         not faster, "this processor multiplies bfloat16 fast" if faster else "measured to be at least as fast"
     )
+
+
+def lacks_threads() -> bool:
+    """Whether OpenMP may give fewer threads than torch asks for: OMP_DYNAMIC, OMP_THREAD_LIMIT, OMP_MAX_ACTIVE_LEVELS.
+
+    oneDNN's LSTM, on which torch.nn.LSTM runs, then leaves out a part of the work, and returns wrong numbers without an
+    error. The kernels share the work among the threads that they get.
+    """
+    return torch.get_num_threads() > _C.openmp_threads()
 
 
 def plain(tensor: Any, dim: int) -> bool:

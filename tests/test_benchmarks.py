@@ -6,14 +6,16 @@ The suite that trains the examples is in test_examples.py.
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain, repeat
+from itertools import chain, count, repeat
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+import denormals
 import run
 from harness import competitors, picture, report, roofline, speed, timing
 from harness.measurement import FUSED, TORCH, Measurement, Quartiles, Row, geometric_mean, mean_ratio
@@ -152,10 +154,35 @@ def test_the_floor_adds_the_steps_to_what_is_merged() -> None:
     assert measured([8e-6], [4e-6], floor=1e-6).fraction_of_floor == pytest.approx(0.25)
 
 
-def test_ceilings_are_measured() -> None:
-    ceilings = roofline.measure_ceilings(torch.float32, threads=1, seconds=0.02)
-    assert ceilings.flops > 1e8
-    assert ceilings.small_bandwidth >= ceilings.large_bandwidth > 1e8
+def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count(step=0.001)  # every call takes a millisecond
+    monkeypatch.setattr(roofline, "perf_counter", lambda: next(clock))
+    ceilings = roofline.measure_ceilings(torch.float32, threads=2, seconds=0.02)
+    assert ceilings.flops == pytest.approx(2 * 1024**3 / 0.001)
+    assert ceilings.large_bandwidth == pytest.approx(16 * 2**20 / 0.001)
+    assert ceilings.small_bandwidth == pytest.approx(ceilings.large_bandwidth)  # two cores' 1 MiB are less
+    with monkeypatch.context() as smaller:
+        smaller.setattr(roofline, "LARGE", 2**20)
+        assert roofline.measure_ceilings(torch.float32, 2, 0.02).small_bandwidth == pytest.approx(2 * 2**20 / 0.001)
+
+
+def test_denormal_numbers_that_cost_too_much(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both libraries' calls run; their times are made up."""
+    times = {"torch.nn x": 9.0, "fused_rnn x": 1.3}
+
+    def sample(sides: dict[str, Callable[[], None]], pace: timing.Pace, shuffled: bool) -> dict[str, list[float]]:
+        for call in sides.values():
+            call()
+        return {side: [times.get(side, 1.0)] * 3 for side in sides}
+
+    monkeypatch.setattr(denormals, "sample_in_turns", sample)
+    with pytest.raises(SystemExit, match=r"more than 1\.2 times .*: RNN x, LSTM x, GRU x$"):
+        denormals.main([])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["RNN", "x", "9.00", "1.30"]
+    times["fused_rnn x"] = 1.2
+    denormals.main(["--quick"])
 
 
 # Rows, shapes and options

@@ -2,6 +2,8 @@
 
 Where threads wait for one another after every step, one that has lost its processor holds up the others; how they wait
 then decides between twice the time and hundreds of times. torch.nn's GRU spins and takes the latter.
+
+Marked `timing`, and so only run where it is asked for (`pytest -m timing`): a time is the measure here.
 """
 
 from __future__ import annotations
@@ -71,6 +73,7 @@ def measure(path: str, library: str = "fused_rnn") -> None:
     Path(path).write_text(json.dumps(found))
 
 
+@pytest.mark.timing
 @pytest.mark.skipif(CORES < 2, reason="on a single core there is one thread, and none to wait for")
 @pytest.mark.parametrize("policy", [None, "PASSIVE"])
 def test_busy_cores_cost_a_fair_share(policy: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

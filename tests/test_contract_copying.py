@@ -145,7 +145,7 @@ class Results(Dataset):
 def test_l03_data_loader_workers(key):
     expected, actual = pair(key)
     actual(*arguments(actual))
-    loader = DataLoader(Results(actual), batch_size=None, num_workers=1, timeout=60)
+    loader = DataLoader(Results(actual), batch_size=None, num_workers=1, timeout=600)
     for result, index in zip(loader, range(2), strict=True):
         close(result, tensors(expected(*arguments(expected, seed=index)))[0])
 

@@ -258,7 +258,7 @@ def test_the_language_model_under_torchrun():
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         with subprocess.Popen([sys.executable, *command], env=environment, **pipes) as process:
             try:
-                output, errors = process.communicate(timeout=120)
+                output, errors = process.communicate(timeout=600)
             finally:
                 process.terminate()  # which torchrun passes on to its processes
         assert process.returncode == 0, errors

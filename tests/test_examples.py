@@ -203,7 +203,7 @@ def run_script(script: str, *arguments: str, path: Path | None = None) -> subpro
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=600,
     )
 
 

@@ -140,7 +140,7 @@ def elsewhere(code: str, folder: Path, *, path: bool = True) -> None:
         env=os.environ | {"PYTHONPATH": places},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
 
@@ -209,7 +209,7 @@ def test_a_package_runs_without_python(packaged: tuple[nn.Module, str], tmp_path
         input.numpy().tofile(file)
         arguments += [file, *input.shape]
     command = [str(word) for word in (program, fused_rnn.OPERATORS_LIBRARY, package, *arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     loaded = {Path(line.split()[-1]).name for line in done.stdout.splitlines()}
     assert Path(fused_rnn.OPERATORS_LIBRARY).name in loaded

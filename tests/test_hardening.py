@@ -1,15 +1,14 @@
-"""Long and hard use: many threads, thousands of calls, NaN and infinity anywhere, denormal numbers.
+"""Long and hard use: many threads, thousands of calls, NaN and infinity anywhere.
 
-Each value on its own is in test_contract_values.py; what hostile arguments do in test_fuzz.py; forks in test_isa.py.
+Each value on its own is in test_contract_values.py; denormal numbers in test_denormals.py; what hostile arguments do in
+test_fuzz.py; forks in test_isa.py.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -162,43 +161,3 @@ def test_a_row_with_special_values_leaves_the_others_alone(cell: str, B: int, wh
     assert not all(torch.equal(a[:, 1], b[:, 1]) for a, b in zip(found, expected, strict=True))
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a[:, others], b[:, others])
-
-
-# Denormal numbers
-
-
-def seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    for _ in range(4):
-        call()
-    return time.perf_counter() - begin
-
-
-@pytest.mark.parametrize("what", ["x", "weights", "dy"])
-@pytest.mark.parametrize("cell", CELLS)
-def test_denormal_numbers_do_not_slow_it(cell: str, what: str) -> None:
-    """By no more than torch.nn, or by half: some processors take a hundred times as long for an operation on one."""
-    modules = pair(cell, 64, 128)
-    small = pair(cell, 64, 128)
-    if what == "weights":
-        with torch.no_grad():
-            for weight in small[0].parameters():
-                weight.mul_(1e-39)
-    x, dy = torch.randn(16, 12, 64), torch.randn(16, 12, 128)
-    small_x, small_dy = (x * 1e-39 if what == "x" else x), (dy * 1e-39 if what == "dy" else dy)
-
-    def ratio(which: int) -> float:
-        def usual() -> None:
-            modules[which](x)[0].backward(dy)
-
-        def denormal() -> None:
-            small[which](small_x)[0].backward(small_dy)
-
-        usual(), denormal()
-        return statistics.median(seconds(denormal) / seconds(usual) for _ in range(9))
-
-    for _attempt in range(3):  # a busy machine makes the times of a moment wrong
-        theirs, ours = ratio(0), ratio(1)
-        if ours <= max(1.2 * theirs, 1.5):
-            return
-    pytest.fail(f"{ours:.1f} times as long with denormal numbers, torch.nn {theirs:.1f} times")

@@ -179,7 +179,9 @@ def test_the_specification_has_the_constants_of_the_kernels() -> None:
 @pytest.mark.parametrize("source", ["cpu/isa_portable.cpp", "cuda/plan.cpp", "cuda/recurrence.cpp"])
 def test_a_cell_that_a_switch_leaves_out_does_not_compile(source: str, tmp_path: Path) -> None:
     """Of all switches over cells: with the options of the build, a CellKind that FUSED_RNN_CELLS lacks is an error."""
-    (options,) = re.findall(r"^EXHAUSTIVE_SWITCHES = (.*?)  #", (CSRC.parent / "setup_cuda.py").read_text(), re.MULTILINE)
+    (options,) = re.findall(
+        r"^EXHAUSTIVE_SWITCHES = (.*?)  #", (CSRC.parent / "setup_cuda.py").read_text(), re.MULTILINE
+    )
     copy = Path(shutil.copytree(CSRC, tmp_path / "csrc"))
     command = [*COMPILER, "-std=c++17", "-fsyntax-only", "-Wno-psabi", *ast.literal_eval(options), copy / source]
     assert subprocess.run(command).returncode == 0

@@ -1,4 +1,5 @@
 // fused_rnn._C: what is not an operator. Importing it loads _cpu.so, beside it, which registers the operators.
+#include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -51,6 +52,10 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "What the extension was built with.");
+  m.def(
+      "openmp_threads",
+      [] { return omp_get_dynamic() || omp_get_max_active_levels() < 1 ? 1 : omp_get_thread_limit(); },
+      "The number of threads up to which OpenMP gives a parallel region as many as it asks for.");
   m.def(
       "cells",
       [] {

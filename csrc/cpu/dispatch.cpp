@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <climits>
 #include <cstdlib>
 #include <stdexcept>
@@ -18,29 +19,63 @@
 namespace fused_rnn {
 namespace cpu {
 
-void Barrier::wait() {
-  const int32_t generation = __atomic_load_n(&generation_, __ATOMIC_ACQUIRE);
-  if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == count_) {
-    __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
-    // Sequentially consistent, as the sleepers' accesses below: one of the two sides sees the other.
-    __atomic_store_n(&generation_, generation + 1, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&sleepers_, __ATOMIC_SEQ_CST) > 0) {
-      syscall(SYS_futex, &generation_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
-    }
-    return;
-  }
-  constexpr int kSpins = 500;  // about 10 microseconds: a step's imbalance
-  for (int spins = 0; spins < kSpins; ++spins) {
-    if (__atomic_load_n(&generation_, __ATOMIC_ACQUIRE) != generation) return;
+namespace {
+
+// A moment of a thread that spins: 10 to 50 ns.
+void relax() {
 #if defined(__x86_64__)
-    __builtin_ia32_pause();
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("isb");  // `yield` does nothing on most processors
 #endif
+}
+
+}  // namespace
+
+bool Barrier::spin(int32_t generation) const {
+  using Clock = std::chrono::steady_clock;
+  constexpr std::chrono::microseconds kSpin(50);
+  constexpr int kRelaxesPerLook = 16;  // at the clock, which costs about as much as two
+  Clock::time_point end{};
+  for (;;) {
+    for (int i = 0; i < kRelaxesPerLook; ++i) {
+      if (__atomic_load_n(&generation_, __ATOMIC_ACQUIRE) != generation) return true;
+      relax();
+    }
+    const Clock::time_point now = Clock::now();
+    if (end == Clock::time_point{}) {
+      end = now + kSpin;
+    } else if (now >= end) {
+      return false;
+    }
   }
+}
+
+void Barrier::sleep(int32_t generation) {
+  // Sequentially consistent, as the accesses of wait(): one of the two sides sees the other.
   __atomic_add_fetch(&sleepers_, 1, __ATOMIC_SEQ_CST);
   while (__atomic_load_n(&generation_, __ATOMIC_SEQ_CST) == generation) {
     syscall(SYS_futex, &generation_, FUTEX_WAIT_PRIVATE, generation, nullptr, nullptr, 0);
   }
   __atomic_sub_fetch(&sleepers_, 1, __ATOMIC_SEQ_CST);
+}
+
+void Barrier::wait(int64_t count) {
+  constexpr unsigned kPatience = 3, kProbe = 16;
+  thread_local unsigned late = 0;  // this thread's waits since the last spin that ended in time
+  const int32_t generation = __atomic_load_n(&generation_, __ATOMIC_ACQUIRE);
+  if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == count) {
+    __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&generation_, generation + 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&sleepers_, __ATOMIC_SEQ_CST) > 0) {
+      syscall(SYS_futex, &generation_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+    }
+  } else if ((late < kPatience || late % kProbe == 0) && spin(generation)) {
+    late = 0;
+  } else {
+    ++late;
+    sleep(generation);
+  }
 }
 
 std::vector<const Kernels*> supported() {
@@ -81,28 +116,22 @@ const int fork_watched = pthread_atfork(nullptr, nullptr, [] { forked = true; })
 template <class Work>
 void run(const LayerShape& shape, int64_t threads, const Work& work) {
   if (omp_in_parallel() || forked) threads = 1;
-  const Plan wanted = plan(shape, threads);
-  if (wanted.teams * wanted.workers == 1) {
-    for (int64_t d = 0; d < shape.directions; ++d) work(d, Worker{0, 1, false, nullptr});
-    return;
-  }
-  Barrier whole(wanted.workers), first_half(wanted.workers), second_half(wanted.workers);
-#pragma omp parallel num_threads(static_cast<int>(wanted.teams * wanted.workers))
+  Barrier barriers[2];  // of each team
+  const auto take_part = [&](int64_t thread, const Plan& plan) {
+    const int64_t team = thread / plan.workers;
+    if (team >= plan.teams) return;
+    Barrier* const barrier = plan.workers > 1 ? &barriers[team] : nullptr;
+    const Worker worker{thread % plan.workers, plan.workers, plan.splits_units, barrier};
+    for (int64_t d = team; d < shape.directions; d += plan.teams) work(d, worker);
+  };
+  const Plan wish = plan(shape, threads);
+  const int64_t count = wish.teams * wish.workers;
+  if (count == 1) return take_part(0, wish);
+#pragma omp parallel num_threads(static_cast<int>(count))
   {
-    // The region may have fewer threads than asked for; waiting for the others would hang.
-    const int64_t index = omp_get_thread_num();
-    if (omp_get_num_threads() < wanted.teams * wanted.workers) {
-      if (index == 0) {
-        for (int64_t d = 0; d < shape.directions; ++d) work(d, Worker{0, 1, false, nullptr});
-      }
-    } else if (wanted.teams == 2) {
-      Barrier* barrier = wanted.workers == 1 ? nullptr : index < wanted.workers ? &first_half : &second_half;
-      work(index / wanted.workers, Worker{index % wanted.workers, wanted.workers, wanted.splits_units, barrier});
-    } else {
-      for (int64_t d = 0; d < shape.directions; ++d) {
-        work(d, Worker{index, wanted.workers, wanted.splits_units, &whole});
-      }
-    }
+    // OpenMP may give fewer threads than asked for; the plan is then made for those, as nobody does the others' part.
+    const int64_t given = omp_get_num_threads();
+    take_part(omp_get_thread_num(), given == count ? wish : plan(shape, given));
   }
 }
 

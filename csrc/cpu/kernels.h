@@ -10,6 +10,7 @@ namespace cpu {
 struct Kernels {
   const char* name;
   // The work of one worker in one direction (0, or 1 for the reverse one). All workers of the direction must call it.
+  // These three functions treat denormal numbers as zeros, and restore the thread's own setting: see denormals.h.
   void (*forward)(const ForwardParams& params, int64_t direction, const Worker& worker);
   void (*backward)(const BackwardParams& params, int64_t direction, const Worker& worker);
   // The work of one worker on the gradients of inputs and weights, after `backward` has run in every direction on a
@@ -19,7 +20,7 @@ struct Kernels {
   int64_t (*forward_workspace)(const LayerShape& shape);
   int64_t (*backward_workspace)(const LayerShape& shape);
   int64_t (*gradients_workspace)(const LayerShape& shape);
-  // y[i] = f(x[i]) for the accuracy tests; `function` is 's' (sigmoid) or 't' (tanh).
+  // y[i] = f(x[i]) for the accuracy tests, denormal numbers included; `function` is 's' (sigmoid) or 't' (tanh).
   void (*map_float)(char function, const float* x, float* y, int64_t n);
   void (*map_double)(char function, const double* x, double* y, int64_t n);
 };

@@ -6,17 +6,20 @@
 namespace fused_rnn {
 namespace cpu {
 
-// Spins for a moment, then sleeps until it is woken. Beside other processes on the same cores both extremes are slow:
-// who spins keeps the core from the thread it waits for; who yields gets it back only after a stranger's time slice.
+// Where the `count` workers of a team wait for one another. A wait spins for kSpin, about the time that a sleeping
+// thread takes to wake up: a shorter spin would let two workers put each other to sleep at every step. On a busy
+// machine the awaited worker has lost its core, and a spin is lost time; so a thread whose spins were in vain kPatience
+// times running sleeps at once, and spins again at every kProbe-th wait, until a spin ends in time.
 class Barrier {
  public:
-  explicit Barrier(int64_t count) : count_(count) {}
-  void wait();
+  void wait(int64_t count);
 
  private:
-  const int64_t count_;
+  bool spin(int32_t generation) const;
+  void sleep(int32_t generation);
+
   alignas(64) int64_t arrived_ = 0;
-  alignas(64) int32_t generation_ = 0;  // what the sleepers' futex watches
+  alignas(64) int32_t generation_ = 0;  // the futex of the sleepers
   int32_t sleepers_ = 0;
 };
 
@@ -29,7 +32,7 @@ struct Worker {
   Barrier* barrier;  // null with count == 1
 
   void wait() const {
-    if (barrier) barrier->wait();
+    if (barrier) barrier->wait(count);
   }
   // Where this worker's share of n items begins; the next worker's beginning is its end.
   int64_t begin(int64_t n) const { return n * index / count; }

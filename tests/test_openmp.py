@@ -1,0 +1,88 @@
+"""OpenMP may give fewer threads than torch asks for: the kernels share the work among those that come.
+
+oneDNN's LSTM leaves out a part of it, without an error: in such a process torch.nn.LSTM returns wrong numbers in
+training, and no call is handed to it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fused_rnn
+from cases import Case
+from contract import fused_calls, survives
+from fused_rnn import _C, policy
+
+THREADS = 4
+SIZES = [  # the rows are shared, the units, the directions and the rows of each, and the units of a single step
+    dict(T=9, B=33, I=20, H=96),
+    dict(T=20, B=1, I=64, H=300),
+    dict(T=9, B=40, I=20, H=65, bidirectional=True),
+    dict(T=1, B=40, I=64, H=256),
+]
+ENVIRONMENTS = [
+    {"OMP_THREAD_LIMIT": "2"},
+    {"OMP_THREAD_LIMIT": "3"},
+    {"OMP_DYNAMIC": "true"},
+    {"OMP_MAX_ACTIVE_LEVELS": "0"},  # gives one
+]
+
+
+def the_kernels_are_right() -> None:
+    """Outputs, states and every gradient, against torch.nn in float64."""
+    torch.set_num_threads(THREADS)
+    assert _C.openmp_threads() < THREADS
+    for case in [Case(cell, **size) for cell in ("RNN", "LSTM", "GRU") for size in SIZES]:
+        _, module, exact = case.modules(torch.float32)
+        results = []
+        for m in (module, exact):
+            data = [t.to(m.weight_hh_l0.dtype).requires_grad_() for t in case.data(torch.float32)]
+            outputs = case.run(m, data)
+            loss = sum(o.sin().sum() for o in outputs)
+            results.append([*outputs, *torch.autograd.grad(loss, [*data, *m.parameters()])])
+        for found, expected in zip(*results, strict=True):
+            scale = max(expected.abs().max().item(), 1.0)
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * scale)
+
+
+def no_lstm_is_handed_to_torch() -> None:
+    """Calls that torch.nn would compute faster, with all of its threads."""
+    policy.HAS_BF16_PRODUCTS = True
+    for threads, lacks in ((_C.openmp_threads() + 1, True), (_C.openmp_threads(), False)):
+        torch.set_num_threads(threads)
+        assert policy.lacks_threads() is lacks
+        for half in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                lstm, gru = (
+                    fused_rnn.plan(cell, torch.bfloat16, 50, 64, 8, H, device="cpu")
+                    for cell, H in (("lstm", 256), ("gru", 512))
+                )
+            assert lstm.backend == ("fused" if lacks else "torch")
+            assert gru.backend == "torch"  # oneDNN has no part in it
+    torch.set_num_threads(_C.openmp_threads() + 1)
+    case = Case("LSTM", T=9, B=33, I=20, H=96)
+    for dtype, half in ((torch.bfloat16, False), (torch.float32, True)):
+        _, module, exact = case.modules(dtype)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half), fused_calls() as calls:
+            found = case.run(module, case.data(dtype))[0]
+        assert calls
+        expected = case.run(exact, [t.double() for t in case.data(dtype)])[0]
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.02)
+
+
+def both() -> None:
+    the_kernels_are_right()
+    no_lstm_is_handed_to_torch()
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda variables: "-".join(map("=".join, variables.items())))
+def test_fewer_threads_than_asked_for(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    survives(both)
+
+
+def test_all_threads_come() -> None:
+    """The usual case: without those variables."""
+    assert _C.openmp_threads() >= torch.get_num_threads() and not policy.lacks_threads()
