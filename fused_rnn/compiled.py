@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn import eligibility, ops, reference
+from fused_rnn import eligibility, lowering, ops, reference
 
 _library = torch.library.Library("fused_rnn", "FRAGMENT")
 # The arguments are `fused_rnn.ops.layer`'s; the results, too, but that what that leaves out is empty here.
@@ -42,6 +42,27 @@ def _layer(
     if eligibility.transformed():
         y, h_n, c_n, *more = reference.layer(*layer, batch_sizes, *of_resets, c_sequence, lengths, *variant[:-1])
         return [y, h_n, x.new_empty(0) if c_n is None else c_n, *more]
+    if lowering.in_run_decompositions(x):
+        return lowering.decomposed(*layer, batch_sizes, *of_resets, c_sequence, lengths, *variant[:-1])
+    return layer_of_operators(*layer, batch_sizes, *of_resets, c_sequence, lengths, *variant)
+
+
+def layer_of_operators(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    c_sequence: bool,
+    lengths: Tensor | None,
+    *variant: Any,
+) -> Sequence[Tensor]:
+    """``fused_rnn::layer`` on the kernels: ``fused_rnn::forward``, and ``backward`` where a gradient is recorded."""
+    layer, of_resets = (cell, x, h0, c0, weights), (resets, reset_h, reset_c)
     if lengths is not None and not eligibility.on_cuda(x):
         return _with_lengths(*layer, *of_resets, c_sequence, lengths, *variant)
     return ops.layer_of_kernels(*layer, batch_sizes, *of_resets, c_sequence, lengths, *variant)

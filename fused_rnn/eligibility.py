@@ -34,11 +34,11 @@ def fusible(x: Any, *others: Any) -> bool:
     """Whether the kernels may compute with these; if not, torch does.
 
     They take plain tensors of one supported dtype on one CPU or CUDA device, and only while nothing but a compiler
-    watches or rewrites torch's operations: a tracer, a mode, a functorch transform, an exporter to ONNX.
+    watches or rewrites torch's operations: a tracer, a mode, a functorch transform.
     """
     compiling = torch.compiler.is_compiling()
     types = COMPILERS_TYPES if compiling else PLAIN_TYPES
-    if type(x) not in types or (transformed() or torch.onnx.is_in_onnx_export() if compiling else watched()):
+    if type(x) not in types or (transformed() if compiling else watched()):
         return False
     dtype, device = x.dtype, x.device
     if dtype not in DTYPES or x.is_nested or not (x.is_cpu or (on_cuda(x) and cuda.available())):

@@ -113,6 +113,7 @@ def _sequence(cell: str) -> Callable[..., Any]:
 def _regular(cell: str, x: Any, states: Any, weights: Any, bidirectional: Any) -> bool:
     return (
         len(states) == (2 if cell == "lstm" else 1)
+        and not torch.compiler.is_exporting()
         and autocast.dtype_on(x.device) is None
         and eligibility.fusible(x, *states, *weights)
         and isinstance(bidirectional, bool)
@@ -139,6 +140,7 @@ def _fits(cell: str, input: Any, states: Any, weights: Any) -> bool:
     w_hh = weights[1]
     return (
         len(states) == (2 if cell == "lstm" else 1)
+        and not torch.compiler.is_exporting()
         and autocast.dtype_on(input.device) is None
         and eligibility.fusible(input, *states, *weights)
         and input.dim() == 2
