@@ -27,7 +27,7 @@ from fused_rnn import compiled as compiled  # adds what compilers take
 from fused_rnn import fakes as fakes  # and the shapes that they ask for
 from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
 from fused_rnn.convert import from_torch, replace
-from fused_rnn.lowering import operators
+from fused_rnn.lowering import operator_decompositions
 from fused_rnn.modules import GRU, LSTM, RNN
 from fused_rnn.patch import patched
 from fused_rnn.planning import plan
@@ -49,7 +49,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "from_torch",
-    "operators",
+    "operator_decompositions",
     "patched",
     "plan",
     "replace",

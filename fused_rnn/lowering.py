@@ -6,7 +6,7 @@ Who asks, and what takes the operator's place:
 ``program.run_decompositions()``               core ATen operations (`core_aten`), with which a program loads and runs
                                                where fused_rnn is not installed
 ``torch.onnx.export(program)``                 ONNX's LSTM, GRU and RNN (`onnx`); else core ATen operations
-``program.run_decompositions(operators())``    ``fused_rnn::forward``, which needs no Python (`OPERATORS_LIBRARY`)
+``program.run_decompositions(operator_decompositions())``    ``fused_rnn::forward``, which needs no Python (`OPERATORS_LIBRARY`)
 torch.compile, AOTInductor, eager calls        ``fused_rnn::forward`` and ``backward`` (`fused_rnn.compiled`)
 =============================================  =========================================================================
 
@@ -39,7 +39,7 @@ def in_run_decompositions(x: Tensor) -> bool:
     return isinstance(x, FunctionalTensor) and torch._C.DispatchKey.CompositeImplicitAutograd in kernels
 
 
-def operators() -> Any:
+def operator_decompositions() -> Any:
     """The table for ``program.run_decompositions`` that lowers to the operators of `fused_rnn.OPERATORS_LIBRARY`.
 
     The lowered program runs on the fused kernels in a process that has loaded that library and no Python package.
@@ -47,7 +47,7 @@ def operators() -> Any:
     Example:
         >>> import torch, fused_rnn
         >>> program = torch.export.export(fused_rnn.GRU(3, 5), (torch.randn(7, 2, 3),))
-        >>> lowered = program.run_decompositions(fused_rnn.operators())
+        >>> lowered = program.run_decompositions(fused_rnn.operator_decompositions())
         >>> [str(node.target) for node in lowered.graph.nodes if "fused_rnn" in str(node.target)]
         ['fused_rnn.forward.default']
     """
