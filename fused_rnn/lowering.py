@@ -1,17 +1,17 @@
 """How an exported program that holds ``fused_rnn::layer`` is lowered for consumers that do not know this operator.
 
-Who asks, and what takes the operator's place:
+Each consumer, and the operations that replace ``fused_rnn::layer`` for it:
 
-=============================================  =========================================================================
-``program.run_decompositions()``               core ATen operations (`core_aten`), with which a program loads and runs
-                                               where fused_rnn is not installed
-``torch.onnx.export(program)``                 ONNX's LSTM, GRU and RNN (`onnx`); else core ATen operations
-``program.run_decompositions(operator_decompositions())``    ``fused_rnn::forward``, which needs no Python (`OPERATORS_LIBRARY`)
-torch.compile, AOTInductor, eager calls        ``fused_rnn::forward`` and ``backward`` (`fused_rnn.compiled`)
-=============================================  =========================================================================
+- ``program.run_decompositions()``: core ATen operations, with which a program loads and runs where fused_rnn is not
+  installed. A fixed number of steps is unrolled, as in torch.nn's own decompositions; a dynamic one becomes a ``scan``.
+- ``torch.onnx.export(program)``: ONNX's LSTM, GRU and RNN; its Scan for projections and for options of ours. These nodes
+  are symbolic: torch has no values for them, so ``verify=True`` of that function reports a difference.
+- ``program.run_decompositions(operator_decompositions())``: ``fused_rnn::forward``, which needs no Python
+  (``OPERATORS_LIBRARY``).
+- torch.compile, AOTInductor and eager calls: ``fused_rnn::forward`` and ``backward`` (`fused_rnn.compiled`).
 
-All of them reach the same composite implementation, ``fused_rnn.compiled._layer``. `in_run_decompositions` tells the
-first two from the last.
+All but the third reach the same composite implementation, ``fused_rnn.compiled._layer``, which asks
+`in_run_decompositions` for the first two.
 """
 
 from __future__ import annotations

@@ -102,8 +102,8 @@ def test_core_aten(key: str, dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_decomposition_of_torchs_as_a_yardstick(name: str) -> None:
-    """Of a fixed number of steps, ours needs no operators that torch.nn's does not, but for the LSTM's tuple of two."""
+def test_core_aten_like_torchs_own(name: str) -> None:
+    """For a fixed number of steps, ours needs hardly an operator that torch.nn's does not need."""
     lowered = []
     for library in (nn, fused_rnn):
         module = getattr(library, name)(INPUT, HIDDEN).eval()
