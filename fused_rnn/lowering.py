@@ -4,8 +4,8 @@ Each consumer, and the operations that replace ``fused_rnn::layer`` for it:
 
 - ``program.run_decompositions()``: core ATen operations, with which a program loads and runs where fused_rnn is not
   installed. A fixed number of steps is unrolled, as in torch.nn's own decompositions; a dynamic one becomes a ``scan``.
-- ``torch.onnx.export(program)``: ONNX's LSTM, GRU and RNN; its Scan for projections and for options of ours. These nodes
-  are symbolic: torch has no values for them, so ``verify=True`` of that function reports a difference.
+- ``torch.onnx.export(program)``: ONNX's LSTM, GRU and RNN; its Scan for projections and for options of ours. torch has
+  no values for the first three, so ``verify=True`` of that function reports a difference: run the model instead.
 - ``program.run_decompositions(operator_decompositions())``: ``fused_rnn::forward``, which needs no Python
   (``OPERATORS_LIBRARY``).
 - torch.compile, AOTInductor and eager calls: ``fused_rnn::forward`` and ``backward`` (`fused_rnn.compiled`).
