@@ -33,6 +33,7 @@ from fused_rnn import compiled as compiled  # adds what compilers take
 from fused_rnn import fakes as fakes  # and the shapes that they ask for
 from fused_rnn import functional as functional
 from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
+from fused_rnn.compiled import operator_decompositions
 from fused_rnn.convert import from_torch, replace
 from fused_rnn.modules import GRU, LSTM, RNN
 from fused_rnn.patch import patched
@@ -58,6 +59,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "from_torch",
+    "operator_decompositions",
     "patched",
     "plan",
     "replace",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ def run(
     """
     has_keywords = not (resets is None and reset_state is None and lengths is None and return_state_sequence is False)
     is_torchs = torchs is not None and not has_keywords
-    if is_torchs and torchs is not None and not _operators_compute(spec, input, hx):
+    data = input.data if isinstance(input, PackedSequence) else input
+    half = autocast_dtype(data.device) if isinstance(data, Tensor) else None
+    if is_torchs and torchs is not None and not _operators_compute(spec, input, hx, half):
         return torchs(input, hx)
     call = Call(spec, input, hx)
     if has_keywords:
@@ -57,15 +60,16 @@ def run(
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # as torch.nn
         return call.empty_results()
     weights = spec.dropped_weights() if spec.training and spec.weight_dropout > 0 else spec._flat_weights
-    in_autocast = autocast_dtype(call.x.device) is not None
-    casts = call.casts(weights) if in_autocast else None
+    casts = call.casts(weights) if half is not None else None
     if casts is not None:
         weights = call.cast(casts, weights)
-    takes_operators = is_torchs or (spec.backend != "torch" and policy.fusible(*call.tensors(), *weights))
-    if takes_operators and policy.on_cuda(call.x) and (spec.proj_size > 0 or call.x.numel() == 0):
-        takes_operators = False
-    with torch.autocast(call.x.device.type, enabled=False) if in_autocast else _NO_CONTEXT:
-        tensors = layers.stack(
+    takes_operators = is_torchs
+    if not is_torchs and spec.backend != "torch":
+        tensors = (*call.states, *call.reset_states, *weights, *chain(*call.norms))
+        not_on_cuda = spec.proj_size > 0 or call.x.numel() == 0
+        takes_operators = policy.fusible(call.x, *tensors) and not (not_on_cuda and policy.on_cuda(call.x))
+    with torch.autocast(call.x.device.type, enabled=False) if half is not None else _NO_CONTEXT:
+        results = layers.stack(
             spec.cell,
             call.x,
             call.states[0],
@@ -81,19 +85,18 @@ def run(
             widths=spec.state_widths if spec.side_by_side else None,
             run=layers.layer if takes_operators else reference.layer,
         )
-    return call.results(tensors, casts)
+    return call.results(results, casts)
 
 
-def _operators_compute(spec: Spec, input: Any, hx: Any) -> bool:
+def _operators_compute(spec: Spec, input: Any, hx: Any, half: torch.dtype | None) -> bool:
     """Whether the operators compute a call without keywords, before torch.nn's own checks of its sizes."""
     packed = isinstance(input, PackedSequence)
-    data, states = input.data if packed else input, spec.states(hx)
+    data, states = input.data if packed else input, () if hx is None else spec.states(hx)
     if not isinstance(data, Tensor) or states is None or type(spec.bidirectional) is not bool:
         return False
     if any(t is None for t in (*states, *spec._flat_weights)):
         return False
     tensors = (data, *states, *spec._flat_weights)
-    half = autocast_dtype(data.device)
     castable = half is not None and _casts(spec, data, states, spec._flat_weights, packed) is not None
     if not policy.fusible(*tensors, castable=castable):
         return False
@@ -163,7 +166,7 @@ class Call:
             raise TypeError(f"{self.name}: expected input to be a Tensor or PackedSequence, got {type(data).__name__}")
         if self.packed is None and data.dim() not in (2, 3):
             raise ValueError(f"{self.name}: Expected input to be 2D or 3D, got {data.dim()}D tensor instead")
-        states = spec.states(hx)
+        states = () if hx is None else spec.states(hx)
         if states is None:
             raise TypeError(f"{self.name}: expected hx to be None or a pair (h_0, c_0), got {kind_of(hx)}")
         if states:
@@ -314,10 +317,6 @@ class Call:
         self.states, self.reset_states = casts.into(self.states), casts.into(self.reset_states)
         self.norms = [casts.into(norms) for norms in self.norms]
         return casts.into(weights)
-
-    def tensors(self) -> list[Tensor | None]:
-        """The tensors that the layers compute with, but for the weights."""
-        return [self.x, *self.states, *self.reset_states, *(norm for norms in self.norms for norm in norms)]
 
     def layer_options(self, index: int, x: Tensor, weights: Sequence[Tensor | None]) -> LayerOptions:
         """The options of one layer, whose input and weights these are; draws its masks."""

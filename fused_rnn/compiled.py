@@ -8,11 +8,12 @@ need no Python. Nothing here reads a tensor's values or decides by a size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_rnn import layers, policy, reference
+from fused_rnn import layers, lowering, policy, reference
 from fused_rnn.options import LayerOptions
 
 _library = torch.library.Library("fused_rnn", "FRAGMENT")
@@ -24,12 +25,7 @@ _library.define(
 )
 
 
-def _layer(
-    cell: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor | None],
+def _options(
     batch_sizes: Tensor | None,
     resets: Tensor | None,
     reset_h: Tensor | None,
@@ -41,21 +37,64 @@ def _layer(
     zone_h: Tensor | None,
     zone_c: Tensor | None,
     recompute: bool,
-) -> Sequence[Tensor]:
+) -> LayerOptions:
+    """The options from the operator's arguments behind the weights."""
     norm_ih, norm_hh, norm_c, norm_c_bias = norms
-    options = LayerOptions(
+    return LayerOptions(
         batch_sizes, resets, reset_h, reset_c, c_sequence, drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias,
         lengths=lengths, norm_ih=norm_ih, recompute=recompute,
     )  # fmt: skip
+
+
+def _layer(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    *arguments: Any,
+) -> Sequence[Tensor]:
     if policy.transformed():
-        y, h_n, c_n, *more = reference.layer(cell, x, h0, c0, weights, options)
+        y, h_n, c_n, *more = reference.layer(cell, x, h0, c0, weights, _options(*arguments))
         return [y, h_n, x.new_empty(0) if c_n is None else c_n, *more]
-    if lengths is not None and not policy.on_cuda(x):
-        return _with_lengths(cell, x, h0, c0, weights, options, lengths)
+    if lowering.in_run_decompositions(x):
+        return lowering.decomposed(cell, x, h0, c0, weights, _options(*arguments))
+    return layer_of_operators(cell, x, h0, c0, weights, *arguments)
+
+
+def layer_of_operators(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    *arguments: Any,
+) -> Sequence[Tensor]:
+    """``fused_rnn::layer`` on the kernels: ``fused_rnn::forward``, and ``backward`` where a gradient is recorded."""
+    options = _options(*arguments)
+    if options.lengths is not None and not policy.on_cuda(x):
+        return _with_lengths(cell, x, h0, c0, weights, options, options.lengths)
     return layers.layer_of_operators(cell, x, h0, c0, weights, options)
 
 
 _library.impl("layer", _layer, "CompositeImplicitAutograd")
+
+
+def operator_decompositions() -> Any:
+    """The table for ``program.run_decompositions`` that lowers to the operators of `fused_rnn.OPERATORS_LIBRARY`.
+
+    The lowered program runs on the fused kernels in a process that has loaded that library and no Python package.
+
+    Example:
+        >>> import torch, fused_rnn
+        >>> program = torch.export.export(fused_rnn.GRU(3, 5), (torch.randn(7, 2, 3),))
+        >>> lowered = program.run_decompositions(fused_rnn.operator_decompositions())
+        >>> [str(node.target) for node in lowered.graph.nodes if "fused_rnn" in str(node.target)]
+        ['fused_rnn.forward.default']
+    """
+    table = torch.export.default_decompositions()
+    table[torch.ops.fused_rnn.layer.default] = layer_of_operators
+    return table
 
 
 def _with_lengths(

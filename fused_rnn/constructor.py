@@ -172,6 +172,8 @@ class Variants(torch.nn.RNNBase):
 
     def reset_parameters(self) -> None:
         """Initialise as torch.nn does, the gains of layer normalisation to 1, and the forget gate by `forget_bias`."""
+        if all(parameter.is_meta for parameter in self.parameters()):
+            return  # there are no values; and a transform may forbid random operations
         if isinstance(self.hidden_size, tuple):
             for name, parameter in self.named_parameters():
                 bound = self.hidden_size[_kind_and_layer(name)[1]] ** -0.5

@@ -137,6 +137,7 @@ def _states(cell: str, hx: Any) -> Sequence[Any]:
 def _regular(cell: str, x: Any, states: Any, weights: Any, bidirectional: Any) -> bool:
     return (
         len(states) == (2 if cell == "lstm" else 1)
+        and not torch.compiler.is_exporting()  # a program of torch.nn's modules loads without this package
         and policy.autocast_dtype(x.device) is None
         and policy.fusible(x, *states, *weights)
         and isinstance(bidirectional, bool)
@@ -168,6 +169,7 @@ def _fits(cell: str, input: Any, states: Any, weights: Any) -> bool:
     w_hh = weights[1]
     return (
         len(states) == (2 if cell == "lstm" else 1)
+        and not torch.compiler.is_exporting()  # a program of torch.nn's modules loads without this package
         and policy.autocast_dtype(input.device) is None
         and policy.fusible(input, *states, *weights)
         and input.dim() == 2

@@ -7,7 +7,6 @@ one device, while nothing but a compiler observes or rewrites torch's operations
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -29,7 +28,6 @@ CASTABLE = (torch.float32, torch.bfloat16, torch.float16)  # by autocast
 HAS_BF16_PRODUCTS = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 CPU = torch.device("cpu")
 Kind = Literal["sequence", "packed", "step", "cell"]
-on_cuda: Callable[[Any], bool] = attrgetter("is_cuda")  # whether the CUDA operators compute with a tensor
 deterministic = torch.are_deterministic_algorithms_enabled
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -135,6 +133,11 @@ def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
+def on_cuda(x: Tensor) -> bool:
+    """Whether the CUDA operators compute with such tensors."""
+    return x.is_cuda
+
+
 def fusible(x: Any, *others: Any, castable: bool = False) -> bool:
     """Whether the kernels can compute with these tensors; None counts as absent.
 
@@ -143,7 +146,7 @@ def fusible(x: Any, *others: Any, castable: bool = False) -> bool:
     """
     compiling = torch.compiler.is_compiling()
     types = COMPILERS_TYPES if compiling else PLAIN_TYPES
-    if type(x) not in types or (transformed() or torch.onnx.is_in_onnx_export() if compiling else watched()):
+    if type(x) not in types or (transformed() if compiling else watched()):
         return False
     dtype, device = x.dtype, x.device
     if dtype not in DTYPES or x.is_nested or not (x.is_cpu or (x.is_cuda and cuda.available())):

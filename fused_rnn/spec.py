@@ -67,7 +67,7 @@ class Spec:
         self.cell = self.mode.lower()
         self.has_c = self.mode == "LSTM"
         self.directions = 2 if self.bidirectional else 1
-        self.side_by_side = type(size) is tuple
+        self.side_by_side = isinstance(size, tuple)
         self.hidden_sizes: tuple[int, ...] = size if self.side_by_side else (size,) * layers
         h_widths = (self.proj_size,) * layers if self.proj_size else self.hidden_sizes
         self.state_widths = (h_widths, self.hidden_sizes) if self.has_c else (h_widths,)

@@ -45,7 +45,7 @@ PYTHON = [
     {"reference", "cell_info", "input_gates"},
     {"constructor", "cuda"},
     {"policy", "operators"},
-    {"autocast", "layers", "fakes"},
+    {"autocast", "layers", "fakes", "lowering"},
     {"call", "compiled", "patch", "planning"},
     {"steps"},
     {"subclasses"},  # converts to the classes below at run time, and so imports the package itself
