@@ -322,7 +322,7 @@ class Call:
         """The options of one layer, whose input and weights these are; draws its masks."""
         spec = self.spec
         w_hh: Any = weights[1]
-        D, P, H = spec.directions, w_hh.size(1), spec.hidden_sizes[index]
+        D, P = spec.directions, w_hh.size(1)
         reset_h, reset_c = self.reset_states
         if spec.num_layers > 1:
             reset_h, reset_c = (self._of_layer(state, which, index) for which, state in enumerate(self.reset_states))
@@ -331,12 +331,13 @@ class Call:
         if spec.recurrent_dropout > 0 and spec.training:
             keep = 1 - spec.recurrent_dropout
             drop_h = x.new_empty(D, self.batch, P).bernoulli_(keep).div_(keep)
-        zones: list[Any] = []
-        for rate, width in zip(spec.zoneout, (D * P, D * H), strict=True):
-            if rate > 0 and spec.training:
-                zones.append(x.new_empty(*x.shape[:-1], width).bernoulli_(1 - rate))
-            else:
-                zones.append(x.new_full((width,), 1 - rate) if rate > 0 else None)
+        zones: list[Tensor | None] = [None, None]
+        if spec.zoneout != (0.0, 0.0):
+            for which, (rate, width) in enumerate(zip(spec.zoneout, (P, spec.hidden_sizes[index]), strict=True)):
+                if rate > 0 and spec.training:
+                    zones[which] = x.new_empty(*x.shape[:-1], D * width).bernoulli_(1 - rate)
+                elif rate > 0:
+                    zones[which] = x.new_full((D * width,), 1 - rate)
         zone_h, zone_c = zones
         wants_c = self.wants_sequence and spec.has_c
         return LayerOptions(
@@ -370,7 +371,7 @@ class Call:
     def results(self, tensors: Sequence[Tensor], casts: autocast.Casts | None) -> tuple[Any, ...]:
         """The results in torch.nn's form: output, final states, and the states of every step if they are wanted."""
         spec, packed = self.spec, self.packed
-        count = len(spec.state_sizes)
+        count = 2 if spec.has_c else 1
         output, hidden, sequences = tensors[0], tensors[1 : 1 + count], tensors[1 + count :]
         if casts is not None:
             output, hidden, sequences = output.to(casts.h), casts.out_of(hidden), casts.out_of(sequences)

@@ -57,18 +57,17 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
 
     def _is_plain(self, x: Any, h0: Any, c0: Any, weights: Sequence[Any]) -> bool:
         """Whether the operator checks all that is left to check: batched CPU tensors, and nothing observes torch."""
+        for t in (x, h0, c0, *weights):
+            if t is not None and (type(t) not in policy.PLAIN_TYPES or not t.is_cpu):
+                return False
         w_ih, w_hh, b_ih, b_hh = weights
-        return (
-            not policy.watched()
-            and not torch.is_autocast_enabled("cpu")
-            and policy.plain(x, 2)
-            and x.dtype in policy.DTYPES
-            and policy.plain(w_ih, 2)
-            and policy.plain(w_hh, 2)
-            and (not self.bias or (policy.plain(b_ih, 1) and policy.plain(b_hh, 1)))
-            and (h0 is None or policy.plain(h0, 2))
-            and (c0 is None or policy.plain(c0, 2))
-        )
+        if x is None or x.dim() != 2 or x.dtype not in policy.DTYPES or w_ih is None or w_hh is None:
+            return False
+        if self.bias and (b_ih is None or b_hh is None):
+            return False
+        if (h0 is not None and h0.dim() != 2) or (c0 is not None and c0.dim() != 2):
+            return False
+        return not (torch.is_autocast_enabled("cpu") or policy.watched())
 
     def _choice(self, cell: str, x: Tensor, states: Sequence[Any], weights: Sequence[Any]) -> policy.Choice:
         batch = x.size(0) if x.dim() == 2 else 1

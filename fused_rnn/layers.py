@@ -182,10 +182,11 @@ def layer_of_operators(
         options = options._replace(deterministic=True)
     if x.dtype is torch.float32 and policy.on_cuda(x) and cuda.tf32_allowed():
         options = options._replace(tf32=True)
-    tensors = [getattr(options, name) for name in DIFFERENTIABLE] if options is not NO_OPTIONS else []
-    if torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights, *tensors)):
-        results: Sequence[Tensor] = _apply(cell, len(weights), options, x, h0, c0, *weights, *tensors)
-        return results
+    if torch.is_grad_enabled():
+        tensors = [] if options is NO_OPTIONS else [getattr(options, name) for name in DIFFERENTIABLE]
+        if any_requires_grad((x, h0, c0, *weights, *tensors)):
+            results: Sequence[Tensor] = _apply(cell, len(weights), options, x, h0, c0, *weights, *tensors)
+            return results
     y, h_n, c_n, more, _ = _run_forward(cell, _Inputs(x, h0, c0, tuple(weights)), options, False)
     return [y, h_n, c_n, *more]
 

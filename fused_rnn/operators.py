@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import or_
 from typing import Any
 
 import torch
@@ -84,10 +85,10 @@ def backward(
     w_ih, w_hh, _, _, w_hr, *reverse = weights
     w_ih_reverse, w_hh_reverse, _, _, w_hr_reverse = reverse or NO_WEIGHTS
     count = len(weights)
-    # The operator computes a gradient for both directions, or for neither.
-    need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = (
-        any(needs[index] for index in range(3 + kind, 3 + count, 5)) for kind in range(5)
-    )
+    needs_of_weights = needs[3 : 3 + count]
+    if reverse:  # the operator computes a gradient for both directions, or for neither
+        needs_of_weights = list(map(or_, needs_of_weights[:5], needs_of_weights[5:]))
+    need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs_of_weights
     o = options
     more: Sequence[object] = ()
     if options is not NO_OPTIONS:

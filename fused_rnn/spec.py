@@ -35,10 +35,7 @@ class Spec:
         has_c: whether the state is a pair (h, c).
         directions: 1 or 2.
         side_by_side: whether the layers differ in size, so that their states lie side by side in the last dimension.
-        hidden_sizes: H of every layer.
-        state_widths: the sizes of h, and of c, in every layer.
         has_rates: whether there is zoneout or recurrent dropout.
-        state_rows, state_sizes: the first dimension of a state, and the last dimension of each.
     """
 
     name: str
@@ -63,21 +60,11 @@ class Spec:
 
     def __post_init__(self) -> None:
         self.checks = self if self.checks is None else self.checks
-        size, layers = self.hidden_size, self.num_layers
         self.cell = self.mode.lower()
         self.has_c = self.mode == "LSTM"
         self.directions = 2 if self.bidirectional else 1
-        self.side_by_side = isinstance(size, tuple)
-        self.hidden_sizes: tuple[int, ...] = size if self.side_by_side else (size,) * layers
-        h_widths = (self.proj_size,) * layers if self.proj_size else self.hidden_sizes
-        self.state_widths = (h_widths, self.hidden_sizes) if self.has_c else (h_widths,)
+        self.side_by_side = isinstance(self.hidden_size, tuple)
         self.has_rates = self.zoneout != (0.0, 0.0) or self.recurrent_dropout > 0
-        if self.side_by_side:
-            self.state_rows = self.directions
-            self.state_sizes: tuple[int, ...] = tuple([sum(widths) for widths in self.state_widths])
-        else:
-            self.state_rows = layers * self.directions
-            self.state_sizes = (self.proj_size or size, size) if self.has_c else (size,)
 
     check_input = RNNBase.check_input
     check_hidden_size = RNNBase.check_hidden_size
@@ -104,6 +91,29 @@ class Spec:
         if permutation is None:
             return hx
         return self.pack([state.index_select(1, permutation) for state in self.states(hx) or ()])
+
+    @property
+    def hidden_sizes(self) -> tuple[int, ...]:
+        """H of every layer."""
+        return self.hidden_size if self.side_by_side else (self.hidden_size,) * self.num_layers
+
+    @property
+    def state_widths(self) -> tuple[tuple[int, ...], ...]:
+        """The sizes of h, and of c, in every layer."""
+        h_widths = (self.proj_size,) * self.num_layers if self.proj_size else self.hidden_sizes
+        return (h_widths, self.hidden_sizes) if self.has_c else (h_widths,)
+
+    @property
+    def state_rows(self) -> int:
+        """The first dimension of a state."""
+        return (1 if self.side_by_side else self.num_layers) * self.directions
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        """The last dimension of each state."""
+        if self.side_by_side:
+            return tuple([sum(widths) for widths in self.state_widths])
+        return (self.proj_size or self.hidden_size, self.hidden_size) if self.has_c else (self.hidden_size,)
 
     def states(self, hx: Any) -> tuple[Any, ...] | None:
         """hx as a tuple of tensors, empty without hx; None if hx has another structure."""
