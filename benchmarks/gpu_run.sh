@@ -5,7 +5,7 @@
 #
 #     facts        properties of the machine                             gpu_facts.json
 #     build        builds the library into build/gpu                     gpu_run.log
-#     correctness  tests/test_gpu.py; a few shapes without pytest        gpu_correctness.log
+#     correctness  tests/gpu/test_gpu.py; a few shapes without pytest        gpu_correctness.log
 #     baselines    times of torch.nn, and the names of cuDNN's kernels   gpu_baselines.jsonl, .csv
 #     grid         times of fused_rnn and torch.nn                       gpu_grid.jsonl, .csv, .png
 #     sweep        times of every kernel on every shape                  gpu_sweep.jsonl
@@ -190,7 +190,7 @@ if selected correctness; then
   report=$output/gpu_correctness.log
   : > "$report"
   if has_module pytest; then
-    run_phase correctness 90 "$report" "$python" -m pytest tests/test_gpu.py -m gpu -v --tb=short --maxfail=40 -rf \
+    run_phase correctness 90 "$report" "$python" -m pytest tests/gpu/test_gpu.py -m gpu -v --tb=short --maxfail=40 -rf \
       -p no:cacheprovider --durations=8
     echo "$(grep -c ' PASSED' "$report") passed, $(grep -c '^tests.* FAILED' "$report") failed," \
       "$(grep -c '^tests.* SKIPPED' "$report") skipped"

@@ -233,7 +233,7 @@ def errors_of(
 
 
 def is_wrong(row: GpuRow, line: Mapping[str, Any]) -> bool:
-    """By the rule of tests/tolerances.py, for norms: a multiple of torch.nn's own error, plus one rounding."""
+    """By the rule of tests/support/tolerances.py, for norms: a multiple of torch.nn's own error, plus one rounding."""
     rounding = 2**-10 if row.dtype == "tf32" else torch.finfo(DTYPES[row.dtype]).eps
     for quantity, factor in (("error", 2), ("gradient error", 4)):
         if f"{FUSED} {quantity}" not in line:

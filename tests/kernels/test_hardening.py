@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,16 +18,9 @@ from torch import Tensor
 import fused_rnn
 from contract import survives
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CELLS = ["RNN", "LSTM", "GRU"]
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """One, and the number of before behind the test."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pair(cell: str, *args: int, **options: bool) -> tuple[torch.nn.Module, torch.nn.Module]:

@@ -249,7 +249,7 @@ def test_a_sharded_checkpoint_in_one_process(folder, source):
 
 def test_the_language_model_under_torchrun():
     """Two processes that share every batch print the losses that one prints alone."""
-    script = Path(__file__).parent.parent / "benchmarks" / "examples" / "char_lm.py"
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "examples" / "char_lm.py"
     arguments = [str(script), "--cell", "rnn", "--backend", "fused", "--steps", "5"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     printed = []

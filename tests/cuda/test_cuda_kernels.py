@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).resolve().parent
-CSRC = TESTS.parent / "csrc"
-EMULATOR = TESTS / "cuda_emulator"
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+EMULATOR = HERE / "cuda_emulator"
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
-FLAGS = ["-std=c++17", "-DFUSED_RNN_EMULATOR", f"-I{EMULATOR}", f"-I{TESTS}", "-x", "c++"]
+FLAGS = ["-std=c++17", "-DFUSED_RNN_EMULATOR", f"-I{EMULATOR}", f"-I{HERE}", "-x", "c++"]
 CELLS = {"lstm": "LstmCell", "gru": "GruCell", "rnn_tanh": "RnnCell<Tanh>", "rnn_relu": "RnnCell<Relu>"}
 ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "tf32": "Tf32"}
 # Of mutants, as in csrc/cuda/layout.h: what is compiled takes most of the time.
@@ -101,7 +101,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def every_instance(tmp_path_factory: pytest.TempPathFactory, emulator: Path) -> Path:
     """The program with all cells, elements and instances, those that a GPU would run."""
     kernels = [CSRC / "cuda" / f"{cell}.cu" for cell in CELLS]
-    host = [TESTS / "cuda_check.cpp", CSRC / "cuda" / "plan.cpp", CSRC / "cuda" / "recurrence.cpp"]
+    host = [HERE / "cuda_check.cpp", CSRC / "cuda" / "plan.cpp", CSRC / "cuda" / "recurrence.cpp"]
     return build(tmp_path_factory.mktemp("every_instance") / "cuda_check", [*kernels, *host], "-O1", also=[emulator])
 
 
@@ -125,7 +125,7 @@ def test_every_instance_agrees_with_the_reference(every_instance: Path) -> None:
 def test_no_access_beyond_memory_and_nothing_undefined(tmp_path: Path) -> None:
     require_sanitizer(tmp_path)
     emulator = compiled(EMULATOR / "emulator.cpp", tmp_path / "emulator.o", "-O1", *SANITIZER)
-    sources = [TESTS / "cuda_check.cpp", CSRC / "cuda" / "plan.cpp"]
+    sources = [HERE / "cuda_check.cpp", CSRC / "cuda" / "plan.cpp"]
 
     def check(cell: str, element: str) -> subprocess.CompletedProcess[str]:
         flags = ["-O0", *SANITIZER, *one_instance(cell, element)]
@@ -313,7 +313,7 @@ def outcome(mutant: Mutant, folder: Path, host: list[Path]) -> subprocess.Comple
         f"{mutant.file} has changed: {mutant.old!r} occurs {text.count(mutant.old)} times"
     )
     target.write_text(text.replace(mutant.old, mutant.new))
-    sources, also = [TESTS / "cuda_check.cpp"], host
+    sources, also = [HERE / "cuda_check.cpp"], host
     instances = f"-DCHECK_INSTANCES(X)={INSTANCES[mutant.exchange]}"
     flags = ["-O0", instances, *one_instance(mutant.cell, mutant.element)]
     if mutant.sanitized:

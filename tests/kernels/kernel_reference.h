@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../csrc/rnn_params.h"
+#include "../../csrc/rnn_params.h"
 
 namespace fused_rnn {
 namespace check {

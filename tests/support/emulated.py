@@ -20,7 +20,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from fused_rnn import cuda, fakes, layers, operators, policy
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 H200 = (132, 232448, 90)  # what the emulator says it is; see cuda.device_properties
 
 
@@ -34,10 +34,10 @@ def missing() -> str | None:
 def build(folder: Path, *options: str) -> Path:
     """Compiles the library; `options` go to every call of the compiler."""
     flags = ["-std=c++17", "-O1", "-fPIC", "-DFUSED_RNN_EMULATOR", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
-    flags += [f"-I{path}" for path in (ROOT / "csrc/cuda", ROOT / "tests/cuda_emulator", *include_paths())]
+    flags += [f"-I{path}" for path in (ROOT / "csrc/cuda", ROOT / "tests/cuda/cuda_emulator", *include_paths())]
     sources = [*(ROOT / "csrc/cuda").glob("*.c*"), *(ROOT / "csrc/bindings").glob("cuda_*.cpp")]
     sources = [path for path in sources if path.suffix in (".cpp", ".cu") and path.name != "launch.cu"]
-    sources += [ROOT / f"tests/cuda_emulator/{name}.cpp" for name in ("emulator", "last_launch")]
+    sources += [ROOT / f"tests/cuda/cuda_emulator/{name}.cpp" for name in ("emulator", "last_launch")]
     objects = [folder / f"{path.name}.o" for path in sources]
 
     def compile_one(source: Path, result: Path) -> None:

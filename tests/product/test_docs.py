@@ -24,7 +24,7 @@ import fused_rnn
 import run
 from fused_rnn import constructor, convert, functional, reference
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODULES = [fused_rnn] + [
     importlib.import_module(f"fused_rnn.{module.name}")
     for module in pkgutil.iter_modules(fused_rnn.__path__)

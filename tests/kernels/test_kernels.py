@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).resolve().parent
-CSRC = TESTS.parent / "csrc"
-SOURCES = [TESTS / "kernel_check.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+SOURCES = [HERE / "kernel_check.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]
 FLAGS = [  # setup.py's, short of -O3 (it compiles for longer) and of the warnings that a build of the package shows
     *("-std=c++17", "-O2", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w"),
 ]

@@ -21,7 +21,7 @@
 #include <thread>
 #include <vector>
 
-#include "../csrc/cpu/dispatch.h"
+#include "../../csrc/cpu/dispatch.h"
 #include "kernel_reference.h"
 
 namespace {

@@ -17,7 +17,7 @@ import fused_rnn
 from fused_rnn import reference
 
 PACKAGE = Path(fused_rnn.__file__).parent
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 # What each folder may use beside itself; csrc/rnn_params.h is everyone's.
 LAYERS = {"cells": [], "cpu": ["cells"], "cuda": ["cells"], "bindings": ["cells", "cpu", "cuda"]}

@@ -38,7 +38,7 @@ from suites import training_examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 BY_NAME = {example.name: example for example in EXAMPLES}
 LONG, SHORTENED = 100, 15  # an example of more than LONG steps is stopped after SHORTENED
 
