@@ -1,8 +1,8 @@
 """One layer as one operator, ``torch.ops.fused_rnn.layer``: what torch.compile and torch.export put into their graphs.
 
-It is composed of others. Called eagerly it does what `fused_rnn.ops.layer` does, derivatives of any order included, so
-that an exported program can be trained; lowered by a compiler, it leaves ``fused_rnn::forward`` and ``backward``, which
-need no Python. Nothing here reads a tensor's values or decides by a size.
+The operator is composed of others. An eager call computes what `fused_rnn.layers.layer` does, derivatives of any order
+included, so that an exported program can be trained. A compiler lowers it to ``fused_rnn::forward`` and ``backward``,
+which need no Python. Nothing here reads a tensor's values or decides by a size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fused_rnn import layers, lowering, policy, reference
 from fused_rnn.options import LayerOptions
 
 _library = torch.library.Library("fused_rnn", "FRAGMENT")
-# The arguments are `fused_rnn.ops.layer`'s; the results, too, but that what that leaves out is empty here.
+# Arguments and results are those of `fused_rnn.layers.layer`, except that a result it leaves out is empty here.
 _library.define(
     "layer(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor?[] weights, Tensor? batch_sizes, Tensor? resets, "
     "Tensor? reset_h, Tensor? reset_c, bool c_sequence, Tensor? lengths, Tensor?[] norms, Tensor? drop_h, "

@@ -28,7 +28,7 @@ _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "permute_hi
 
 
 class FusedRNNBase(TorchConvertible, Variants):
-    """Base class of RNN, LSTM and GRU: brings their arguments into the form that `fused_rnn.functional.stack` takes."""
+    """Base class of RNN, LSTM and GRU. Plain calls go straight to `fused_rnn.layers`, others to `fused_rnn.call`."""
 
     _checks_are_torchs = True
 
