@@ -1,7 +1,7 @@
 // The GPU's special instructions as functions, so that the kernels contain no PTX.
 //
-// nvcc compiles the definitions below. tests/cuda/cuda_emulator defines the same names for g++, with every CUDA thread a
-// fiber on the CPU, so that the kernels can be tested without a GPU.
+// nvcc compiles the definitions below. tests/cuda/cuda_emulator defines the same names for g++, with every CUDA thread
+// a fiber on the CPU, so that the kernels can be tested without a GPU.
 #pragma once
 
 #include <cstdint>
