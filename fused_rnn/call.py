@@ -1,7 +1,7 @@
 """What a module was given, in one form: ``[T, B, I]`` or packed rows, states, and the way back for the results.
 
-`run` computes any call, of a module or of plain weights. Padded, packed and unbatched input, batch_first, resets,
-lengths and states are brought into one form here and nowhere else.
+`run` computes any call, of a module or of plain weights: padded, packed and unbatched input, batch_first, resets,
+lengths and states. The plain calls of `fused_rnn.modules` do without it.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ class Call:
     wants_sequence = False
 
     def __init__(self, spec: Spec, input: Any, hx: Any) -> None:
-        self.spec, self.name, checks = spec, spec.name, spec.checks
+        self.spec, self.name = spec, spec.name
+        checks: Any = spec if spec.checks is None else spec.checks
         self.packed = input if isinstance(input, PackedSequence) else None
         data = input if self.packed is None else self.packed.data
         if not isinstance(data, Tensor):
@@ -188,7 +189,7 @@ class Call:
         if not states and checks is not spec and not compiled_packed:  # a class's own checks look at states
             batch = data.size(batch_dim) if self.batch_sizes is None else int(self.batch_sizes[0])
             states = tuple(data.new_zeros(spec.state_rows, batch, size) for size in spec.state_sizes)
-        permutes = states and (self.packed is not None or checks is not spec)
+        permutes = hx is not None and (self.packed is not None or checks is not spec)
         if permutes:
             order = None if self.packed is None else self.packed.sorted_indices
             states = spec.states(checks.permute_hidden(spec.pack(states), order)) or ()
@@ -385,9 +386,10 @@ class Call:
         else:
             results = output.squeeze(1), spec.pack([h.squeeze(1) for h in hidden])
             steps = [s.squeeze(2) for s in sequences]
-        if spec.checks is not spec or (packed is not None and packed.unsorted_indices is not None):
+        if spec.checks is not None or (packed is not None and packed.unsorted_indices is not None):
+            checks = spec if spec.checks is None else spec.checks
             order = None if packed is None else packed.unsorted_indices
-            results = results[0], spec.checks.permute_hidden(results[1], order)
+            results = results[0], checks.permute_hidden(results[1], order)
         return (*results, spec.pack(steps)) if self.wants_sequence else results
 
 

@@ -90,18 +90,18 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         check_ranks(type(self).__name__, input, states)
         if not self._fits(input, states):
             return super().forward(input, hx)
-        transformed = policy.transformed() and not policy.torch_has_rule(cell, input)
+        transformed = not policy.torch_has_rule()
         if not (transformed or policy.fusible(input)):
             return super().forward(input, hx)
         parameters = self._parameters
         # A parametrised weight is no parameter, may change whenever it is got, and an attribute is slow to get.
         weights: Any = [parameters[name] if name in parameters else getattr(self, name) for name in _WEIGHTS]
+        computed = any(name not in parameters for name in _WEIGHTS)  # torch.nn would compute them once more
         casts = autocast.casts(cell, input, states, weights)
         if not transformed:
             tensors = (input, *states, *weights)
-            if (
-                not policy.fusible(*tensors, castable=casts is not None)
-                or not self._choice(cell, input, states, weights).fused
+            if not policy.fusible(*tensors, castable=casts is not None) or not (
+                computed or self._choice(cell, input, states, weights).fused
             ):
                 return super().forward(input, hx)
         if casts is not None:

@@ -154,6 +154,11 @@ class Variants(torch.nn.RNNBase):
         if self.layer_norm or self.forget_bias is not None:
             self.reset_parameters()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._varied:
+            self._note_variants()  # what is derived of the options is not an older pickle's
+
     def _resize(self, sizes: tuple[int, ...]) -> None:
         """Layers of sizes of their own, from layers of the first one's."""
         self.hidden_size: Any = sizes

@@ -150,7 +150,7 @@ def _described(
         input_size, hidden_size, num_layers, bias=bias, batch_first=batch_first, dropout=dropout,
         bidirectional=bidirectional, device="meta", **options,
     )  # fmt: skip
-    spec: Spec = module.spec()
+    spec: Spec = module._spec()
     weight_shapes, norm_shapes = (
         tuple(tuple(t.shape) for t in tensors) for tensors in (spec._flat_weights, spec.norms)
     )

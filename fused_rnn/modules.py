@@ -1,8 +1,8 @@
 """RNN, LSTM and GRU: torch.nn's classes with a forward on the fused kernels.
 
-Everything but `forward`, `step` and `backend` is inherited: parameters, initialisation, state_dict, repr, pickling.
-Calls that the kernels cannot run (another dtype or device, a compiler or a mode that watches torch's operations, wrong
-arguments) go to torch.nn's own forward, which computes them or raises.
+Parameters, initialisation, state_dict, repr and pickling are inherited; `fused_rnn.constructor` adds the options. Calls
+without options and our keywords that the kernels cannot run (another dtype or device, a mode that watches torch's
+operations, wrong arguments) go to torch.nn's own forward, which computes them or raises.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
     from fused_rnn.constructor import Options
 
-_CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "permute_hidden")  # a subclass may override
+_CHECKS = (  # a subclass may override
+    "check_forward_args",
+    "check_input",
+    "check_hidden_size",
+    "permute_hidden",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+)
 
 
 class FusedRNNBase(TorchConvertible, Variants):
@@ -46,7 +53,8 @@ class FusedRNNBase(TorchConvertible, Variants):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._checks_are_torchs = all(getattr(cls, name).__module__ == torch.nn.RNNBase.__module__ for name in _CHECKS)
+        checks = [getattr(cls, name) for name in _CHECKS if hasattr(cls, name)]
+        cls._checks_are_torchs = all(check.__module__ == torch.nn.RNNBase.__module__ for check in checks)
 
     def forward(
         self,
@@ -89,7 +97,7 @@ class FusedRNNBase(TorchConvertible, Variants):
             resets is None and reset_state is None and lengths is None and return_state_sequence is False
         ):
             return call.run(
-                self.spec(),
+                self._spec(),
                 None if self._varied else self._torchs,
                 input,
                 hx,
@@ -114,9 +122,9 @@ class FusedRNNBase(TorchConvertible, Variants):
             else:
                 hidden = tuple(states) if self.mode == "LSTM" else states[0]
                 return call.batch_major(y) if self.batch_first else y, hidden
-        if "parametrizations" in self._modules and not policy.fusible(_data(input)):
+        if self.backend == "torch" or ("parametrizations" in self._modules and not policy.fusible(_data(input))):
             return self._torchs(input, hx)  # which reads the weights itself: a parametrised one may be random
-        return call.run(self.spec(), self._torchs, input, hx)
+        return call.run(self._spec(), self._torchs, input, hx)
 
     def step(
         self,
@@ -159,7 +167,7 @@ class FusedRNNBase(TorchConvertible, Variants):
             got = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D tensor"
             raise RuntimeError(f"{type(self).__name__}.step: expected input to be 1-D or 2-D, got {got}")
         if not (resets is None and reset_state is None and active is None and out is None):
-            return steps.run(self.spec(), input, hx, resets, reset_state, active, out)
+            return steps.run(self._spec(), input, hx, resets, reset_state, active, out)
         if not self._varied and self._is_plain(input, 2, hx):
             try:
                 y, *hidden = steps.plain(
@@ -215,7 +223,7 @@ class FusedRNNBase(TorchConvertible, Variants):
         return True
 
     @policy.runs_eagerly
-    def spec(self) -> Spec:
+    def _spec(self) -> Spec:
         """This module's configuration and weights, as they are now."""
         parameters = self._parameters
         for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=False):
@@ -232,9 +240,9 @@ class FusedRNNBase(TorchConvertible, Variants):
     @policy.runs_eagerly
     def _torchs(self, input: Any, hx: Any) -> Any:
         """torch.nn's own forward, or the specification under a transform for which torch.nn has no rule."""
-        if self.backend == "torch" or policy.torch_has_rule(self.mode.lower(), _data(input)):
+        if self.backend == "torch" or policy.torch_has_rule(packed=isinstance(input, PackedSequence)):
             return super().forward(input, hx)
-        return call.run(self.spec(), None, input, hx)
+        return call.run(self._spec(), None, input, hx)
 
 
 def _data(input: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The operators ``torch.ops.fused_rnn`` and the order of their arguments, which nothing else knows.
+"""The operators ``torch.ops.fused_rnn`` and the order of their arguments; `fused_rnn.options` has that of options.
 
 They have no autograd kernels of their own; `fused_rnn.layers` differentiates them. The schemas are in csrc/bindings.
 """

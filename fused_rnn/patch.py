@@ -138,6 +138,7 @@ def _regular(cell: str, x: Any, states: Any, weights: Any, bidirectional: Any) -
     return (
         len(states) == (2 if cell == "lstm" else 1)
         and not torch.compiler.is_exporting()  # a program of torch.nn's modules loads without this package
+        and not policy.on_cuda(x)  # cuDNN's, as long as no device was measured
         and policy.autocast_dtype(x.device) is None
         and policy.fusible(x, *states, *weights)
         and isinstance(bidirectional, bool)
@@ -170,6 +171,7 @@ def _fits(cell: str, input: Any, states: Any, weights: Any) -> bool:
     return (
         len(states) == (2 if cell == "lstm" else 1)
         and not torch.compiler.is_exporting()  # a program of torch.nn's modules loads without this package
+        and not policy.on_cuda(input)  # the CUDA operators compute no cells
         and policy.autocast_dtype(input.device) is None
         and policy.fusible(input, *states, *weights)
         and input.dim() == 2

@@ -105,7 +105,7 @@ def plan(
         directions=directions,
         backend=backend,
         differentiable=torch.is_grad_enabled() and requires_grad,
-        half=policy.autocast_dtype(device) if device.type == "cpu" else None,
+        half=policy.autocast_dtype(device),
         on_gpu=device.type != "cpu",
         device=device,
         properties=properties,

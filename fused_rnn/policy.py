@@ -1,7 +1,8 @@
 """Who computes a call, and why: the kernels, torch.nn, or the specification.
 
-Every way into the kernels asks `choose`, and so does `fused_rnn.plan`. The kernels take plain tensors of one dtype on
-one device, while nothing but a compiler observes or rewrites torch's operations (`fusible`).
+Modules, cells and `fused_rnn.plan` ask `choose` wherever torch.nn could compute the call as well, except for plain
+float32, float64 and float16 calls on a CPU, which the kernels always run. They take plain tensors of one dtype on one
+device, while nothing but a compiler observes or rewrites torch's operations (`fusible`).
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def choose(
         return Choice(not on_gpu, "in a compiled graph the device decides")
     if on_gpu:
         properties = cuda.device_properties(device) if properties is None else properties
-        reason = cuda.why_cudnn(cell, dtype, T, B, I, H, num_layers, directions, properties)
+        reason = cuda.why_cudnn(cell, half or dtype, T, B, I, H, num_layers, directions, properties)
         return Choice(reason is None, reason or "the weights stay on the chip")
     trains_cell = kind == "cell" and differentiable and half is None
     if trains_cell and cell.startswith("rnn") and dtype in KERNEL_DTYPES and not deterministic():
@@ -194,20 +195,19 @@ def _function_mode_matters() -> bool:
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def torch_has_rule(cell: str, x: Any) -> bool:
+def torch_has_rule(packed: bool = False) -> bool:
     """Whether torch.nn computes under the functorch transforms and forward-mode derivatives in force.
 
-    It has no rule for vmap in RNN, LSTM, GRU and LSTMCell, and none for forward mode in a float32 LSTM (oneDNN).
+    It has no rule for packed sequences in any functorch transform, none for vmap in RNN, LSTM, GRU and LSTMCell, and in
+    forward mode none for a float32 LSTM and for batched tangents.
     """
-    if not transformed() or not isinstance(x, Tensor):
+    if not transformed():
         return True
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack):
+    if packed:
         return False
-    forward_mode = forward_ad._current_level >= 0 or any(
-        level.key() == torch._C._functorch.TransformType.Jvp for level in stack
-    )
-    return not (forward_mode and cell == "lstm" and x.dtype is torch.float32)
+    transforms = torch._C._functorch.TransformType
+    levels = [level.key() for level in torch._C._functorch.get_interpreter_stack() or []]
+    return forward_ad._current_level < 0 and transforms.Vmap not in levels and transforms.Jvp not in levels
 
 
 def runs_eagerly(function: _Function) -> _Function:

@@ -29,8 +29,8 @@ class Spec:
         zoneout: rates of h and c.
         recurrent_dropout, weight_dropout: rates.
         recompute: whether backward recomputes forward instead of reading saved gates.
-        checks: the module, if its class overrides torch.nn's check_input, check_forward_args or permute_hidden. None
-            becomes this object, on which torch.nn's own run.
+        checks: the module, if its class overrides torch.nn's check_input, check_forward_args or permute_hidden; None if
+            torch.nn's own run on this object.
         cell: the name in `fused_rnn.reference.CELLS`.
         has_c: whether the state is a pair (h, c).
         directions: 1 or 2.
@@ -59,7 +59,6 @@ class Spec:
     checks: Any = None
 
     def __post_init__(self) -> None:
-        self.checks = self if self.checks is None else self.checks
         self.cell = self.mode.lower()
         self.has_c = self.mode == "LSTM"
         self.directions = 2 if self.bidirectional else 1

@@ -8,7 +8,7 @@ operator runs each layer, from the caller's tensors into the caller's tensors, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -111,7 +111,8 @@ def _operator_takes(
 ) -> bool:
     """Whether the operator computes this step; shapes and dtypes that it would refuse are left to `fused_rnn.call`."""
     if (
-        policy.watched()
+        spec.checks is not None
+        or policy.watched()
         or spec.backend == "torch"
         or torch.is_autocast_enabled("cpu")
         or x.dtype not in policy.KERNEL_DTYPES
@@ -154,8 +155,10 @@ def _operator_takes(
         )
         if not rows_fit or not all(s.is_contiguous() for s in hidden):
             return False
-        if len({t.untyped_storage().data_ptr() for t in (*into, x)}) < len(into) + 1:
-            return not any(_share_memory(a, b) for a, b in combinations((*into, x), 2))
+        # A state may be its own result; no other input may share memory with a result.
+        inputs = [x, *fresh, *(s for s, h in zip(states, hidden, strict=False) if s.data_ptr() != h.data_ptr())]
+        if len({t.untyped_storage().data_ptr() for t in (*into, *inputs)}) < len(into) + len(inputs):
+            return not any(_share_memory(a, b) for a, b in (*combinations(into, 2), *product(into, inputs)))
     return True
 
 

@@ -93,7 +93,7 @@ def drawn(module: nn.RNNBase, T: int, B: int) -> tuple[Tensor, Any, dict[str, An
 
     def state(*lead: int) -> Any:
         states = [
-            torch.randn(*lead, size, generator=generator, requires_grad=True) for size in module.spec().state_sizes
+            torch.randn(*lead, size, generator=generator, requires_grad=True) for size in module._spec().state_sizes
         ]
         return tuple(states) if len(states) == 2 else states[0]
 

@@ -160,7 +160,7 @@ def test_onnx_with_initial_states(key: str) -> None:
     rows = actual.num_layers * (2 if actual.bidirectional else 1)
 
     def states(B: int) -> Any:
-        found = tuple(torch.randn(rows, B, size) for size in actual.spec().state_sizes)
+        found = tuple(torch.randn(rows, B, size) for size in actual._spec().state_sizes)
         return found if len(found) == 2 else found[0]
 
     T, B = SIZES[0]
@@ -210,7 +210,7 @@ def test_options(key: str, names: str, changes: dict[str, Any], consumer: str) -
 
     def arguments(T: int, B: int) -> tuple[Any, ...]:
         resets = torch.rand((B, T) if module.batch_first else (T, B)) < 0.3
-        learned = tuple(torch.randn(rows, 1, size) for size in module.spec().state_sizes)
+        learned = tuple(torch.randn(rows, 1, size) for size in module._spec().state_sizes)
         lengths = torch.randint(0, T + 1, (B,))
         lengths[0] = 0
         return drawn(module, T, B), resets, lengths, list(learned)

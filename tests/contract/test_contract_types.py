@@ -375,8 +375,12 @@ def operator_arguments(cell, time, batch):
     if cell == "lstm":
         shapes["c0"] = shapes["h0"]
     given = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    names = [argument.name for argument in torch.ops.fused_rnn.forward.default._schema.arguments]
-    return dict.fromkeys(names) | given | {"cell": CELLS.index(cell), "train": True}
+    arguments = torch.ops.fused_rnn.forward.default._schema.arguments
+    return (
+        {argument.name: argument.default_value for argument in arguments}
+        | given
+        | {"cell": CELLS.index(cell), "train": True}
+    )
 
 
 def raw_operator_in_a_process():

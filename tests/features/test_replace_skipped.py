@@ -17,8 +17,6 @@ import fused_rnn
 from contract import close, fused_calls
 from fused_rnn.convert import Replaced
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 X = torch.ones(4, 2, 3)
 
 
@@ -79,6 +77,7 @@ LEFT_ALONE = {
     "exported": (exported, "replace before the model is traced or exported"),
 }
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per:UserWarning"),
 ]

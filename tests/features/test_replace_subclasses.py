@@ -23,6 +23,8 @@ import fused_rnn
 from contract import NAMES, arguments, close, fused_calls, gradients, tensors
 from fused_rnn.convert import Replaced
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SUBCLASSES = {name: type(f"My{name}", (getattr(nn, name),), {"__module__": __name__}) for name in NAMES}
 globals().update({cls.__name__: cls for cls in SUBCLASSES.values()})  # where pickle looks for them
 each_name = pytest.mark.parametrize("name", NAMES)
@@ -182,8 +184,6 @@ LOAD = """
 import torch
 model, x, y = torch.load("model.pt", weights_only=False)
 import fused_rnn, users_tagger
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 assert isinstance(model[0], users_tagger.Tagger) and isinstance(model[0], fused_rnn.GRU), type(model[0]).__mro__
 assert type(model[0].to_torch()) is users_tagger.Tagger
 torch.testing.assert_close(model(x)[0], y)
@@ -237,7 +237,7 @@ OVERRIDDEN = {
     "_update_flat_weights": lambda self: None,
     "_init_flat_weights": nn.RNNBase._init_flat_weights,
     "backend": "gloo",  # one of our attributes
-    "_fused": lambda self, x: ("mine",),
+    "_is_plain": lambda self, x: ("mine",),
     "__getattr__": lambda self, name: nn.Module.__getattr__(self, name),
     "__reduce__": lambda self: (type(self), (3, 5)),
     "__init_subclass__": classmethod(lambda cls: None),

@@ -509,11 +509,11 @@ def test_no_time_steps(name: str, options: dict[str, Any], batch_first: bool, ke
         "return_state_sequence": True,
     }
     rows = module.num_layers * (2 if module.bidirectional else 1)
-    hx = [torch.randn(rows, 2, size, requires_grad=True) for size in module.spec().state_sizes]
+    hx = [torch.randn(rows, 2, size, requires_grad=True) for size in module._spec().state_sizes]
     for given in (None, hx):
         states = None if given is None else tuple(given) if name == "LSTM" else given[0]
         output, hidden, *sequence = module(x, states, **{keyword: keywords[keyword]})
-        width = (2 if module.bidirectional else 1) * module.spec().state_sizes[0]
+        width = (2 if module.bidirectional else 1) * module._spec().state_sizes[0]
         assert output.shape == (*x.shape[:2], width) and output.numel() == 0
         hidden = hidden if name == "LSTM" else (hidden,)
         for state, initial in zip(hidden, hx, strict=True):

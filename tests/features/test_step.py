@@ -387,3 +387,33 @@ def test_the_usual_step_with_keywords_needs_no_second_attempt(monkeypatch: pytes
                 out = module.step(x, hx, resets=mask, reset_state=state_of(module, 1))
                 module.step(x, hx, active=mask, out=out)
                 module.step(x, out=out)
+
+
+def test_results_that_share_memory_with_inputs() -> None:
+    """A state may be its own result. Where another input shares memory with one, the result is right all the same."""
+    torch.manual_seed(0)
+    gru, x, h = fused_rnn.GRU(5, 5), torch.randn(3, 5), torch.randn(1, 3, 5)
+    resets = torch.tensor([True, False, True])
+    with torch.no_grad():
+        expected = gru.step(x, h, resets=resets, reset_state=h + 1)
+        buffer, fresh = h.clone(), h + 1
+        actual = gru.step(x, buffer, resets=resets, reset_state=fresh, out=(torch.empty(3, 5), fresh))
+        torch.testing.assert_close(actual, expected)
+        actual = gru.step(buffer[0], h, out=(torch.empty(3, 5), buffer))
+        torch.testing.assert_close(actual, gru.step(h[0], h))
+        lstm, h, c = fused_rnn.LSTM(5, 5), torch.randn(1, 3, 5), torch.randn(1, 3, 5)
+        y, expected = lstm.step(x, (h, c))
+        actual = lstm.step(x, (h, c), out=(torch.empty(3, 5), (c, h)))
+        torch.testing.assert_close(actual, (y, expected))
+
+
+def test_own_checks_with_keywords() -> None:
+    """A class that overrides torch.nn's checks has them asked in every kind of step."""
+
+    def refuse(*args: Any) -> None:
+        raise ValueError("refused")
+
+    module = type("Strict", (fused_rnn.GRU,), {"check_input": refuse})(4, 5)
+    for keywords in ({}, {"active": torch.ones(3, dtype=torch.bool)}, {"resets": torch.ones(3, dtype=torch.bool)}):
+        with torch.no_grad(), pytest.raises(ValueError, match="refused"):
+            module.step(torch.randn(3, 4), **keywords)

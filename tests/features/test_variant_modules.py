@@ -7,7 +7,9 @@ with loops written out here. Single layers are in test_variants.py.
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import numpy
@@ -181,7 +183,7 @@ def test_recurrent_dropout_drops_the_same_units_at_every_step(name: str) -> None
     """One mask for all steps, whose expectation is one."""
     torch.manual_seed(0)
     module = getattr(fused_rnn, name)(3, 64, recurrent_dropout=0.4)
-    x, spec = torch.zeros(9, 200, 3), module.spec()
+    x, spec = torch.zeros(9, 200, 3), module._spec()
     found = Call(spec, x, None).layer_options(0, x, [*spec._flat_weights, None]).drop_h
     assert found.shape == (1, 200, 64)
     assert found.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
@@ -422,3 +424,27 @@ def test_functional_sizes_of_layers() -> None:
     actual, expected = functional.lstm(x, module._flat_weights), module(x)
     for a, e in zip(flat(actual), flat(expected), strict=True):
         assert torch.equal(a, e)
+
+
+def test_a_pickle_from_before_its_derived_attributes() -> None:
+    """The options decide; what the constructor derives from them is made anew."""
+    module = fused_rnn.LSTM(3, 5, zoneout=0.5).eval()
+    state = {name: value for name, value in module.__dict__.items() if name != "_regularisation"}
+    again = object.__new__(fused_rnn.LSTM)
+    again.__setstate__(state)
+    x = torch.randn(4, 2, 3)
+    assert torch.equal(again(x)[0], module(x)[0])
+
+
+def test_weights_are_freed_with_the_results() -> None:
+    """Without waiting for the garbage collector: no call makes a cycle of references."""
+    x, leaves = torch.randn(4, 2, 3), [torch.randn(20, 3, requires_grad=True), torch.randn(20, 5, requires_grad=True)]
+    weights = [w * 1 for w in leaves]
+    freed = weakref.ref(weights[1])
+    gc.disable()
+    try:
+        result = functional.lstm(x, weights)
+        del weights, result
+        assert freed() is None
+    finally:
+        gc.enable()
