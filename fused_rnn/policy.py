@@ -201,7 +201,7 @@ def torch_has_rule(packed: bool = False) -> bool:
     It has no rule for packed sequences in any functorch transform, none for vmap in RNN, LSTM, GRU and LSTMCell, and in
     forward mode none for a float32 LSTM and for batched tangents.
     """
-    if not transformed():
+    if not transformed() or torch.compiler.is_compiling():  # a graph holds what torch.nn does
         return True
     if packed:
         return False
