@@ -19,12 +19,13 @@ from fused_rnn import cuda, input_gates, operators, policy, reference
 from fused_rnn.cell_info import NUMBER
 from fused_rnn.operators import forward_operator
 from fused_rnn.options import CONSTANT, DIFFERENTIABLE, NO_OPTIONS, LayerOptions
-from fused_rnn.policy import COMPILERS_TYPES, FAKE_TYPES, any_requires_grad, deterministic
+from fused_rnn.policy import COMPILERS_TYPES, FAKE_TYPES, any_requires_grad, deterministic, runs_eagerly
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@runs_eagerly
 def stack(
     cell: str,
     x: Tensor,
