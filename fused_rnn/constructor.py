@@ -6,8 +6,9 @@ attribute that is checked whenever it is set, because a rate may change during t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
+from types import MappingProxyType
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import torch
@@ -123,8 +124,8 @@ class Variants(torch.nn.RNNBase):
     _varied = False
     """Whether an option changes forward, compared with torch.nn's."""
 
-    _regularisation = ((0.0, 0.0), 0.0, 0.0, False)
-    """zoneout of h and c, recurrent dropout, weight dropout, recompute: the fields of `fused_rnn.spec.Spec`."""
+    _regularisation: Mapping[str, Any] = MappingProxyType({})
+    """Fields of `fused_rnn.spec.Spec` that the options set; empty at their defaults."""
 
     _flat_weights: Any  # for torch.nn's type some may be None
 
@@ -230,13 +231,12 @@ class Variants(torch.nn.RNNBase):
             getattr(self, name) != option.default for name, option in _OPTIONS.items() if name != "forget_bias"
         )
         zone_h, zone_c = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
-        zones = (zone_h, zone_c if self.mode == "LSTM" else 0.0)
-        self.__dict__["_regularisation"] = (
-            zones,
-            self.recurrent_dropout,
-            self.weight_dropout,
-            self.recompute == "full",
-        )
+        self.__dict__["_regularisation"] = {
+            "zoneout": (zone_h, zone_c if self.mode == "LSTM" else 0.0),
+            "recurrent_dropout": self.recurrent_dropout,
+            "weight_dropout": self.weight_dropout,
+            "recompute": self.recompute == "full",
+        }
 
 
 _OPTIONS = {name: option for name, option in vars(Variants).items() if isinstance(option, Option)}

@@ -96,13 +96,7 @@ class FusedRNNBase(TorchConvertible, Variants):
         if self._varied or not (
             resets is None and reset_state is None and lengths is None and return_state_sequence is False
         ):
-            return call.run(
-                self._spec(),
-                None if self._varied else self._torchs,
-                input,
-                hx,
-                *keywords,
-            )
+            return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
         if self._is_plain(input, 3, hx):
             h0, c0 = (None, None) if hx is None else hx if self.mode == "LSTM" else (hx, None)
             try:
@@ -234,7 +228,8 @@ class FusedRNNBase(TorchConvertible, Variants):
         return Spec(
             type(self).__name__, self.mode, self.input_size, self.hidden_size, self.num_layers, self.bias,
             self.batch_first, self.dropout, self.bidirectional, getattr(self, "proj_size", 0), self.training,
-            self.backend, self._flat_weights, norms, *self._regularisation, None if self._checks_are_torchs else self,
+            self.backend, self._flat_weights, norms, checks=None if self._checks_are_torchs else self,
+            **self._regularisation,
         )  # fmt: skip
 
     @policy.runs_eagerly
