@@ -13,6 +13,10 @@
 namespace fused_rnn {
 
 enum class CellKind : int32_t { kRnnTanh, kRnnRelu, kLstm, kGru };
+namespace cpu {
+struct Bf16Unit;
+}
+
 enum class Dtype : int32_t { kFloat32, kFloat64 };
 
 constexpr double kNormEps = 1e-5;  // added to the variance in layer normalisation, as in torch.nn.LayerNorm
@@ -35,6 +39,8 @@ struct LayerShape {
   bool drops_h, zones_h;       // Variant::drop_h, Variant::zone_h are given
   bool normalised;             // layer normalisation of W_hh h and, in the LSTM, of c; requires gates_given
   bool deterministic;          // a row's result must not depend on the batch around it: weights are always packed
+  int parts;                   // bfloat16 parts that packed products split float32 into; 0: multiplied in `dtype`
+  const cpu::Bf16Unit* bf16;   // the instructions that multiply them; null iff parts == 0. See cpu/bf16.h
   const int64_t* batch_sizes;  // [T] non-increasing, batch_sizes[0] == B; null: every step has B rows
   const int64_t* row_offsets;  // [T] number of rows before step t; null iff batch_sizes is
   const uint8_t* resets;       // [N] 1: the state is replaced before this step; null: no resets

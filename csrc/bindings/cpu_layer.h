@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "../cpu/dispatch.h"
 #include "layer.h"
 
 namespace fused_rnn {
@@ -17,6 +18,12 @@ class CpuLayer : public Layer {
       : Layer(cell_number, Place(), x, stored, stored == ScalarType::Double ? stored : ScalarType::Float, w_hh, w_hr,
               two_directions, batch_sizes) {}
 
+  // `tf32`: whether float32 may be multiplied less accurately; the accuracy of bfloat16 tensors is bfloat16's.
+  cpu::Precision precision(bool tf32) const {
+    return stored == ScalarType::BFloat16 ? cpu::Precision::kMedium
+           : tf32                         ? cpu::Precision::kHigh
+                                          : cpu::Precision::kHighest;
+  }
   // lengths: int32 or int64 [B]. Rows that end leave shape with fewer rows, worked on longest first.
   void end_at(const OptionalTensor& lengths) {
     if (!lengths) return;

@@ -2,6 +2,9 @@
 // the workers run in.
 #include "dispatch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <linux/futex.h>
 #include <omp.h>
 #include <pthread.h>
@@ -78,6 +81,23 @@ void Barrier::wait(int64_t count) {
   }
 }
 
+namespace {
+
+#if defined(__x86_64__)
+// Linux says in AT_HWCAP2 nothing of AMX; the processor says what it has, and XCR0 what the system saves.
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kAmxBf16 = 1 << 22, kAmxTile = 1 << 24, kTileState = 3 << 17;
+  if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & kTileState) == kTileState;
+}
+#endif
+
+}  // namespace
+
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
@@ -85,9 +105,14 @@ std::vector<const Kernels*> supported() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
+  static const Kernels amx = kAvx512.with(kAmxTiles), avx512_bf16 = kAvx512.with(kAvx512Bf16);
+  if (avx512 && has_amx()) found.push_back(&amx);
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16);
   if (avx512) found.push_back(&kAvx512);
   if (avx2) found.push_back(&kAvx2);
 #endif
+  static const Kernels emulated = (found.empty() ? kPortable : *found.back()).with(kEmulatedTiles);
+  found.push_back(&emulated);
   found.push_back(&kPortable);
   return found;
 }
@@ -194,6 +219,25 @@ void backward_chunk(const BackwardParams& params, int64_t threads, int64_t gradi
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+void choose_products(LayerShape& shape, Precision precision) {
+  const Bf16Unit* const unit = kernels().bf16;
+  const auto parts = [&]() -> int {
+    if (!unit || shape.dtype != Dtype::kFloat32) return 0;
+    if (precision == Precision::kMedium) return 1;
+    const int most = precision == Precision::kHigh ? 2 : kMostParts;
+    if (most > unit->parts) return 0;
+    if (unit == &kEmulatedTiles) return most;  // what follows is about speed
+    // Of a layer that is called once. Rows of a deterministic layer must not depend on how many there are.
+    const int64_t least_rows = most == 2 ? 6 : 8, least_units = most == 2 ? 64 : 128, least_all = most == 2 ? 32 : 128;
+    const bool pays = shape.H >= least_units &&
+                      (shape.deterministic || (shape.B >= least_rows && shape.N >= least_all));
+    return pays ? most : 0;
+  };
+  shape.parts = parts();
+  if (shape.parts && !unit->available()) shape.parts = 0;
+  shape.bf16 = shape.parts ? unit : nullptr;
 }
 
 Plan plan(const LayerShape& shape, int64_t threads) {

@@ -19,6 +19,16 @@ FUSED_RNN_EXPORT const Kernels& kernels();
 // The kernels that this machine can run, best first.
 FUSED_RNN_EXPORT std::vector<const Kernels*> supported();
 
+// How accurately products of float32 are computed, as torch.set_float32_matmul_precision() says it.
+enum class Precision : int32_t {
+  kHighest,  // float32's own accuracy
+  kHigh,     // at least TF32's
+  kMedium,   // at least bfloat16's
+};
+// Sets shape.parts and shape.bf16: whether to multiply bfloat16 parts of float32, and how many. To be called when all
+// else of the shape is known, and before a workspace is asked for.
+FUSED_RNN_EXPORT void choose_products(LayerShape& shape, Precision precision);
+
 // How threads share a layer; see Worker.
 struct Plan {
   int64_t teams;    // directions that run at the same time

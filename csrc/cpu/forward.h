@@ -6,13 +6,15 @@
 // Small batches multiply x of all steps before the first step, so that each load of W_ih serves more rows.
 // Packing is skipped where the weights serve too few rows: for W_hh with one row per step, and for all weights with
 // fewer than kRowsWorthPacking rows over all steps. Packed and unpacked products round differently, so `deterministic`
-// layers, whose rows must not depend on the batch around them, always pack.
+// layers, whose rows must not depend on the batch around them, always pack. Packed products of float32 may be computed
+// from bfloat16 parts (LayerShape::parts): the rows that a step multiplies are then split before its products.
 //
 // With a projection, the cell's output is stored in `hidden` and a second product gives h. With layer normalisation,
 // the products of a step are stored first, because a row's mean needs all of its units; the cell then runs row by row.
 #pragma once
 
 #include "../cells/cells.h"
+#include "bf16_operands.h"
 #include "layer_norm.h"
 #include "tile.h"
 #include "worker.h"
@@ -27,30 +29,47 @@ struct ForwardProducts {
 
   explicit ForwardProducts(const LayerShape& s)
       : packed_x((s.deterministic || s.N >= kRowsWorthPacking) && !s.gates_given),
-        packed_h(s.deterministic || (s.N >= kRowsWorthPacking && s.B > 1)),
+        packed_h(s.deterministic || (s.N >= kRowsWorthPacking && (s.B > 1 || s.parts == 1))),
         x_beforehand(s.gates_given || (packed_x && s.T > 1 && s.B < kTileRows<4>)) {}
 };
 
 // Offsets of the parts of a direction's workspace, in elements.
 template <class Cell, class T>
 struct ForwardWorkspace {
-  int64_t recurrent, input, bias, projection, hidden, zeros, dropped, products, outputs, x_product, size;
+  int64_t recurrent, input, bias, projection, hidden, zeros, dropped, products, outputs, x_product, split_x, split_h,
+      size;
 
   explicit ForwardWorkspace(const LayerShape& s) {
     const ForwardProducts products(s);
-    const int64_t block = kUnitVectors<Cell::kGates> * kLanes<T>, columns = Cell::kGates * in_vectors<T>(s.H);
-    const int64_t h_panels = products.packed_h ? columns * s.P : 0, x_panels = products.packed_x ? columns * s.I : 0;
+    const int64_t block = kUnitVectors<Cell::kGates> * kLanes<T>;
+    const int64_t h_panels = products.packed_h ? panels<Cell::kGates>(s, s.H, s.P) : 0;
+    const int64_t x_panels = products.packed_x ? panels<Cell::kGates>(s, s.H, s.I) : 0;
     recurrent = 0;
     input = products.x_beforehand ? recurrent : recurrent + h_panels;  // W_hh is packed after the last use of W_ih
     bias = products.x_beforehand && h_panels > x_panels ? recurrent + h_panels : input + x_panels;
     projection = bias + ceil_div(s.H, block) * block * Cell::kGates * 2;
-    hidden = projection + (s.projected && products.packed_h ? in_vectors<T>(s.P) * s.H : 0);
+    hidden = projection + (s.projected && products.packed_h ? panels<1>(s, s.P, s.H) : 0);
     zeros = hidden + (s.projected ? s.B * s.H : 0);
     dropped = zeros + s.P;
     this->products = dropped + (s.drops_h ? s.B * s.P : 0);
     outputs = this->products + (s.normalised ? s.B * Cell::kGates * s.H : 0);
     x_product = outputs + (s.normalised && Cell::kHasC ? s.B * 2 * s.H : 0);
-    size = x_product + (products.x_beforehand && !s.gates_given && !s.train ? s.N * Cell::kGates * s.H : 0);
+    split_x = x_product + (products.x_beforehand && !s.gates_given && !s.train ? s.N * Cell::kGates * s.H : 0);
+    split_x = ceil_div(split_x, 16) * 16;
+    split_h = split_x + (s.parts && products.packed_x ? SplitRows::size(rows_of_x(s, products), s.I, s.parts) : 0);
+    size = split_h + (s.parts && products.packed_h ? SplitRows::size(s.B, s.P > s.H ? s.P : s.H, s.parts) : 0);
+  }
+
+  // Rows of x that are multiplied at once.
+  static int64_t rows_of_x(const LayerShape& s, const ForwardProducts& products) {
+    return products.x_beforehand ? s.N : s.B;
+  }
+  // Elements of W [G * H, K], packed.
+  template <int G>
+  static int64_t panels(const LayerShape& s, int64_t H, int64_t K) {
+    if (!s.parts) return G * in_vectors<T>(H) * K;
+    constexpr int64_t units = kUnitVectors<G> * kLanes<T>;
+    return ceil_div(H, units) * SplitPanel::size(K, G * units, s.parts);
   }
 };
 
@@ -64,9 +83,18 @@ class Forward {
         reverse_(reverse),
         worker_(worker),
         row_begin_(worker.splits_units ? 0 : worker.begin(shape.B)),
-        row_end_(worker.splits_units ? shape.B : worker.end(shape.B)) {
+        row_end_(worker.splits_units ? shape.B : worker.end(shape.B)),
+        bf16_(shape.bf16) {
     T* workspace = static_cast<T*>(d_.workspace);
     const ForwardWorkspace<Cell, T> part(shape);
+    if constexpr (kSplits) {
+      const int64_t rows = part.rows_of_x(s_, products_);
+      const bool whole = products_.x_beforehand;
+      split_x_ = SplitRows(workspace + part.split_x, rows, whole ? worker.begin(rows) : row_begin_,
+                           whole ? worker.end(rows) : row_end_, s_.I, s_.parts);
+      split_h_ = SplitRows(workspace + part.split_h, s_.B, row_begin_, row_end_, s_.P, s_.parts);
+      split_hidden_ = SplitRows(workspace + part.split_h, s_.B, row_begin_, row_end_, s_.H, s_.parts);
+    }
     recurrent_ = workspace + part.recurrent;
     input_ = workspace + part.input;
     bias_ = workspace + part.bias;
@@ -102,6 +130,7 @@ class Forward {
   static constexpr int64_t kBlock = U * kLanes<T>;  // units of a block of gates
   static constexpr int UP = kUnitVectors<1>;        // vectors of a block of the projection, which has one "gate"
   static constexpr int64_t kProjectionBlock = UP * kLanes<T>;
+  static constexpr bool kSplits = sizeof(T) == sizeof(float);  // into bfloat16 parts, if LayerShape::parts says so
 
   static T* at(void* p) { return static_cast<T*>(p); }
   static const T* at(const void* p) { return static_cast<const T*>(p); }
@@ -118,8 +147,21 @@ class Forward {
     constexpr int64_t kUnits = kUnitVectors<Gates> * kLanes<T>;
     const int64_t blocks = ceil_div(H, kUnits);
     for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
+      if constexpr (kSplits) {
+        if (s_.parts) {
+          split_panel<Gates>(panels, b, H, K).template pack_rows<Gates>(at(W), H, K, b * kUnits);
+          continue;
+        }
+      }
       pack_rows<T, Gates>(panels + b * K * Gates * kUnits, at(W), H, K, b * kUnits);
     }
+  }
+
+  template <int Gates>
+  SplitPanel split_panel(const T* panels, int64_t block, int64_t H, int64_t K) const {
+    constexpr int64_t kUnits = kUnitVectors<Gates> * kLanes<T>;
+    T* const panel = const_cast<T*>(panels) + block * SplitPanel::size(K, Gates * kUnits, s_.parts);
+    return {panel, block_vectors<T, Gates>(H, block * kUnits) * int(kLanes<T>), s_.parts};
   }
 
   void pack_biases() const {
@@ -143,12 +185,33 @@ class Forward {
     }
   }
 
-  // sums += rows x W^T for a part; reads W from `packed` if is_packed, else from W itself.
+  // Rows of a part: whole tiles of the split rows.
+  int chunk(const SplitRows& split) const { return s_.parts ? 2 * split.height() : kChunk; }
+
+  // Splits this step's rows of W_ih's and W_hh's operands.
+  void split_step(int64_t row_end) const {
+    if (products_.packed_x && !products_.x_beforehand) {
+      split_x_.split(row_end, worker_, worker_.splits_units, [&](int64_t b) { return x_row(b); });
+    }
+    if (!products_.packed_h) return;
+    split_h_.split(row_end, worker_, worker_.splits_units, [&](int64_t b) { return recurrent_input(b); });
+  }
+
+  // sums += rows x W^T for a part; reads W from `packed` if is_packed, else from W itself. `split` has the rows' parts.
   template <int Gates>
-  void add_product(Sums<T, Gates * kUnitVectors<Gates>>& sums, const Part& part, const T* const* rows, bool is_packed,
-                   const T* packed, const void* W, int64_t H, int64_t K) const {
+  void add_product(Sums<T, Gates * kUnitVectors<Gates>>& sums, const Part& part, const T* const* rows,
+                   const SplitRows& split, bool is_packed, const T* packed, const void* W, int64_t H, int64_t K) const {
     constexpr int64_t kVectors = kUnitVectors<Gates>, kColumns = Gates * kVectors;
-    if (is_packed) {
+    if (is_packed && s_.parts) {
+      if constexpr (kSplits) {
+        for (int i = 0; i < part.blocks; ++i) {
+          const int64_t block = part.block_of(i), unit = block * kVectors * kLanes<T>;
+          bf16_.add(sums + i, block_vectors<T, Gates>(H, unit), split, part.row, part.rows,
+                    split_panel<Gates>(packed, block, H, K),
+                    [&](int r) { add_rows_in_float32<Gates>(sums[i + r], rows[r], at(W), H, K, unit); });
+        }
+      }
+    } else if (is_packed) {
       const int64_t distance = K * kColumns * kLanes<T>;
       const int vectors = block_vectors<T, Gates>(H, part.block * kVectors * kLanes<T>);
       const Panel<T> panel{packed + part.block * distance, vectors * kLanes<T>, distance, vectors};
@@ -171,18 +234,23 @@ class Forward {
 
   void multiply_x() {
     const auto multiply_part = [&](const Part& part) {
-      const T* rows[kChunk];
+      const T* rows[kMostRows];
       for (int r = 0; r < part.rows; ++r) rows[r] = at(d_.x) + s_.place(part.row + r) * s_.I;
       Sums<T, C> sums;
       load_biases(sums, part, 0);
-      add_product<G>(sums, part, rows, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
+      add_product<G>(sums, part, rows, split_x_, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
       each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) {
         T* out = x_product_ + part.row_of(slot) * x_product_stride_ + units.unit;
         for (int g = 0; g < G; ++g) store(out + g * s_.H, sums[slot][g * U + u], units.count);
       });
     };
+    if constexpr (kSplits) {
+      if (s_.parts) {
+        split_x_.split(worker_.end(s_.N), worker_, false, [&](int64_t n) { return at(d_.x) + s_.place(n) * s_.I; });
+      }
+    }
     const int64_t blocks = ceil_div(s_.H, kBlock);
-    cover<C>(worker_.begin(s_.N), worker_.end(s_.N), 0, blocks, narrow_end(), multiply_part);
+    cover<C>(worker_.begin(s_.N), worker_.end(s_.N), 0, blocks, narrow_end(), multiply_part, chunk(split_x_));
   }
 
   // Sets the current step. Its rows below started_rows_ took part in the previous step, in the order of the direction,
@@ -206,6 +274,8 @@ class Forward {
     return d_.h0 ? at(d_.h0) + state : zeros_;
   }
 
+  // The operand of W_ih.
+  const T* x_row(int64_t b) const { return at(d_.x) + s_.place(s_.row(t_) + b) * s_.I; }
   // The operand of W_hh: h, times the dropout mask if there is one.
   const T* recurrent_input(int64_t b) const { return s_.drops_h ? dropped(b) : h_prev(b); }
   T* dropped(int64_t b) const {
@@ -223,14 +293,30 @@ class Forward {
     const int64_t row_end = least(row_end_, rows_);
     const int64_t blocks = ceil_div(s_.H, kBlock);
     if (s_.drops_h) drop(row_end);
-    cover<C>(row_begin_, row_end, first(blocks), last(blocks), narrow_end(), [&](const Part& part) { gates(part); });
+    if constexpr (kSplits) {
+      if (s_.parts) {
+        split_step(row_end);
+        if (worker_.splits_units) worker_.wait();
+      }
+    }
+    cover<C>(
+        row_begin_, row_end, first(blocks), last(blocks), narrow_end(), [&](const Part& part) { gates(part); },
+        chunk(split_h_));
     for (int64_t b = row_begin_; s_.normalised && b < row_end; ++b) normalised_cell(b);
     if (s_.train && !s_.drops_h && !(s_.chains_h(Cell::kSavesH) && started_rows_ > 0)) keep_h_prev(row_end);
     if (s_.projected) {
       if (worker_.splits_units) worker_.wait();
+      if constexpr (kSplits) {
+        if (s_.parts && products_.packed_h) {
+          split_hidden_.split(row_end, worker_, worker_.splits_units, [&](int64_t b) { return hidden(b); });
+          if (worker_.splits_units) worker_.wait();
+        }
+      }
       const int64_t outputs = ceil_div(s_.P, kProjectionBlock);
       const bool narrow = s_.P % kProjectionBlock != 0;
-      cover<UP>(row_begin_, row_end, first(outputs), last(outputs), narrow, [&](const Part& part) { project(part); });
+      cover<UP>(
+          row_begin_, row_end, first(outputs), last(outputs), narrow, [&](const Part& part) { project(part); },
+          chunk(split_hidden_));
     }
     if (worker_.splits_units) worker_.wait();
   }
@@ -268,13 +354,15 @@ class Forward {
   // Computes the products of a part at this step and runs the cell on them.
   void gates(const Part& part) const {
     Sums<T, C> from_x, from_h;
-    const T *x[kChunk], *h[kChunk];
+    const T *x[kMostRows], *h[kMostRows];
     for (int r = 0; r < part.rows; ++r) {
-      x[r] = at(d_.x) + s_.place(s_.row(t_) + part.row + r) * s_.I;
+      x[r] = x_row(part.row + r);
       h[r] = recurrent_input(part.row + r);
     }
     if (!products_.x_beforehand || s_.gates_given) load_biases(from_x, part, 0);
-    if (!products_.x_beforehand) add_product<G>(from_x, part, x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
+    if (!products_.x_beforehand) {
+      add_product<G>(from_x, part, x, split_x_, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
+    }
     load_biases(from_h, part, 1);
     for (int slot = 0; s_.normalised && slot < part.slots(); ++slot) {
       for (int c = 0; c < C; ++c) from_h[slot][c] = Vec<T>{};
@@ -283,7 +371,7 @@ class Forward {
     // skipped, because it is NaN where W_hh has a NaN or an infinity.
     Part h_part = part;
     if (started_rows_ == 0 && !d_.h0 && !d_.reset.h) h_part.rows = 1;
-    add_product<G>(from_h, h_part, h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P);
+    add_product<G>(from_h, h_part, h, split_h_, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P);
     for (int r = h_part.rows; r < part.rows; ++r) {
       for (int c = 0; c < C; ++c) from_h[r][c] = from_h[0][c];
     }
@@ -407,13 +495,13 @@ class Forward {
   }
 
   void project(const Part& part) const {
-    const T* rows[kChunk];
+    const T* rows[kMostRows];
     for (int r = 0; r < part.rows; ++r) rows[r] = hidden(part.row + r);
     Sums<T, UP> sums;
     for (int slot = 0; slot < part.slots(); ++slot) {
       for (int u = 0; u < UP; ++u) sums[slot][u] = Vec<T>{};
     }
-    add_product<1>(sums, part, rows, products_.packed_h, projection_, d_.w_hr, s_.P, s_.H);
+    add_product<1>(sums, part, rows, split_hidden_, products_.packed_h, projection_, d_.w_hr, s_.P, s_.H);
     each_vector<T, UP>(part, s_.P, [&](int slot, int u, Units units) {
       const int64_t b = part.row_of(slot);
       store_y(sums[slot][u], s_.zones_h ? h_prev(b) : nullptr, b, units);
@@ -426,6 +514,8 @@ class Forward {
   const bool reverse_;
   const cpu::Worker& worker_;
   const int64_t row_begin_, row_end_;
+  const Bf16Products bf16_;
+  SplitRows split_x_, split_h_, split_hidden_;  // with LayerShape::parts
   T *recurrent_, *input_, *bias_, *projection_, *scratch_hidden_, *zeros_, *x_product_;
   T *dropped_, *scratch_products_, *outputs_;
   const T* x_gates_;  // [N, G*H] W_ih x where x_beforehand: x_product_, or the given x

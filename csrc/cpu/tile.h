@@ -30,6 +30,8 @@ constexpr int kRowBlocks = FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C;
 // Rows that are multiplied by the same part of a panel before the next part, and the k of such a part: chosen so that
 // the part stays in the second-level cache.
 constexpr int kChunk = 24;
+// The most rows of a part: two tiles of AMX.
+constexpr int kMostRows = 32;
 constexpr int64_t kDepth = 1024;
 // With fewer rows than this over all steps, weights are not packed.
 constexpr int64_t kRowsWorthPacking = 8;
@@ -69,7 +71,7 @@ struct Panel {
 };
 
 template <class T, int C>
-using Sums = Vec<T>[kChunk][C];
+using Sums = Vec<T>[kMostRows][C];
 
 // sums[slot][c] += sum over k of row[k] * panel[k][c], for NB blocks or R rows.
 // Runs of kRun values of k are summed in registers and then added to sums, so that rounding errors grow with the number
@@ -202,18 +204,18 @@ FUSED_RNN_INLINE void each_vector(const Part& part, int64_t limit, const F& f) {
   }
 }
 
-// Splits rows [row, row_end) times blocks [block, block_end) into parts and calls run(part) for each. narrow_end: the
-// last block has fewer vectors than the others, and so cannot be in a part of several blocks.
+// Splits rows [row, row_end) times blocks [block, block_end) into parts of at most `chunk` rows and calls run(part) for
+// each. narrow_end: the last block has fewer vectors than the others, and so cannot be in a part of several blocks.
 template <int C, class Run>
 FUSED_RNN_INLINE void cover(int64_t row, int64_t row_end, int64_t block, int64_t block_end, bool narrow_end,
-                            const Run& run) {
+                            const Run& run, int chunk = kChunk) {
   if (row_end - row == 1) {
     for (; block + kRowBlocks<C> <= block_end - narrow_end; block += kRowBlocks<C>) {
       run(Part{row, block, 1, kRowBlocks<C>});
     }
   }
   for (; block < block_end; ++block) {
-    for (int64_t r = row; r < row_end; r += kChunk) run(Part{r, block, int(least(kChunk, row_end - r)), 1});
+    for (int64_t r = row; r < row_end; r += chunk) run(Part{r, block, int(least(chunk, row_end - r)), 1});
   }
 }
 
