@@ -40,6 +40,7 @@ struct LayerShape {
   bool normalised;             // layer normalisation of W_hh h and, in the LSTM, of c; requires gates_given
   bool deterministic;          // a row's result must not depend on the batch around it: weights are always packed
   int parts;                   // bfloat16 parts that packed products split float32 into; 0: multiplied in `dtype`
+  bool bf16_weights;           // w_ih, w_hh and w_hr are bfloat16, whatever `dtype` is; requires parts == 1
   const cpu::Bf16Unit* bf16;   // the instructions that multiply them; null iff parts == 0. See cpu/bf16.h
   const int64_t* batch_sizes;  // [T] non-increasing, batch_sizes[0] == B; null: every step has B rows
   const int64_t* row_offsets;  // [T] number of rows before step t; null iff batch_sizes is

@@ -19,10 +19,15 @@ class CpuLayer : public Layer {
               two_directions, batch_sizes) {}
 
   // `tf32`: whether float32 may be multiplied less accurately; the accuracy of bfloat16 tensors is bfloat16's.
-  cpu::Precision precision(bool tf32) const {
-    return stored == ScalarType::BFloat16 ? cpu::Precision::kMedium
-           : tf32                         ? cpu::Precision::kHigh
-                                          : cpu::Precision::kHighest;
+  void choose_products(bool tf32) {
+    using cpu::Precision;
+    const bool is_bf16 = stored == ScalarType::BFloat16;
+    cpu::choose_products(shape, is_bf16 ? Precision::kMedium : tf32 ? Precision::kHigh : Precision::kHighest);
+    shape.bf16_weights = is_bf16 && shape.parts == 1;
+  }
+  Weights checked_weights(const OptionalTensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+                          const OptionalTensor& b_hh, const OptionalTensor& w_hr) const {
+    return Layer::checked_weights(w_ih, w_hh, b_ih, b_hh, w_hr, shape.bf16_weights ? stored : dtype);
   }
   // lengths: int32 or int64 [B]. Rows that end leave shape with fewer rows, worked on longest first.
   void end_at(const OptionalTensor& lengths) {

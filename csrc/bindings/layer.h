@@ -121,19 +121,32 @@ class Layer {
 
   // What the kernels read: contiguous, in their dtype.
   Tensor readable(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
-    return converted(checked(tensor, name, sizes, stored, place), dtype);
+    return readable(tensor, name, sizes, dtype);
   }
   OptionalTensor readable(const OptionalTensor& tensor, const char* name, std::initializer_list<int64_t> sizes) const {
+    return readable(tensor, name, sizes, dtype);
+  }
+  Tensor readable(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes, ScalarType as) const {
+    return converted(checked(tensor, name, sizes, stored, place), as);
+  }
+  OptionalTensor readable(const OptionalTensor& tensor, const char* name, std::initializer_list<int64_t> sizes,
+                          ScalarType as) const {
     if (!tensor) return std::nullopt;
-    return readable(*tensor, name, sizes);
+    return readable(*tensor, name, sizes, as);
   }
 
   Weights checked_weights(const OptionalTensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
                           const OptionalTensor& b_hh, const OptionalTensor& w_hr) const {
+    return checked_weights(w_ih, w_hh, b_ih, b_hh, w_hr, dtype);
+  }
+  // The matrices are converted to `as`.
+  Weights checked_weights(const OptionalTensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+                          const OptionalTensor& b_hh, const OptionalTensor& w_hr, ScalarType as) const {
     const int64_t rows = cell.gates * shape.H;
     FUSED_RNN_CHECK(w_hr.has_value() == shape.projected, "both directions need w_hr, or neither");
-    return {readable(w_ih, "w_ih", {rows, shape.I}), readable(w_hh, "w_hh", {rows, shape.P}),
-            readable(b_ih, "b_ih", {rows}), readable(b_hh, "b_hh", {rows}), readable(w_hr, "w_hr", {shape.P, shape.H})};
+    return {readable(w_ih, "w_ih", {rows, shape.I}, as), readable(w_hh, "w_hh", {rows, shape.P}, as),
+            readable(b_ih, "b_ih", {rows}), readable(b_hh, "b_hh", {rows}),
+            readable(w_hr, "w_hr", {shape.P, shape.H}, as)};
   }
 
   // [D, B, width], or [B, width] of a single step.

@@ -52,7 +52,7 @@ Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bo
   reset_h = layer.checked_reset(reset_h, "reset_h", layer.shape.P);
   FUSED_RNN_CHECK(layer.cell.has_c || !reset_c, "only the LSTM has reset_c");
   reset_c = layer.checked_reset(reset_c, "reset_c", layer.shape.H);
-  cpu::choose_products(layer.shape, layer.precision(tf32));
+  layer.choose_products(tf32);
   const LayerShape& s = layer.shape;
   const int64_t D = s.directions;
   x = layer.checked_sequence(x, "x", s.I);
@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, 
   FUSED_RNN_CHECK(x.dim() == 2, "x must be [B, I], got ", shape_text(x.sizes()));
   CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, false, std::nullopt);
   layer.shape.deterministic = deterministic;
-  cpu::choose_products(layer.shape, layer.precision(false));
+  layer.choose_products(false);
   const LayerShape& s = layer.shape;
   x = layer.checked_sequence(x, "x", s.I);
   h0 = layer.checked_state(h0, "h0", s.P);

@@ -26,8 +26,9 @@ void multiply_rows(const Bf16Product& p, float* sums, const Bf16* a) {
     for (int n = 0; n < N; ++n) acc[r][n] = _mm512_loadu_ps(sums + r * p.stride + n * kTileWidth);
   }
   const Bf16* b = p.b;
-  for (int64_t k = 0; k < p.depth; ++k, a += p.rows * kTileDepth, b += N * kTileSize) {
-    for (int pair = 0; pair < kTileDepth; pair += 2) {
+  for (int64_t k = 0; k < p.K; k += kTileDepth, a += p.rows * kTileDepth, b += N * kTileSize) {
+    const int depth = p.K - k < kTileDepth ? int(p.K - k) : kTileDepth;
+    for (int pair = 0; pair < depth; pair += 2) {
       __m512bh column[N];
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) column[n] = (__m512bh)_mm512_load_si512(b + n * kTileSize + pair * kTileWidth);
@@ -72,7 +73,7 @@ void multiply_tile(const Bf16Product& p, float* sums, const Bf16* a) {
 void multiply(const Bf16Product& p, Bf16State&) {
   for (int tile = 0; tile < p.tiles; ++tile) {
     float* const sums = p.sums + tile * p.rows * p.stride;
-    const Bf16* const a = p.a + tile * p.depth * p.rows * kTileDepth;
+    const Bf16* const a = p.a + tile * p.depth() * p.rows * kTileDepth;
     switch (p.columns / kTileWidth) {
       case 1: multiply_tile<1>(p, sums, a); break;
       case 2: multiply_tile<2>(p, sums, a); break;

@@ -28,10 +28,12 @@ struct Bf16Product {
   int64_t stride;       // elements from one row of sums to the next
   int columns;          // at most 4 * kTileWidth
   int tiles, rows;      // of a: one or two, of at most kTileHeight rows
-  const Bf16* a;        // [tiles][depth][parts][rows][kTileDepth]
-  const Bf16* b;        // [depth][parts][tiles of columns][kTileSize]; columns and k beyond the matrix are zeros
-  int64_t depth;        // ceil(K / kTileDepth)
+  const Bf16* a;        // [tiles][depth()][parts][rows][kTileDepth]
+  const Bf16* b;        // [depth()][parts][tiles of columns][kTileSize]; columns and k beyond the matrix are zeros
+  int64_t K;
   int parts;            // at most kMostParts
+
+  int64_t depth() const { return (K + kTileDepth - 1) / kTileDepth; }  // in tiles
 };
 
 // What a thread has set up in its processor, between its first product and release().

@@ -97,6 +97,35 @@ class SplitPanel {
     note(range);
   }
 
+  // The same of bfloat16 weights, which have one part: two consecutive numbers of a row are a pair already.
+  template <int G>
+  void pack_rows(const Bf16* W, int64_t H, int64_t K, int64_t unit) const {
+    constexpr int n = kLanes<float>;
+    const int vectors = block_vectors<float, G>(H, unit), U = vectors / G;
+    for (int c = 0; c < vectors; ++c) {
+      const int64_t first = unit + c % U * n, units = least(H - first, n);
+      const Bf16* row = W + (c / U * H + first) * K;
+      for (int64_t k = 0; k < in_tiles(K); k += 2 * n) {
+        const int64_t width = k < K ? least(K - k, 2 * n) : 0;
+        Vec<float> square[n];
+        for (int j = 0; j < n; ++j) {
+          square[j] = Vec<float>{};
+          if (j >= units) continue;
+          if (width == 2 * n) {
+            __builtin_memcpy(&square[j], row + j * K + k, sizeof(square[j]));
+          } else {
+            Bf16 last[2 * n] = {};
+            for (int64_t i = 0; i < width; ++i) last[i] = row[j * K + k + i];
+            __builtin_memcpy(&square[j], last, sizeof(last));
+          }
+        }
+        transpose<float>(square);
+        for (int i = 0; i < n; ++i) __builtin_memcpy(place(c, k + 2 * i), &square[i], sizeof(square[i]));
+      }
+    }
+    memory_[0] = 1;
+  }
+
   // The block of W [K, N] at `unit`, whose columns are units; see pack_columns().
   void pack_columns(const Rows<const float>& W, int64_t K, int64_t N, int64_t unit) const {
     constexpr int n = kLanes<float>;
@@ -120,10 +149,14 @@ class SplitPanel {
   static int64_t in_tiles(int64_t K) { return ceil_div(K, kTileDepth) * kTileDepth; }
 
   FUSED_RNN_INLINE void store(int vector, int64_t k, const Vec<float>& even, const Vec<float>& odd) const {
-    const int64_t part = column_tiles_ * kTileSize, column = vector * kLanes<float>;
-    Bf16* const tile = reinterpret_cast<Bf16*>(memory_ + kHead) + k / kTileDepth * parts_ * part +
-                       column / kTileWidth * kTileSize;
-    store_pairs(tile + k % kTileDepth * kTileWidth + column % kTileWidth * 2, part, parts_, even, odd);
+    store_pairs(place(vector, k), column_tiles_ * kTileSize, parts_, even, odd);
+  }
+  // Where the pairs of a vector of columns at k and k + 1 lie, in the first part.
+  Bf16* place(int vector, int64_t k) const {
+    const int64_t column = vector * kLanes<float>;
+    const int64_t tile = k / kTileDepth * parts_ * column_tiles_ + column / kTileWidth;
+    return reinterpret_cast<Bf16*>(memory_ + kHead) + tile * kTileSize + k % kTileDepth * kTileWidth +
+           column % kTileWidth * 2;
   }
   void note(const Range& range) const { memory_[0] = parts_ == 1 || range.splits() ? 1 : 0; }
 
@@ -171,7 +204,7 @@ class SplitRows {
     p.tiles = int(ceil_div(rows, height_));
     p.rows = height_;
     p.a = tiles_ + (row - begin_) * depth_ * parts_ * kTileDepth;
-    p.depth = depth_;
+    p.K = K_;
     p.parts = parts_;
     return p;
   }

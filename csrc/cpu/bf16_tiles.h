@@ -44,9 +44,9 @@ void multiply(Tiles& tiles, const Bf16Product& p, int64_t column) {
     tiles.template load<i>(sums + i / N * p.rows * p.stride + i % N * kTileWidth, across);
   });
   const int64_t columns = (p.columns + kTileWidth - 1) / kTileWidth, a_part = p.rows * kTileDepth;
-  const int64_t a_distance = p.depth * P * a_part, b_part = columns * kTileSize;
+  const int64_t depth = p.depth(), a_distance = depth * P * a_part, b_part = columns * kTileSize;
   const Bf16 *a = p.a, *b = p.b + column / kTileWidth * kTileSize;
-  for (int64_t k = 0; k < p.depth; ++k, a += P * a_part, b += P * b_part) {
+  for (int64_t k = 0; k < depth; ++k, a += P * a_part, b += P * b_part) {
     if constexpr (Use::kAStays) {
       each<0, P>([&](auto pa) { tiles.template load<Use::kSums + pa>(a + pa * a_part, kBytes); });
     }

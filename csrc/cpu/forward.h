@@ -28,16 +28,17 @@ struct ForwardProducts {
   bool x_beforehand;        // whether W_ih x of all steps is known before the first step: computed, or given
 
   explicit ForwardProducts(const LayerShape& s)
-      : packed_x((s.deterministic || s.N >= kRowsWorthPacking) && !s.gates_given),
-        packed_h(s.deterministic || (s.N >= kRowsWorthPacking && (s.B > 1 || s.parts == 1))),
+      : packed_x((s.deterministic || s.bf16_weights || s.N >= kRowsWorthPacking) && !s.gates_given),
+        packed_h(s.deterministic || s.bf16_weights ||
+                 (s.N >= kRowsWorthPacking && (s.B > 1 || s.parts == 1))),
         x_beforehand(s.gates_given || (packed_x && s.T > 1 && s.B < kTileRows<4>)) {}
 };
 
 // Offsets of the parts of a direction's workspace, in elements.
 template <class Cell, class T>
 struct ForwardWorkspace {
-  int64_t recurrent, input, bias, projection, hidden, zeros, dropped, products, outputs, x_product, split_x, split_h,
-      size;
+  int64_t recurrent, input, bias, projection, hidden, zeros, dropped, products, outputs, x_product;
+  int64_t split_x, split_h, split_hidden, size;
 
   explicit ForwardWorkspace(const LayerShape& s) {
     const ForwardProducts products(s);
@@ -57,7 +58,8 @@ struct ForwardWorkspace {
     split_x = x_product + (products.x_beforehand && !s.gates_given && !s.train ? s.N * Cell::kGates * s.H : 0);
     split_x = ceil_div(split_x, 16) * 16;
     split_h = split_x + (s.parts && products.packed_x ? SplitRows::size(rows_of_x(s, products), s.I, s.parts) : 0);
-    size = split_h + (s.parts && products.packed_h ? SplitRows::size(s.B, s.P > s.H ? s.P : s.H, s.parts) : 0);
+    split_hidden = split_h + (s.parts && products.packed_h ? SplitRows::size(s.B, s.P, s.parts) : 0);
+    size = split_hidden + (s.parts && products.packed_h && s.projected ? SplitRows::size(s.B, s.H, s.parts) : 0);
   }
 
   // Rows of x that are multiplied at once.
@@ -93,7 +95,7 @@ class Forward {
       split_x_ = SplitRows(workspace + part.split_x, rows, whole ? worker.begin(rows) : row_begin_,
                            whole ? worker.end(rows) : row_end_, s_.I, s_.parts);
       split_h_ = SplitRows(workspace + part.split_h, s_.B, row_begin_, row_end_, s_.P, s_.parts);
-      split_hidden_ = SplitRows(workspace + part.split_h, s_.B, row_begin_, row_end_, s_.H, s_.parts);
+      split_hidden_ = SplitRows(workspace + part.split_hidden, s_.B, row_begin_, row_end_, s_.H, s_.parts);
     }
     recurrent_ = workspace + part.recurrent;
     input_ = workspace + part.input;
@@ -149,7 +151,12 @@ class Forward {
     for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
       if constexpr (kSplits) {
         if (s_.parts) {
-          split_panel<Gates>(panels, b, H, K).template pack_rows<Gates>(at(W), H, K, b * kUnits);
+          const SplitPanel panel = split_panel<Gates>(panels, b, H, K);
+          if (s_.bf16_weights) {
+            panel.template pack_rows<Gates>(static_cast<const Bf16*>(W), H, K, b * kUnits);
+          } else {
+            panel.template pack_rows<Gates>(at(W), H, K, b * kUnits);
+          }
           continue;
         }
       }
