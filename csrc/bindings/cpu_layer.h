@@ -19,11 +19,12 @@ class CpuLayer : public Layer {
               two_directions, batch_sizes) {}
 
   // `tf32`: whether float32 may be multiplied less accurately; the accuracy of bfloat16 tensors is bfloat16's.
-  void choose_products(bool tf32) {
+  // `forward`: whether it reads bfloat16 weights as they are.
+  void choose_products(bool tf32, bool forward) {
     using cpu::Precision;
     const bool is_bf16 = stored == ScalarType::BFloat16;
     cpu::choose_products(shape, is_bf16 ? Precision::kMedium : tf32 ? Precision::kHigh : Precision::kHighest);
-    shape.bf16_weights = is_bf16 && shape.parts == 1;
+    shape.bf16_weights = forward && is_bf16 && shape.parts == 1;
   }
   Weights checked_weights(const OptionalTensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
                           const OptionalTensor& b_hh, const OptionalTensor& w_hr) const {

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "../cells/cells.h"
+#include "bf16_operands.h"
 #include "layer_norm.h"
 #include "tile.h"
 #include "worker.h"
@@ -20,16 +21,24 @@ namespace FUSED_RNN_ISA {
 // Offsets of the parts of a direction's workspace, in elements.
 template <class Cell, class T>
 struct BackwardWorkspace {
-  int64_t recurrent, projection, direct, dh, zeros, size;
+  int64_t recurrent, projection, split, split_projection, direct, dh, zeros, size;
 
   explicit BackwardWorkspace(const LayerShape& s) {
     const int64_t K = Cell::kGates * s.H;
     recurrent = 0;
-    projection = recurrent + in_vectors<T>(s.P) * K;
-    direct = projection + (s.projected ? in_vectors<T>(s.H) * s.P : 0);
+    projection = recurrent + panels(s, K, s.P);
+    split = ceil_div(projection + (s.projected ? panels(s, s.P, s.H) : 0), 16) * 16;
+    split_projection = split + (s.parts ? SplitRows::size(s.B, K, s.parts) : 0);
+    direct = split_projection + (s.parts && s.projected ? SplitRows::size(s.B, s.P, s.parts) : 0);
     dh = direct + (Cell::kUsesH || s.zones_h ? s.B * s.P : 0);
     zeros = dh + (s.normalised ? s.B * 2 * s.H : 0);
     size = zeros + (K > s.P ? K : s.P);
+  }
+
+  // Elements of W [K, N], packed.
+  static int64_t panels(const LayerShape& s, int64_t K, int64_t N) {
+    constexpr int64_t units = kUnitVectors<1> * kLanes<T>;
+    return s.parts ? ceil_div(N, units) * SplitPanel::size(K, units, s.parts) : in_vectors<T>(N) * K;
   }
 };
 
@@ -39,14 +48,21 @@ class Backward {
   Backward(const BackwardParams& params, int64_t direction, const cpu::Worker& worker)
       : s_(params.shape),
         d_(params.direction[direction]),
-        packed_(s_.N >= kRowsWorthPacking && s_.B > 1),
+        packed_(s_.N >= kRowsWorthPacking && (s_.B > 1 || s_.parts == 1)),
+        splits_(packed_ && s_.parts > 0),
         accumulate_(params.accumulate),
         reverse_(direction == 1),
         worker_(worker),
         row_begin_(worker.splits_units ? 0 : worker.begin(s_.B)),
-        row_end_(worker.splits_units ? s_.B : worker.end(s_.B)) {
+        row_end_(worker.splits_units ? s_.B : worker.end(s_.B)),
+        bf16_(s_.bf16) {
     T* workspace = static_cast<T*>(d_.workspace);
     const BackwardWorkspace<Cell, T> part(s_);
+    if constexpr (kSplits) {
+      split_ = SplitRows(workspace + part.split, s_.B, row_begin_, row_end_, gates(), s_.parts, true);
+      split_projection_ =
+          SplitRows(workspace + part.split_projection, s_.B, row_begin_, row_end_, s_.P, s_.parts, true);
+    }
     recurrent_ = workspace + part.recurrent;
     projection_ = workspace + part.projection;
     direct_ = workspace + part.direct;
@@ -65,6 +81,7 @@ class Backward {
  private:
   static constexpr int U = kUnitVectors<1>;
   static constexpr int64_t kBlock = U * kLanes<T>;
+  static constexpr bool kSplits = sizeof(T) == sizeof(float);  // into bfloat16 parts, if LayerShape::parts says so
 
   static T* at(void* p) { return static_cast<T*>(p); }
   static const T* at(const void* p) { return static_cast<const T*>(p); }
@@ -89,16 +106,48 @@ class Backward {
   void pack_weights(T* panels, const T* W, int64_t K, int64_t N) {
     const int64_t blocks = ceil_div(N, kBlock), whole = N / kBlock;
     for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
+      if constexpr (kSplits) {
+        if (splits_) {
+          split_panel(panels, b, K, N).pack_columns(Rows<const T>{W, N}, K, N, b * kBlock);
+          continue;
+        }
+      }
       if (packed_ || b >= whole) pack_columns(panels + b * K * kBlock, Rows<const T>{W, N}, K, N, b * kBlock);
     }
   }
 
-  // sums += rows x W [K, N] for a part, with the panels that pack_weights() made.
-  void add_product(Sums<T, U>& sums, const Part& part, const T* const* rows, const T* panels, const void* W, int64_t K,
-                   int64_t N) const {
+  SplitPanel split_panel(const T* panels, int64_t block, int64_t K, int64_t N) const {
+    T* const panel = const_cast<T*>(panels) + block * SplitPanel::size(K, kBlock, s_.parts);
+    return {panel, block_vectors<T, 1>(N, block * kBlock) * int(kLanes<T>), s_.parts};
+  }
+
+  // Splits rows [row_begin_, row_end) of a product's operand, if it is computed from parts; row(b) points to row b.
+  template <class Row>
+  void split(const SplitRows& rows, int64_t row_end, const Row& row) const {
+    if constexpr (kSplits) {
+      if (!splits_) return;
+      rows.split(row_end, worker_, worker_.splits_units, row);
+      if (worker_.splits_units) worker_.wait();
+    }
+  }
+
+  // sums += rows x W [K, N] for a part whose sums are zeros, with the panels that pack_weights() made. `split` has the
+  // rows' parts.
+  void add_product(Sums<T, U>& sums, const Part& part, const T* const* rows, const SplitRows& split, const T* panels,
+                   const void* W, int64_t K, int64_t N) const {
     const int64_t left = N - part.block * kBlock;
     const int vectors = block_vectors<T, 1>(N, part.block * kBlock);
-    if (packed_ || left < kBlock) {
+    if (splits_) {
+      if constexpr (kSplits) {
+        for (int i = 0; i < part.blocks; ++i) {
+          const int64_t block = part.block_of(i);
+          bf16_.add(sums + i, block_vectors<T, 1>(N, block * kBlock), split, part.row, part.rows,
+                    split_panel(panels, block, K, N), [&](int r) {
+                      add_columns_in_float32(sums[i + r], rows[r], Rows<const T>{at(W), N}, N, K, block * kBlock);
+                    });
+        }
+      }
+    } else if (packed_ || left < kBlock) {
       multiply<T, U>(sums, part, rows, {panels + part.block * K * kBlock, vectors * kLanes<T>, K * kBlock, vectors}, K);
     } else {
       multiply<T, U>(sums, part, rows, {at(W) + part.block * kBlock, N, kBlock, vectors}, K);
@@ -155,9 +204,11 @@ class Backward {
   void step(int64_t t) {
     begin_step(t);
     const int64_t row_end = least(row_end_, rows_);
+    split(split_, least(row_end, continuing_rows_), [&](int64_t b) { return next_dproduct(b); });
     each_part(row_end, s_.P, [&](const Part& part) { h_gradient(part); });
     if (s_.projected) {
       if (worker_.splits_units) worker_.wait();
+      split(split_projection_, row_end, [&](int64_t b) { return at(d_.dh_total) + (s_.row(t_) + b) * s_.P; });
       each_part(row_end, s_.H, [&](const Part& part) { projection_backward(part); });
     }
     for (int64_t b = row_begin_; s_.normalised && b < row_end; ++b) normalised_cell(b);
@@ -168,7 +219,8 @@ class Backward {
   template <class Run>
   FUSED_RNN_INLINE void each_part(int64_t row_end, int64_t n, const Run& run) const {
     const int64_t blocks = ceil_div(n, kBlock);
-    cover<U>(row_begin_, row_end, first(blocks), last(blocks), n % kBlock != 0, run);
+    cover<U>(row_begin_, row_end, first(blocks), last(blocks), n % kBlock != 0, run,
+             splits_ ? 2 * split_.height() : kChunk);
   }
 
   // The gradient of h after this step: the next step's gate gradients times W_hh, plus the direct gradient, plus dy.
@@ -177,9 +229,9 @@ class Backward {
     Sums<T, U> sums;
     clear(sums, part);
     if (part.row < continuing_rows_) {
-      const T* rows[kChunk];
+      const T* rows[kMostRows];
       for (int r = 0; r < part.rows; ++r) rows[r] = next_dproduct(part.row + r);
-      add_product(sums, part, rows, recurrent_, d_.w_hh, gates(), s_.P);
+      add_product(sums, part, rows, split_, recurrent_, d_.w_hh, gates(), s_.P);
     }
     each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) FUSED_RNN_INLINED {
       const int64_t b = part.row_of(slot), unit = units.unit, n = units.count;
@@ -266,9 +318,9 @@ class Backward {
   void projection_backward(const Part& part) const {
     Sums<T, U> sums;
     clear(sums, part);
-    const T* rows[kChunk];
+    const T* rows[kMostRows];
     for (int r = 0; r < part.rows; ++r) rows[r] = at(d_.dh_total) + (s_.row(t_) + part.row + r) * s_.P;
-    add_product(sums, part, rows, projection_, d_.w_hr, s_.P, s_.H);
+    add_product(sums, part, rows, split_projection_, projection_, d_.w_hr, s_.P, s_.H);
     each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) {
       cell_output_gradient(sums[slot][u], part.row_of(slot), units);
     });
@@ -335,12 +387,9 @@ class Backward {
   void initial_gradient(const Part& part) const {
     Sums<T, U> sums;
     clear(sums, part);
-    const T* rows[kChunk];
-    for (int r = 0; r < part.rows; ++r) {
-      const T* first = first_dproduct(part.row + r);
-      rows[r] = first ? first : zeros_;
-    }
-    add_product(sums, part, rows, recurrent_, d_.w_hh, gates(), s_.P);
+    const T* rows[kMostRows];
+    for (int r = 0; r < part.rows; ++r) rows[r] = first_dproduct(part.row + r);
+    add_product(sums, part, rows, split_, recurrent_, d_.w_hh, gates(), s_.P);
     each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) {
       const int64_t b = part.row_of(slot);
       Vec<T> dh = dropout_backward(sums[slot][u], b, units);
@@ -349,15 +398,17 @@ class Backward {
     });
   }
 
-  // The gradient of W_hh h of row b at its first step; null if that step read a reset state instead of h0.
+  // The gradient of W_hh h of row b at its first step; zeros if that step read a reset state instead of h0.
   const T* first_dproduct(int64_t b) const {
     int64_t t = reverse_ ? s_.T - 1 : 0;
     while (b >= s_.rows(t)) --t;  // never at t = 0, where every row is active
-    return s_.reset(t, b, reverse_) ? nullptr : dproduct(s_.row(t) + b);
+    return s_.reset(t, b, reverse_) ? zeros_ : dproduct(s_.row(t) + b);
   }
 
   void initial_gradients() {
+    split(split_, row_end_, [&](int64_t b) { return first_dproduct(b); });
     each_part(row_end_, s_.P, [&](const Part& part) { initial_gradient(part); });
+    if (splits_ && worker_.splits_units) worker_.wait();  // before the rows are split for another product
   }
 
   // Adds the part of the reset states' gradients that passes through W_hh; cell() and zoneout_backward() add the rest.
@@ -366,19 +417,24 @@ class Backward {
       const int64_t row_end = least(row_end_, s_.rows(t_));
       bool any = false;
       for (int64_t b = row_begin_; b < row_end; ++b) any = any || s_.reset(t_, b, reverse_);
-      if (any) each_part(row_end, s_.P, [&](const Part& part) { reset_gradient(part); });
+      if (!any) continue;
+      split(split_, row_end, [&](int64_t b) { return reset_dproduct(b); });
+      each_part(row_end, s_.P, [&](const Part& part) { reset_gradient(part); });
+      if (splits_ && worker_.splits_units) worker_.wait();
     }
+  }
+
+  // The gradient of W_hh h of row b at this step; zeros if the step did not read a reset state.
+  const T* reset_dproduct(int64_t b) const {
+    return s_.reset(t_, b, reverse_) ? dproduct(s_.row(t_) + b) : zeros_;
   }
 
   void reset_gradient(const Part& part) const {
     Sums<T, U> sums;
     clear(sums, part);
-    const T* rows[kChunk];
-    for (int r = 0; r < part.rows; ++r) {
-      const int64_t b = part.row + r;
-      rows[r] = s_.reset(t_, b, reverse_) ? dproduct(s_.row(t_) + b) : zeros_;
-    }
-    add_product(sums, part, rows, recurrent_, d_.w_hh, gates(), s_.P);
+    const T* rows[kMostRows];
+    for (int r = 0; r < part.rows; ++r) rows[r] = reset_dproduct(part.row + r);
+    add_product(sums, part, rows, split_, recurrent_, d_.w_hh, gates(), s_.P);
     each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) {
       const int64_t b = part.row_of(slot);
       const Vec<T> dh = dropout_backward(sums[slot][u], b, units);
@@ -388,9 +444,11 @@ class Backward {
 
   const LayerShape& s_;
   const BackwardDirection& d_;
-  const bool packed_, accumulate_, reverse_;
+  const bool packed_, splits_, accumulate_, reverse_;
   const cpu::Worker& worker_;
   const int64_t row_begin_, row_end_;
+  const Bf16Products bf16_;
+  SplitRows split_, split_projection_;  // if splits_
   T *recurrent_, *projection_, *direct_, *dh_, *zeros_;
   int64_t t_ = 0, rows_ = 0, continuing_rows_ = 0;
   const T* next_dproduct_ = nullptr;

@@ -6,11 +6,13 @@
 //   - a row with a value that rounds to an infinity, or with a NaN, is zeros for the tiles, and
 //   - a block of weights with such a value has no tiles,
 // and what these lack is added in float32. The least parts of tiny numbers vanish, because the instructions take
-// subnormal numbers for zeros: rows and blocks whose largest value is below kTiny are left to float32, too.
+// subnormal numbers for zeros: rows and blocks whose largest value is below 2^-50 are left to float32, too. Gradients
+// may well be that small, so that their rows are scaled by powers of two, and their products scaled back.
 #pragma once
 
 #include "bf16.h"
 #include "tile.h"
+#include "worker.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
@@ -37,10 +39,14 @@ class Range {
     const Bits size = (Bits)v & 0x7fffffff;
     largest_ = size > largest_ ? size : largest_;
   }
-  bool splits() const {
+  bool splits() const { return scale(false) != 0; }
+  // The power of two to multiply the numbers with, 0 if they do not split. It is 1 unless they `may_scale`.
+  float scale(bool may_scale) const {
     uint32_t largest = 0;
     for (int64_t i = 0; i < kLanes<float>; ++i) largest = largest_[i] > largest ? largest_[i] : largest;
-    return largest == 0 || (largest >= kTiny && largest < kHuge);
+    if (largest >= kHuge) return 0;
+    if (largest == 0 || largest >= kTiny) return 1;
+    return may_scale ? math::bits<float>((254u << 23) - (largest & 0x7f800000)) : 0;
   }
 
  private:
@@ -172,10 +178,11 @@ class SplitRows {
 
   SplitRows() = default;
   // For rows [begin, end) of the `rows` rows that the memory is for. No other worker has a range that overlaps, unless
-  // all have the same.
-  SplitRows(float* memory, int64_t rows, int64_t begin, int64_t end, int64_t K, int parts)
+  // all have the same. `may_scale`: whether the sums are zeros before the product.
+  SplitRows(float* memory, int64_t rows, int64_t begin, int64_t end, int64_t K, int parts, bool may_scale = false)
       : tiles_(reinterpret_cast<Bf16*>(memory + head(rows) + before(begin, K, parts))),
-        zeroed_(reinterpret_cast<uint8_t*>(memory)),
+        scales_(memory),
+        may_scale_(may_scale),
         begin_(begin),
         K_(K),
         depth_(ceil_div(K, kTileDepth)),
@@ -183,8 +190,8 @@ class SplitRows {
         height_(end > begin ? int(ceil_div(end - begin, ceil_div(end - begin, kTileHeight))) : 1) {}
 
   int height() const { return height_; }
-  // Whether the tiles hold zeros in place of this row.
-  bool zeroed(int64_t row) const { return zeroed_[row]; }
+  // What the tiles hold is the row times this; 0: zeros.
+  float scale(int64_t row) const { return scales_[row]; }
 
   // Splits rows [begin(), end), of which this worker does its share if `shared`. row(b) points to row b.
   template <class Row>
@@ -193,8 +200,8 @@ class SplitRows {
     const int64_t first = shared ? worker.begin(tiles) : 0, last = shared ? worker.end(tiles) : tiles;
     for (int64_t b = begin_ + first * height_; b < least(end, begin_ + last * height_); ++b) {
       const float* const from = row(b);
-      zeroed_[b] = parts_ > 1 && !splits(from);
-      split_row(zeroed_[b] ? nullptr : from, b - begin_);
+      scales_[b] = parts_ > 1 ? range(from).scale(may_scale_) : 1;
+      split_row(scales_[b] != 0 ? from : nullptr, scales_[b], b - begin_);
     }
   }
 
@@ -210,28 +217,28 @@ class SplitRows {
   }
 
  private:
-  // Elements of the marks of zeroed rows: bytes in whole cache lines.
-  static int64_t head(int64_t rows) { return ceil_div(rows, 64) * 16; }
+  // Elements of the scales, in whole cache lines.
+  static int64_t head(int64_t rows) { return ceil_div(rows, 16) * 16; }
   // Elements of the tiles of the rows before this one. A worker's last tile may end up to a row for each 16 behind its
   // last row.
   static int64_t before(int64_t row, int64_t K, int parts) {
     return (row + row / 16) * ceil_div(K, kTileDepth) * parts * kTileDepth / 2;
   }
 
-  bool splits(const float* row) const {
+  Range range(const float* row) const {
     Range range;
     for (int64_t k = 0; k < K_; k += kLanes<float>) range.add(load(row + k, least(K_ - k, kLanes<float>)));
-    return range.splits();
+    return range;
   }
 
-  void split_row(const float* row, int64_t index) const {
+  void split_row(const float* row, float scale, int64_t index) const {
     constexpr int n = kLanes<float>;
     const int64_t tile = index / height_, part = height_ * kTileDepth;
     Bf16* out = tiles_ + tile * depth_ * parts_ * part + index % height_ * kTileDepth;
     for (int64_t k = 0; k < depth_ * kTileDepth; k += kTileDepth, out += parts_ * part) {
       for (int i = 0; i < kTileDepth; i += n) {
         const int64_t left = K_ - k - i;
-        Vec<float> v = row && left > 0 ? load(row + k + i, least(left, n)) : Vec<float>{};
+        Vec<float> v = row && left > 0 ? load(row + k + i, least(left, n)) * scale : Vec<float>{};
         for (int p = 0; p < parts_; ++p) {
           const Vec<float> r = rounded(v);
           const Halves narrow = __builtin_convertvector((Bits)r >> 16, Halves);
@@ -243,7 +250,8 @@ class SplitRows {
   }
 
   Bf16* tiles_ = nullptr;
-  uint8_t* zeroed_ = nullptr;
+  float* scales_ = nullptr;
+  bool may_scale_ = false;
   int64_t begin_ = 0, K_ = 0, depth_ = 0;
   int parts_ = 0, height_ = 1;
 };
@@ -259,6 +267,18 @@ void add_rows_in_float32(Vec<float> (&sums)[C], const float* row, const float* W
       Vec<float> products{};
       for (int64_t k = 0; k < K; k += n) products += load(row + k, least(K - k, n)) * load(w + k, least(K - k, n));
       for (int i = 0; i < n; ++i) sums[c][j] += products[i];
+    }
+  }
+}
+
+// The same for W [K, N], whose columns are units.
+template <int C>
+void add_columns_in_float32(Vec<float> (&sums)[C], const float* row, const Rows<const float>& W, int64_t N, int64_t K,
+                            int64_t unit) {
+  constexpr int n = kLanes<float>;
+  for (int64_t k = 0; k < K; ++k) {
+    for (int c = 0; c < C && unit + c * n < N; ++c) {
+      sums[c] += row[k] * load(W[k] + unit + c * n, least(N - unit - c * n, n));
     }
   }
 }
@@ -287,7 +307,13 @@ class Bf16Products {
       unit_->multiply(p, state_);
     }
     for (int r = 0; r < rows; ++r) {
-      if (!splits || split.zeroed(row + r)) float32(r);
+      const float scale = splits ? split.scale(row + r) : 0;
+      if (scale == 1) continue;
+      if (scale == 0) {
+        float32(r);
+      } else {
+        for (int c = 0; c < C; ++c) sums[r][c] *= 1 / scale;
+      }
     }
   }
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../cells/cells.h"
+#include "bf16_operands.h"
 #include "column_sums.h"
 #include "tile.h"
 #include "worker.h"
@@ -34,18 +35,43 @@ struct Share {
 template <class T>
 class Products {
  public:
-  Products(T* workspace, const cpu::Worker& worker) : workspace_(workspace), worker_(worker) {}
+  Products(const LayerShape& s, T* workspace, const cpu::Worker& worker)
+      : parts_(s.parts), bf16_(s.bf16), workspace_(workspace), worker_(worker) {}
 
   // Workspace of the two products below, in elements.
-  static int64_t rows_workspace(int64_t K) { return K * kBlock; }
-  static int64_t transposed_workspace(int64_t N, int64_t K) {
-    return least(K, kRowsAtOnce) * (least(ceil_div(N, kBlock), kBlocksAtOnce) * kBlock + kChunk);
+  static int64_t rows_workspace(int64_t N, int64_t K, int parts) {
+    if (!parts) return K * kBlock;
+    return ceil_div(N, kBlock) * SplitPanel::size(K, kBlock, parts) + SplitRows::size(kMostRows, K, parts);
+  }
+  static int64_t transposed_workspace(int64_t N, int64_t K, int parts) {
+    const int64_t depth = least(K, kRowsAtOnce), blocks = least(ceil_div(N, kBlock), kBlocksAtOnce);
+    if (!parts) return depth * (blocks * kBlock + kChunk);
+    return kMostRows * depth + blocks * SplitPanel::size(depth, kBlock, parts) +
+           SplitRows::size(kMostRows, depth, parts);
   }
 
   // out [M, N] = a b or out += a b, for row-major a [M, K] and b [K, N].
   void rows(const Rows<T>& out, const T* a, int64_t a_stride, const T* b, int64_t M, int64_t N, int64_t K,
             bool accumulate) {
     const Share share(M, N, kBlock, worker_);
+    if constexpr (kSplits) {
+      if (parts_ && M >= kRowsWorthPacking) {
+        const int64_t size = SplitPanel::size(K, kBlock, parts_);
+        for (int64_t block = share.block; block < share.block_end; ++block) {
+          split_panel(workspace_, block - share.block, block, K, N)
+              .pack_columns(Rows<const T>{b, N}, K, N, block * kBlock);
+        }
+        T* const split = workspace_ + (share.block_end - share.block) * size;
+        for (int64_t row = share.row; row < share.row_end; row += kMostRows) {
+          const int count = int(least(kMostRows, share.row_end - row));
+          const T* from[kMostRows];
+          for (int r = 0; r < count; ++r) from[r] = a + (row + r) * a_stride;
+          add_split(out, row, count, from, split, workspace_, share.block, share.block_end, Rows<const T>{b, N}, K, N,
+                    accumulate);
+        }
+        return;
+      }
+    }
     const auto add_part = [&](const Part& part, const Panel<T>& panel) {
       const T* from[kChunk];
       for (int r = 0; r < part.rows; ++r) from[r] = a + (part.row + r) * a_stride;
@@ -72,20 +98,35 @@ class Products {
     const Share share(M, N, kBlock, worker_);
     if (share.row == share.row_end) return;
     if (K < kRowsWorthPacking) return add_outer_products(out, a, a_stride, b, share, N, K, accumulate);
+    const int chunk = parts_ ? kMostRows : kChunk;
     T* const columns = workspace_;
-    T* const panels = columns + kChunk * least(K, kRowsAtOnce);
+    T* const panels = columns + chunk * least(K, kRowsAtOnce);
     for (int64_t begin = share.block; begin < share.block_end; begin += kBlocksAtOnce) {
       const int64_t end = least(begin + kBlocksAtOnce, share.block_end);
       for (int64_t k = 0; k < K; k += kRowsAtOnce) {
         const int64_t count = least(kRowsAtOnce, K - k), panel = count * kBlock;
         for (int64_t block = begin; block < end; ++block) {
+          if constexpr (kSplits) {
+            if (parts_) {
+              split_panel(panels, block - begin, block, count, N).pack_columns(b.from(k), count, N, block * kBlock);
+              continue;
+            }
+          }
           pack_columns(panels + (block - begin) * panel, b.from(k), count, N, block * kBlock);
         }
-        for (int64_t row = share.row; row < share.row_end; row += kChunk) {
-          const int rows = int(least(kChunk, share.row_end - row));
+        for (int64_t row = share.row; row < share.row_end; row += chunk) {
+          const int rows = int(least(chunk, share.row_end - row));
           pack_transposed(columns, count, a + k * a_stride + row, a_stride, rows, count);
-          const T* from[kChunk];
+          const T* from[kMostRows];
           for (int r = 0; r < rows; ++r) from[r] = columns + r * count;
+          if constexpr (kSplits) {
+            if (parts_) {
+              T* const split = panels + (end - begin) * SplitPanel::size(count, kBlock, parts_);
+              add_split(Rows<T>{out, N}, row, rows, from, split, panels, begin, end, b.from(k), count, N,
+                        accumulate || k > 0);
+              continue;
+            }
+          }
           for (int64_t block = begin; block < end; ++block) {
             const Panel<T> block_panel = own_panel(panels + (block - begin) * panel, block, N);
             add(Rows<T>{out, N}, Part{row, block, rows, 1}, from, block_panel, count, N, accumulate || k > 0);
@@ -101,6 +142,7 @@ class Products {
   // `transposed` packs this many rows and blocks of b at a time: they fit the second-level cache and bound the
   // workspace.
   static constexpr int64_t kRowsAtOnce = 512, kBlocksAtOnce = 8;
+  static constexpr bool kSplits = sizeof(T) == sizeof(float);  // into bfloat16 parts, if LayerShape::parts says so
 
   // a^T b for a K too small for packing: each element of the result is a sum of a few products, written once.
   static void add_outer_products(T* out, const T* a, int64_t a_stride, const Rows<const T>& b, const Share& share,
@@ -122,19 +164,52 @@ class Products {
     return {data, vectors * kLanes<T>, 0, vectors};
   }
 
+  // Block `block` of N columns, whose panel is number `index` of the packed ones.
+  SplitPanel split_panel(T* panels, int64_t index, int64_t block, int64_t K, int64_t N) const {
+    T* const panel = panels + index * SplitPanel::size(K, kBlock, parts_);
+    return {panel, block_vectors<T, 1>(N, block * kBlock) * int(kLanes<T>), parts_};
+  }
+
+  // out or out += rows [row, row + count) times blocks [block, end) of b, whose panels are packed; `split` is memory
+  // for the rows' parts.
+  void add_split(const Rows<T>& out, int64_t row, int count, const T* const* rows, T* split, T* panels, int64_t block,
+                 int64_t end, const Rows<const T>& b, int64_t K, int64_t N, bool accumulate) const {
+    const SplitRows parts(split, count, 0, count, K, parts_, true);
+    parts.split(count, worker_, false, [&](int64_t r) { return rows[r]; });
+    for (int64_t index = 0; block + index < end; ++index) {
+      const int64_t unit = (block + index) * kBlock;
+      Sums<T, U> sums;
+      clear(sums, count);
+      bf16_.add(sums, block_vectors<T, 1>(N, unit), parts, 0, count, split_panel(panels, index, block + index, K, N),
+                [&](int r) { add_columns_in_float32(sums[r], rows[r], b, N, K, unit); });
+      store_sums(out, Part{row, block + index, count, 1}, sums, N, accumulate);
+    }
+  }
+
+  static void clear(Sums<T, U>& sums, int slots) {
+    for (int slot = 0; slot < slots; ++slot) {
+      for (int u = 0; u < U; ++u) sums[slot][u] = Vec<T>{};
+    }
+  }
+
   static void add(const Rows<T>& out, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K,
                   int64_t N, bool accumulate) {
     Sums<T, U> sums;
-    for (int slot = 0; slot < part.slots(); ++slot) {
-      for (int u = 0; u < U; ++u) sums[slot][u] = Vec<T>{};
-    }
+    clear(sums, part.slots());
     multiply<T, U>(sums, part, rows, panel, K);
+    store_sums(out, part, sums, N, accumulate);
+  }
+
+  static FUSED_RNN_INLINE void store_sums(const Rows<T>& out, const Part& part, const Sums<T, U>& sums, int64_t N,
+                                          bool accumulate) {
     each_vector<T, U>(part, N, [&](int slot, int u, Units units) {
       T* to = out[part.row_of(slot)] + units.unit;
       store(to, accumulate ? sums[slot][u] + load(to, units.count) : sums[slot][u], units.count);
     });
   }
 
+  const int parts_;
+  const Bf16Products bf16_;
   T* const workspace_;
   const cpu::Worker& worker_;
 };
@@ -146,13 +221,13 @@ class Gradients {
       : p_(params),
         s_(params.shape),
         worker_(worker),
-        products_(at(params.workspace) + worker.index * workspace(params.shape), worker) {}
+        products_(params.shape, at(params.workspace) + worker.index * workspace(params.shape), worker) {}
 
   // Elements of workspace for each thread.
   static int64_t workspace(const LayerShape& s) {
     const int64_t widest = s.I > s.P ? s.I : s.P;
-    const int64_t dx = Products<T>::rows_workspace(Cell::kGates * s.H);
-    const int64_t dw = Products<T>::transposed_workspace(s.projected && s.H > widest ? s.H : widest, s.N);
+    const int64_t dx = Products<T>::rows_workspace(s.I, Cell::kGates * s.H, s.parts);
+    const int64_t dw = Products<T>::transposed_workspace(s.projected && s.H > widest ? s.H : widest, s.N, s.parts);
     return ceil_div(dx > dw ? dx : dw, 16) * 16;
   }
 
