@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import autocast, layers, policy, reference
 from fused_rnn.options import LayerOptions
-from fused_rnn.policy import CASTABLE, autocast_dtype, runs_eagerly
+from fused_rnn.policy import CASTABLE, HIGHEST, autocast_dtype, runs_eagerly
 from fused_rnn.spec import Spec
 
 
@@ -63,11 +63,13 @@ def run(
     casts = call.casts(weights) if half is not None else None
     if casts is not None:
         weights = call.cast(casts, weights)
+        call.precision = HIGHEST if policy.on_cuda(call.x) else policy.autocast_precision(half)
     takes_operators = is_torchs
     if not is_torchs and spec.backend != "torch":
         tensors = (*call.states, *call.reset_states, *weights, *chain(*call.norms))
         not_on_cuda = spec.proj_size > 0 or call.x.numel() == 0
         takes_operators = policy.fusible(call.x, *tensors) and not (not_on_cuda and policy.on_cuda(call.x))
+    has_options = has_keywords or call.norms or spec.recompute or spec.has_rates or call.precision != HIGHEST
     with torch.autocast(call.x.device.type, enabled=False) if half is not None else _NO_CONTEXT:
         results = layers.stack(
             spec.cell,
@@ -80,7 +82,7 @@ def run(
             spec.directions,
             spec.dropout if spec.training else 0.0,
             batch_sizes=call.batch_sizes,
-            options_of=call.layer_options if has_keywords or call.norms or spec.recompute or spec.has_rates else None,
+            options_of=call.layer_options if has_options else None,
             sequences=call.wants_sequence,
             widths=spec.state_widths if spec.side_by_side else None,
             run=layers.layer if takes_operators else reference.layer,
@@ -148,6 +150,7 @@ class Call:
         batch_sizes: of a packed sequence, or None.
         T: the number of time steps.
         resets, lengths, reset_states, wants_sequence: as in `fused_rnn.LSTM.forward`, time first.
+        precision: of the products of float32, one of `fused_rnn.policy`.
 
     Raises:
         ValueError, RuntimeError, TypeError: input or hx does not fit; for shapes and dtypes as in torch.nn.
@@ -157,6 +160,7 @@ class Call:
     lengths: Tensor | None = None
     reset_states: tuple[Tensor | None, ...] = (None, None)
     wants_sequence = False
+    precision = HIGHEST
 
     def __init__(self, spec: Spec, input: Any, hx: Any) -> None:
         self.spec, self.name = spec, spec.name
@@ -343,7 +347,7 @@ class Call:
         wants_c = self.wants_sequence and spec.has_c
         return LayerOptions(
             self.batch_sizes, self.resets, reset_h, reset_c, wants_c, drop_h, zone_h, zone_c, norm_hh, norm_c,
-            norm_c_bias, lengths=self.lengths, norm_ih=norm_ih, recompute=spec.recompute,
+            norm_c_bias, lengths=self.lengths, precision=self.precision, norm_ih=norm_ih, recompute=spec.recompute,
         )  # fmt: skip
 
     def _of_layer(self, state: Tensor | None, which: int, index: int) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_rnn import autocast, layers, policy, reference
 from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
+from fused_rnn.options import NO_OPTIONS, LayerOptions
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -111,8 +112,12 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
             input, states = input.unsqueeze(0), tuple(s.unsqueeze(0) for s in states)
         h0, c0 = (*states, None, None)[:2]
         run: Any = reference.layer if transformed else layers.layer
+        options = NO_OPTIONS
+        if casts is not None and not policy.on_cuda(input):
+            if precision := policy.autocast_precision(policy.autocast_dtype(input.device)):
+                options = LayerOptions(precision=precision)
         with nullcontext() if casts is None else torch.autocast(input.device.type, enabled=False):
-            h, _, c = run(cell, input, h0, c0, (*weights, None))
+            h, _, c = run(cell, input, h0, c0, (*weights, None), options)
         results: Any = [s if batched else s.squeeze(0) for s in (h, c) if s is not None]
         h, *more = results if casts is None else casts.out_of(results)
         return (h, more[0]) if more else (h, None)

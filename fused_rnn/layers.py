@@ -140,7 +140,7 @@ def layer(
             cell, x, h0, c0, weights, o.batch_sizes, o.resets, o.reset_h, o.reset_c, o.c_sequence, o.lengths,
             [o.norm_ih, o.norm_hh, o.norm_c, o.norm_c_bias], o.drop_h, o.zone_h, o.zone_c, o.recompute,
         )  # fmt: skip
-    elif options is not NO_OPTIONS or deterministic() or policy.on_cuda(x):
+    elif options is not NO_OPTIONS or deterministic() or policy.on_cuda(x) or policy.precision(x):
         y, h_n, c_n, *more = layer_of_operators(cell, x, h0, c0, weights, options)
     elif torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
         y, h_n, c_n = _apply(cell, len(weights), NO_OPTIONS, x, h0, c0, *weights)
@@ -183,6 +183,8 @@ def layer_of_operators(
         options = options._replace(deterministic=True)
     if x.dtype is torch.float32 and policy.on_cuda(x) and cuda.tf32_allowed():
         options = options._replace(tf32=True)
+    if options.precision == policy.HIGHEST and (precision := policy.precision(x)):
+        options = options._replace(precision=precision)
     if torch.is_grad_enabled():
         tensors = [] if options is NO_OPTIONS else [getattr(options, name) for name in DIFFERENTIABLE]
         if any_requires_grad((x, h0, c0, *weights, *tensors)):

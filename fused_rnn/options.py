@@ -11,7 +11,8 @@ class LayerOptions(NamedTuple):
     """What one layer computes beyond torch.nn's; the meaning of the fields is in `fused_rnn.reference.layer`.
 
     The operators take the first `OPERATOR_FIELDS` fields, behind the weights. `deterministic` makes a row's results
-    independent of its batch; `tf32` multiplies float32 in TF32 on CUDA. The last two fields are the autograd's: the
+    independent of its batch; `tf32` multiplies float32 in TF32 on CUDA, `precision` is one of `fused_rnn.policy` for the
+    CPU's products of float32. The last two fields are the autograd's: the
     operators receive the normalised product of the input instead of norm_ih.
     """
 
@@ -29,6 +30,7 @@ class LayerOptions(NamedTuple):
     deterministic: bool = False
     lengths: Tensor | None = None
     tf32: bool = False
+    precision: int = 0
     norm_ih: Tensor | None = None
     recompute: bool = False
 

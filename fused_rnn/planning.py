@@ -113,7 +113,14 @@ def plan(
     if not choice.fused:
         return Plan("torch", "torch", choice.reason)
     if device.type == "cpu":
-        shared = _C.cpu_plan(NUMBER[cell], T, B, I, H, H, directions, torch.get_num_threads())
+        half = policy.autocast_dtype(device)
+        precision = policy.MEDIUM if dtype is torch.bfloat16 else policy.autocast_precision(half)
+        if half is None and dtype is torch.float32 and kind != "step":
+            precision = policy.precision(torch.empty(1, 1, 1))
+        threads, is_double = torch.get_num_threads(), dtype is torch.float64
+        shared = _C.cpu_plan(
+            NUMBER[cell], T, B, I, H, H, directions, threads, is_double, precision, policy.deterministic()
+        )
         return Plan("fused", "cpu", choice.reason, shared, shared)
     properties = properties or cuda.device_properties(device)
     if T == 1 or not cuda.is_resident(cell, dtype, B, H, directions, properties):

@@ -8,6 +8,7 @@ device, while nothing but a compiler observes or rewrites torch's operations (`f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ CASTABLE = (torch.float32, torch.bfloat16, torch.float16)  # by autocast
 HAS_BF16_PRODUCTS = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 CPU = torch.device("cpu")
 Kind = Literal["sequence", "packed", "step", "cell"]
+HIGHEST, HIGH, MEDIUM = range(3)  # of the CPU's products of float32: cpu::Precision in csrc/cpu/dispatch.h
 deterministic = torch.are_deterministic_algorithms_enabled
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -110,6 +112,35 @@ def choose(
     return Choice(
         not faster, "this processor multiplies bfloat16 fast" if faster else "measured to be at least as fast"
     )
+
+
+@cache
+def bf16_unit() -> str:
+    """The CPU kernels' instructions for products of bfloat16: the name of an instruction set, or "" without any."""
+    return str(_C.cpu_bf16_unit())
+
+
+def precision(x: Tensor) -> int:
+    """How accurately torch's switches want float32 multiplied, if the kernels have a choice for such an input.
+
+    torch's own switch for recurrent layers on oneDNN counts, ``torch.backends.mkldnn.rnn.fp32_precision``, and where it
+    says nothing ``torch.set_float32_matmul_precision``.
+    """
+    if x.dtype is not torch.float32 or not x.is_cpu or not bf16_unit():
+        return HIGHEST
+    # What the switch's property asks, at a tenth of its time.
+    own = torch._C._get_fp32_precision_getter("mkldnn", "rnn")
+    if own == "none":
+        own = torch._C._get_float32_matmul_precision()
+    return _PRECISIONS.get(own, HIGHEST)
+
+
+_PRECISIONS = {"tf32": HIGH, "high": HIGH, "bf16": MEDIUM, "medium": MEDIUM}
+
+
+def autocast_precision(half: torch.dtype | None) -> int:
+    """The precision of a call's products under autocast to `half`."""
+    return MEDIUM if half is torch.bfloat16 and bf16_unit() else HIGHEST
 
 
 def lacks_threads() -> bool:

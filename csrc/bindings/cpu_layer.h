@@ -18,12 +18,13 @@ class CpuLayer : public Layer {
       : Layer(cell_number, Place(), x, stored, stored == ScalarType::Double ? stored : ScalarType::Float, w_hh, w_hr,
               two_directions, batch_sizes) {}
 
-  // `tf32`: whether float32 may be multiplied less accurately; the accuracy of bfloat16 tensors is bfloat16's.
-  // `forward`: whether it reads bfloat16 weights as they are.
-  void choose_products(bool tf32, bool forward) {
-    using cpu::Precision;
+  // `precision` of float32's products, a cpu::Precision; that of bfloat16 tensors is bfloat16's. `forward`: whether it
+  // reads bfloat16 weights as they are.
+  void choose_products(int64_t precision, bool forward) {
+    FUSED_RNN_CHECK(precision >= 0 && precision < cpu::kPrecisions, "precision must be between 0 and ",
+                    cpu::kPrecisions - 1, ", got ", precision);
     const bool is_bf16 = stored == ScalarType::BFloat16;
-    cpu::choose_products(shape, is_bf16 ? Precision::kMedium : tf32 ? Precision::kHigh : Precision::kHighest);
+    cpu::choose_products(shape, is_bf16 ? cpu::Precision::kMedium : static_cast<cpu::Precision>(precision));
     shape.bf16_weights = forward && is_bf16 && shape.parts == 1;
   }
   Weights checked_weights(const OptionalTensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -34,6 +35,13 @@ char function_letter(const std::string& function) {
 
 PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return std::string(fused_rnn::cpu::kernels().name); }, "The instruction set in use.");
+  m.def(
+      "cpu_bf16_unit",
+      [] {
+        const fused_rnn::cpu::Bf16Unit* unit = fused_rnn::cpu::kernels().bf16;
+        return std::string(unit ? unit->name : "");
+      },
+      "The instructions for products of bfloat16 that belong to the instruction set in use; empty: none.");
   m.def(
       "supported_cpu_isas",
       [] {
@@ -89,19 +97,26 @@ PYBIND11_MODULE(_C, m) {
   m.attr("NORM_EPS") = fused_rnn::kNormEps;
   m.def(
       "cpu_plan",
-      [](int cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t directions, int64_t threads) {
+      [](int cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t directions, int64_t threads,
+         bool is_double, int precision, bool deterministic) {
         fused_rnn::LayerShape shape{};
         shape.cell = fused_rnn::bindings::cell_by_number(cell).kind;
         shape.T = T, shape.B = B, shape.I = I, shape.H = H, shape.P = P, shape.N = T * B, shape.directions = directions;
+        shape.dtype = is_double ? fused_rnn::Dtype::kFloat64 : fused_rnn::Dtype::kFloat32;
+        shape.deterministic = deterministic;
+        fused_rnn::cpu::choose_products(shape, static_cast<fused_rnn::cpu::Precision>(precision));
         const fused_rnn::cpu::Plan plan = fused_rnn::cpu::plan(shape, threads);
         py::dict d;
         d["instruction_set"] = fused_rnn::cpu::kernels().name;
         d["teams"] = plan.teams;
         d["workers"] = plan.workers;
         d["splits_units"] = plan.splits_units;
+        const char* const products[] = {"float32", "bfloat16", "bfloat16x3", "bfloat16x6"};
+        d["products"] = is_double ? "float64" : products[shape.parts];
         return d;
       },
-      "How many threads take a layer on the CPU, and how they share it.");
+      "How many threads take a layer on the CPU, how they share it, and of which numbers its products are: of float32, "
+      "or 1, 3 or 6 of bfloat16 for each.");
   m.def(
       "cuda_plans",
       [](int cell, int element_bytes, int64_t batch, int hidden_size, int directions, bool backward, int sms,
@@ -133,6 +148,33 @@ PYBIND11_MODULE(_C, m) {
         return all;
       },
       "The CUDA kernels that keep a layer's recurrent weights on the chip and fit the device, best first.");
+  m.def(
+      "tile_product",
+      [](const std::string& isa, const py::buffer& sums, const py::buffer& a, const py::buffer& b) {
+        using namespace fused_rnn::cpu;
+        const Bf16Unit* unit = find(isa).bf16;
+        if (!unit || !unit->available()) throw std::invalid_argument("'" + isa + "' does not multiply bfloat16");
+        const py::buffer_info of_sums = sums.request(), of_a = a.request(), of_b = b.request();
+        const auto bytes = [](const py::buffer_info& info) { return info.size * info.itemsize; };
+        const int rows = static_cast<int>(bytes(of_sums) / (kTileWidth * sizeof(float)));
+        constexpr int kRowBytes = kTileDepth * sizeof(Bf16), kBBytes = kTileSize * sizeof(Bf16);
+        if (rows < 1 || rows > kTileHeight || bytes(of_a) != rows * kRowBytes || bytes(of_b) != kBBytes) {
+          throw std::invalid_argument("sums must be float32 [1 to 16, 16], a 16-bit [rows of sums, 32], b [16, 32]");
+        }
+        alignas(64) float to[kTileHeight * kTileWidth];
+        alignas(64) Bf16 tile[kTileSize];
+        std::memcpy(to, of_sums.ptr, bytes(of_sums));
+        std::memcpy(tile, of_b.ptr, kBBytes);
+        Bf16Product product{};
+        product.sums = to, product.stride = product.columns = kTileWidth;
+        product.tiles = 1, product.rows = rows, product.a = static_cast<const Bf16*>(of_a.ptr), product.b = tile;
+        product.K = kTileDepth, product.parts = 1;
+        Bf16State state;
+        unit->multiply(product, state);
+        unit->release(state);
+        return py::bytes(reinterpret_cast<const char*>(to), bytes(of_sums));
+      },
+      "sums + a b, of one tile each, computed by an instruction set's products of bfloat16; see csrc/cpu/bf16.h.");
   m.def(
       "map_function",
       [](const std::string& function, const std::string& isa, const py::buffer& values) {

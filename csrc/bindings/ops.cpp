@@ -40,7 +40,7 @@ Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bo
                 OptionalTensor w_hr_reverse, OptionalTensor batch_sizes, OptionalTensor resets, OptionalTensor reset_h,
                 OptionalTensor reset_c, bool want_c_sequence, OptionalTensor drop_h, OptionalTensor zone_h,
                 OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c, OptionalTensor norm_c_bias,
-                bool deterministic, OptionalTensor lengths, bool tf32, int64_t) {
+                bool deterministic, OptionalTensor lengths, bool, int64_t precision, int64_t) {
   CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), batch_sizes);
   layer.end_at(lengths);
   layer.shape.train = train;
@@ -52,7 +52,7 @@ Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bo
   reset_h = layer.checked_reset(reset_h, "reset_h", layer.shape.P);
   FUSED_RNN_CHECK(layer.cell.has_c || !reset_c, "only the LSTM has reset_c");
   reset_c = layer.checked_reset(reset_c, "reset_c", layer.shape.H);
-  layer.choose_products(tf32, true);
+  layer.choose_products(precision, true);
   const LayerShape& s = layer.shape;
   const int64_t D = s.directions;
   x = layer.checked_sequence(x, "x", s.I);
@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, 
   FUSED_RNN_CHECK(x.dim() == 2, "x must be [B, I], got ", shape_text(x.sizes()));
   CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, false, std::nullopt);
   layer.shape.deterministic = deterministic;
-  layer.choose_products(false, true);
+  layer.choose_products(0, true);
   const LayerShape& s = layer.shape;
   x = layer.checked_sequence(x, "x", s.I);
   h0 = layer.checked_state(h0, "h0", s.P);
@@ -132,10 +132,10 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
                    OptionalTensor w_hh_reverse, OptionalTensor w_hr_reverse, OptionalTensor batch_sizes,
                    OptionalTensor resets, int64_t reset_steps, OptionalTensor dc_sequence, OptionalTensor drop_h,
                    OptionalTensor zone_h, OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c,
-                   OptionalTensor norm_c_bias, OptionalTensor lengths, bool tf32, int64_t) {
+                   OptionalTensor norm_c_bias, OptionalTensor lengths, bool, int64_t precision, int64_t) {
   CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), batch_sizes);
   layer.end_at(lengths);
-  layer.choose_products(tf32, false);
+  layer.choose_products(precision, false);
   layer.without_input_weights(w_ih.has_value(), w_ih_reverse.has_value());
   VariantTensors variant{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias};
   layer.regularise(variant);

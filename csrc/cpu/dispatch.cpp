@@ -84,7 +84,7 @@ void Barrier::wait(int64_t count) {
 namespace {
 
 #if defined(__x86_64__)
-// Linux says in AT_HWCAP2 nothing of AMX; the processor says what it has, and XCR0 what the system saves.
+// Whether the processor has AMX for bfloat16 and the system saves the tiles: XCR0.
 bool has_amx() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
@@ -100,6 +100,7 @@ bool has_amx() {
 
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found;
+  const Kernels* plain = &kPortable;  // the best without products of bfloat16
 #if defined(__x86_64__)
   __builtin_cpu_init();  // these ask the operating system's XCR0 too
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -110,8 +111,9 @@ std::vector<const Kernels*> supported() {
   if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16);
   if (avx512) found.push_back(&kAvx512);
   if (avx2) found.push_back(&kAvx2);
+  if (!found.empty()) plain = avx512 ? &kAvx512 : &kAvx2;
 #endif
-  static const Kernels emulated = (found.empty() ? kPortable : *found.back()).with(kEmulatedTiles);
+  static const Kernels emulated = plain->with(kEmulatedTiles);
   found.push_back(&emulated);
   found.push_back(&kPortable);
   return found;

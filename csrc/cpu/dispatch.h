@@ -25,6 +25,7 @@ enum class Precision : int32_t {
   kHigh,     // at least TF32's
   kMedium,   // at least bfloat16's
 };
+constexpr int kPrecisions = 3;
 // Sets shape.parts and shape.bf16: whether to multiply bfloat16 parts of float32, and how many. To be called when all
 // else of the shape is known, and before a workspace is asked for.
 FUSED_RNN_EXPORT void choose_products(LayerShape& shape, Precision precision);

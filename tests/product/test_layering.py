@@ -116,8 +116,10 @@ def test_what_is_compiled_per_instruction_set_has_nothing_inline_from_the_librar
             elif (target := (path.parent / name.strip('"')).resolve()) not in reached:
                 left.append(target)
     assert CSRC / "cells" / "math.h" in reached
-    for isa in fused_rnn._C.supported_cpu_isas():
-        assert '"kernels.inc"' in includes(CSRC / "cpu" / f"isa_{isa}.cpp")
+    sets = list((CSRC / "cpu").glob("isa_*.cpp"))
+    assert sets
+    for path in sets:
+        assert '"kernels.inc"' in includes(path)
 
 
 @needs_sources

@@ -1,0 +1,372 @@
+"""Products of float32 from parts in bfloat16: the tile instruction, the split, and layers that are computed with them.
+
+AMX's tiles are emulated in software, which any machine can run; where there is AMX, both must agree bit for bit. The
+layers run in processes of their own, which choose the instruction set `amx_emulated`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import struct
+import threading
+from collections.abc import Callable
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_rnn
+from contract import survives
+from fused_rnn import _C, policy
+from tolerances import assert_as_accurate
+
+ISAS = _C.supported_cpu_isas()
+needs_amx = pytest.mark.skipif("amx" not in ISAS, reason="this processor has no AMX")
+CELLS = ("RNN", "LSTM", "GRU")
+SEED = 7
+
+
+# The instruction
+
+
+def number(bits: int) -> float:
+    """The float32 with these bits."""
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+
+
+def rounded(exact: Fraction, negative_zero: bool) -> float:
+    """The nearest float32, ties to even; what is tiny after rounding is a zero of its sign."""
+    if exact == 0:
+        return -0.0 if negative_zero else 0.0
+    sign, size = (-1 if exact < 0 else 1), abs(exact)
+    exponent = size.numerator.bit_length() - size.denominator.bit_length()
+    if Fraction(2) ** exponent > size:
+        exponent -= 1
+    unit = Fraction(2) ** (exponent - 23)
+    size = round(size / unit) * unit  # of Fraction: ties to even
+    if size >= Fraction(2) ** 128:
+        return sign * float("inf")
+    return sign * (float(size) if size >= Fraction(2) ** -126 else 0.0)
+
+
+def multiply_add(a: float, b: float, c: float) -> float:
+    """a b + c, rounded once; subnormal operands are zeros."""
+    a, b, c = (v if abs(v) >= 2.0**-126 or v != v else v * 0.0 for v in (a, b, c))
+    if any(v != v or abs(v) == float("inf") for v in (a, b, c)):
+        return a * b + c
+    negative = struct.pack("<d", a * b)[7] >= 128 and struct.pack("<d", c)[7] >= 128
+    return rounded(Fraction(a) * Fraction(b) + Fraction(c), negative)
+
+
+def expected_tile(sums: list[float], a: list[float], b: list[float], rows: int) -> list[float]:
+    """What tdpbf16ps is documented to compute."""
+    result = []
+    for m in range(rows):
+        for n in range(16):
+            even = odd = 0.0
+            for k in range(16):
+                even = multiply_add(a[m * 32 + 2 * k], b[k * 32 + 2 * n], even)
+                odd = multiply_add(a[m * 32 + 2 * k + 1], b[k * 32 + 2 * n + 1], odd)
+            result.append(multiply_add(1.0, multiply_add(1.0, even, odd), sums[m * 16 + n]))
+    return result
+
+
+def in_range(draw: random.Random, low: int, high: int) -> int:
+    """A bfloat16 whose biased exponent is in the range."""
+    return draw.getrandbits(1) << 15 | draw.randint(low, high) << 7 | draw.getrandbits(7)
+
+
+# Biased exponents of a, of b, and of the sums.
+KINDS: dict[str, tuple[Callable[[random.Random], int], Callable[[random.Random], int], tuple[int, int]]] = {
+    "ordinary": (lambda d: in_range(d, 120, 134), lambda d: in_range(d, 120, 134), (120, 134)),
+    "any": (lambda d: in_range(d, 0, 254), lambda d: in_range(d, 0, 254), (0, 254)),
+    "nan": (lambda d: d.getrandbits(16), lambda d: d.getrandbits(16), (0, 255)),
+    "tiny": (lambda d: in_range(d, 60, 72), lambda d: in_range(d, 50, 64), (0, 4)),
+    "sparse": (
+        lambda d: 0 if d.random() < 0.9 else in_range(d, 58, 66),
+        lambda d: 0 if d.random() < 0.9 else in_range(d, 58, 66),
+        (0, 4),
+    ),
+    "huge": (lambda d: in_range(d, 185, 195), lambda d: in_range(d, 185, 195), (254, 254)),
+    "subnormal": (lambda d: in_range(d, 0, 1), lambda d: in_range(d, 120, 134), (0, 1)),
+}
+
+
+def drawn_tiles(kind: str, rows: int, seed: int) -> tuple[list[int], list[int], list[int]]:
+    """The bits of sums, a and b."""
+    draw = random.Random(seed)
+    of_a, of_b, (low, high) = KINDS[kind]
+    sums = [
+        draw.getrandbits(1) << 31 | draw.randint(low, high) << 23 | draw.getrandbits(23) for _ in range(rows * 16)
+    ]
+    return sums, [of_a(draw) for _ in range(rows * 32)], [of_b(draw) for _ in range(512)]
+
+
+def tile_product(isa: str, sums: list[int], a: list[int], b: list[int]) -> list[int]:
+    """The bits of sums + a b."""
+    packed = [struct.pack(f"<{len(sums)}I", *sums), struct.pack(f"<{len(a)}H", *a), struct.pack(f"<{len(b)}H", *b)]
+    found = _C.tile_product(isa, *packed)
+    return list(struct.unpack(f"<{len(sums)}I", found))
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_emulation_computes_what_is_documented(kind: str, rows: int) -> None:
+    sums, a, b = drawn_tiles(kind, rows, SEED)
+    found = [number(bits) for bits in tile_product("amx_emulated", sums, a, b)]
+    expected = expected_tile(
+        [number(u) for u in sums], [number(u << 16) for u in a], [number(u << 16) for u in b], rows
+    )
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        same = one != one if other != other else struct.pack("<f", one) == struct.pack("<f", other)
+        assert same, (index, one, other)
+
+
+def test_results_just_below_the_least_normal_number_are_zeros() -> None:
+    """Tiny is judged after rounding to 24 bits: one last place below 2^-126 is tiny, half of one rounds up to it."""
+    for exponent, expected in ((-149, 0.0), (-150, 0.0), (-151, 2.0**-126)):
+        a, b = [0] * 32, [0] * 512
+        a[0], b[0] = 1 << 7, 127 << 7  # 2^-126 * 1
+        a[2], b[32] = 0x8000 | (127 + exponent + 60) << 7, (127 - 60) << 7  # -2^exponent
+        found = number(tile_product("amx_emulated", [0] * 16, a, b)[0])
+        assert found == expected, exponent
+
+
+def test_a_nan_is_the_first_operand_made_quiet() -> None:
+    a, b = [0x3F80] * 32, [0x3F80] * 512
+    a[4] = 0x7F81  # signalling
+    assert tile_product("amx_emulated", [0] * 16, a, b)[0] == 0x7FC10000
+    a[4], b[4 // 2 * 32] = 0x7F80, 0  # infinity times zero
+    assert tile_product("amx_emulated", [0] * 16, a, b)[0] == 0xFFC00000
+
+
+@needs_amx
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_processor_agrees_with_the_emulation(kind: str) -> None:
+    for seed in range(200):
+        for rows in (1, 7, 16):
+            tiles = drawn_tiles(kind, rows, seed)
+            assert tile_product("amx", *tiles) == tile_product("amx_emulated", *tiles), (seed, rows)
+
+
+@pytest.mark.skipif("avx512_bf16" not in ISAS, reason="this processor has no AVX512-BF16")
+@pytest.mark.parametrize("rows", range(1, 17))
+def test_vector_instructions_multiply_the_same_tiles(rows: int) -> None:
+    """In another order, whose rounding errors are small against the sum of the products' sizes."""
+    sums, a, b = drawn_tiles("ordinary", rows, SEED)
+    found = torch.tensor([number(u) for u in tile_product("avx512_bf16", sums, a, b)]).double().view(rows, 16)
+    left = torch.tensor([number(u << 16) for u in a]).double().view(rows, 32)
+    right = torch.tensor([number(u << 16) for u in b]).double().view(16, 16, 2).transpose(1, 2).reshape(32, 16)
+    before = torch.tensor([number(u) for u in sums]).double().view(rows, 16)
+    scale = before.abs() + left.abs() @ right.abs()
+    assert ((found - (before + left @ right)).abs() <= 8 * 2.0**-24 * scale).all()
+
+
+def test_what_does_not_fit_a_tile_is_refused() -> None:
+    good = [bytes(16 * 4), bytes(32 * 2), bytes(512 * 2)]
+    assert _C.tile_product("amx_emulated", *good) == good[0]
+    for bad in ([bytes(17 * 64), bytes(17 * 64), good[2]], [b"", b"", good[2]], [good[0], good[1], bytes(1022)]):
+        with pytest.raises(ValueError, match="sums must be float32"):
+            _C.tile_product("amx_emulated", *bad)
+    with pytest.raises(ValueError, match="'portable' does not multiply bfloat16"):
+        _C.tile_product("portable", *good)
+
+
+# Layers. The functions below are run by processes of their own.
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_RNN_CPU_ISA", "amx_emulated")
+
+
+def products(precision: str) -> str:
+    """The products that a plan names under one of torch's precisions."""
+    torch.set_float32_matmul_precision(precision)
+    return fused_rnn.plan("lstm", T=4, B=8, I=8, H=16, device="cpu").forward["products"]
+
+
+def pair(cell: str, *sizes: int, **options: object) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
+    """torch.nn's module, ours and the exact one, of the same weights."""
+    torch.manual_seed(SEED)
+    theirs = getattr(torch.nn, cell)(*sizes, **options)
+    ours = getattr(fused_rnn, cell)(*sizes, **options)
+    exact = getattr(torch.nn, cell)(*sizes, **options).double()
+    for module in (ours, exact):
+        module.load_state_dict(theirs.state_dict())
+    return theirs, ours, exact
+
+
+def results(module: torch.nn.Module, x: Tensor) -> list[Tensor]:
+    """The output and the gradients of the input and of the weights."""
+    x = x.clone().requires_grad_()
+    y, _ = module(x)
+    y.backward(torch.linspace(-1, 2, y.numel()).to(y.dtype).view(y.shape))
+    return [y.detach(), x.grad, *[p.grad for p in module.parameters()]]
+
+
+def parts_add_up() -> None:
+    """Through a layer that hands on its input: three parts are exact, two are to 16 bits, one is to 8."""
+    draw = torch.Generator().manual_seed(SEED)
+    size = torch.rand(3, 40, 33, generator=draw) * 200 - 90
+    x = torch.exp2(size) * (1 + torch.rand(3, 40, 33, generator=draw))  # 2^-90 to 2^110
+    x[0, 0, :2] = torch.tensor([0.0, 3.38e38])
+    module = fused_rnn.RNN(33, 33, nonlinearity="relu", bias=False)
+    with torch.no_grad():
+        module.weight_ih_l0.copy_(torch.eye(33))
+        module.weight_hh_l0.zero_()
+        for precision, bits in (("highest", 24), ("high", 16), ("medium", 8)):
+            torch.set_float32_matmul_precision(precision)
+            y, _ = module(x)
+            error = ((y - x).abs() / x.clamp(min=1e-38)).max().item()
+            assert error == 0 if bits == 24 else 2.0 ** -(bits + 3) < error <= 2.0**-bits, (precision, error)
+
+
+def is_accurate(cell: str) -> None:
+    """Six products are as accurate as float32; three are to 16 bits, one is to 8."""
+    sizes = [(5, 3, 7, 20), (9, 33, 20, 96), (40, 1, 9, 33)]
+    for bidirectional in (False, True):
+        for T, B, I, H in sizes:
+            theirs, ours, exact = pair(cell, I, H, bidirectional=bidirectional)
+            x = torch.randn(T, B, I)
+            reference, expected = results(exact, x.double()), results(theirs, x)
+            for precision, bound in (("highest", 0.0), ("high", 6e-5), ("medium", 2e-2)):
+                torch.set_float32_matmul_precision(precision)
+                ours.zero_grad()
+                found = results(ours, x)
+                for index, (a, b, c) in enumerate(zip(found, expected, reference, strict=True)):
+                    what = f"{'d' if index else ''}{index} of {cell} {T, B, I, H}"
+                    if precision == "highest":
+                        assert_as_accurate(a, b, c, what)
+                        continue
+                    error = ((a - c).abs().max() / c.abs().max()).item()
+                    assert bound / 2000 < error < bound, (precision, what, error)
+
+
+def treats_special_values_as_torch(cell: str) -> None:
+    """An infinity, a NaN or a huge number in the input, the state or a weight, in one row of many."""
+    T, B, I, H = 3, 19, 9, 34
+    for value in (float("inf"), -float("inf"), float("nan"), 3.4e38, -3.4e38, 3e38, 1e-40, 1e-30):
+        for place in ("x", "h", "w_ih", "w_hh"):
+            theirs, ours, _ = pair(cell, I, H)
+            x, h = torch.randn(T, B, I), torch.randn(1, B, H)
+            with torch.no_grad():
+                for module in (theirs, ours):
+                    dict(w_ih=module.weight_ih_l0, w_hh=module.weight_hh_l0).get(place, torch.zeros(9, 9))[3, 5] = value
+                {"x": x[1], "h": h[0]}.get(place, torch.zeros(9, 9))[4, 5] = value
+                clean = ours(torch.where(x == value, 0, x).nan_to_num(0), h.nan_to_num(0, 0, 0) if place == "h" else h)
+                hx = (h, torch.zeros(1, B, H)) if cell == "LSTM" else h
+                for precision in ("highest", "high"):
+                    torch.set_float32_matmul_precision(precision)
+                    found, expected = ours(x, hx)[0], theirs(x, hx)[0]
+                    bound = 2e-6 if precision == "highest" else 1e-4
+                    torch.testing.assert_close(found, expected, rtol=bound, atol=bound, equal_nan=True)
+            del clean
+
+
+def rows_are_independent(cell: str) -> None:
+    """Bit for bit, whatever else is in the batch, of deterministic layers."""
+    torch.use_deterministic_algorithms(True)
+    _, module, _ = pair(cell, 20, 40)
+    x = torch.randn(6, 50, 20)
+    for precision in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        with torch.no_grad():
+            whole = module(x)[0]
+            for rows in (slice(0, 1), slice(7, 24), slice(17, 50)):
+                assert torch.equal(module(x[:, rows].contiguous())[0], whole[:, rows])
+
+
+def follows_torchs_switches() -> None:
+    """The general one, and before it the one for recurrent layers."""
+    switch = torch.backends.mkldnn.rnn
+    assert [products(p) for p in ("highest", "high", "medium")] == ["bfloat16x6", "bfloat16x3", "bfloat16"]
+    module, x = fused_rnn.LSTM(8, 16), torch.randn(4, 8, 8)
+    outputs = {}
+    with torch.no_grad():
+        for own in ("ieee", "tf32", "bf16"):
+            switch.fp32_precision = own
+            outputs[own] = module(x)[0]
+        assert products("medium") == "bfloat16"
+        switch.fp32_precision = "ieee"
+        assert products("medium") == "bfloat16x6"
+        switch.fp32_precision = "none"
+        for general, own in (("highest", "ieee"), ("high", "tf32"), ("medium", "bf16")):
+            torch.set_float32_matmul_precision(general)
+            assert torch.equal(module(x)[0], outputs[own])
+    assert len({tuple(y.flatten().tolist()) for y in outputs.values()}) == 3
+    torch.set_float32_matmul_precision("highest")
+    for dtype, expected in ((torch.bfloat16, "bfloat16"), (torch.float64, "float64"), (torch.float16, "bfloat16x6")):
+        assert fused_rnn.plan("gru", dtype, 4, 8, 8, 16, device="cpu").forward["products"] == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused_rnn.plan("gru", T=4, B=8, I=8, H=16, device="cpu").forward["products"] == "bfloat16"
+        halves = module(x)[0]
+    assert halves.dtype is torch.bfloat16 and torch.equal(halves, outputs["bf16"].bfloat16())
+    with pytest.raises(RuntimeError, match="precision must be between 0 and 2, got 3"):
+        torch.ops.fused_rnn.forward(x, None, None, 2, False, *module._flat_weights, precision=3)
+
+
+def test_parts_add_up(emulated: None) -> None:
+    survives(parts_add_up)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_layers_are_as_accurate_as_asked(cell: str, emulated: None) -> None:
+    survives(is_accurate, cell)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_special_values(cell: str, emulated: None) -> None:
+    survives(treats_special_values_as_torch, cell)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_row_does_not_depend_on_the_others(cell: str, emulated: None) -> None:
+    survives(rows_are_independent, cell)
+
+
+def test_torchs_switches(emulated: None) -> None:
+    survives(follows_torchs_switches)
+
+
+# The processor's own tiles
+
+
+def one_call() -> Tensor:
+    torch.manual_seed(SEED)
+    with torch.no_grad():
+        return fused_rnn.LSTM(64, 128)(torch.randn(16, 16, 64))[0]
+
+
+def tiles_survive_forks_threads_and_signals() -> None:
+    """The permission is inherited, every thread has tiles of its own, and a signal handler may use them, too."""
+    torch.set_num_threads(1)
+    assert policy.bf16_unit() == "amx"
+    expected = one_call()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(one_call(), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    wrong: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: wrong.extend([1] * (not torch.equal(one_call(), expected)))) for _ in range(4)
+    ]
+    signal.signal(signal.SIGALRM, lambda *_: one_call())
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    for thread in threads:
+        thread.start()
+    for _ in range(50):
+        assert torch.equal(one_call(), expected)
+    for thread in threads:
+        thread.join()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert not wrong
+
+
+@needs_amx
+def test_tiles_survive_forks_threads_and_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_RNN_CPU_ISA", "amx")
+    survives(tiles_survive_forks_threads_and_signals)
