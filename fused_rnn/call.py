@@ -126,7 +126,9 @@ def _operators_compute(spec: Spec, input: Any, hx: Any, half: torch.dtype | None
         directions=spec.directions,
         projected=spec.proj_size > 0,
         backend=spec.backend,
-        differentiable=half is not None and torch.is_grad_enabled() and policy.any_requires_grad(tensors),
+        differentiable=(half is not None or data.dtype is torch.bfloat16)
+        and torch.is_grad_enabled()
+        and policy.any_requires_grad(tensors),
         half=half,
         on_gpu=policy.on_cuda(data),
         device=data.device,

@@ -99,12 +99,18 @@ def choose(
         return Choice(True, "deterministic: a row's result does not depend on its batch")
     if (half or dtype) is not torch.bfloat16 or not HAS_BF16_PRODUCTS or (cell == "lstm" and lacks_threads()):
         return Choice(True, "measured to be at least as fast")
-    # The kernels widen bfloat16 to float32. This processor multiplies it at twice the speed or more.
-    if half is None:
+    # This processor multiplies bfloat16 at twice the speed of float32 or more, and so do torch.nn and the kernels; or
+    # the kernels widen it to float32, where FUSED_RNN_CPU_ISA wants that.
+    if half is not None and T == 1:
+        faster = differentiable and B * H**2 >= 2**21
+    elif bf16_unit() == "avx512_bf16":  # oneDNN's LSTM on one thread is up to a fifth faster
+        alone = cell == "lstm" and kind != "cell" and torch.get_num_threads() == 1
+        faster = alone and B >= 3 and T * B * H >= 2**14 and not (differentiable and H >= 256)
+    elif bf16_unit():
+        faster = False
+    elif half is None:
         # torch.nn's LSTM gains from that unless it runs row by row, its RNN and GRU where their products are large.
         faster = kind != "cell" and (B >= 3 if cell == "lstm" else B >= 8 and H >= 384)
-    elif T == 1:
-        faster = differentiable and B * H**2 >= 2**21
     elif cell == "lstm":
         faster = T * B * H >= 8192 and (B >= 3 or not differentiable)
     else:

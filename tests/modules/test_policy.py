@@ -67,6 +67,8 @@ def test_plan_names_what_runs(seed: int, ran: list[str], monkeypatch: pytest.Mon
     seen = set()
     for _ in range(CALLS):
         monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", draw.random() < 0.7)
+        unit = draw.choice(("", "", "avx512_bf16", "amx"))
+        monkeypatch.setattr(policy, "bf16_unit", lambda unit=unit: unit)
         question, call = drawn_call(draw)
         half = draw.choice((None, None, BF16, F16))
         deterministic, grad = draw.random() < 0.15, draw.random() < 0.6
@@ -102,11 +104,12 @@ def test_a_profiler_sees_the_same() -> None:
 
 
 def test_rules_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the processor multiplies bfloat16 itself, torch.nn computes large layers."""
+    """Where the processor multiplies bfloat16 itself and the kernels do not use it, torch.nn computes large layers."""
 
     def backend(cell: str, T: int, B: int, H: int, **options: Any) -> str:
         return fused_rnn.plan(cell, torch.float32, T, B, 8, H, device="cpu", **options).backend
 
+    monkeypatch.setattr(policy, "bf16_unit", lambda: "")  # of the kernels
     for products, expected in ((True, "torch"), (False, "fused")):
         monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", products)
         with torch.autocast("cpu", BF16):
@@ -118,6 +121,21 @@ def test_rules_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
             assert backend("gru", 1, 64, 512, kind="cell", requires_grad=False) == "fused"
         with torch.autocast("cpu", F16):
             assert backend("gru", 50, 64, 1024) == "fused"
+
+
+def test_rules_for_kernels_that_multiply_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They leave little to torch.nn: oneDNN's LSTM on one thread, where AVX512-BF16 multiplies."""
+
+    def backend(cell: str, H: int, B: int = 64, **options: Any) -> str:
+        return fused_rnn.plan(cell, BF16, 50, B, 8, H, device="cpu", **options).backend
+
+    monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", True)
+    for unit, expected in (("avx512_bf16", "torch"), ("amx", "fused"), ("amx_emulated", "fused")):
+        monkeypatch.setattr(policy, "bf16_unit", lambda unit=unit: unit)
+        assert backend("lstm", 128) == expected
+        assert backend("lstm", 512, requires_grad=False) == expected
+        assert backend("lstm", 512) == backend("lstm", 128, B=2) == backend("gru", 1024) == "fused"
+        assert backend("rnn", 512, requires_grad=False) == "fused"
 
 
 def test_unknown_kind() -> None:
