@@ -86,8 +86,8 @@ def _backward(
     w_hr: _Maybe = None, w_ih_reverse: _Maybe = None, w_hh_reverse: _Maybe = None, w_hr_reverse: _Maybe = None,
     batch_sizes: _Maybe = None, resets: _Maybe = None, reset_steps: int = 0, dc_sequence: _Maybe = None,
     drop_h: _Maybe = None, zone_h: _Maybe = None, zone_c: _Maybe = None, norm_hh: _Maybe = None,
-    norm_c: _Maybe = None, norm_c_bias: _Maybe = None, lengths: _Maybe = None, tf32: bool = False, precision: int = 0,
-    instance: int = -1,
+    norm_c: _Maybe = None, norm_c_bias: _Maybe = None, deterministic: bool = False, lengths: _Maybe = None,
+    tf32: bool = False, precision: int = 0, instance: int = -1,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     weights = (w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse)
     variant = (drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias)

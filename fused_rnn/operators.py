@@ -94,7 +94,7 @@ def backward(
     if options is not NO_OPTIONS:
         more = (
             o.batch_sizes, o.resets, reset_steps, dc_sequence, o.drop_h, o.zone_h, o.zone_c, o.norm_hh, o.norm_c,
-            o.norm_c_bias, o.lengths, o.tf32, o.precision,
+            o.norm_c_bias, o.deterministic, o.lengths, o.tf32, o.precision,
         )  # fmt: skip
     run = partial(cuda.in_tf32, backward_operator) if options.tf32 else backward_operator
     dx, dh0, dc0, *rest = run(

@@ -148,7 +148,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
                    OptionalTensor w_hh_reverse, OptionalTensor w_hr_reverse, OptionalTensor batch_sizes,
                    OptionalTensor resets, int64_t reset_steps, OptionalTensor dc_sequence, OptionalTensor drop_h,
                    OptionalTensor zone_h, OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c,
-                   OptionalTensor norm_c_bias, OptionalTensor lengths, bool tf32, int64_t, int64_t instance) {
+                   OptionalTensor norm_c_bias, bool, OptionalTensor lengths, bool tf32, int64_t, int64_t instance) {
   CudaLayer l(cell, x, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, batch_sizes, lengths, resets);
   VariantTensors variant{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias};
   l.regularise(variant);

@@ -132,9 +132,11 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
                    OptionalTensor w_hh_reverse, OptionalTensor w_hr_reverse, OptionalTensor batch_sizes,
                    OptionalTensor resets, int64_t reset_steps, OptionalTensor dc_sequence, OptionalTensor drop_h,
                    OptionalTensor zone_h, OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c,
-                   OptionalTensor norm_c_bias, OptionalTensor lengths, bool, int64_t precision, int64_t) {
+                   OptionalTensor norm_c_bias, bool deterministic, OptionalTensor lengths, bool, int64_t precision,
+                   int64_t) {
   CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), batch_sizes);
   layer.end_at(lengths);
+  layer.shape.deterministic = deterministic;
   layer.choose_products(precision, false);
   layer.without_input_weights(w_ih.has_value(), w_ih_reverse.has_value());
   VariantTensors variant{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias};

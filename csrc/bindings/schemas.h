@@ -18,8 +18,7 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                              Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// `cell`: its number, see cell_number.h. `deterministic`: bit for bit the same for a row alone and in any batch;
-// backward has nothing to choose.
+// `cell`: its number, see cell_number.h. `deterministic`: bit for bit the same for a row alone and in any batch.
 //
 // For the CPU alone, and the same in both passes: `precision` of products of float32, cpu::Precision as a number.
 //
@@ -44,8 +43,8 @@ constexpr const char* kBackwardSchema =
     "Tensor? w_hr=None, Tensor? w_ih_reverse=None, Tensor? w_hh_reverse=None, Tensor? w_hr_reverse=None, "
     "Tensor? batch_sizes=None, Tensor? resets=None, int reset_steps=0, "
     "Tensor? dc_sequence=None, Tensor? drop_h=None, Tensor? zone_h=None, Tensor? zone_c=None, "
-    "Tensor? norm_hh=None, Tensor? norm_c=None, Tensor? norm_c_bias=None, Tensor? lengths=None, bool tf32=False, "
-    "int precision=0, int instance=-1) -> "
+    "Tensor? norm_hh=None, Tensor? norm_c=None, Tensor? norm_c_bias=None, bool deterministic=False, "
+    "Tensor? lengths=None, bool tf32=False, int precision=0, int instance=-1) -> "
     "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
     "Tensor dw_ih_reverse, Tensor dw_hh_reverse, Tensor db_ih_reverse, Tensor db_hh_reverse, "
     "Tensor dw_hr_reverse, Tensor dreset_h, Tensor dreset_c, Tensor dnorm_hh, Tensor dnorm_c)";

@@ -18,6 +18,16 @@
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
+// How backward multiplies by the weights.
+struct BackwardProducts {
+  bool splits;  // whether they are packed into panels of bfloat16 parts: always or never, so that a row's gradients do
+                // not depend on how many rows there are
+  bool packed;  // whether they are packed into panels
+
+  explicit BackwardProducts(const LayerShape& s)
+      : splits(s.parts > 0), packed(splits || (s.N >= kRowsWorthPacking && s.B > 1)) {}
+};
+
 // Offsets of the parts of a direction's workspace, in elements.
 template <class Cell, class T>
 struct BackwardWorkspace {
@@ -28,8 +38,9 @@ struct BackwardWorkspace {
     recurrent = 0;
     projection = recurrent + panels(s, K, s.P);
     split = ceil_div(projection + (s.projected ? panels(s, s.P, s.H) : 0), 16) * 16;
-    split_projection = split + (s.parts ? SplitRows::size(s.B, K, s.parts) : 0);
-    direct = split_projection + (s.parts && s.projected ? SplitRows::size(s.B, s.P, s.parts) : 0);
+    const bool splits = BackwardProducts(s).splits;
+    split_projection = split + (splits ? SplitRows::size(s.B, K, s.parts) : 0);
+    direct = split_projection + (splits && s.projected ? SplitRows::size(s.B, s.P, s.parts) : 0);
     dh = direct + (Cell::kUsesH || s.zones_h ? s.B * s.P : 0);
     zeros = dh + (s.normalised ? s.B * 2 * s.H : 0);
     size = zeros + (K > s.P ? K : s.P);
@@ -38,7 +49,8 @@ struct BackwardWorkspace {
   // Elements of W [K, N], packed.
   static int64_t panels(const LayerShape& s, int64_t K, int64_t N) {
     constexpr int64_t units = kUnitVectors<1> * kLanes<T>;
-    return s.parts ? ceil_div(N, units) * SplitPanel::size(K, units, s.parts) : in_vectors<T>(N) * K;
+    if (!BackwardProducts(s).splits) return in_vectors<T>(N) * K;
+    return ceil_div(N, units) * SplitPanel::size(K, units, s.parts);
   }
 };
 
@@ -48,8 +60,8 @@ class Backward {
   Backward(const BackwardParams& params, int64_t direction, const cpu::Worker& worker)
       : s_(params.shape),
         d_(params.direction[direction]),
-        packed_(s_.N >= kRowsWorthPacking && (s_.B > 1 || s_.parts == 1)),
-        splits_(packed_ && s_.parts > 0),
+        packed_(BackwardProducts(s_).packed),
+        splits_(BackwardProducts(s_).splits),
         accumulate_(params.accumulate),
         reverse_(direction == 1),
         worker_(worker),
@@ -204,7 +216,7 @@ class Backward {
   void step(int64_t t) {
     begin_step(t);
     const int64_t row_end = least(row_end_, rows_);
-    split(split_, least(row_end, continuing_rows_), [&](int64_t b) { return next_dproduct(b); });
+    split(split_, continuing_rows_ > 0 ? row_end : row_begin_, [&](int64_t b) { return next_dproduct(b); });
     each_part(row_end, s_.P, [&](const Part& part) { h_gradient(part); });
     if (s_.projected) {
       if (worker_.splits_units) worker_.wait();

@@ -55,7 +55,7 @@ class Products {
             bool accumulate) {
     const Share share(M, N, kBlock, worker_);
     if constexpr (kSplits) {
-      if (parts_ && M >= kRowsWorthPacking) {
+      if (parts_) {
         const int64_t size = SplitPanel::size(K, kBlock, parts_);
         for (int64_t block = share.block; block < share.block_end; ++block) {
           split_panel(workspace_, block - share.block, block, K, N)

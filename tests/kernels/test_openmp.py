@@ -49,6 +49,7 @@ def the_kernels_are_right() -> None:
 def no_lstm_is_handed_to_torch() -> None:
     """Calls that torch.nn would compute faster, with all of its threads."""
     policy.HAS_BF16_PRODUCTS = True
+    policy.bf16_unit = lambda: ""  # as if the kernels did not use them
     for threads, lacks in ((_C.openmp_threads() + 1, True), (_C.openmp_threads(), False)):
         torch.set_num_threads(threads)
         assert policy.lacks_threads() is lacks

@@ -18,7 +18,7 @@ from fused_rnn import layers, operators, policy
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BF16, F16 = torch.bfloat16, torch.float16
-SEED_COUNT, CALLS = 4, 400
+SEED_COUNT, CALLS = 4, 600
 
 
 @pytest.fixture
