@@ -114,6 +114,7 @@ void step_into(OptionalTensor x, OptionalTensor h0, OptionalTensor c0, int64_t l
   reset_c = checked_reset(reset_c, "reset_c", {L, B, H}, type);
 
   s.deterministic = deterministic;
+  cpu::choose_products(s, cpu::Precision::kHighest);
   s.resets = static_cast<const uint8_t*>(data(resets));
   const auto* const is_active = static_cast<const uint8_t*>(data(active));
 

@@ -151,13 +151,10 @@ class Backward {
     const int vectors = block_vectors<T, 1>(N, part.block * kBlock);
     if (splits_) {
       if constexpr (kSplits) {
-        for (int i = 0; i < part.blocks; ++i) {
-          const int64_t block = part.block_of(i);
-          bf16_.add(sums + i, block_vectors<T, 1>(N, block * kBlock), split, part.row, part.rows,
-                    split_panel(panels, block, K, N), [&](int r) {
-                      add_columns_in_float32(sums[i + r], rows[r], Rows<const T>{at(W), N}, N, K, block * kBlock);
-                    });
-        }
+        const int64_t unit = part.block * kBlock;
+        bf16_.add(sums, vectors, split, part.row, part.rows, split_panel(panels, part.block, K, N), [&](int r) {
+          add_columns_in_float32(sums[r], rows[r], Rows<const T>{at(W), N}, N, K, unit);
+        });
       }
     } else if (packed_ || left < kBlock) {
       multiply<T, U>(sums, part, rows, {panels + part.block * K * kBlock, vectors * kLanes<T>, K * kBlock, vectors}, K);
@@ -232,7 +229,7 @@ class Backward {
   FUSED_RNN_INLINE void each_part(int64_t row_end, int64_t n, const Run& run) const {
     const int64_t blocks = ceil_div(n, kBlock);
     cover<U>(row_begin_, row_end, first(blocks), last(blocks), n % kBlock != 0, run,
-             splits_ ? 2 * split_.height() : kChunk);
+             splits_ ? 2 * split_.height() : 0);
   }
 
   // The gradient of h after this step: the next step's gate gradients times W_hh, plus the direct gradient, plus dy.

@@ -192,8 +192,8 @@ class Forward {
     }
   }
 
-  // Rows of a part: whole tiles of the split rows.
-  int chunk(const SplitRows& split) const { return s_.parts ? 2 * split.height() : kChunk; }
+  // Rows of a part for cover(): two tiles.
+  int tiles(const SplitRows& split) const { return s_.parts ? 2 * split.height() : 0; }
 
   // Splits this step's rows of W_ih's and W_hh's operands.
   void split_step(int64_t row_end) const {
@@ -211,12 +211,10 @@ class Forward {
     constexpr int64_t kVectors = kUnitVectors<Gates>, kColumns = Gates * kVectors;
     if (is_packed && s_.parts) {
       if constexpr (kSplits) {
-        for (int i = 0; i < part.blocks; ++i) {
-          const int64_t block = part.block_of(i), unit = block * kVectors * kLanes<T>;
-          bf16_.add(sums + i, block_vectors<T, Gates>(H, unit), split, part.row, part.rows,
-                    split_panel<Gates>(packed, block, H, K),
-                    [&](int r) { add_rows_in_float32<Gates>(sums[i + r], rows[r], at(W), H, K, unit); });
-        }
+        const int64_t unit = part.block * kVectors * kLanes<T>;
+        bf16_.add(sums, block_vectors<T, Gates>(H, unit), split, part.row, part.rows,
+                  split_panel<Gates>(packed, part.block, H, K),
+                  [&](int r) { add_rows_in_float32<Gates>(sums[r], rows[r], at(W), H, K, unit); });
       }
     } else if (is_packed) {
       const int64_t distance = K * kColumns * kLanes<T>;
@@ -257,7 +255,7 @@ class Forward {
       }
     }
     const int64_t blocks = ceil_div(s_.H, kBlock);
-    cover<C>(worker_.begin(s_.N), worker_.end(s_.N), 0, blocks, narrow_end(), multiply_part, chunk(split_x_));
+    cover<C>(worker_.begin(s_.N), worker_.end(s_.N), 0, blocks, narrow_end(), multiply_part, tiles(split_x_));
   }
 
   // Sets the current step. Its rows below started_rows_ took part in the previous step, in the order of the direction,
@@ -308,7 +306,7 @@ class Forward {
     }
     cover<C>(
         row_begin_, row_end, first(blocks), last(blocks), narrow_end(), [&](const Part& part) { gates(part); },
-        chunk(split_h_));
+        tiles(split_h_));
     for (int64_t b = row_begin_; s_.normalised && b < row_end; ++b) normalised_cell(b);
     if (s_.train && !s_.drops_h && !(s_.chains_h(Cell::kSavesH) && started_rows_ > 0)) keep_h_prev(row_end);
     if (s_.projected) {
@@ -323,7 +321,7 @@ class Forward {
       const bool narrow = s_.P % kProjectionBlock != 0;
       cover<UP>(
           row_begin_, row_end, first(outputs), last(outputs), narrow, [&](const Part& part) { project(part); },
-          chunk(split_hidden_));
+          tiles(split_hidden_));
     }
     if (worker_.splits_units) worker_.wait();
   }

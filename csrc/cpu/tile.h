@@ -204,17 +204,19 @@ FUSED_RNN_INLINE void each_vector(const Part& part, int64_t limit, const F& f) {
   }
 }
 
-// Splits rows [row, row_end) times blocks [block, block_end) into parts of at most `chunk` rows and calls run(part) for
-// each. narrow_end: the last block has fewer vectors than the others, and so cannot be in a part of several blocks.
+// Splits rows [row, row_end) times blocks [block, block_end) into parts and calls run(part) for each. narrow_end: the
+// last block has fewer vectors than the others, and so cannot be in a part of several blocks. tiles: of how many rows a
+// part is, of one block, where bf16.h's tiles are multiplied; else 0.
 template <int C, class Run>
 FUSED_RNN_INLINE void cover(int64_t row, int64_t row_end, int64_t block, int64_t block_end, bool narrow_end,
-                            const Run& run, int chunk = kChunk) {
-  if (row_end - row == 1) {
+                            const Run& run, int tiles = 0) {
+  if (row_end - row == 1 && !tiles) {
     for (; block + kRowBlocks<C> <= block_end - narrow_end; block += kRowBlocks<C>) {
       run(Part{row, block, 1, kRowBlocks<C>});
     }
   }
   for (; block < block_end; ++block) {
+    const int chunk = tiles ? tiles : kChunk;
     for (int64_t r = row; r < row_end; r += chunk) run(Part{r, block, int(least(chunk, row_end - r)), 1});
   }
 }
