@@ -92,9 +92,9 @@ def choose(
         properties = cuda.device_properties(device) if properties is None else properties
         reason = cuda.why_cudnn(cell, half or dtype, T, B, I, H, num_layers, directions, properties)
         return Choice(reason is None, reason or "the weights stay on the chip")
-    trains_cell = kind == "cell" and differentiable and half is None
-    if trains_cell and cell.startswith("rnn") and dtype in KERNEL_DTYPES and not deterministic():
-        return Choice(False, "torch.nn's autograd node of an RNNCell costs less than ours")
+    one_step = kind == "cell" or (kind == "sequence" and T == 1)
+    if one_step and differentiable and half is None and torch_trains_step(cell, dtype):
+        return Choice(False, "torch.nn's autograd nodes of a single step of an RNN cost less than ours")
     if deterministic():
         return Choice(True, "deterministic: a row's result does not depend on its batch")
     if (half or dtype) is not torch.bfloat16 or not HAS_BF16_PRODUCTS or (cell == "lstm" and lacks_threads()):
@@ -149,6 +149,11 @@ def autocast_precision(half: torch.dtype | None) -> int:
     return MEDIUM if half is torch.bfloat16 and bf16_unit() else HIGHEST
 
 
+def torch_trains_step(cell: str, dtype: torch.dtype) -> bool:
+    """Whether torch.nn computes a cell, or a sequence of one step, that records a gradient, outside of autocast."""
+    return cell.startswith("rnn") and dtype in KERNEL_DTYPES and not deterministic()
+
+
 def lacks_threads() -> bool:
     """Whether OpenMP may give fewer threads than torch asks for: OMP_DYNAMIC, OMP_THREAD_LIMIT, OMP_MAX_ACTIVE_LEVELS.
 
@@ -161,6 +166,22 @@ def lacks_threads() -> bool:
 def plain(tensor: Any, dim: int) -> bool:
     """Whether `tensor` is a CPU tensor of `dim` dimensions, and of none of torch.Tensor's subclasses."""
     return type(tensor) in PLAIN_TYPES and tensor.dim() == dim and tensor.is_cpu
+
+
+def plain_step(x: Any, h0: Any, c0: Any, weights: Sequence[Any]) -> bool:
+    """Whether the operators check all that is left to check in a cell's step, and compute it.
+
+    True for a batch of CPU tensors, if nothing observes torch's operations. States may be None, and weights, too.
+    """
+    for t in (x, h0, c0, *weights):
+        if t is not None and (type(t) not in PLAIN_TYPES or not t.is_cpu):
+            return False
+    if x is None or x.dim() != 2 or x.dtype not in DTYPES or weights[0] is None or weights[1] is None:
+        return False
+    for state in (h0, c0):  # torch.nn takes some of another dtype or layout
+        if state is not None and (state.dim() != 2 or state.dtype is not x.dtype or state.layout is not torch.strided):
+            return False
+    return not (torch.is_autocast_enabled("cpu") or watched())
 
 
 def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
@@ -186,14 +207,14 @@ def fusible(x: Any, *others: Any, castable: bool = False) -> bool:
     types = COMPILERS_TYPES if compiling else PLAIN_TYPES
     if type(x) not in types or (transformed() if compiling else watched()):
         return False
-    dtype, device = x.dtype, x.device
-    if dtype not in DTYPES or x.is_nested or not (x.is_cpu or (x.is_cuda and cuda.available())):
+    dtype, is_cpu = x.dtype, x.is_cpu
+    if dtype not in DTYPES or x.is_nested or not (is_cpu or (x.is_cuda and cuda.available())):
         return False
     for t in (x, *others):
         if t is not None and (
             type(t) not in types
             or (t.dtype is not dtype and not (castable and t.dtype in CASTABLE))
-            or t.device != device
+            or not (t.is_cpu if is_cpu else t.device == x.device)  # comparing devices takes three times as long
             or t.layout is not torch.strided
         ):
             return False
@@ -203,7 +224,7 @@ def fusible(x: Any, *others: Any, castable: bool = False) -> bool:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of autocast on `device`, or None outside of autocast."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if (kind != "cpu" and not torch.amp.is_autocast_available(kind)) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

@@ -58,14 +58,29 @@ void multiply_tile(const Bf16Product& p, float* sums, const Bf16* a) {
     float* const to = sums + begin * p.stride;
     const Bf16* const from = a + begin * kTileDepth;
     switch (rows) {
-      case 1: multiply_rows<1, N>(p, to, from); break;
-      case 2: multiply_rows<2, N>(p, to, from); break;
-      case 3: multiply_rows<3, N>(p, to, from); break;
-      case 4: multiply_rows<4, N>(p, to, from); break;
-      case 5: multiply_rows<5, N>(p, to, from); break;
-      case 6: multiply_rows<6, N>(p, to, from); break;
-      case 7: multiply_rows<kMost < 7 ? 1 : 7, N>(p, to, from); break;
-      default: multiply_rows<kMost < 8 ? 1 : 8, N>(p, to, from);
+      case 1:
+        multiply_rows<1, N>(p, to, from);
+        break;
+      case 2:
+        multiply_rows<2, N>(p, to, from);
+        break;
+      case 3:
+        multiply_rows<3, N>(p, to, from);
+        break;
+      case 4:
+        multiply_rows<4, N>(p, to, from);
+        break;
+      case 5:
+        multiply_rows<5, N>(p, to, from);
+        break;
+      case 6:
+        multiply_rows<6, N>(p, to, from);
+        break;
+      case 7:
+        multiply_rows < kMost<7 ? 1 : 7, N>(p, to, from);
+        break;
+      default:
+        multiply_rows < kMost<8 ? 1 : 8, N>(p, to, from);
     }
   }
 }
@@ -75,10 +90,17 @@ void multiply(const Bf16Product& p, Bf16State&) {
     float* const sums = p.sums + tile * p.rows * p.stride;
     const Bf16* const a = p.a + tile * p.depth() * p.rows * kTileDepth;
     switch (p.columns / kTileWidth) {
-      case 1: multiply_tile<1>(p, sums, a); break;
-      case 2: multiply_tile<2>(p, sums, a); break;
-      case 3: multiply_tile<3>(p, sums, a); break;
-      default: multiply_tile<4>(p, sums, a);
+      case 1:
+        multiply_tile<1>(p, sums, a);
+        break;
+      case 2:
+        multiply_tile<2>(p, sums, a);
+        break;
+      case 3:
+        multiply_tile<3>(p, sums, a);
+        break;
+      default:
+        multiply_tile<4>(p, sums, a);
     }
   }
 }

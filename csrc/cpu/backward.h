@@ -152,9 +152,8 @@ class Backward {
     if (splits_) {
       if constexpr (kSplits) {
         const int64_t unit = part.block * kBlock;
-        bf16_.add(sums, vectors, split, part.row, part.rows, split_panel(panels, part.block, K, N), [&](int r) {
-          add_columns_in_float32(sums[r], rows[r], Rows<const T>{at(W), N}, N, K, unit);
-        });
+        bf16_.add(sums, vectors, split, part.row, part.rows, split_panel(panels, part.block, K, N),
+                  [&](int r) { add_columns_in_float32(sums[r], rows[r], Rows<const T>{at(W), N}, N, K, unit); });
       }
     } else if (packed_ || left < kBlock) {
       multiply<T, U>(sums, part, rows, {panels + part.block * K * kBlock, vectors * kLanes<T>, K * kBlock, vectors}, K);
@@ -228,8 +227,7 @@ class Backward {
   template <class Run>
   FUSED_RNN_INLINE void each_part(int64_t row_end, int64_t n, const Run& run) const {
     const int64_t blocks = ceil_div(n, kBlock);
-    cover<U>(row_begin_, row_end, first(blocks), last(blocks), n % kBlock != 0, run,
-             splits_ ? 2 * split_.height() : 0);
+    cover<U>(row_begin_, row_end, first(blocks), last(blocks), n % kBlock != 0, run, splits_ ? 2 * split_.height() : 0);
   }
 
   // The gradient of h after this step: the next step's gate gradients times W_hh, plus the direct gradient, plus dy.
@@ -264,7 +262,7 @@ class Backward {
   // of the previous step, or added to that of the reset state if the old h came from a reset.
   FUSED_RNN_INLINE Vec<T> zoneout_backward(const Vec<T>& dh, int64_t b, Units units) const {
     const int64_t unit = units.unit, n = units.count, row = s_.row(t_) + b;
-    const Vec<T> dh_new = dh * load(at(d_.variant.zone_h) + s_.place(row) * d_.variant.zone_h_stride + unit, n);
+    const Vec<T> dh_new = dh * load(at(d_.variant.zones.h.at) + s_.place(row) * d_.variant.zones.h.stride + unit, n);
     Vec<T> dh_old = dh - dh_new;
     if (s_.reset(t_, b, reverse_)) {
       add_to(d_.dreset.h, t_ * d_.dreset.step_h + s_.state(b) * s_.P + unit, dh_old, n);
@@ -353,8 +351,8 @@ class Backward {
     }
     V dc_old{};
     if constexpr (Cell::kHasC) {
-      if (d_.variant.zone_c) {
-        const V zone = load(at(d_.variant.zone_c) + s_.place(row) * d_.variant.zone_c_stride + unit, n);
+      if (d_.variant.zones.c.at) {
+        const V zone = load(at(d_.variant.zones.c.at) + s_.place(row) * d_.variant.zones.c.stride + unit, n);
         dc_old = dc - dc * zone;
         dc = dc * zone;
       }
@@ -434,9 +432,7 @@ class Backward {
   }
 
   // The gradient of W_hh h of row b at this step; zeros if the step did not read a reset state.
-  const T* reset_dproduct(int64_t b) const {
-    return s_.reset(t_, b, reverse_) ? dproduct(s_.row(t_) + b) : zeros_;
-  }
+  const T* reset_dproduct(int64_t b) const { return s_.reset(t_, b, reverse_) ? dproduct(s_.row(t_) + b) : zeros_; }
 
   void reset_gradient(const Part& part) const {
     Sums<T, U> sums;

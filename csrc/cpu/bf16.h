@@ -24,14 +24,14 @@ constexpr int kMostParts = 3;
 // sums[r][c] += sum over k of a[r][k] * b[k][c], for one or two tiles of rows. The result of a row does not depend on
 // the other rows, nor on how many there are.
 struct Bf16Product {
-  float* sums;          // [tiles * rows][stride]
-  int64_t stride;       // elements from one row of sums to the next
-  int columns;          // at most 4 * kTileWidth
-  int tiles, rows;      // of a: one or two, of at most kTileHeight rows
-  const Bf16* a;        // [tiles][depth()][parts][rows][kTileDepth]
-  const Bf16* b;        // [depth()][parts][tiles of columns][kTileSize]; columns and k beyond the matrix are zeros
+  float* sums;      // [tiles * rows][stride]
+  int64_t stride;   // elements from one row of sums to the next
+  int columns;      // at most 4 * kTileWidth
+  int tiles, rows;  // of a: one or two, of at most kTileHeight rows
+  const Bf16* a;    // [tiles][depth()][parts][rows][kTileDepth]
+  const Bf16* b;    // [depth()][parts][tiles of columns][kTileSize]; columns and k beyond the matrix are zeros
   int64_t K;
-  int parts;            // at most kMostParts
+  int parts;  // at most kMostParts
 
   int64_t depth() const { return (K + kTileDepth - 1) / kTileDepth; }  // in tiles
 };

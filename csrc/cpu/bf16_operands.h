@@ -18,10 +18,10 @@ namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
 using cpu::Bf16;
-using cpu::kTileWidth;
 using cpu::kTileDepth;
 using cpu::kTileHeight;
 using cpu::kTileSize;
+using cpu::kTileWidth;
 
 typedef uint32_t Bits __attribute__((vector_size(FUSED_RNN_VEC_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(FUSED_RNN_VEC_BYTES / 2)));

@@ -40,9 +40,8 @@ void multiply(Tiles& tiles, const Bf16Product& p, int64_t column) {
   tiles.configure(p.rows, Use::kFirstB);
   float* const sums = p.sums + column;
   const int64_t across = p.stride * sizeof(float);
-  each<0, Use::kSums>([&](auto i) {
-    tiles.template load<i>(sums + i / N * p.rows * p.stride + i % N * kTileWidth, across);
-  });
+  each<0, Use::kSums>(
+      [&](auto i) { tiles.template load<i>(sums + i / N * p.rows * p.stride + i % N * kTileWidth, across); });
   const int64_t columns = (p.columns + kTileWidth - 1) / kTileWidth, a_part = p.rows * kTileDepth;
   const int64_t depth = p.depth(), a_distance = depth * P * a_part, b_part = columns * kTileSize;
   const Bf16 *a = p.a, *b = p.b + column / kTileWidth * kTileSize;
@@ -64,9 +63,8 @@ void multiply(Tiles& tiles, const Bf16Product& p, int64_t column) {
       });
     });
   }
-  each<0, Use::kSums>([&](auto i) {
-    tiles.template store<i>(sums + i / N * p.rows * p.stride + i % N * kTileWidth, across);
-  });
+  each<0, Use::kSums>(
+      [&](auto i) { tiles.template store<i>(sums + i / N * p.rows * p.stride + i % N * kTileWidth, across); });
 }
 
 template <class Tiles, int P>
@@ -74,16 +72,23 @@ void multiply_columns(Tiles& tiles, const Bf16Product& p) {
   const int columns = p.columns / kTileWidth;
   if (p.tiles == 1) {
     switch (columns) {
-      case 1: return multiply<Tiles, 1, 1, P>(tiles, p, 0);
-      case 2: return multiply<Tiles, 1, 2, P>(tiles, p, 0);
-      case 3: return multiply<Tiles, 1, 3, P>(tiles, p, 0);
-      default: return multiply<Tiles, 1, 4, P>(tiles, p, 0);
+      case 1:
+        return multiply<Tiles, 1, 1, P>(tiles, p, 0);
+      case 2:
+        return multiply<Tiles, 1, 2, P>(tiles, p, 0);
+      case 3:
+        return multiply<Tiles, 1, 3, P>(tiles, p, 0);
+      default:
+        return multiply<Tiles, 1, 4, P>(tiles, p, 0);
     }
   }
   switch (columns) {
-    case 1: return multiply<Tiles, 2, 1, P>(tiles, p, 0);
-    case 2: return multiply<Tiles, 2, 2, P>(tiles, p, 0);
-    case 3: return multiply<Tiles, 2, 3, P>(tiles, p, 0);
+    case 1:
+      return multiply<Tiles, 2, 1, P>(tiles, p, 0);
+    case 2:
+      return multiply<Tiles, 2, 2, P>(tiles, p, 0);
+    case 3:
+      return multiply<Tiles, 2, 3, P>(tiles, p, 0);
     default:
       multiply<Tiles, 2, 2, P>(tiles, p, 0);
       multiply<Tiles, 2, 2, P>(tiles, p, 2 * kTileWidth);
@@ -94,9 +99,12 @@ void multiply_columns(Tiles& tiles, const Bf16Product& p) {
 template <class Tiles>
 void multiply_tiles(Tiles& tiles, const Bf16Product& p) {
   switch (p.parts) {
-    case 1: return multiply_columns<Tiles, 1>(tiles, p);
-    case 2: return multiply_columns<Tiles, 2>(tiles, p);
-    default: return multiply_columns<Tiles, 3>(tiles, p);
+    case 1:
+      return multiply_columns<Tiles, 1>(tiles, p);
+    case 2:
+      return multiply_columns<Tiles, 2>(tiles, p);
+    default:
+      return multiply_columns<Tiles, 3>(tiles, p);
   }
 }
 

@@ -186,8 +186,7 @@ BackwardParams chunk(const BackwardParams& params, int64_t begin, int64_t end) {
   skip(d.x, row * s.I);
   skip(d.dy, row * d.dy_stride);
   skip(d.dc_sequence, row * s.H);
-  skip(d.variant.zone_h, row * d.variant.zone_h_stride);
-  skip(d.variant.zone_c, row * d.variant.zone_c_stride);
+  for (Zone* zone : {&d.variant.zones.h, &d.variant.zones.c}) skip(zone->at, row * zone->stride);
   for (void** kept : {&d.reserve.gates, &d.reserve.h_prev, &d.reserve.c_prev, &d.reserve.hidden, &d.reserve.h_direct,
                       &d.reserve.h_hat}) {
     skip(*kept, row * d.reserve.stride);
@@ -233,8 +232,8 @@ void choose_products(LayerShape& shape, Precision precision) {
     if (unit == &kEmulatedTiles) return most;  // what follows is about speed
     // Of a layer that is called once. Rows of a deterministic layer must not depend on how many there are.
     const int64_t least_rows = most == 2 ? 6 : 8, least_units = most == 2 ? 64 : 128, least_all = most == 2 ? 32 : 128;
-    const bool pays = shape.H >= least_units &&
-                      (shape.deterministic || (shape.B >= least_rows && shape.N >= least_all));
+    const bool pays =
+        shape.H >= least_units && (shape.deterministic || (shape.B >= least_rows && shape.N >= least_all));
     return pays ? most : 0;
   };
   shape.parts = parts();

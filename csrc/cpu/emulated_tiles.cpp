@@ -104,9 +104,11 @@ void multiply(const Bf16Product& product, Bf16State&) {
   whole.sums = sums[0];
   whole.stride = 4 * kTileWidth;
   whole.columns = (product.columns + kTileWidth - 1) / kTileWidth * kTileWidth;
-  for (int r = 0; r < rows; ++r) std::memcpy(sums[r], product.sums + r * product.stride, product.columns * sizeof(float));
+  for (int r = 0; r < rows; ++r)
+    std::memcpy(sums[r], product.sums + r * product.stride, product.columns * sizeof(float));
   multiply_tiles(tiles, whole);
-  for (int r = 0; r < rows; ++r) std::memcpy(product.sums + r * product.stride, sums[r], product.columns * sizeof(float));
+  for (int r = 0; r < rows; ++r)
+    std::memcpy(product.sums + r * product.stride, sums[r], product.columns * sizeof(float));
 }
 
 }  // namespace

@@ -29,8 +29,7 @@ struct ForwardProducts {
 
   explicit ForwardProducts(const LayerShape& s)
       : packed_x((s.deterministic || s.bf16_weights || s.N >= kRowsWorthPacking) && !s.gates_given),
-        packed_h(s.deterministic || s.bf16_weights ||
-                 (s.N >= kRowsWorthPacking && (s.B > 1 || s.parts == 1))),
+        packed_h(s.deterministic || s.bf16_weights || (s.N >= kRowsWorthPacking && (s.B > 1 || s.parts == 1))),
         x_beforehand(s.gates_given || (packed_x && s.T > 1 && s.B < kTileRows<4>)) {}
 };
 
@@ -452,7 +451,7 @@ class Forward {
     const int64_t unit = units.unit, n = units.count, row = s_.row(t_) + b;
     T* out = y(row) + unit;
     if (!s_.zones_h) return store(out, h, n);
-    const T* zone = at(d_.variant.zone_h) + s_.place(row) * d_.variant.zone_h_stride;
+    const T* zone = at(d_.variant.zones.h.at) + s_.place(row) * d_.variant.zones.h.stride;
     store(out, zoneout(load(h_prev + unit, n), h, load(zone + unit, n)), n);
   }
 
@@ -485,8 +484,8 @@ class Forward {
         store(inner, c, n);
         store(inner + s_.H, saved[3], n);
       }
-      if (d_.variant.zone_c) {
-        const T* zone = at(d_.variant.zone_c) + s_.place(row) * d_.variant.zone_c_stride;
+      if (d_.variant.zones.c.at) {
+        const T* zone = at(d_.variant.zones.c.at) + s_.place(row) * d_.variant.zones.c.stride;
         c = zoneout(c_in, c, load(zone + unit, n));
       }
       store(at(d_.c) + state, c, n);

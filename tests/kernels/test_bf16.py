@@ -100,9 +100,7 @@ def drawn_tiles(kind: str, rows: int, seed: int) -> tuple[list[int], list[int], 
     """The bits of sums, a and b."""
     draw = random.Random(seed)
     of_a, of_b, (low, high) = KINDS[kind]
-    sums = [
-        draw.getrandbits(1) << 31 | draw.randint(low, high) << 23 | draw.getrandbits(23) for _ in range(rows * 16)
-    ]
+    sums = [draw.getrandbits(1) << 31 | draw.randint(low, high) << 23 | draw.getrandbits(23) for _ in range(rows * 16)]
     return sums, [of_a(draw) for _ in range(rows * 32)], [of_b(draw) for _ in range(512)]
 
 
