@@ -8,7 +8,7 @@ import platform
 import torch
 
 import fused_rnn
-from fused_rnn import _C, cuda, launch
+from fused_rnn import _C, cuda, launch, policy
 
 
 def info() -> dict[str, str]:
@@ -21,6 +21,7 @@ def info() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.platform()}",
         "cpu": f"{_cpu_name()}, {os.cpu_count()} logical processors",
         "instruction set": f"{_chosen_isa()} (this machine has: {', '.join(_C.supported_cpu_isas())})",
+        "precision": _precision(),
         "threads": str(torch.get_num_threads()),
         "cuda kernels": "built" if cuda.available() else "not built, or torch has no CUDA",
         "torch's cuda": torch.version.cuda or "none",
@@ -32,6 +33,14 @@ def _chosen_isa() -> str:
         return _C.cpu_isa()
     except RuntimeError as error:  # FUSED_RNN_CPU_ISA names one that is not there
         return str(error)
+
+
+def _precision() -> str:
+    try:
+        names = ("highest", "high", "medium")
+        return f"{names[policy.precision(torch.empty(0))]}, of products of float32 on the CPU"
+    except RuntimeError:
+        return "unknown, as the instruction set"
 
 
 def _cpu_name() -> str:

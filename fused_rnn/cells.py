@@ -103,10 +103,10 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
             input, states = input.unsqueeze(0), tuple(s.unsqueeze(0) for s in states)
         h0, c0 = (*states, None, None)[:2]
         run: Any = reference.layer if transformed else layers.layer
-        options = NO_OPTIONS
+        precision = policy.HIGHEST
         if casts is not None and not policy.on_cuda(input):
-            if precision := policy.autocast_precision(policy.autocast_dtype(input.device)):
-                options = LayerOptions(precision=precision)
+            precision = policy.autocast_precision(policy.autocast_dtype(input.device))
+        options = NO_OPTIONS if precision == policy.HIGHEST else LayerOptions(precision=precision)
         with nullcontext() if casts is None else torch.autocast(input.device.type, enabled=False):
             h, _, c = run(cell, input, h0, c0, (*weights, None), options)
         results: Any = [s if batched else s.squeeze(0) for s in (h, c) if s is not None]

@@ -113,17 +113,23 @@ def plan(
     if not choice.fused:
         return Plan("torch", "torch", choice.reason)
     if device.type == "cpu":
-        half = policy.autocast_dtype(device)
-        precision = policy.MEDIUM if dtype is torch.bfloat16 else policy.autocast_precision(half)
-        if half is None and dtype is torch.float32 and kind != "step":
-            precision = policy.precision(torch.empty(1, 1, 1))
-        threads, is_double = torch.get_num_threads(), dtype is torch.float64
         shared = _C.cpu_plan(
-            NUMBER[cell], T, B, I, H, H, directions, threads, is_double, precision, policy.deterministic()
-        )
+            NUMBER[cell], T, B, I, H, H, directions, torch.get_num_threads(), dtype is torch.float64,
+            _precision(dtype, kind), policy.deterministic(),
+        )  # fmt: skip
         return Plan("fused", "cpu", choice.reason, shared, shared)
     properties = properties or cuda.device_properties(device)
     if T == 1 or not cuda.is_resident(cell, dtype, B, H, directions, properties):
         return Plan("fused", "steps", choice.reason)
     chosen = (cuda.plans(cell, dtype, B, H, directions, backward, properties)[0] for backward in (False, True))
     return Plan("fused", "resident", choice.reason, *chosen)
+
+
+def _precision(dtype: torch.dtype, kind: policy.Kind) -> int:
+    """The precision of the CPU's products in such a call, now."""
+    if dtype is torch.bfloat16:
+        return policy.MEDIUM
+    under_autocast = policy.autocast_precision(policy.autocast_dtype(policy.CPU))
+    if under_autocast != policy.HIGHEST or kind == "step":
+        return under_autocast
+    return policy.precision(torch.empty(0, dtype=dtype))

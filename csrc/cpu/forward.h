@@ -14,65 +14,13 @@
 #pragma once
 
 #include "../cells/cells.h"
-#include "bf16_operands.h"
+#include "forward_workspace.h"
 #include "layer_norm.h"
 #include "tile.h"
 #include "worker.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
-
-// How forward multiplies by each weight.
-struct ForwardProducts {
-  bool packed_x, packed_h;  // whether W_ih, and whether W_hh and W_hr, are packed into panels
-  bool x_beforehand;        // whether W_ih x of all steps is known before the first step: computed, or given
-
-  explicit ForwardProducts(const LayerShape& s)
-      : packed_x((s.deterministic || s.bf16_weights || s.N >= kRowsWorthPacking) && !s.gates_given),
-        packed_h(s.deterministic || s.bf16_weights || (s.N >= kRowsWorthPacking && (s.B > 1 || s.parts == 1))),
-        x_beforehand(s.gates_given || (packed_x && s.T > 1 && s.B < kTileRows<4>)) {}
-};
-
-// Offsets of the parts of a direction's workspace, in elements.
-template <class Cell, class T>
-struct ForwardWorkspace {
-  int64_t recurrent, input, bias, projection, hidden, zeros, dropped, products, outputs, x_product;
-  int64_t split_x, split_h, split_hidden, size;
-
-  explicit ForwardWorkspace(const LayerShape& s) {
-    const ForwardProducts products(s);
-    const int64_t block = kUnitVectors<Cell::kGates> * kLanes<T>;
-    const int64_t h_panels = products.packed_h ? panels<Cell::kGates>(s, s.H, s.P) : 0;
-    const int64_t x_panels = products.packed_x ? panels<Cell::kGates>(s, s.H, s.I) : 0;
-    recurrent = 0;
-    input = products.x_beforehand ? recurrent : recurrent + h_panels;  // W_hh is packed after the last use of W_ih
-    bias = products.x_beforehand && h_panels > x_panels ? recurrent + h_panels : input + x_panels;
-    projection = bias + ceil_div(s.H, block) * block * Cell::kGates * 2;
-    hidden = projection + (s.projected && products.packed_h ? panels<1>(s, s.P, s.H) : 0);
-    zeros = hidden + (s.projected ? s.B * s.H : 0);
-    dropped = zeros + s.P;
-    this->products = dropped + (s.drops_h ? s.B * s.P : 0);
-    outputs = this->products + (s.normalised ? s.B * Cell::kGates * s.H : 0);
-    x_product = outputs + (s.normalised && Cell::kHasC ? s.B * 2 * s.H : 0);
-    split_x = x_product + (products.x_beforehand && !s.gates_given && !s.train ? s.N * Cell::kGates * s.H : 0);
-    split_x = ceil_div(split_x, 16) * 16;
-    split_h = split_x + (s.parts && products.packed_x ? SplitRows::size(rows_of_x(s, products), s.I, s.parts) : 0);
-    split_hidden = split_h + (s.parts && products.packed_h ? SplitRows::size(s.B, s.P, s.parts) : 0);
-    size = split_hidden + (s.parts && products.packed_h && s.projected ? SplitRows::size(s.B, s.H, s.parts) : 0);
-  }
-
-  // Rows of x that are multiplied at once.
-  static int64_t rows_of_x(const LayerShape& s, const ForwardProducts& products) {
-    return products.x_beforehand ? s.N : s.B;
-  }
-  // Elements of W [G * H, K], packed.
-  template <int G>
-  static int64_t panels(const LayerShape& s, int64_t H, int64_t K) {
-    if (!s.parts) return G * in_vectors<T>(H) * K;
-    constexpr int64_t units = kUnitVectors<G> * kLanes<T>;
-    return ceil_div(H, units) * SplitPanel::size(K, G * units, s.parts);
-  }
-};
 
 template <class Cell, class T>
 class Forward {

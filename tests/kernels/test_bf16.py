@@ -230,16 +230,16 @@ def is_accurate(cell: str) -> None:
     """Six products are as accurate as float32; three are to 16 bits, one is to 8."""
     sizes = [(5, 3, 7, 20), (9, 33, 20, 96), (40, 1, 9, 33), (18, 18, 5, 34)]
     for bidirectional in (False, True):
-        for T, B, I, H in sizes:
-            theirs, ours, exact = pair(cell, I, H, bidirectional=bidirectional)
-            x = torch.randn(T, B, I)
+        for T, B, width, H in sizes:
+            theirs, ours, exact = pair(cell, width, H, bidirectional=bidirectional)
+            x = torch.randn(T, B, width)
             reference, expected = results(exact, x.double()), results(theirs, x)
             for precision, bound in (("highest", 0.0), ("high", 6e-5), ("medium", 2e-2)):
                 torch.set_float32_matmul_precision(precision)
                 ours.zero_grad()
                 found = results(ours, x)
                 for index, (a, b, c) in enumerate(zip(found, expected, reference, strict=True)):
-                    what = f"{'d' if index else ''}{index} of {cell} {T, B, I, H}"
+                    what = f"{'d' if index else ''}{index} of {cell} {T, B, width, H}"
                     if precision == "highest":
                         assert_as_accurate(a, b, c, what)
                         continue
@@ -249,11 +249,11 @@ def is_accurate(cell: str) -> None:
 
 def treats_special_values_as_torch(cell: str) -> None:
     """An infinity, a NaN or a huge number in the input, the state or a weight, in one row of many."""
-    T, B, I, H = 3, 19, 9, 34
+    T, B, width, H = 3, 19, 9, 34
     for value in (float("inf"), -float("inf"), float("nan"), 3.4e38, -3.4e38, 3e38, 1e-40, 1e-30):
         for place in ("x", "h", "w_ih", "w_hh"):
-            theirs, ours, _ = pair(cell, I, H)
-            x, h = torch.randn(T, B, I), torch.randn(1, B, H)
+            theirs, ours, _ = pair(cell, width, H)
+            x, h = torch.randn(T, B, width), torch.randn(1, B, H)
             with torch.no_grad():
                 for module in (theirs, ours):
                     dict(w_ih=module.weight_ih_l0, w_hh=module.weight_hh_l0).get(place, torch.zeros(9, 9))[3, 5] = value
