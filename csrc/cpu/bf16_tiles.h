@@ -1,7 +1,7 @@
 // A product of split operands on eight tile registers: the hardware's (amx.cpp) or the software's (emulated_tiles.cpp).
 //
 // A tile of b stays while the tiles of a pass by: AMX takes 16 cycles for a product with a new b, and one for each row
-// of a with the same b. With few rows of sums it is the parts of a that stay, because every load of b is needed anyway.
+// of a with the same b. Where all tiles of a at one k fit the registers, they are loaded once.
 // In both orders each sum is built in the same sequence of products, so that its bits do not depend on the order.
 #pragma once
 
@@ -26,8 +26,8 @@ inline __attribute__((always_inline)) void each(const F& f) {
 template <int R, int N, int P>
 struct Registers {
   static constexpr int kSums = R * N;
-  static constexpr bool kAStays = R == 1 && kSums + P < 8;
-  static constexpr int kA = kAStays ? P : kSums + R + N <= 8 ? R : 7 - kSums;
+  static constexpr bool kAStays = kSums + R * P < 8;
+  static constexpr int kA = kAStays ? R * P : kSums + R + N <= 8 ? R : 7 - kSums;
   static constexpr int kFirstB = kSums + kA, kB = 8 - kFirstB;
 };
 
@@ -47,7 +47,8 @@ void multiply(Tiles& tiles, const Bf16Product& p, int64_t column) {
   const Bf16 *a = p.a, *b = p.b + column / kTileWidth * kTileSize;
   for (int64_t k = 0; k < depth; ++k, a += P * a_part, b += P * b_part) {
     if constexpr (Use::kAStays) {
-      each<0, P>([&](auto pa) { tiles.template load<Use::kSums + pa>(a + pa * a_part, kBytes); });
+      each<0, R * P>(
+          [&](auto i) { tiles.template load<Use::kSums + i>(a + i / P * a_distance + i % P * a_part, kBytes); });
     }
     each<0, P>([&](auto pb) {
       each<0, N>([&](auto n) {
@@ -55,7 +56,7 @@ void multiply(Tiles& tiles, const Bf16Product& p, int64_t column) {
         tiles.template load<B>(b + pb * b_part + n * kTileSize, kBytes);
         each<0, P - pb>([&](auto pa) {
           each<0, R>([&](auto r) {
-            constexpr int A = Use::kSums + (Use::kAStays ? pa : r % Use::kA);
+            constexpr int A = Use::kSums + (Use::kAStays ? r * P + pa : r % Use::kA);
             if constexpr (!Use::kAStays) tiles.template load<A>(a + r * a_distance + pa * a_part, kBytes);
             tiles.template dot<r * N + n, A, B>();
           });

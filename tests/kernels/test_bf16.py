@@ -7,12 +7,18 @@ layers run in processes of their own, which choose the instruction set `amx_emul
 from __future__ import annotations
 
 import os
+import platform
 import random
+import re
+import shutil
 import signal
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -331,7 +337,28 @@ def test_torchs_switches(emulated: None) -> None:
     survives(follows_torchs_switches)
 
 
+@pytest.mark.slow("runs the tests of all options of a layer on emulated tiles")
+def test_options_of_a_layer(emulated: None) -> None:
+    tests = [Path(__file__).parents[1] / "features" / f"test_{name}.py" for name in ("variants", "segments")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, tests)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
 # The processor's own tiles
+
+
+def test_the_compiled_tile_instructions_are_valid() -> None:
+    """The three tiles of a product differ; the processor refuses others."""
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump is not installed (Debian, Ubuntu: apt install binutils)")
+    if platform.machine() != "x86_64":
+        pytest.skip("this processor is not an x86-64, which alone has AMX")
+    library = Path(fused_rnn.__file__).parent / "_cpu.so"
+    text = subprocess.run(["objdump", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    products = re.findall(r"tdpbf16ps %tmm(\d),%tmm(\d),%tmm(\d)", text)
+    assert len(products) > 100 and all(len(set(tiles)) == 3 for tiles in products)
+    assert "tilerelease" in text
 
 
 def one_call() -> Tensor:
