@@ -19,8 +19,8 @@ template <int G>
 constexpr int kUnitVectors = G > 1                              ? 1
                              : FUSED_RNN_VECTOR_REGISTERS == 32 ? 4
                                                                 : 2;
-// Rows of a tile with C columns: its sums take up to three quarters of the vector registers. The limit of 8 keeps the
-// row pointers in scalar registers.
+// Rows of a tile with C columns: its sums take up to three quarters of the vector registers, which leaves some for C
+// vectors or R scalars, whichever is less, and one more. The limit of 8 keeps the row pointers in scalar registers.
 template <int C>
 constexpr int kTileRows = FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C < 8 ? FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C : 8;
 // Column blocks that are multiplied together when there is a single row: many independent sums hide the latency of a
@@ -86,14 +86,27 @@ __attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], const T* const* 
     for (int64_t k = begin; k < end; ++k, w += panel.stride) {
 #pragma GCC unroll 8
       for (int nb = 0; nb < NB; ++nb) {
+        const T* const columns = w + nb * panel.distance;
+        if constexpr (R > kColumns) {
+          Vec<T> v[kColumns];
 #pragma GCC unroll 4
-        for (int c = 0; c < kColumns; ++c) {
-          const Vec<T> v = load(w + nb * panel.distance + c * kLanes<T>);
+          for (int c = 0; c < kColumns; ++c) v[c] = load(columns + c * kLanes<T>);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) acc[nb][r][c] += rows[r][k] * v;
+          for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int c = 0; c < kColumns; ++c) acc[nb][r][c] += rows[r][k] * v[c];
+          }
+        } else {
+#pragma GCC unroll 4
+          for (int c = 0; c < kColumns; ++c) {
+            const Vec<T> v = load(columns + c * kLanes<T>);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) acc[nb][r][c] += rows[r][k] * v;
+          }
         }
       }
     }
+    asm volatile("" ::: "memory");  // else GCC loads the sums before the loop, and spills them
 #pragma GCC unroll 8
     for (int nb = 0; nb < NB; ++nb) {
 #pragma GCC unroll 8
@@ -107,50 +120,46 @@ __attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], const T* const* 
 
 template <class T, int C, int kColumns>
 void multiply_rows(Vec<T> (*sums)[C], const T* const* rows, int n, const Panel<T>& panel, int64_t K) {
+  constexpr int kRows = kTileRows<kColumns>;
   // clang-format off
   switch (n) {
     case 1: return multiply_tile<T, 1, 1, C, kColumns>(sums, rows, panel, K);
     case 2: return multiply_tile<T, 1, 2, C, kColumns>(sums, rows, panel, K);
     case 3: return multiply_tile<T, 1, 3, C, kColumns>(sums, rows, panel, K);
-    case 4: return multiply_tile<T, 1, kTileRows<C> < 4 ? 1 : 4, C, kColumns>(sums, rows, panel, K);
-    case 5: return multiply_tile<T, 1, kTileRows<C> < 5 ? 1 : 5, C, kColumns>(sums, rows, panel, K);
-    case 6: return multiply_tile<T, 1, kTileRows<C> < 6 ? 1 : 6, C, kColumns>(sums, rows, panel, K);
-    case 7: return multiply_tile<T, 1, kTileRows<C> < 7 ? 1 : 7, C, kColumns>(sums, rows, panel, K);
-    case 8: return multiply_tile<T, 1, kTileRows<C> < 8 ? 1 : 8, C, kColumns>(sums, rows, panel, K);
+    case 4: return multiply_tile<T, 1, kRows < 4 ? 1 : 4, C, kColumns>(sums, rows, panel, K);
+    case 5: return multiply_tile<T, 1, kRows < 5 ? 1 : 5, C, kColumns>(sums, rows, panel, K);
+    case 6: return multiply_tile<T, 1, kRows < 6 ? 1 : 6, C, kColumns>(sums, rows, panel, K);
+    case 7: return multiply_tile<T, 1, kRows < 7 ? 1 : 7, C, kColumns>(sums, rows, panel, K);
+    case 8: return multiply_tile<T, 1, kRows < 8 ? 1 : 8, C, kColumns>(sums, rows, panel, K);
   }
   // clang-format on
+}
+
+// sums[slot][c] += rows x panel for all slots of a part of one block, whose panel has kColumns vectors.
+template <class T, int C, int kColumns>
+void multiply_block(Sums<T, C>& sums, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K) {
+  const int tiles = static_cast<int>(ceil_div(part.rows, kTileRows<kColumns>));
+  for (int64_t k = 0; k < K; k += kDepth) {
+    const Panel<T> deep{panel.data + k * panel.stride, panel.stride, panel.distance, panel.vectors};
+    for (int tile = 0; tile < tiles; ++tile) {  // of similar height: a single row has too few sums to hide latency
+      const int begin = part.rows * tile / tiles, n = part.rows * (tile + 1) / tiles - begin;
+      const T* from_k[8];
+      for (int r = 0; r < n; ++r) from_k[r] = rows[begin + r] + k;
+      multiply_rows<T, C, kColumns>(sums + begin, from_k, n, deep, least(kDepth, K - k));
+    }
+  }
 }
 
 // sums[slot][c] += rows x panel for all slots of a part. If the part has several blocks, it has one row, rows[0].
 template <class T, int C>
 void multiply(Sums<T, C>& sums, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K) {
   if (part.blocks > 1) return multiply_tile<T, kRowBlocks<C>, 1, C, C>(sums, rows, panel, K);
-  const int tiles = static_cast<int>(ceil_div(part.rows, kTileRows<C>));
-  for (int64_t k = 0; k < K; k += kDepth) {
-    const Panel<T> deep{panel.data + k * panel.stride, panel.stride, panel.distance, panel.vectors};
-    const int64_t depth = least(kDepth, K - k);
-    for (int tile = 0; tile < tiles;
-         ++tile) {  // tiles of similar height: a single row has too few sums to hide latency
-      const int begin = part.rows * tile / tiles, n = part.rows * (tile + 1) / tiles - begin;
-      const T* from_k[8];
-      for (int r = 0; r < n; ++r) from_k[r] = rows[begin + r] + k;
-      Vec<T>(*tile_sums)[C] = sums + begin;
-      if constexpr (C == kUnitVectors<1>) {
-        switch (panel.vectors) {
-          case 1:
-            multiply_rows<T, C, 1>(tile_sums, from_k, n, deep, depth);
-            continue;
-          case 2:
-            multiply_rows<T, C, 2>(tile_sums, from_k, n, deep, depth);
-            continue;
-          case 3:
-            multiply_rows<T, C, least(C, 3)>(tile_sums, from_k, n, deep, depth);
-            continue;
-        }
-      }
-      multiply_rows<T, C, C>(tile_sums, from_k, n, deep, depth);
-    }
+  if constexpr (C == kUnitVectors<1>) {  // a last block may be narrower
+    if (panel.vectors == 1) return multiply_block<T, C, 1>(sums, part, rows, panel, K);
+    if (panel.vectors == 2) return multiply_block<T, C, least(C, 2)>(sums, part, rows, panel, K);
+    if (panel.vectors == 3) return multiply_block<T, C, least(C, 3)>(sums, part, rows, panel, K);
   }
+  multiply_block<T, C, C>(sums, part, rows, panel, K);
 }
 
 // sums[r][c] += the scalar products of rows[r] with rows of the unpacked W [G * H, K]: lane j of column (g, u) of G
