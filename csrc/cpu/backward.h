@@ -39,7 +39,7 @@ class Backward {
   Backward(const BackwardParams& params, int64_t direction, const cpu::Worker& worker)
       : s_(params.shape),
         d_(params.direction[direction]),
-        packed_(s_.N >= kRowsWorthPacking && s_.B > 1),
+        packed_(s_.N >= kRowsWorthCopying && s_.B > 1),
         accumulate_(params.accumulate),
         reverse_(direction == 1),
         worker_(worker),

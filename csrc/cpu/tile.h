@@ -3,7 +3,7 @@
 // Weights are packed into panels, one per block of columns: [K][C] vectors (fewer than C in the last block). One step
 // of k then reads C consecutive vectors and one scalar of each of R rows, and does R * C multiply-adds. In forward the
 // columns of a block are all gates of one vector of units, so that the cell has all sums of a unit at hand. If there
-// are only a few rows, packing costs more than it saves, and the weights are read in their own layout.
+// are few rows, packing costs more than it saves, and the weights are read in their own layout, tile by tile, too.
 // A sum over a panel runs over k in the same order for every R. The result of a row therefore does not depend on the
 // other rows, except through the choice between packed and unpacked weights.
 #pragma once
@@ -31,11 +31,22 @@ constexpr int kRowBlocks = FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C;
 // the part stays in the second-level cache.
 constexpr int kChunk = 24;
 constexpr int64_t kDepth = 1024;
-// With fewer rows than this over all steps, weights are not packed.
-constexpr int64_t kRowsWorthPacking = 8;
+// The rows, over all steps, from which weights are worth copying into panels.
+constexpr int64_t kRowsWorthCopying = 32;
+
+// Inlines a lambda, so that the values it captures stay in registers from one vector to the next.
+#define FUSED_RNN_INLINED __attribute__((always_inline))
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The same for panels that transpose rows of K weights. The unpacked product sums the lanes of every result, which
+// costs less per weight the larger K is; measured for 8 and for 16 lanes.
+template <class T>
+constexpr int64_t rows_worth_transposing(int64_t K) {
+  const int64_t rows = K / (2 + kLanes<T> / 4);
+  return rows < 8 ? 8 : rows;
+}
 
 // n rounded up to whole vectors.
 template <class T>
@@ -126,11 +137,11 @@ void multiply_rows(Vec<T> (*sums)[C], const T* const* rows, int n, const Panel<T
     case 1: return multiply_tile<T, 1, 1, C, kColumns>(sums, rows, panel, K);
     case 2: return multiply_tile<T, 1, 2, C, kColumns>(sums, rows, panel, K);
     case 3: return multiply_tile<T, 1, 3, C, kColumns>(sums, rows, panel, K);
-    case 4: return multiply_tile<T, 1, kRows < 4 ? 1 : 4, C, kColumns>(sums, rows, panel, K);
-    case 5: return multiply_tile<T, 1, kRows < 5 ? 1 : 5, C, kColumns>(sums, rows, panel, K);
-    case 6: return multiply_tile<T, 1, kRows < 6 ? 1 : 6, C, kColumns>(sums, rows, panel, K);
-    case 7: return multiply_tile<T, 1, kRows < 7 ? 1 : 7, C, kColumns>(sums, rows, panel, K);
-    case 8: return multiply_tile<T, 1, kRows < 8 ? 1 : 8, C, kColumns>(sums, rows, panel, K);
+    case 4: return multiply_tile<T, 1, least(kRows, 4), C, kColumns>(sums, rows, panel, K);
+    case 5: return multiply_tile<T, 1, least(kRows, 5), C, kColumns>(sums, rows, panel, K);
+    case 6: return multiply_tile<T, 1, least(kRows, 6), C, kColumns>(sums, rows, panel, K);
+    case 7: return multiply_tile<T, 1, least(kRows, 7), C, kColumns>(sums, rows, panel, K);
+    case 8: return multiply_tile<T, 1, least(kRows, 8), C, kColumns>(sums, rows, panel, K);
   }
   // clang-format on
 }
@@ -162,31 +173,76 @@ void multiply(Sums<T, C>& sums, const Part& part, const T* const* rows, const Pa
   multiply_block<T, C, C>(sums, part, rows, panel, K);
 }
 
+// Rows of W that are multiplied at once by R rows: a power of two, with the sums of a tile in registers.
+template <class T, int R>
+constexpr int dot_columns() {
+  int n = 1;
+  while (n * 2 * R <= FUSED_RNN_VECTOR_REGISTERS * 3 / 4 && n < kLanes<T>) n *= 2;
+  return n;
+}
+
+// sums[r][c] += the scalar products of R rows with the rows of W that begin at `lanes`, one for each lane.
+template <class T, int R, int C>
+__attribute__((noinline)) void multiply_lanes(Vec<T> (*sums)[C], int c, const T* const* row, const T* const* lanes,
+                                              int64_t K) {
+  constexpr int kAtOnce = dot_columns<T, R>();
+  const T* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = row[r];
+  Vec<T> dots[R][kLanes<T>];
+  for (int begin = 0; begin < kLanes<T>; begin += kAtOnce) {
+    Vec<T> acc[R][kAtOnce] = {};
+    const T* w[kAtOnce];
+    for (int j = 0; j < kAtOnce; ++j) w[j] = lanes[begin + j];
+    const auto add = [&](int64_t k, auto... count) FUSED_RNN_INLINED {
+      Vec<T> x[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) x[r] = load(rows[r] + k, count...);
+#pragma GCC unroll 16
+      for (int j = 0; j < kAtOnce; ++j) {
+        const Vec<T> v = load(w[j] + k, count...);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[r][j] += x[r] * v;
+      }
+    };
+    int64_t k = 0;
+    for (; k + kLanes<T> <= K; k += kLanes<T>) add(k);
+    if (k < K) add(k, K - k);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kAtOnce; ++j) dots[r][begin + j] = acc[r][j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) sums[r][c] += sums_of_lanes<T>(dots[r]);
+}
+
 // sums[r][c] += the scalar products of rows[r] with rows of the unpacked W [G * H, K]: lane j of column (g, u) of G
-// gates is row g * H + unit + u * lanes + j of W.
+// gates is row g * H + unit + u * lanes + j of W. A sum does not depend on the other rows.
 template <class T, int G>
-__attribute__((noinline)) void multiply_unpacked(Vec<T> (*sums)[G * kUnitVectors<G>], const T* const* rows, int n,
-                                                 const T* W, int64_t H, int64_t K, int64_t unit) {
-  constexpr int U = kUnitVectors<G>, kAtOnce = kLanes<T>;
-  for (int c = 0; c < G * U; ++c) {
+void multiply_unpacked(Vec<T> (*sums)[G * kUnitVectors<G>], const T* const* rows, int n, const T* W, int64_t H,
+                       int64_t K, int64_t unit) {
+  constexpr int U = kUnitVectors<G>, C = G * U, kRows = kTileRows<4>;
+  const int tiles = static_cast<int>(ceil_div(n, kRows));
+  for (int c = 0; c < C; ++c) {
     const int64_t first = unit + c % U * kLanes<T>;
     if (first >= H) continue;
-    const T* lanes[kAtOnce];
-    for (int j = 0; j < kAtOnce; ++j) lanes[j] = W + (c / U * H + (first + j < H ? first + j : first)) * K;
-    for (int r = 0; r < n; ++r) {
-      Vec<T> acc[kAtOnce] = {};
-      int64_t k = 0;
-      for (; k + kLanes<T> <= K; k += kLanes<T>) {
-        const Vec<T> x = load(rows[r] + k);
-#pragma GCC unroll 16
-        for (int j = 0; j < kAtOnce; ++j) acc[j] += x * load(lanes[j] + k);
+    const T* lanes[kLanes<T>];
+    for (int j = 0; j < kLanes<T>; ++j) lanes[j] = W + (c / U * H + (first + j < H ? first + j : first)) * K;
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int begin = n * tile / tiles;
+      Vec<T>(*tile_sums)[C] = sums + begin;
+      const T* const* from = rows + begin;
+      // clang-format off
+      switch (n * (tile + 1) / tiles - begin) {
+        case 1: multiply_lanes<T, 1, C>(tile_sums, c, from, lanes, K); break;
+        case 2: multiply_lanes<T, 2, C>(tile_sums, c, from, lanes, K); break;
+        case 3: multiply_lanes<T, 3, C>(tile_sums, c, from, lanes, K); break;
+        case 4: multiply_lanes<T, least(kRows, 4), C>(tile_sums, c, from, lanes, K); break;
+        case 5: multiply_lanes<T, least(kRows, 5), C>(tile_sums, c, from, lanes, K); break;
+        case 6: multiply_lanes<T, least(kRows, 6), C>(tile_sums, c, from, lanes, K); break;
       }
-      if (k < K) {
-        const Vec<T> x = load(rows[r] + k, K - k);
-#pragma GCC unroll 16
-        for (int j = 0; j < kAtOnce; ++j) acc[j] += x * load(lanes[j] + k, K - k);
-      }
-      sums[r][c] += sums_of_lanes<T>(acc);
+      // clang-format on
     }
   }
 }
@@ -195,9 +251,6 @@ __attribute__((noinline)) void multiply_unpacked(Vec<T> (*sums)[G * kUnitVectors
 struct Units {
   int64_t unit, count;
 };
-
-// Inlines a lambda, so that the values it captures stay in registers from one vector to the next.
-#define FUSED_RNN_INLINED __attribute__((always_inline))
 
 // Calls f(slot, u, units) for each vector of a part. A block has U vectors; units from `limit` on are left out.
 template <class T, int U, class F>
