@@ -161,10 +161,11 @@ class Forward {
     }
   }
 
-  // sums += rows x W^T for a part; reads W from `packed` if is_packed, else from W itself.
+  // sums += rows x W^T for a part; reads W from `packed` if is_packed, else from W itself. `next` is the panel that is
+  // read after this one; null: none.
   template <int Gates>
   void add_product(Sums<T, Gates * kUnitVectors<Gates>>& sums, const Part& part, const T* const* rows, bool is_packed,
-                   T* packed, const void* W, int64_t H, int64_t K) const {
+                   T* packed, const void* W, int64_t H, int64_t K, const T* next = nullptr) const {
     constexpr int64_t kVectors = kUnitVectors<Gates>, kColumns = Gates * kVectors;
     if (is_packed) {
       if (first_use_ && owns_blocks() && part.row == row_begin_) {
@@ -172,7 +173,8 @@ class Forward {
       }
       const int64_t distance = K * kColumns * kLanes<T>;
       const int vectors = block_vectors<T, Gates>(H, part.block * kVectors * kLanes<T>);
-      const Panel<T> panel{packed + part.block * distance, vectors * kLanes<T>, distance, vectors};
+      const Panel<T> panel{packed + part.block * distance, vectors * kLanes<T>, distance, vectors,
+                           part.row == row_begin_ ? next : nullptr};
       multiply<T, kColumns>(sums, part, rows, panel, K);
     } else {
       for (int i = 0; i < part.blocks; ++i) {
@@ -205,7 +207,7 @@ class Forward {
     const int64_t blocks = ceil_div(s_.H, kBlock);
     const bool all = owns_blocks();
     cover<C>(all ? 0 : worker_.begin(s_.N), all ? s_.N : worker_.end(s_.N), first(blocks), last(blocks), narrow_end(),
-             multiply_part);
+             false, multiply_part);
   }
 
   // Sets the current step. Its rows below started_rows_ took part in the previous step, in the order of the direction,
@@ -246,17 +248,33 @@ class Forward {
     const int64_t row_end = least(row_end_, rows_);
     const int64_t blocks = ceil_div(s_.H, kBlock);
     if (s_.drops_h) drop(row_end);
-    cover<C>(row_begin_, row_end, first(blocks), last(blocks), narrow_end(), [&](const Part& part) { gates(part); });
+    cover<C>(row_begin_, row_end, first(blocks), last(blocks), narrow_end(), backwards(),
+             [&](const Part& part) { gates(part); });
     for (int64_t b = row_begin_; s_.normalised && b < row_end; ++b) normalised_cell(b);
     if (s_.train && !s_.drops_h && !(s_.chains_h(Cell::kSavesH) && started_rows_ > 0)) keep_h_prev(row_end);
     if (s_.projected) {
       if (worker_.splits_units) worker_.wait();
       const int64_t outputs = ceil_div(s_.P, kProjectionBlock);
       const bool narrow = s_.P % kProjectionBlock != 0;
-      cover<UP>(row_begin_, row_end, first(outputs), last(outputs), narrow, [&](const Part& part) { project(part); });
+      cover<UP>(row_begin_, row_end, first(outputs), last(outputs), narrow, backwards(),
+                [&](const Part& part) { project(part); });
     }
     if (row_end > row_begin_) first_use_ = false;
     if (worker_.splits_units) worker_.wait();
+  }
+
+  // Every second step takes the blocks in the opposite order, to begin with the weights that are still in the cache.
+  bool backwards() const { return t_ % 2 != 0; }
+
+  // The panels that a step reads after a block's panel of W_ih, and after that of W_hh; null: none.
+  const T* after_input(int64_t block) const {
+    return products_.packed_h ? recurrent_ + block * s_.P * C * kLanes<T> : nullptr;
+  }
+  const T* after_recurrent(int64_t block) const {
+    const int64_t blocks = ceil_div(s_.H, kBlock), next = block + (backwards() ? -1 : 1);
+    if (next < first(blocks) || next >= last(blocks)) return nullptr;
+    if (products_.x_beforehand) return after_input(next);
+    return products_.packed_x ? input_ + next * s_.I * C * kLanes<T> : nullptr;
   }
 
   void drop(int64_t row_end) const {
@@ -298,7 +316,9 @@ class Forward {
       h[r] = recurrent_input(part.row + r);
     }
     if (!products_.x_beforehand || s_.gates_given) load_biases(from_x, part, 0);
-    if (!products_.x_beforehand) add_product<G>(from_x, part, x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
+    if (!products_.x_beforehand) {
+      add_product<G>(from_x, part, x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I, after_input(part.block));
+    }
     load_biases(from_h, part, 1);
     for (int slot = 0; s_.normalised && slot < part.slots(); ++slot) {
       for (int c = 0; c < C; ++c) from_h[slot][c] = Vec<T>{};
@@ -307,7 +327,7 @@ class Forward {
     // skipped, because it is NaN where W_hh has a NaN or an infinity.
     Part h_part = part;
     if (started_rows_ == 0 && !d_.h0 && !d_.reset.h) h_part.rows = 1;
-    add_product<G>(from_h, h_part, h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P);
+    add_product<G>(from_h, h_part, h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P, after_recurrent(part.block));
     for (int r = h_part.rows; r < part.rows; ++r) {
       for (int c = 0; c < C; ++c) from_h[r][c] = from_h[0][c];
     }

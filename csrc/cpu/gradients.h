@@ -55,14 +55,15 @@ class Products {
     if (M < kRowsWorthCopying) {
       // b is read unpacked, except for a partial last block, whose vectors would end beyond the row.
       const int64_t whole = least(N / kBlock, share.block_end);
-      cover<U>(share.row, share.row_end, block, whole, false,
+      cover<U>(share.row, share.row_end, block, whole, false, false,
                [&](const Part& part) { add_part(part, {b + part.block * kBlock, N, kBlock, U}); });
       if (whole > block) block = whole;
     }
     for (; block < share.block_end; ++block) {
       pack_columns(workspace_, Rows<const T>{b, N}, K, N, block * kBlock);
       const Panel<T> panel = own_panel(workspace_, block, N);
-      cover<U>(share.row, share.row_end, block, block + 1, true, [&](const Part& part) { add_part(part, panel); });
+      cover<U>(share.row, share.row_end, block, block + 1, true, false,
+               [&](const Part& part) { add_part(part, panel); });
     }
   }
 

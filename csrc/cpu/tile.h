@@ -31,6 +31,7 @@ constexpr int kRowBlocks = FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C;
 // the part stays in the second-level cache.
 constexpr int kChunk = 24;
 constexpr int64_t kDepth = 1024;
+constexpr int64_t kLine = 64;  // bytes of a cache line, on most processors
 // The rows, over all steps, from which weights are worth copying into panels.
 constexpr int64_t kRowsWorthCopying = 32;
 
@@ -77,6 +78,7 @@ struct Panel {
   const T* data;
   int64_t stride, distance;
   int vectors;
+  const T* next = nullptr;  // the panel that is read after this one, to fetch into the cache meanwhile; null: none
 };
 
 template <class T, int C>
@@ -84,8 +86,9 @@ using Sums = Vec<T>[kChunk][C];
 
 // sums[slot][c] += sum over k of row[k] * panel[k][c], for NB blocks or R rows.
 // Runs of kRun values of k are summed in registers and then added to sums, so that rounding errors grow with the number
-// of runs plus the length of one, as in a blocked BLAS, and not with K.
-template <class T, int NB, int R, int C, int kColumns>
+// of runs plus the length of one, as in a blocked BLAS, and not with K. kFetch: fetches a cache line of panel.next with
+// every k.
+template <class T, int NB, int R, int C, int kColumns, bool kFetch = false>
 __attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], const T* const* row, const Panel<T>& panel, int64_t K) {
   constexpr int64_t kRun = 128;
   const T* rows[R];
@@ -94,7 +97,9 @@ __attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], const T* const* 
     const int64_t end = least(begin + kRun, K);
     Vec<T> acc[NB][R][kColumns] = {};  // in registers: unrolled, every index is a constant
     const T* w = panel.data + begin * panel.stride;
-    for (int64_t k = begin; k < end; ++k, w += panel.stride) {
+    const char* next = reinterpret_cast<const char*>(panel.next) + begin * kLine;
+    for (int64_t k = begin; k < end; ++k, w += panel.stride, next += kLine) {
+      if constexpr (kFetch) __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 8
       for (int nb = 0; nb < NB; ++nb) {
         const T* const columns = w + nb * panel.distance;
@@ -129,34 +134,42 @@ __attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], const T* const* 
   }
 }
 
-template <class T, int C, int kColumns>
+template <class T, int C, int kColumns, bool kFetch>
 void multiply_rows(Vec<T> (*sums)[C], const T* const* rows, int n, const Panel<T>& panel, int64_t K) {
   constexpr int kRows = kTileRows<kColumns>;
   // clang-format off
   switch (n) {
-    case 1: return multiply_tile<T, 1, 1, C, kColumns>(sums, rows, panel, K);
-    case 2: return multiply_tile<T, 1, 2, C, kColumns>(sums, rows, panel, K);
-    case 3: return multiply_tile<T, 1, 3, C, kColumns>(sums, rows, panel, K);
-    case 4: return multiply_tile<T, 1, least(kRows, 4), C, kColumns>(sums, rows, panel, K);
-    case 5: return multiply_tile<T, 1, least(kRows, 5), C, kColumns>(sums, rows, panel, K);
-    case 6: return multiply_tile<T, 1, least(kRows, 6), C, kColumns>(sums, rows, panel, K);
-    case 7: return multiply_tile<T, 1, least(kRows, 7), C, kColumns>(sums, rows, panel, K);
-    case 8: return multiply_tile<T, 1, least(kRows, 8), C, kColumns>(sums, rows, panel, K);
+    case 1: return multiply_tile<T, 1, 1, C, kColumns, kFetch>(sums, rows, panel, K);
+    case 2: return multiply_tile<T, 1, 2, C, kColumns, kFetch>(sums, rows, panel, K);
+    case 3: return multiply_tile<T, 1, 3, C, kColumns, kFetch>(sums, rows, panel, K);
+    case 4: return multiply_tile<T, 1, least(kRows, 4), C, kColumns, kFetch>(sums, rows, panel, K);
+    case 5: return multiply_tile<T, 1, least(kRows, 5), C, kColumns, kFetch>(sums, rows, panel, K);
+    case 6: return multiply_tile<T, 1, least(kRows, 6), C, kColumns, kFetch>(sums, rows, panel, K);
+    case 7: return multiply_tile<T, 1, least(kRows, 7), C, kColumns, kFetch>(sums, rows, panel, K);
+    case 8: return multiply_tile<T, 1, least(kRows, 8), C, kColumns, kFetch>(sums, rows, panel, K);
   }
   // clang-format on
 }
 
-// sums[slot][c] += rows x panel for all slots of a part of one block, whose panel has kColumns vectors.
+// sums[slot][c] += rows x panel for all slots of a part of one block, whose panel has kColumns vectors. The tiles share
+// the lines of panel.next, which is taken to be as long as this panel.
 template <class T, int C, int kColumns>
 void multiply_block(Sums<T, C>& sums, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K) {
+  constexpr int64_t kWidth = C * sizeof(Vec<T>);
   const int tiles = static_cast<int>(ceil_div(part.rows, kTileRows<kColumns>));
   for (int64_t k = 0; k < K; k += kDepth) {
-    const Panel<T> deep{panel.data + k * panel.stride, panel.stride, panel.distance, panel.vectors};
+    const int64_t depth = least(kDepth, K - k);
+    Panel<T> deep{panel.data + k * panel.stride, panel.stride, panel.distance, panel.vectors};
     for (int tile = 0; tile < tiles; ++tile) {  // of similar height: a single row has too few sums to hide latency
       const int begin = part.rows * tile / tiles, n = part.rows * (tile + 1) / tiles - begin;
       const T* from_k[8];
       for (int r = 0; r < n; ++r) from_k[r] = rows[begin + r] + k;
-      multiply_rows<T, C, kColumns>(sums + begin, from_k, n, deep, least(kDepth, K - k));
+      if (C == kColumns && panel.next && tile * kLine < kWidth) {
+        deep.next = panel.next + (k * kWidth + tile * depth * kLine) / int64_t(sizeof(T));
+        multiply_rows<T, C, kColumns, C == kColumns>(sums + begin, from_k, n, deep, depth);
+      } else {
+        multiply_rows<T, C, kColumns, false>(sums + begin, from_k, n, deep, depth);
+      }
     }
   }
 }
@@ -264,18 +277,23 @@ FUSED_RNN_INLINE void each_vector(const Part& part, int64_t limit, const F& f) {
   }
 }
 
-// Splits rows [row, row_end) times blocks [block, block_end) into parts and calls run(part) for each. narrow_end: the
-// last block has fewer vectors than the others, and so cannot be in a part of several blocks.
+// Splits rows [row, row_end) times blocks [block, block_end) into parts and calls run(part) for each, from the last
+// block to the first if `backwards`. narrow_end: the last block has fewer vectors than the others, and so cannot be in
+// a part of several blocks.
 template <int C, class Run>
 FUSED_RNN_INLINE void cover(int64_t row, int64_t row_end, int64_t block, int64_t block_end, bool narrow_end,
-                            const Run& run) {
-  if (row_end - row == 1) {
-    for (; block + kRowBlocks<C> <= block_end - narrow_end; block += kRowBlocks<C>) {
-      run(Part{row, block, 1, kRowBlocks<C>});
+                            bool backwards, const Run& run) {
+  const int64_t groups = row_end - row == 1 ? (block_end - block - narrow_end) / kRowBlocks<C> : 0;
+  const int64_t first = block + groups * kRowBlocks<C>, count = groups + block_end - first;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = backwards ? count - 1 - i : i;
+    if (n < groups) {
+      run(Part{row, block + n * kRowBlocks<C>, 1, kRowBlocks<C>});
+      continue;
     }
-  }
-  for (; block < block_end; ++block) {
-    for (int64_t r = row; r < row_end; r += kChunk) run(Part{r, block, int(least(kChunk, row_end - r)), 1});
+    for (int64_t r = row; r < row_end; r += kChunk) {
+      run(Part{r, first + n - groups, int(least(kChunk, row_end - r)), 1});
+    }
   }
 }
 
