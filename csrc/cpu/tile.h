@@ -45,7 +45,7 @@ constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // costs less per weight the larger K is; measured for 8 and for 16 lanes.
 template <class T>
 constexpr int64_t rows_worth_transposing(int64_t K) {
-  const int64_t rows = K / (2 + kLanes<T> / 4);
+  const int64_t rows = 2 * K / kLanes<T>;
   return rows < 8 ? 8 : rows;
 }
 
