@@ -251,7 +251,6 @@ def test_the_run_writes_its_table_and_its_picture(tmp_path: Path) -> None:
     assert line["threads"] == "1"
     assert line["torch_version"] == torch.__version__
     assert float(line["speed_up"]) > 0 and float(line["rnn_speed_up"]) > 0
-    assert 0 < float(line["torch_rnn_ms_per_step"]) < float(line["torch_ms_per_step"])
     assert (tmp_path / "examples.png").read_bytes().startswith(b"\x89PNG")
 
 
