@@ -32,8 +32,10 @@ def replace(policy: RecurrentActorCriticPolicy) -> Replaced:
     """
     if not isinstance(policy, RecurrentActorCriticPolicy):
         raise TypeError(f"replace: expected policy to be a RecurrentActorCriticPolicy, got {type(policy).__name__}")
-    policy._process_sequence = process_sequence
-    return fused_rnn.replace(policy)
+    replaced = fused_rnn.replace(policy)
+    if not replaced.skipped:
+        policy._process_sequence = process_sequence
+    return replaced
 
 
 def process_sequence(

@@ -46,14 +46,15 @@ class _Fused:
     @dispatch
     def forward(self: Any, tensordict: TensorDictBase) -> TensorDictBase:
         rnn = self.lstm if isinstance(self, LSTMModule) else self.gru
-        if not self.recurrent_mode or rnn.bidirectional or not tensordict.ndim:
+        states_in = self.in_keys[1 : len(self.out_keys)]
+        given = [tensordict.get(key, None) is not None for key in states_in]
+        if not self.recurrent_mode or rnn.bidirectional or not tensordict.ndim or any(given) != all(given):
             return super().forward(tensordict)  # type: ignore
         rows = tensordict.reshape(-1, tensordict.shape[-1])  # [B, T]
         resets = rows["is_init"].squeeze(-1)
-        stored = [rows.get(key, None) for key in self.in_keys[1 : len(self.out_keys)]]
         hx = fresh = None
-        if stored[0] is not None:
-            states = [state.permute(1, 2, 0, 3) for state in stored]  # [T, L, B, H]
+        if all(given):
+            states = [rows[key].permute(1, 2, 0, 3) for key in states_in]  # [B, T, L, H] as [T, L, B, H]
             fresh, hx = pack(rnn, states), pack(rnn, [state[0] for state in states])
         output, _, sequence = rnn(
             rows[self.in_keys[0]], hx, resets=resets, reset_state=fresh, return_state_sequence=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ def test_trains_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     torch.testing.assert_close(ours, theirs)
     assert callback.replaced == ["rnn"] and "fused_rnn runs rnn" in caplog.text
     assert b"fused_rnn" not in (tmp_path / "checkpoint.pt").read_bytes().replace(b"ReplaceRNNs", b"")
+
+
+def test_the_library_under_its_other_name(tmp_path: Path) -> None:
+    if find_spec("pytorch_lightning") is None:
+        pytest.skip("pytorch-lightning is not installed")
+    code = "import pytorch_lightning as pl; from fused_rnn.integrations.lightning import ReplaceRNNs as cls; "
+    process = python("-c", code + "print(issubclass(cls, pl.Callback))", cwd=tmp_path)
+    assert process.stdout == "True\n", process.stderr
 
 
 DDP = """

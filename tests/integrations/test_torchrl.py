@@ -79,6 +79,12 @@ def test_trajectories_are_one_call(cell: str) -> None:
     assert calls == [(4, 9, 3)]
 
 
+def test_one_state_without_the_other_is_torchrls_error() -> None:
+    for module in make("lstm"):
+        with rl.set_recurrent_mode(True), pytest.raises(RuntimeError, match="hidden1"):
+            module(data((4, 9), "lstm", True).exclude("c"))
+
+
 def test_models_are_searched() -> None:
     keys = {"in_key": "x", "out_key": "y"}
     model = torch.nn.ModuleList([rl.LSTMModule(input_size=3, hidden_size=5, **keys), torch.nn.GRU(3, 5)])
