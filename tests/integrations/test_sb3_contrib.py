@@ -38,7 +38,7 @@ def make_agent(fused: bool, policy: dict[str, Any]) -> Any:
     return agent
 
 
-@pytest.mark.slow("trains")
+@pytest.mark.slow("trains agents")
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_learns_the_same(policy: dict[str, Any], one_thread: None) -> None:
     theirs, ours = (make_agent(fused, policy).learn(128).policy.state_dict() for fused in (False, True))
