@@ -56,8 +56,9 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
             return super().forward(input, hx)
         try:
             return layers.step(cell, input, h0, c0, (*weights, None))
-        except RuntimeError:  # a size or dtype does not fit: find torch.nn's error
-            return self._run_any(cell, input, hx, states)
+        except RuntimeError:  # a size or dtype does not fit
+            self._run_any(cell, input, hx, states)  # raises torch.nn's error
+            raise
 
     def _is_plain(self, x: Any, h0: Any, c0: Any, weights: Sequence[Any]) -> bool:
         """Whether the operator checks all that is left to check: batched CPU tensors, and nothing observes torch."""
@@ -69,8 +70,11 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
             return False
         if self.bias and (b_ih is None or b_hh is None):
             return False
-        if (h0 is not None and h0.dim() != 2) or (c0 is not None and c0.dim() != 2):
-            return False
+        for state in (h0, c0):  # torch.nn takes some of another dtype or layout
+            if state is not None and (
+                state.dim() != 2 or state.dtype is not x.dtype or state.layout is not torch.strided
+            ):
+                return False
         return not (torch.is_autocast_enabled("cpu") or policy.watched())
 
     def _choice(self, cell: str, x: Tensor, states: Sequence[Any], weights: Sequence[Any]) -> policy.Choice:
