@@ -229,6 +229,7 @@ class FusedRNNBase(TorchConvertible, Variants):
         """`fused_rnn.policy.torch_trains_step` of a plain call, which may have any number of steps."""
         return (
             torch.is_grad_enabled()
+            and self.backend == "auto"
             and input.size(1 if self.batch_first else 0) == 1
             and policy.torch_trains_step(self.mode.lower(), input.dtype)
             and policy.any_requires_grad((input, *self._flat_weights))

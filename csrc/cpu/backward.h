@@ -25,7 +25,7 @@ struct BackwardProducts {
   bool packed;  // whether they are packed into panels
 
   explicit BackwardProducts(const LayerShape& s)
-      : splits(s.parts > 0), packed(splits || (s.N >= kRowsWorthPacking && s.B > 1)) {}
+      : splits(s.parts > 0), packed(splits || (s.N >= kRowsWorthCopying && s.B > 1)) {}
 };
 
 // Offsets of the parts of a direction's workspace, in elements.
@@ -156,7 +156,12 @@ class Backward {
                   [&](int r) { add_columns_in_float32(sums[r], rows[r], Rows<const T>{at(W), N}, N, K, unit); });
       }
     } else if (packed_ || left < kBlock) {
-      multiply<T, U>(sums, part, rows, {panels + part.block * K * kBlock, vectors * kLanes<T>, K * kBlock, vectors}, K);
+      const int64_t blocks = ceil_div(N, kBlock), next = part.block + (backwards() ? -1 : 1);
+      const bool follows = packed_ && part.row == row_begin_ && next >= first(blocks) && next < last(blocks);
+      multiply<T, U>(sums, part, rows,
+                     {panels + part.block * K * kBlock, vectors * kLanes<T>, K * kBlock, vectors,
+                      follows ? panels + next * K * kBlock : nullptr},
+                     K);
     } else {
       multiply<T, U>(sums, part, rows, {at(W) + part.block * kBlock, N, kBlock, vectors}, K);
     }
@@ -223,11 +228,15 @@ class Backward {
     if (worker_.splits_units) worker_.wait();
   }
 
+  // Every second step takes the blocks in the opposite order, to begin with the weights that are still in the cache.
+  bool backwards() const { return t_ % 2 != 0; }
+
   // Calls run(part) for this worker's parts of the rows up to row_end and n columns.
   template <class Run>
   FUSED_RNN_INLINE void each_part(int64_t row_end, int64_t n, const Run& run) const {
     const int64_t blocks = ceil_div(n, kBlock);
-    cover<U>(row_begin_, row_end, first(blocks), last(blocks), n % kBlock != 0, run, splits_ ? 2 * split_.height() : 0);
+    cover<U>(row_begin_, row_end, first(blocks), last(blocks), n % kBlock != 0, backwards(), run,
+             splits_ ? 2 * split_.height() : 0);
   }
 
   // The gradient of h after this step: the next step's gate gradients times W_hh, plus the direct gradient, plus dy.

@@ -12,9 +12,16 @@ struct ForwardProducts {
   bool x_beforehand;        // whether W_ih x of all steps is known before the first step: computed, or given
 
   explicit ForwardProducts(const LayerShape& s)
-      : packed_x((s.deterministic || s.bf16_weights || s.N >= kRowsWorthPacking) && !s.gates_given),
-        packed_h(s.deterministic || s.bf16_weights || (s.N >= kRowsWorthPacking && (s.B > 1 || s.parts == 1))),
-        x_beforehand(s.gates_given || (packed_x && s.T > 1 && s.B < kTileRows<4>)) {}
+      : packed_x(!s.gates_given && (s.deterministic || s.bf16_weights || s.N >= rows_worth_transposing(s, s.I))),
+        packed_h(s.deterministic || s.bf16_weights ||
+                 ((s.B > 1 || s.parts == 1) && s.N >= rows_worth_transposing(s, s.P))),
+        x_beforehand(s.gates_given || (s.T > 1 && s.B < kTileRows<4>)) {}
+
+ private:
+  static int64_t rows_worth_transposing(const LayerShape& s, int64_t K) {
+    return s.dtype == Dtype::kFloat32 ? FUSED_RNN_ISA::rows_worth_transposing<float>(K)
+                                      : FUSED_RNN_ISA::rows_worth_transposing<double>(K);
+  }
 };
 
 // Offsets of the parts of a direction's workspace, in elements.
