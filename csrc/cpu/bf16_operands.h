@@ -132,6 +132,16 @@ class SplitPanel {
     memory_[0] = 1;
   }
 
+  // The same of W in either type.
+  template <int G>
+  void pack_rows(const void* W, bool is_bf16, int64_t H, int64_t K, int64_t unit) const {
+    if (is_bf16) {
+      pack_rows<G>(static_cast<const Bf16*>(W), H, K, unit);
+    } else {
+      pack_rows<G>(static_cast<const float*>(W), H, K, unit);
+    }
+  }
+
   // The block of W [K, N] at `unit`, whose columns are units; see pack_columns().
   void pack_columns(const Rows<const float>& W, int64_t K, int64_t N, int64_t unit) const {
     constexpr int n = kLanes<float>;

@@ -114,12 +114,7 @@ class Forward {
     for (; block < end; ++block) {
       if constexpr (kSplits) {
         if (s_.parts) {
-          const SplitPanel panel = split_panel<Gates>(panels, block, H, K);
-          if (s_.bf16_weights) {
-            panel.template pack_rows<Gates>(static_cast<const Bf16*>(W), H, K, block * kUnits);
-          } else {
-            panel.template pack_rows<Gates>(at(W), H, K, block * kUnits);
-          }
+          split_panel<Gates>(panels, block, H, K).template pack_rows<Gates>(W, s_.bf16_weights, H, K, block * kUnits);
           continue;
         }
       }
@@ -137,34 +132,27 @@ class Forward {
   void pack_biases() const {
     const int64_t blocks = ceil_div(s_.H, kBlock);
     for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
-      pack_bias(bias_ + b * 2 * C * kLanes<T>, at(d_.b_ih), b * kBlock);
-      pack_bias(bias_ + (b * 2 + 1) * C * kLanes<T>, at(d_.b_hh), b * kBlock);
+      pack_bias<T, G>(bias_ + b * 2 * C * kLanes<T>, at(d_.b_ih), s_.H, b * kBlock);
+      pack_bias<T, G>(bias_ + (b * 2 + 1) * C * kLanes<T>, at(d_.b_hh), s_.H, b * kBlock);
     }
     if (worker_.index == 0) {
       for (int64_t i = 0; i < s_.P; ++i) zeros_[i] = 0;
     }
   }
 
-  void pack_bias(T* out, const T* bias, int64_t unit) const {
-    for (int g = 0; g < G; ++g) {
-      for (int u = 0; u < U; ++u) {
-        const int64_t first = unit + u * kLanes<T>;
-        const int64_t n = least(s_.H - first, kLanes<T>);
-        store(out + (g * U + u) * kLanes<T>, bias && n > 0 ? load(bias + g * s_.H + first, n) : Vec<T>{});
-      }
-    }
-  }
-
   // Rows of a part for cover(): two tiles.
   int tiles(const SplitRows& split) const { return s_.parts ? 2 * split.height() : 0; }
 
-  // Splits this step's rows of W_ih's and W_hh's operands.
-  void split_step(int64_t row_end) const {
-    if (products_.packed_x && !products_.x_beforehand) {
-      split_x_.split(row_end, worker_, worker_.splits_units, [&](int64_t b) { return x_row(b); });
+  // Splits the rows up to `end` of a product's operand, if it is computed from parts; row(b) points to row b. If the
+  // team shares the work, a wait must follow.
+  template <class Row>
+  void split(bool is_packed, const SplitRows& rows, int64_t end, const Row& row) const {
+    if constexpr (kSplits) {
+      if (s_.parts && is_packed) rows.split(end, worker_, worker_.splits_units, row);
     }
-    if (!products_.packed_h) return;
-    split_h_.split(row_end, worker_, worker_.splits_units, [&](int64_t b) { return recurrent_input(b); });
+  }
+  void wait_for_splits() const {
+    if (s_.parts && worker_.splits_units) worker_.wait();
   }
 
   // sums += rows x W^T for a part; reads W from `packed` if is_packed, else from W itself. `split` has the rows' parts,
@@ -218,16 +206,11 @@ class Forward {
         for (int g = 0; g < G; ++g) store(out + g * s_.H, sums[slot][g * U + u], units.count);
       });
     };
-    if constexpr (kSplits) {
-      if (s_.parts && products_.packed_x) {
-        const bool shared = worker_.splits_units;
-        const int64_t end = owns_blocks() ? s_.N : worker_.end(s_.N);
-        split_x_.split(end, worker_, shared, [&](int64_t n) { return at(d_.x) + s_.place(n) * s_.I; });
-        if (shared) worker_.wait();
-      }
-    }
     const int64_t blocks = ceil_div(s_.H, kBlock);
     const bool all = owns_blocks();
+    split(products_.packed_x, split_x_, all ? s_.N : worker_.end(s_.N),
+          [&](int64_t n) { return at(d_.x) + s_.place(n) * s_.I; });
+    wait_for_splits();
     cover<C>(all ? 0 : worker_.begin(s_.N), all ? s_.N : worker_.end(s_.N), first(blocks), last(blocks), narrow_end(),
              false, multiply_part);
   }
@@ -272,12 +255,9 @@ class Forward {
     const int64_t row_end = least(row_end_, rows_);
     const int64_t blocks = ceil_div(s_.H, kBlock);
     if (s_.drops_h) drop(row_end);
-    if constexpr (kSplits) {
-      if (s_.parts) {
-        split_step(row_end);
-        if (worker_.splits_units) worker_.wait();
-      }
-    }
+    split(products_.packed_x && !products_.x_beforehand, split_x_, row_end, [&](int64_t b) { return x_row(b); });
+    split(products_.packed_h, split_h_, row_end, [&](int64_t b) { return recurrent_input(b); });
+    wait_for_splits();
     cover<C>(
         row_begin_, row_end, first(blocks), last(blocks), narrow_end(), backwards(),
         [&](const Part& part) { gates(part); }, tiles(split_h_));
@@ -285,12 +265,8 @@ class Forward {
     if (s_.train && !s_.drops_h && !(s_.chains_h(Cell::kSavesH) && started_rows_ > 0)) keep_h_prev(row_end);
     if (s_.projected) {
       if (worker_.splits_units) worker_.wait();
-      if constexpr (kSplits) {
-        if (s_.parts && products_.packed_h) {
-          split_hidden_.split(row_end, worker_, worker_.splits_units, [&](int64_t b) { return hidden(b); });
-          if (worker_.splits_units) worker_.wait();
-        }
-      }
+      split(products_.packed_h, split_hidden_, row_end, [&](int64_t b) { return hidden(b); });
+      wait_for_splits();
       const int64_t outputs = ceil_div(s_.P, kProjectionBlock);
       const bool narrow = s_.P % kProjectionBlock != 0;
       cover<UP>(

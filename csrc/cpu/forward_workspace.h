@@ -24,6 +24,19 @@ struct ForwardProducts {
   }
 };
 
+// The bias of one block of G gates, as its panel has the columns; null: zeros.
+template <class T, int G>
+void pack_bias(T* out, const T* bias, int64_t H, int64_t unit) {
+  constexpr int U = kUnitVectors<G>;
+  for (int g = 0; g < G; ++g) {
+    for (int u = 0; u < U; ++u) {
+      const int64_t first = unit + u * kLanes<T>;
+      const int64_t n = least(H - first, kLanes<T>);
+      store(out + (g * U + u) * kLanes<T>, bias && n > 0 ? load(bias + g * H + first, n) : Vec<T>{});
+    }
+  }
+}
+
 // Offsets of the parts of a direction's workspace, in elements.
 template <class Cell, class T>
 struct ForwardWorkspace {
