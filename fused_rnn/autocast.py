@@ -1,8 +1,8 @@
 """What torch.autocast means for a layer: the dtype that it computes in, and the dtypes that it returns.
 
 On CUDA torch.nn's layers do all in autocast's dtype, and so do ours. On a CPU torch.nn rounds what its products read,
-and what it returns depends on the cell and on the states. The kernels widen 16-bit numbers anyway: on a CPU they
-compute in float32, and only the results are rounded, to torch.nn's dtypes: nearer to the exact values than torch.nn.
+and what it returns depends on the cell and on the states. On a CPU the kernels compute in float32, with products of
+bfloat16 where the processor multiplies those faster, and the results are rounded to torch.nn's dtypes.
 """
 
 from __future__ import annotations
