@@ -212,7 +212,7 @@ class Forward {
           [&](int64_t n) { return at(d_.x) + s_.place(n) * s_.I; });
     wait_for_splits();
     cover<C>(all ? 0 : worker_.begin(s_.N), all ? s_.N : worker_.end(s_.N), first(blocks), last(blocks), narrow_end(),
-             false, multiply_part);
+             false, multiply_part, products_.packed_x ? tiles(split_x_) : 0);
   }
 
   // Sets the current step. Its rows below started_rows_ took part in the previous step, in the order of the direction,
