@@ -1,6 +1,6 @@
-"""What fused_rnn is compared with besides torch.nn: ONNX Runtime, and torch.compile on torch.nn.
+"""Competitors of fused_rnn besides torch.nn: ONNX Runtime, and torch.compile on torch.nn.
 
-Both start from the torch.nn module of the row. What happens once (export, compilation) happens here,
+Both start from the torch.nn module of the row. One-time work (export, compilation) happens here,
 before anything is timed.
 """
 
@@ -21,7 +21,7 @@ from harness.measurement import Row
 from harness.workload import module_arguments, module_call
 
 ONNX_PACKAGES = ("onnx", "onnxruntime")
-COMPILE_LIMIT = 60  # seconds; steps are unrolled, and a hundred of them compile for many minutes
+COMPILE_LIMIT = 60  # seconds; steps are unrolled, and compiling a hundred of them takes many minutes
 
 
 def onnxruntime_call(row: Row, module: nn.Module) -> Callable[[], Tensor]:
@@ -31,13 +31,13 @@ def onnxruntime_call(row: Row, module: nn.Module) -> Callable[[], Tensor]:
     arguments = module_arguments(row)
     exported = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter is old, and the batch size is fixed: both are meant
+        warnings.simplefilter("ignore")  # the exporter is deprecated and the batch size is fixed, both on purpose
         torch.onnx.export(module, arguments, exported, dynamo=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = row.threads
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 4  # what it refuses becomes a note in the table
-    # Otherwise its idle threads spin into the turn of the next side.
+    options.log_severity_level = 4  # no log: errors become notes in the table
+    # Otherwise its idle threads spin into the next side's turn.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(exported.getvalue(), options, providers=["CPUExecutionProvider"])
     x, *states = arguments
@@ -55,7 +55,7 @@ def compiled_call(row: Row, module: nn.Module) -> Callable[[], Tensor]:
     import torch._inductor.config
 
     torch._dynamo.reset()  # rows share torch.nn's code, of which only a few versions are compiled
-    torch._inductor.config.compile_threads = 1  # in this process: given up, workers would go on beside the timing
+    torch._inductor.config.compile_threads = 1  # worker processes would run on after a time-out, during the timing
     with torch._dynamo.config.patch(allow_rnn=True), time_limit(COMPILE_LIMIT, "compilation"):
         call = module_call(row, torch.compile(module))
         call()
@@ -64,7 +64,7 @@ def compiled_call(row: Row, module: nn.Module) -> Callable[[], Tensor]:
 
 @contextmanager
 def time_limit(seconds: int, what: str) -> Iterator[None]:
-    """Interrupt Python code that runs longer, by a signal; the main thread's only."""
+    """Interrupt Python code that takes longer, by a signal; only in the main thread."""
 
     def interrupt(signal_number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"{what} took longer than {seconds} s")
@@ -80,7 +80,7 @@ def time_limit(seconds: int, what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Competitor:
-    """`prepare` returns the call to time, in the modes that it has."""
+    """`prepare` returns the call to time; `modes` lists the modes it supports."""
 
     prepare: Callable[[Row, nn.Module], Callable[[], Tensor]]
     modes: Sequence[str]
@@ -93,7 +93,7 @@ COMPETITORS = {
 
 
 def require_packages(competitors: Sequence[str]) -> None:
-    """Exit with a sentence if a competitor's package is missing, before anything is measured."""
+    """Exit with a message if a competitor's package is missing, before anything is measured."""
     if "onnxruntime" in competitors:
         missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
         if missing:

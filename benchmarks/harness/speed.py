@@ -1,7 +1,7 @@
 """The time of one row: every side is prepared, checked for the same result, and sampled in turns.
 
-`measure_time` compares what the sides return, and leaves out who fails; `measure_ways` is for several ways
-to compute the same in training, and compares the gradients, too.
+`measure_time` compares the outputs of the sides and leaves out sides that fail. `measure_ways` compares
+several ways to compute the same training call, including their gradients.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +27,9 @@ def measure_time(row: Row, prepare: Mapping[str, Callable[[], Callable[[], Tenso
     """Sample the sides of a row in turns.
 
     Args:
-        prepare: by side, in the order of the turns: does what happens once, and returns the call to
-            time, which returns y. torch.nn comes first, and what it raises leaves the row without
-            samples (it does not compute every dtype). What a competitor raises leaves that one out.
+        prepare: by side, in the order of the turns: does the one-time work and returns the call to time,
+            which returns y. torch.nn comes first; if it raises, the row has no samples (torch.nn does not
+            support every dtype). A competitor that raises is left out.
 
     Raises:
         RuntimeError: fused_rnn computes something else than torch.nn.
@@ -68,10 +68,10 @@ class Way:
     """One way to compute a row.
 
     Attributes:
-        call: what to time; it returns y.
+        call: the call to time; it returns y.
         leaves: the tensors whose gradients it computes in training.
-        of_torch: whether this is done with torch.nn.
-        same: whether it computes what the others do, and is not only there to compare the time.
+        of_torch: whether it uses torch.nn.
+        same: whether its results must equal the others', or only its time is compared.
     """
 
     call: Callable[[], Tensor]
@@ -86,7 +86,7 @@ class Way:
 
 
 def measure_ways(row: Row, ways: Mapping[str, Way], method: Method, pace: Pace = NORMAL) -> Measurement:
-    """Sample the ways to compute a row in turns; one of torch.nn's comes first, and tells what is right.
+    """Sample the ways to compute a row in turns; the first one uses torch.nn and gives the expected results.
 
     Raises:
         RuntimeError: a way computes something else.
@@ -107,7 +107,7 @@ def measure_ways(row: Row, ways: Mapping[str, Way], method: Method, pace: Pace =
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two numbers over the largest number, unless that is 0."""
+    """The largest absolute difference over the largest absolute value, or the former if the latter is 0."""
     return (found - expected).abs().max().item() / (expected.abs().max().item() or 1)
 
 
