@@ -1,7 +1,7 @@
 """The examples in benchmarks/: every model trains on fused_rnn as it does on torch.nn.
 
-Also the machinery that the comparison rests on: the rule of agreement, the interleaved timing, the
-data of the examples, and the two command lines. The other suites are in test_benchmarks.py.
+Also tests the tools of that comparison: the rule of agreement, the interleaved timing, the data of the examples, and
+the two command lines. The other suites are tested in test_benchmarks.py.
 """
 
 import csv
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 BY_NAME = {example.name: example for example in EXAMPLES}
-LONG, SHORTENED = 100, 15  # an example of more than LONG steps is stopped after SHORTENED
+LONG, SHORTENED = 100, 15  # examples of more than LONG steps are stopped after SHORTENED
 
 by_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 by_tour = pytest.mark.parametrize("tour", TOURS, ids=lambda tour: tour.name)
@@ -62,7 +62,7 @@ def test_losses_and_predictions_agree(example: Example) -> None:
 
     agreement = compare(torch_losses, fused_losses, torch_predictions, fused_predictions)
     assert agreement.holds, str(agreement)
-    # The rule lets predictions differ for long trainings; after so few steps none may.
+    # The rule allows a few different predictions after long trainings; after so few steps there may be none.
     assert torch.equal(torch_predictions, fused_predictions)
     assert len(fused_losses) == steps
     assert fused_losses[-1] < fused_losses[0]
