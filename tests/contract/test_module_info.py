@@ -1,7 +1,8 @@
-"""PyTorch's ModuleInfo samples for the six classes, run like PyTorch's test/test_modules.py runs them on torch.nn.
+"""PyTorch's ModuleInfo samples for the six classes, run as PyTorch's test/test_modules.py runs them.
 
-On the CPU torch.nn passes all of it, so all rules are applied here, including errors, modes and memory formats. Cases
-that PyTorch marks as failing (cuDNN) need a GPU. Left out: `inplace`, which no RNN has, and moves between devices.
+On the CPU torch.nn passes all of them. Errors, modes and memory formats are tested on torch.nn as well, to check the
+tests themselves. Cases that PyTorch marks as failing (cuDNN) need a GPU. Left out: `inplace`, which no RNN has, and
+moves between devices.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The CUDA operators under the emulator, called with damaged arguments: a Python exception or results, never a crash.
 
-The damages, and the reasons for them, are in test_fuzz.py, which does the same with the CPU operators.
+test_fuzz.py does the same with the CPU operators, and defines the kinds of damage.
 """
 
 from __future__ import annotations

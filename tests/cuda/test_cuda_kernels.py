@@ -195,7 +195,7 @@ MUTANTS = [
         element="tf32",
     ),
     Mutant("GRU: the wrong gradients are read", _EXCHANGE, " + exchange.rows_.offset + column", " + column", "gru"),
-    # The time-out.
+    # The watchdog.
     Mutant("never gives up", _EXCHANGE, "now - since_ <= patience_", "now >= since_"),
     Mutant("waits again after giving up", _EXCHANGE, "if (gave_up_) return false;", ""),
     Mutant("adds up all waits", _EXCHANGE, "{ turns_ = 0, since_ = 0; }", "{ turns_ += 0; }"),

@@ -1,6 +1,6 @@
 """``python -m fused_rnn run``: a script runs as under Python itself, except that layers use the kernels.
 
-Every run is repeated without `run`; output, errors and exit status must be equal.
+Most runs are repeated by plain Python; output, errors and exit status must be equal.
 """
 
 from __future__ import annotations

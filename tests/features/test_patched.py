@@ -1,4 +1,4 @@
-"""`fused_rnn.patched()` runs torch.nn's own classes on the fused kernels, with torch.nn's results, and is undone."""
+"""`fused_rnn.patched()` runs torch.nn's own classes on the fused kernels, with torch.nn's results, until it is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""module.step: equals forward, one time step at a time and on sequences of length one."""
+"""module.step, called for one time step after the other, gives the results of forward on the whole sequence.
+
+Also its keywords: resets, rows that wait, and results written into given tensors.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Denormal numbers count as zeros inside the kernels, and only there. On some processors an operation on one takes a
-hundred times as long (`benchmarks/denormals.py` measures it). Results with denormal numbers must equal those with
-zeros, and torch's setting must be unchanged afterwards. `kernel_check.cpp` checks the processor's control register on
-every instruction set.
+"""Denormal numbers count as zeros inside the kernels, and only there.
+
+On some processors an operation on a denormal number takes a hundred times as long (`benchmarks/denormals.py` measures
+it). Results with denormal numbers must equal those with zeros, and torch's setting must be unchanged afterwards.
+`kernel_check.cpp` checks the processor's control register itself, on every instruction set.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Stress tests: many Python threads, thousands of calls, NaN and infinity at any place.
 
-Single values are tested in test_contract_values.py, denormal numbers in test_denormals.py, hostile arguments in
-test_fuzz.py, forks in test_isa.py.
+Concurrent calls must equal the same calls one after the other, memory must not grow, and special values must spread as
+in torch.nn and within their row. Denormal numbers are tested in test_denormals.py, hostile arguments in test_fuzz.py,
+forks in test_isa.py.
 """
 
 from __future__ import annotations

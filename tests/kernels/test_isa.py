@@ -1,4 +1,4 @@
-"""All instruction sets and all ways of threading give the same results, also in forks and concurrent calls."""
+"""All instruction sets and numbers of threads agree up to rounding, also in forked children and concurrent calls."""
 
 from __future__ import annotations
 

@@ -57,7 +57,6 @@ def test_inference_equals_training(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference_is_torch(case: Case) -> None:
-    """The specification agrees with torch.nn."""
     theirs, _, _ = case.modules(torch.float64)
     data = case.data(torch.float64)
     x, *states = data

@@ -1,4 +1,4 @@
-"""The default set of `pytest` contains every option, cell and dtype that occurs in any test."""
+"""The default set of `pytest` contains every word of every case's name: every option, cell and dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reinforcement-learning example: the learner recomputes the player's actions and states exactly.
+"""The reinforcement-learning example: the learner recomputes the player's actions and states.
 
 Loop and fused backends agree, episodes start where the environments say, and advantages are those of the definition.
 """
