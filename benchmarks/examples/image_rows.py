@@ -32,7 +32,7 @@ class ImageRows(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         rows = images.transpose(0, 1)  # (batch, 28, 28) -> (time, batch, feature)
         output, _ = self.lstm(rows)
-        return self.linear(output[-1])  # the state after the last row: (batch, 10)
+        return self.linear(output[-1])  # scores after the last row: (batch, 10)
 
 
 @dataclass(frozen=True)

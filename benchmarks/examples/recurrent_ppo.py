@@ -38,8 +38,8 @@ HIDDEN_SIZE = 64
 GAMMA, GAE_LAMBDA, REWARD_SCALE = 0.99, 0.95, 0.01  # with this scale, values are at most 1
 EPOCHS, MINIBATCHES, LEARNING_RATE = 4, 4, 2e-3
 CLIP, VALUE_WEIGHT, ENTROPY_WEIGHT, MAX_GRADIENT_NORM = 0.2, 0.5, 0.01, 0.5  # the customary values
-EPISODES = 100  # the mean return is taken over so many
-SAME_START = 1e-5  # largest relative difference of the first update's losses between the backends
+EPISODES = 100  # that the mean return is taken over, the last ones
+SAME_START = 1e-5  # limit on the difference of the first update's losses between the backends
 TIMED_UPDATES, WARM_UP = 9, 2
 RESULTS = Path(__file__).parents[1] / "results"
 PROGRESS = "{steps:8d} steps, {seconds:4.0f} s: return {mean_return:5.1f}; learner {learner_ms:.0f} ms per update"
@@ -219,7 +219,7 @@ def update_with_both(policy: Policy, rollout: Rollout, updates: int, warm_up: in
 
 
 def first_difference(policy: Policy, rollout: Rollout) -> float:
-    """The largest relative difference of one update's losses between the backends."""
+    """The largest difference of one update's losses between the backends."""
     both = update_with_both(policy, rollout, updates=1, warm_up=0)
     return max(abs(a - b) for a, b in zip(both.first.results[0], both.second.results[0], strict=True))
 

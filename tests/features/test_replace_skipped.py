@@ -120,7 +120,7 @@ def test_no_warning_when_nothing_was_left_alone() -> None:
 
 
 def test_the_ways_that_the_reasons_name() -> None:
-    """patched() reaches forwards that call torch.nn's; lazy and parametrised modules can be converted earlier."""
+    """patched() reaches forwards that call torch.nn's; a lazy module can be converted after its first call."""
     module = Flipping(3, 5)
     wanted = module(X)
     with fused_calls() as calls, fused_rnn.patched():

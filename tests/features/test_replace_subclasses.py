@@ -206,7 +206,7 @@ def test_torch_save_and_load_in_a_fresh_process(tmp_path: Path, monkeypatch: pyt
     done = subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
-    # A subclass with its own forward is left alone entirely.
+    # Once the class has a forward of its own, a loaded module runs only that.
     source.write_text(USERS_MODULE.replace("pass", "def forward(self, *args): return ('another',)"))
     users_tagger = importlib.reload(users_tagger)
     model, x, _ = torch.load(tmp_path / "model.pt", weights_only=False)
