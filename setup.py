@@ -22,7 +22,7 @@ from setup_cuda import EXHAUSTIVE_SWITCHES, build_cuda, nvcc
 
 ROOT = Path(__file__).resolve().parent
 CUDA_ONLY = ("bindings/cuda_*.cpp", "cuda/recurrence.cpp")
-MODULE = ("bindings/module.o", "cuda/plan.o")  # the rest is _cpu.so's
+MODULE = ("bindings/module.o", "bindings/stream.o", "cuda/plan.o")  # the rest is _cpu.so's
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000ULL")  # of torch 2.10
 
 

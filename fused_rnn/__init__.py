@@ -35,9 +35,11 @@ from fused_rnn import functional as functional
 from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
 from fused_rnn.compiled import operator_decompositions
 from fused_rnn.convert import from_torch, replace
+from fused_rnn.frozen import FrozenCell, FrozenRNN, freeze
 from fused_rnn.modules import GRU, LSTM, RNN
 from fused_rnn.patch import patched
 from fused_rnn.planning import plan
+from fused_rnn.stream import Stream
 from fused_rnn.tool_tables import install as _install_tool_tables
 
 _install_tool_tables()
@@ -55,9 +57,13 @@ __all__ = [
     "LSTM",
     "OPERATORS_LIBRARY",
     "RNN",
+    "FrozenCell",
+    "FrozenRNN",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stream",
+    "freeze",
     "from_torch",
     "operator_decompositions",
     "patched",

@@ -41,7 +41,8 @@ Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bo
                 OptionalTensor reset_c, bool want_c_sequence, OptionalTensor drop_h, OptionalTensor zone_h,
                 OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c, OptionalTensor norm_c_bias,
                 bool deterministic, OptionalTensor lengths, bool, int64_t) {
-  CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), batch_sizes);
+  CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh.sizes(), w_hr.has_value(), w_hh_reverse.has_value(),
+                 batch_sizes);
   layer.end_at(lengths);
   layer.shape.train = train;
   layer.shape.deterministic = deterministic;
@@ -99,7 +100,7 @@ Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bo
 std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, Tensor w_ih, Tensor w_hh,
                                 OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, bool deterministic) {
   FUSED_RNN_CHECK(x.dim() == 2, "x must be [B, I], got ", shape_text(x.sizes()));
-  CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, false, std::nullopt);
+  CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh.sizes(), w_hr.has_value(), false, std::nullopt);
   layer.shape.deterministic = deterministic;
   const LayerShape& s = layer.shape;
   x = layer.checked_sequence(x, "x", s.I);
@@ -131,7 +132,8 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
                    OptionalTensor resets, int64_t reset_steps, OptionalTensor dc_sequence, OptionalTensor drop_h,
                    OptionalTensor zone_h, OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c,
                    OptionalTensor norm_c_bias, OptionalTensor lengths, bool, int64_t) {
-  CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), batch_sizes);
+  CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh.sizes(), w_hr.has_value(), w_hh_reverse.has_value(),
+                 batch_sizes);
   layer.end_at(lengths);
   layer.without_input_weights(w_ih.has_value(), w_ih_reverse.has_value());
   VariantTensors variant{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias};

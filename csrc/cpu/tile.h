@@ -121,10 +121,19 @@ void multiply_rows(Vec<T> (*sums)[C], const T* const* rows, int n, const Panel<T
   // clang-format on
 }
 
+// sums[block][c] += rows[0] x panel for n blocks.
+template <class T, int C, int N = kRowBlocks<C>>
+void multiply_blocks(Vec<T> (*sums)[C], const T* const* rows, int n, const Panel<T>& panel, int64_t K) {
+  if constexpr (N > 1) {
+    if (n < N) return multiply_blocks<T, C, N - 1>(sums, rows, n, panel, K);
+  }
+  multiply_tile<T, N, 1, C, C>(sums, rows, panel, K);
+}
+
 // sums[slot][c] += rows x panel for all slots of a part. If the part has several blocks, it has one row, rows[0].
 template <class T, int C>
 void multiply(Sums<T, C>& sums, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K) {
-  if (part.blocks > 1) return multiply_tile<T, kRowBlocks<C>, 1, C, C>(sums, rows, panel, K);
+  if (part.blocks > 1) return multiply_blocks<T, C>(sums, rows, part.blocks, panel, K);
   const int tiles = static_cast<int>(ceil_div(part.rows, kTileRows<C>));
   for (int64_t k = 0; k < K; k += kDepth) {
     const Panel<T> deep{panel.data + k * panel.stride, panel.stride, panel.distance, panel.vectors};
@@ -208,8 +217,10 @@ template <int C, class Run>
 FUSED_RNN_INLINE void cover(int64_t row, int64_t row_end, int64_t block, int64_t block_end, bool narrow_end,
                             const Run& run) {
   if (row_end - row == 1) {
-    for (; block + kRowBlocks<C> <= block_end - narrow_end; block += kRowBlocks<C>) {
-      run(Part{row, block, 1, kRowBlocks<C>});
+    while (block < block_end - narrow_end) {
+      const int blocks = int(least(kRowBlocks<C>, block_end - narrow_end - block));
+      run(Part{row, block, 1, blocks});
+      block += blocks;
     }
   }
   for (; block < block_end; ++block) {
@@ -233,6 +244,16 @@ void pack_rows(T* panel, const T* W, int64_t H, int64_t K, int64_t unit) {
       transpose<T>(square);
       for (int64_t i = 0; i < width; ++i) store(panel + ((k + i) * vectors + c) * n, square[i]);
     }
+  }
+}
+
+// Copies the biases of one block, [G * H], to the places that their columns have in a panel.
+template <class T, int G>
+void pack_bias(T* out, const T* bias, int64_t H, int64_t unit) {
+  constexpr int U = kUnitVectors<G>;
+  for (int c = 0; c < G * U; ++c) {
+    const int64_t first = unit + c % U * kLanes<T>, n = least(H - first, kLanes<T>);
+    store(out + c * kLanes<T>, bias && n > 0 ? load(bias + c / U * H + first, n) : Vec<T>{});
   }
 }
 
