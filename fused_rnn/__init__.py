@@ -47,6 +47,12 @@ _install_tool_tables()
 OPERATORS_LIBRARY = str(Path(__file__).with_name("_cpu.so"))
 """Path of the CPU operators' library, for ``torch.ops.load_library`` or a C++ program; it needs no Python."""
 
+STREAM_LIBRARY = str(Path(__file__).with_name("_stream.so"))
+"""Path of the library of streams for programs in C; its header is ``<fused_rnn/stream.h>`` in the folder `INCLUDE`."""
+
+INCLUDE = str(Path(__file__).parents[1])
+"""The folder for a C compiler's ``-I`` that has ``fused_rnn/stream.h``."""
+
 try:
     __version__ = version("fused_rnn")
 except PackageNotFoundError:  # a build in place that was never installed
@@ -54,9 +60,11 @@ except PackageNotFoundError:  # a build in place that was never installed
 
 __all__ = [
     "GRU",
+    "INCLUDE",
     "LSTM",
     "OPERATORS_LIBRARY",
     "RNN",
+    "STREAM_LIBRARY",
     "FrozenCell",
     "FrozenRNN",
     "GRUCell",

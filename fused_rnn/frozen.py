@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import _C, policy, survey
 from fused_rnn.call import Call, batch_major
-from fused_rnn.cell_info import CELLS, NUMBER
+from fused_rnn.cell_info import NUMBER
 from fused_rnn.cells import check_ranks
 from fused_rnn.convert import TorchConvertible
 from fused_rnn.spec import Spec
@@ -172,10 +171,9 @@ class _Frozen(Module):
         self.bidirectional, self.proj_size = bidirectional, proj_size
         self._name = name
         self._sizes = (NUMBER[mode.lower()], num_layers, 2 if bidirectional else 1, hidden_size, proj_size)
-        dtype = torch.empty(0)  # what torch.nn's checks look at
         self._spec = Spec(
-            f"Frozen{name}", mode, input_size, hidden_size, num_layers, bias, batch_first, 0.0, bidirectional, proj_size,
-            _flat_weights=(dtype,),
+            f"Frozen{name}", mode, input_size, hidden_size, num_layers, bias, batch_first, 0.0, bidirectional,
+            proj_size, _flat_weights=(torch.empty(0),),  # whose dtype torch.nn's checks look at
         )  # fmt: skip
         self._layout: list[tuple[str, torch.dtype, tuple[int, ...], int]] = []
         size = _HEADER.size

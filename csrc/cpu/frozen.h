@@ -133,6 +133,7 @@ struct Bfloat16 {
                                              int64_t distance, int64_t K) {
     constexpr int64_t kRun = 128;  // as in multiply_tile
     const float* rows[R];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) rows[r] = row[r];
     for (int64_t begin = 0; begin < K; begin += kRun) {
       const int64_t end = least(begin + kRun, K);
@@ -154,12 +155,16 @@ struct Bfloat16 {
           }
         }
       }
+#pragma GCC unroll 8
       for (int nb = 0; nb < NB; ++nb) {
+#pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
           if (k < end) {
             const Ints last = load_as<Ints>(w + nb * distance + c * FUSED_RNN_VEC_BYTES);
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) acc[nb][r][c] += rows[r][k] * (Vec<float>)(last << 16);
           }
+#pragma GCC unroll 8
           for (int r = 0; r < R; ++r) sums[nb + r][c] += acc[nb][r][c];
         }
       }
@@ -202,9 +207,12 @@ struct RowScale {
 template <int NB, int R, int C>
 FUSED_RNN_INLINE void add_scaled(Vec<float> (*sums)[C], const Ints (&acc)[NB][R][C], const RowScale* scales,
                                  const char* panel, int64_t distance) {
+#pragma GCC unroll 8
   for (int nb = 0; nb < NB; ++nb) {
+#pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       const auto scale = load_as<Vec<float>>(panel + nb * distance + c * FUSED_RNN_VEC_BYTES);
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         sums[nb + r][c] += __builtin_convertvector(acc[nb][r][c], Vec<float>) * (scale * scales[r].scale);
       }
@@ -274,40 +282,42 @@ struct Quads {
   }
 
   template <int NB, int R, int C>
-  static __attribute__((noinline, target("avx512f,avx512vl,avx512dq,avx512bw,avx512vnni,fma"))) void tile(
-      Vec<float> (*sums)[C], const int8_t* const* rows, const RowScale* scales, const char* panel, int64_t chunk,
-      int64_t distance, int64_t depth) {
-    __m512i high[NB][R][C], low[NB][R][C];
-    for (int nb = 0; nb < NB; ++nb) {
-      for (int r = 0; r < R; ++r) {
-        for (int c = 0; c < C; ++c) high[nb][r][c] = low[nb][r][c] = _mm512_setzero_si512();
-      }
-    }
+  static __attribute__((noinline)) void tile(Vec<float> (*sums)[C], const int8_t* const* rows, const RowScale* scales,
+                                             const char* panel, int64_t chunk, int64_t distance, int64_t depth) {
+    Ints acc[NB][R][C] = {}, low[NB][R][C] = {};
     const char* w = panel + chunk + C * FUSED_RNN_VEC_BYTES;
     for (int64_t k = 0; k < depth; k += kGroup, w += C * FUSED_RNN_VEC_BYTES) {
 #pragma GCC unroll 8
       for (int nb = 0; nb < NB; ++nb) {
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-          const __m512i weights = _mm512_loadu_si512(w + nb * distance + c * FUSED_RNN_VEC_BYTES);
+          const Ints weights = load_as<Ints>(w + nb * distance + c * FUSED_RNN_VEC_BYTES);
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) {
-            high[nb][r][c] = _mm512_dpbusd_epi32(high[nb][r][c], (__m512i)broadcast(rows[r] + k), weights);
-            low[nb][r][c] = _mm512_dpbusd_epi32(low[nb][r][c], (__m512i)broadcast(rows[r] + kDepth8 + k), weights);
+            add_products(acc[nb][r][c], broadcast(rows[r] + k), weights);
+            add_products(low[nb][r][c], broadcast(rows[r] + kDepth8 + k), weights);
           }
         }
       }
     }
-    Ints acc[NB][R][C];
+#pragma GCC unroll 8
     for (int nb = 0; nb < NB; ++nb) {
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
           const Ints offset = load_as<Ints>(panel + chunk + nb * distance + c * FUSED_RNN_VEC_BYTES);
-          acc[nb][r][c] = ((Ints)high[nb][r][c] << 8) + (Ints)low[nb][r][c] - offset;
+          acc[nb][r][c] = (acc[nb][r][c] << 8) + low[nb][r][c] - offset;
         }
       }
     }
     add_scaled<NB, R, C>(sums, acc, scales, panel, distance);
+  }
+
+ private:
+  // sums += the four products of each lane; a has no sign. Of the intrinsic GCC 12 keeps the sums in memory.
+  static FUSED_RNN_INLINE void add_products(Ints& sums, const Ints& a, const Ints& b) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
   }
 };
 #endif
