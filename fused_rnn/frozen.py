@@ -207,7 +207,7 @@ class _Frozen(Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, view in self._parts(self._model):
-            destination[prefix + name] = view
+            destination[prefix + name] = view.clone()  # torch.save refuses views of several dtypes
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_rnn import _C
-
-if TYPE_CHECKING:
-    from fused_rnn.frozen import FrozenCell, FrozenRNN
 
 
 class Stream:
@@ -21,7 +18,7 @@ class Stream:
     `out` a step allocates nothing. Give each thread a stream of its own; streams share the weights.
 
     Args:
-        module: a frozen module of one direction.
+        module: a `FrozenRNN` of one direction, or a `FrozenCell`.
         batch: the number of rows B.
         threads: that share a step.
 
@@ -39,7 +36,7 @@ class Stream:
         (torch.Size([20, 5]), torch.Size([1, 1, 5]))
     """
 
-    def __init__(self, module: FrozenRNN | FrozenCell, batch: int = 1, threads: int = 1) -> None:
+    def __init__(self, module: Any, batch: int = 1, threads: int = 1) -> None:
         self.module, self.batch, self.threads = module, batch, threads
         self._stream = _C.Stream(module._model.numpy(), batch, threads)
         self._run = self._stream.run

@@ -148,13 +148,14 @@ std::shared_ptr<const FrozenModel> frozen_model(const void* bytes, int64_t size)
   constexpr size_t kKept = 64;
   struct Entry {
     char header[sizeof(FrozenHeader)];
+    int64_t size;  // of the bytes, which need not be what the header says
     std::shared_ptr<const FrozenModel> model;
   };
   static auto& kept = *new std::list<Entry>;  // never destroyed: threads may run until the end. The last used first
   static auto& mutex = *new std::mutex;
   const auto find = [&]() -> std::shared_ptr<const FrozenModel> {
     for (auto entry = kept.begin(); entry != kept.end(); ++entry) {
-      if (std::memcmp(entry->header, bytes, sizeof(FrozenHeader)) != 0) continue;
+      if (entry->size != size || std::memcmp(entry->header, bytes, sizeof(FrozenHeader)) != 0) continue;
       kept.splice(kept.begin(), kept, entry);
       return entry->model;
     }
@@ -169,6 +170,7 @@ std::shared_ptr<const FrozenModel> frozen_model(const void* bytes, int64_t size)
   if (auto found = find()) return found;  // another thread's
   Entry& entry = kept.emplace_front();
   std::memcpy(entry.header, bytes, sizeof(entry.header));
+  entry.size = size;
   entry.model = model;
   if (kept.size() > kKept) kept.pop_back();
   return model;

@@ -61,6 +61,7 @@ void Stream::run(const float* x, float* y, int64_t steps) {
 
 void Stream::reset(const uint8_t* rows) {
   const auto clear = [&](std::vector<float>& state) {
+    if (state.empty()) return;
     const int64_t width = state.size() / (model_->layers * batch_);
     for (int64_t row = 0; row < model_->layers * batch_; ++row) {
       if (!rows || rows[row % batch_]) std::memset(state.data() + row * width, 0, width * sizeof(float));
