@@ -25,7 +25,7 @@ constexpr double kNormEps = 1e-5;  // added to the variance in layer normalisati
 // The kernels number the rows of [N, ...] buffers by step: row b of step t is row(t) + b. Rows of a packed sequence, or
 // of a padded batch with lengths, are sorted so that the longest sequences come first and later steps have fewer rows.
 // The caller's own buffers need not be sorted: `places` maps a row number to the row of x, y, c_sequence, resets,
-// zone_h and zone_c and of their gradients; `order` maps b to the row of h0, c, h_n, the reset states, drop_h and of
+// zones and of their gradients; `order` maps b to the row of h0, c, h_n, the reset states, drop_h and of
 // their gradients. The reserve and all other buffers are in the kernels' order.
 struct LayerShape {
   CellKind cell;
@@ -35,7 +35,7 @@ struct LayerShape {
   bool projected;              // LSTM with a projection: w_hr is given, and P < H
   bool train;                  // forward fills the reserve for backward
   bool gates_given;            // x already holds W_ih x, [N, D * G*H]; there is no w_ih
-  bool drops_h, zones_h;       // Variant::drop_h, Variant::zone_h are given
+  bool drops_h, zones_h;       // Variant::drop_h, Variant::zones.h are given
   bool normalised;             // layer normalisation of W_hh h and, in the LSTM, of c; requires gates_given
   bool deterministic;          // a row's result must not depend on the batch around it: weights are always packed
   WeightFormat weights;        // unless plain, w_ih, w_hh, w_hr and b_ih (which has b_hh, too) are as freeze sets them
@@ -80,15 +80,22 @@ struct Reserve {
   int64_t stride;  // of a row, in all of them
 };
 
+// Zoneout of one of the states: the factor of the new state.
+struct Zone {
+  const void* at;  // [N, size]; null: no zoneout
+  int64_t stride;  // of a row; 0: one row for all
+};
+struct Zones {
+  Zone h, c;  // c: LSTM
+};
+
 // Regularisation of one direction. Forward and backward read it; each pointer is null where its option is off.
 // fused_rnn/reference.py has the equations.
 struct Variant {
-  const void* drop_h;                    // [B, P]
-  const void* zone_h;                    // [N, P]
-  const void* zone_c;                    // [N, H]; LSTM
-  int64_t zone_h_stride, zone_c_stride;  // of a row; 0: one row for all
-  const void* norm_hh;                   // [G*H]
-  const void *norm_c, *norm_c_bias;      // [H]; LSTM
+  const void* drop_h;  // [B, P]
+  Zones zones;
+  const void* norm_hh;               // [G*H]
+  const void *norm_c, *norm_c_bias;  // [H]; LSTM
 };
 
 // The states that replace h and c at a reset. Row b of step t begins at element t * step + b * size; a step of 0 gives

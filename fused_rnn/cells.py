@@ -48,7 +48,11 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         h0, c0 = (*states, None, None)[:2]
         if not self._is_plain(input, h0, c0, weights):
             return self._run_any(cell, input, hx, states)
-        if torch.is_grad_enabled() and not self._choice(cell, input, states, weights).fused:
+        if (
+            policy.torch_trains_cell(cell, input.dtype)
+            and torch.is_grad_enabled()
+            and policy.any_requires_grad((input, h0, c0, *weights))
+        ):
             return super().forward(input, hx)
         try:
             return layers.step(cell, input, h0, c0, (*weights, None))

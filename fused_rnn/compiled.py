@@ -19,31 +19,14 @@ from fused_rnn.options import LayerOptions
 _library = torch.library.Library("fused_rnn", "FRAGMENT")
 # Arguments and results are those of `fused_rnn.layers.layer`, except that a result it leaves out is empty here.
 _library.define(
-    "layer(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor?[] weights, Tensor? batch_sizes, Tensor? resets, "
-    "Tensor? reset_h, Tensor? reset_c, bool c_sequence, Tensor? lengths, Tensor?[] norms, Tensor? drop_h, "
-    "Tensor? zone_h, Tensor? zone_c, bool recompute) -> Tensor[]"
+    "layer(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor?[] weights, Tensor?[] options, bool c_sequence, "
+    "bool recompute) -> Tensor[]"
 )
 
 
-def _options(
-    batch_sizes: Tensor | None,
-    resets: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    c_sequence: bool,
-    lengths: Tensor | None,
-    norms: Sequence[Tensor | None],
-    drop_h: Tensor | None,
-    zone_h: Tensor | None,
-    zone_c: Tensor | None,
-    recompute: bool,
-) -> LayerOptions:
+def _options(tensors: Sequence[Any], c_sequence: bool, recompute: bool) -> LayerOptions:
     """The options from the operator's arguments behind the weights."""
-    norm_ih, norm_hh, norm_c, norm_c_bias = norms
-    return LayerOptions(
-        batch_sizes, resets, reset_h, reset_c, c_sequence, drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias,
-        lengths=lengths, norm_ih=norm_ih, recompute=recompute,
-    )  # fmt: skip
+    return LayerOptions(*tensors)._replace(c_sequence=c_sequence, recompute=recompute)
 
 
 def _layer(

@@ -230,9 +230,9 @@ class Variants(torch.nn.RNNBase):
         self.__dict__["_varied"] = isinstance(self.hidden_size, tuple) or any(
             getattr(self, name) != option.default for name, option in _OPTIONS.items() if name != "forget_bias"
         )
-        zone_h, zone_c = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
+        rate_h, rate_c = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
         self.__dict__["_regularisation"] = {
-            "zoneout": (zone_h, zone_c if self.mode == "LSTM" else 0.0),
+            "zoneout": (rate_h, rate_c if self.mode == "LSTM" else 0.0),
             "recurrent_dropout": self.recurrent_dropout,
             "weight_dropout": self.weight_dropout,
             "recompute": self.recompute == "full",

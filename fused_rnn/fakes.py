@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_rnn import policy
 from fused_rnn.cell_info import CELLS, NAMES
+from fused_rnn.options import NO_OPTIONS, LayerOptions, tensors_of
 
 if TYPE_CHECKING:
     from fused_rnn._C import CellInfo
@@ -24,32 +25,30 @@ def _forward(
     x: Tensor, h0: _Maybe, c0: _Maybe, cell: int, train: bool, w_ih: _Maybe, w_hh: Tensor, b_ih: _Maybe = None,
     b_hh: _Maybe = None, w_hr: _Maybe = None, w_ih_reverse: _Maybe = None, w_hh_reverse: _Maybe = None,
     b_ih_reverse: _Maybe = None, b_hh_reverse: _Maybe = None, w_hr_reverse: _Maybe = None,
-    batch_sizes: _Maybe = None, resets: _Maybe = None, reset_h: _Maybe = None, reset_c: _Maybe = None,
-    want_c_sequence: bool = False, drop_h: _Maybe = None, zone_h: _Maybe = None, zone_c: _Maybe = None,
-    norm_hh: _Maybe = None, norm_c: _Maybe = None, norm_c_bias: _Maybe = None, deterministic: bool = False,
-    lengths: _Maybe = None, tf32: bool = False, instance: int = -1,
+    options: Sequence[Any] | None = None, want_c_sequence: bool = False, deterministic: bool = False,
+    tf32: bool = False, instance: int = -1,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     weights = (w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse)
-    variant = (drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias)
-    require_one_device(x, h0, c0, *weights, resets, reset_h, reset_c, *variant)
+    o = NO_OPTIONS if options is None else LayerOptions(*options)
+    require_one_device(x, h0, c0, *weights, *_on_device(o))
     info = CELLS[NAMES[cell]]
     H, P = w_hh.size(0) // info["gates"], w_hh.size(1)
     D = 1 if w_hh_reverse is None else 2
-    is_step = x.dim() == 2 and batch_sizes is None
-    batch, rows = _batch_and_rows(x, h0, batch_sizes)
+    is_step = x.dim() == 2 and o.batch_sizes is None
+    batch, rows = _batch_and_rows(x, h0, o.batch_sizes)
     state = (batch,) if is_step else (D, batch)
     y = x.new_empty((*x.shape[:-1], D * P))
     h_n = x.new_empty((0,) if is_step else (*state, P))
     c_n = x.new_empty((*state, H) if info["has_c"] else (0,))
     kept = D if train else 0
     if policy.on_cuda(x):
-        steps = 1 if is_step else x.size(0) if batch_sizes is None else batch_sizes.size(0)
-        reserve = _cuda_reserve(x, info, (kept, steps, batch, H), drop_h, norm_hh, norm_c)
+        steps = 1 if is_step else x.size(0) if o.batch_sizes is None else o.batch_sizes.size(0)
+        reserve = _cuda_reserve(x, info, (kept, steps, batch, H), o)
     else:
-        chained = info["saves_h"] and all(t is None for t in (batch_sizes, resets, drop_h, zone_h, norm_hh))
-        if lengths is not None:  # how many rows have steps is in the values
-            rows, chained = torch.library.get_ctx().new_dynamic_size(), False
-        width = H if chained else _reserve_width(info, H, P, w_hr, drop_h, norm_hh)
+        chained = info["saves_h"] and all(t is None for t in options or ())
+        if o.lengths is not None:  # how many rows have steps is in the values
+            rows = torch.library.get_ctx().new_dynamic_size()
+        width = H if chained else _reserve_width(info, H, P, w_hr, o)
         reserve = x.new_empty((kept, rows + batch if chained else rows, width))
         reserve = reserve if x.dtype in policy.KERNEL_DTYPES else reserve.float()
     return y, h_n, c_n, reserve, x.new_empty((*x.shape[:-1], D * H) if want_c_sequence else (0,))
@@ -84,22 +83,21 @@ def _backward(
     dy: _Maybe, dh_n: _Maybe, dc_n: _Maybe, x: Tensor, reserve: Tensor, cell: int, need_dx: bool, need_dstate: bool,
     need_dw_ih: bool, need_dw_hh: bool, need_db: bool, need_dw_hr: bool, w_ih: _Maybe, w_hh: Tensor,
     w_hr: _Maybe = None, w_ih_reverse: _Maybe = None, w_hh_reverse: _Maybe = None, w_hr_reverse: _Maybe = None,
-    batch_sizes: _Maybe = None, resets: _Maybe = None, reset_steps: int = 0, dc_sequence: _Maybe = None,
-    drop_h: _Maybe = None, zone_h: _Maybe = None, zone_c: _Maybe = None, norm_hh: _Maybe = None,
-    norm_c: _Maybe = None, norm_c_bias: _Maybe = None, lengths: _Maybe = None, tf32: bool = False, instance: int = -1,
+    options: Sequence[Any] | None = None, reset_steps: int = 0, dc_sequence: _Maybe = None, tf32: bool = False,
+    instance: int = -1,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     weights = (w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse)
-    variant = (drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias)
-    require_one_device(dy, dh_n, dc_n, x, reserve, *weights, resets, dc_sequence, *variant)
+    o = NO_OPTIONS if options is None else LayerOptions(*options)
+    require_one_device(dy, dh_n, dc_n, x, reserve, *weights, dc_sequence, *_on_device(o))
     info = CELLS[NAMES[cell]]
     H, P = w_hh.size(0) // info["gates"], w_hh.size(1)
     D = 1 if w_hh_reverse is None else 2
-    is_step = x.dim() == 2 and batch_sizes is None
+    is_step = x.dim() == 2 and o.batch_sizes is None
     state = dh_n if dh_n is not None else dc_n
-    if batch_sizes is not None and not (need_dstate or reset_steps):
+    if o.batch_sizes is not None and not (need_dstate or reset_steps):
         batch = 0  # not asked for: a size that nothing has would be an error
     else:
-        batch, _ = _batch_and_rows(x, state, batch_sizes)
+        batch, _ = _batch_and_rows(x, state, o.batch_sizes)
     rows = (batch,) if is_step else (D, batch)
 
     def wanted(shape: Sequence[int], need: bool) -> Tensor | None:
@@ -119,10 +117,10 @@ def _backward(
             wanted(w_hh.shape[:1], has and need_db),
             wanted((P, H), has and need_dw_hr and w_hr is not None),
         ]
-    steps = (x if batch_sizes is None else batch_sizes).size(0)
+    steps = (x if o.batch_sizes is None else o.batch_sizes).size(0)
     of_reset = (D, batch) if reset_steps == 1 else (steps, D, batch)
     grads += [wanted((*of_reset, P), reset_steps != 0), wanted((*of_reset, H), reset_steps != 0 and info["has_c"])]
-    grads += [wanted((D, w_hh.size(0)), norm_hh is not None), wanted((D, 2, H), norm_c is not None)]
+    grads += [wanted((D, w_hh.size(0)), o.norm_hh is not None), wanted((D, 2, H), o.norm_c is not None)]
     return tuple(grads)
 
 
@@ -147,30 +145,33 @@ def _batch_and_rows(x: Tensor, state: Tensor | None, batch_sizes: Tensor | None)
     return x.size(1), x.size(0) * x.size(1)
 
 
-def _reserve_width(cell: CellInfo, H: int, P: int, w_hr: Any, drop_h: Any, norm_hh: Any) -> int:
+def _reserve_width(cell: CellInfo, H: int, P: int, w_hr: Any, o: LayerOptions) -> int:
     width = cell["saved"] * H + P
     width += H if cell["has_c"] else 0
     width += H if w_hr is not None else 0
-    width += P if drop_h is not None and cell["uses_h"] else 0
-    return width + (cell["gates"] * H + 1 if norm_hh is not None else 0)
+    width += P if o.drop_h is not None and cell["uses_h"] else 0
+    return width + (cell["gates"] * H + 1 if o.norm_hh is not None else 0)
 
 
-def _cuda_reserve(
-    x: Tensor, cell: CellInfo, sizes: tuple[Any, Any, Any, Any], drop_h: Any, norm_hh: Any, norm_c: Any
-) -> Tensor:
+def _cuda_reserve(x: Tensor, cell: CellInfo, sizes: tuple[Any, Any, Any, Any], o: LayerOptions) -> Tensor:
     """The parts as csrc/bindings/cuda_reserve.h lists them, each in whole 16 bytes."""
     D, T, B, H = sizes
     stored, arithmetic = x.dtype.itemsize, max(x.dtype.itemsize, 4)
     whole = 16 // stored
     rows = D * T * B
     parts = [D * (T + 1) * B * ((H + whole - 1) // whole * whole) * stored, rows * cell["saved"] * H * stored]
-    if cell["has_c"] or (cell["uses_h"] and drop_h is not None):
+    if cell["has_c"] or (cell["uses_h"] and o.drop_h is not None):
         parts.append(rows * H * arithmetic)
-    if norm_hh is not None:
+    if o.norm_hh is not None:
         parts.append(rows * cell["gates"] * H * stored)
-    if norm_hh is not None or norm_c is not None:
+    if o.norm_hh is not None or o.norm_c is not None:
         parts.append(rows * 4 * arithmetic)
     return x.new_empty((sum((part + 15) // 16 * 16 for part in parts),), dtype=torch.uint8)
+
+
+def _on_device(o: LayerOptions) -> Sequence[Any]:
+    """The options that are where x is; batch_sizes is on the CPU, and lengths may be."""
+    return tensors_of(o._replace(batch_sizes=None, lengths=None))
 
 
 def require_one_device(*tensors: Tensor | None) -> None:

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from fused_rnn import cuda, input_gates, operators, policy, reference
 from fused_rnn.cell_info import NUMBER
 from fused_rnn.operators import forward_operator
-from fused_rnn.options import CONSTANT, DIFFERENTIABLE, NO_OPTIONS, LayerOptions
+from fused_rnn.options import NO_OPTIONS, LayerOptions, constants_of, differentiable_of, flags_of, tensors_of
 from fused_rnn.policy import COMPILERS_TYPES, FAKE_TYPES, any_requires_grad, deterministic, runs_eagerly
 
 if TYPE_CHECKING:
@@ -135,11 +135,9 @@ def layer(
         RuntimeError: a tensor does not fit the others in shape, dtype or device.
     """
     if torch.compiler.is_compiling():  # one operator, defined in fused_rnn/compiled.py
-        o = options
         y, h_n, c_n, *more = torch.ops.fused_rnn.layer.default(
-            cell, x, h0, c0, weights, o.batch_sizes, o.resets, o.reset_h, o.reset_c, o.c_sequence, o.lengths,
-            [o.norm_ih, o.norm_hh, o.norm_c, o.norm_c_bias], o.drop_h, o.zone_h, o.zone_c, o.recompute,
-        )  # fmt: skip
+            cell, x, h0, c0, weights, tensors_of(options), options.c_sequence, options.recompute
+        )
     elif options is not NO_OPTIONS or deterministic() or policy.on_cuda(x):
         y, h_n, c_n, *more = layer_of_operators(cell, x, h0, c0, weights, options)
     elif torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
@@ -162,7 +160,7 @@ def step(
     """
     if torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
         options = LayerOptions(deterministic=True) if deterministic() else NO_OPTIONS
-        tensors = () if options is NO_OPTIONS else (None,) * len(DIFFERENTIABLE)
+        tensors = () if options is NO_OPTIONS else differentiable_of(options)
         h, _, c = _apply(cell, len(weights), options, x, h0, c0, *weights, *tensors)
         return h, c
     return operators.step(x, h0, c0, NUMBER[cell], *weights, deterministic())
@@ -184,7 +182,7 @@ def layer_of_operators(
     if x.dtype is torch.float32 and policy.on_cuda(x) and cuda.tf32_allowed():
         options = options._replace(tf32=True)
     if torch.is_grad_enabled():
-        tensors = [] if options is NO_OPTIONS else [getattr(options, name) for name in DIFFERENTIABLE]
+        tensors: tuple[Any, ...] = () if options is NO_OPTIONS else differentiable_of(options)
         if any_requires_grad((x, h0, c0, *weights, *tensors)):
             results: Sequence[Tensor] = _apply(cell, len(weights), options, x, h0, c0, *weights, *tensors)
             return results
@@ -222,12 +220,12 @@ def _run_backward(
     kept: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of x, h0, c0, the weights and the `DIFFERENTIABLE` options; some may be there without need."""
+    """Gradients of x, h0, c0, the weights and the options that may need one; some may be there without need."""
     x, h0, _, weights = inputs
     count = len(weights)
     if options is NO_OPTIONS:
         return operators.backward(cell, grads, x, kept[0], weights, options, needs, 0)[: 3 + count]
-    need_reset_h, need_reset_c, need_norm_ih, *_ = needs[3 + count :]
+    need_reset_h, need_reset_c, *_, need_norm_ih = needs[3 + count :]
     reset_states = [s for s, need in ((options.reset_h, need_reset_h), (options.reset_c, need_reset_c)) if need]
     reset_steps = 0 if not reset_states else -1 if reset_states[0].dim() == 4 else 1  # type: ignore[union-attr]
     if options.batch_sizes is not None and type(x) in FAKE_TYPES and grads[1] is None is grads[2] and h0 is not None:
@@ -248,7 +246,7 @@ def _run_backward(
             dgates, x, options.norm_ih, w_ih, kept[1:], (needs[0], needs_w, need_norm_ih)
         )
     dreset_h, dreset_c, *dnorms = rest[count:]
-    return [dx, dh0, dc0, *rest[:count], dreset_h, dreset_c, dnorm_ih, *dnorms]
+    return [dx, dh0, dc0, *rest[:count], dreset_h, dreset_c, *dnorms, dnorm_ih]
 
 
 def _without_w_ih(weights: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -269,12 +267,9 @@ class _Layer(torch.autograd.Function):
         # A tensor that the first derivative reads is saved for it, which guards it against writing in place. One that
         # only a second derivative reads is kept aside with its version, so that writing to it stays allowed until then.
         ctx.read, aside = _inputs_that_derivatives_read(ctx.needs_input_grad[3:], count, recompute)
-        constants: list[Any] = []
-        ctx.options = options
-        if options is not NO_OPTIONS:
-            constants = [getattr(options, name) for name in CONSTANT]
-            ctx.options = options._replace(**_NO_TENSORS)
-        ctx.save_for_backward(*kept, *[tensors[i] for i in ctx.read], *constants)
+        constants: tuple[Any, ...] = () if options is NO_OPTIONS else constants_of(options)
+        ctx.constants, ctx.flags = len(constants), flags_of(options)
+        ctx.save_for_backward(*kept, *constants, *[tensors[i] for i in ctx.read])
         ctx.aside = [(i, t, t._version) for i in aside if (t := tensors[i]) is not None]
         if cell != "lstm":
             ctx.mark_non_differentiable(c_n)
@@ -283,19 +278,15 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         needs, count, saved = ctx.needs_input_grad[3:], ctx.count, ctx.saved_tensors
-        kept, tensors = saved[: ctx.kept], list[Any]([None] * len(needs))
-        for index, tensor in zip(ctx.read, saved[ctx.kept :], strict=False):
+        first = ctx.kept + ctx.constants
+        kept, constants = saved[: ctx.kept], saved[ctx.kept : first]
+        tensors: list[Any] = [None] * len(needs)
+        for index, tensor in zip(ctx.read, saved[first:], strict=True):
             tensors[index] = tensor
-        again = torch.is_grad_enabled() or _any_transformed(*grads)
+        again = torch.is_grad_enabled() or _any_transformed(grads, bool(constants))
         for index, tensor, version in ctx.aside:
             tensors[index] = _unchanged(tensor, version) if again else tensor
-        options = ctx.options
-        if options is not NO_OPTIONS:
-            constants = saved[len(saved) - len(CONSTANT) :]
-            options = options._replace(
-                **dict(zip(CONSTANT, constants, strict=True)),
-                **dict(zip(DIFFERENTIABLE, tensors[3 + count :], strict=True)),
-            )
+        options = LayerOptions(*constants, *tensors[3 + count :], *ctx.flags) if constants else NO_OPTIONS
         if again:
             return None, None, None, *_differentiable_backward(ctx.cell, tensors, count, options, needs, grads)
         x, h0, c0 = tensors[:3]
@@ -305,8 +296,6 @@ class _Layer(torch.autograd.Function):
         gradients = _run_backward(ctx.cell, grads, inputs, options, kept, needs)
         return None, None, None, *[g if need else None for g, need in zip(gradients, needs, strict=True)]
 
-
-_NO_TENSORS: dict[str, Any] = dict.fromkeys((*CONSTANT, *DIFFERENTIABLE))
 
 # Function.apply without its handling of functorch transforms, in which the policy does not choose the operators.
 _apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Layer).apply
@@ -330,8 +319,8 @@ def _inputs_that_derivatives_read(
     needs_x, needs_w_ih = needs[0], any(needs[3 : 3 + count : 5])
     reads = [needs_w_ih, True, True, *[needs_x, True, False, False, True] * (count // 5)]
     if len(needs) > len(reads):
-        reads += [True] * len(DIFFERENTIABLE)
-        if needs[3 + count + DIFFERENTIABLE.index("norm_ih")]:
+        reads += [True] * (len(needs) - len(reads))
+        if needs[-1]:  # norm_ih
             reads[0] = True
             reads[3 : 3 + count : 5] = [True] * (count // 5)
     return tuple(i for i in everything if reads[i]), tuple(i for i in everything if not reads[i])
@@ -346,15 +335,14 @@ def _unchanged(tensor: Tensor, version: int) -> Tensor:
     return tensor
 
 
-def _any_transformed(*grads: Tensor | None) -> bool:
-    # A gradient under vmap (is_grads_batched=True) or with a tangent: torch's own operations know how to take it.
-    if forward_ad._current_level >= 0:
-        return True
+def _any_transformed(grads: Sequence[Tensor | None], has_options: bool) -> bool:
+    # A gradient under vmap or with a tangent: torch's own operations know how to take it. is_grads_batched=True is a
+    # vmap of its own, which runs an operator row by row unless the operator has a list of tensors among its arguments.
     functorch = torch._C._functorch
+    if forward_ad._current_level >= 0 or functorch.get_dynamic_layer_stack_depth() > 0:
+        return True
     for g in grads:
-        if g is not None and (
-            type(g) not in COMPILERS_TYPES or functorch.is_batchedtensor(g) or functorch.is_gradtrackingtensor(g)
-        ):
+        if g is not None and (type(g) not in COMPILERS_TYPES or (has_options and functorch.is_legacy_batchedtensor(g))):
             return True
     return False
 
@@ -377,7 +365,7 @@ def _differentiable_backward(
         x, h0, c0, *rest = all_tensors
         of_call = options
         if options is not NO_OPTIONS:
-            of_call = options._replace(**dict(zip(DIFFERENTIABLE, rest[count:], strict=True)))
+            of_call = LayerOptions(*constants_of(options), *rest[count:], *flags_of(options))
         results = reference.layer(cell, x, h0, c0, rest[:count], of_call)
         return tuple(o for o, g in zip(results, grads, strict=True) if o is not None and g is not None)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_rnn import cuda
 from fused_rnn.cell_info import NUMBER
-from fused_rnn.options import NO_OPTIONS, OPERATOR_FIELDS, LayerOptions
+from fused_rnn.options import NO_OPTIONS, LayerOptions, operator_tensors_of
 
 NO_WEIGHTS = (None,) * 5
 
@@ -55,7 +55,7 @@ def forward(
         arguments: Sequence[object] = weights
     else:
         both = weights if len(weights) > 5 else (*weights, *NO_WEIGHTS)
-        arguments = (*both, *options[:OPERATOR_FIELDS])
+        arguments = (*both, operator_tensors_of(options), options.c_sequence, options.deterministic, options.tf32)
     run = partial(cuda.in_tf32, forward_operator) if options.tf32 else forward_operator
     return run(x, h0, c0, NUMBER[cell], train, *arguments)
 
@@ -89,20 +89,14 @@ def backward(
     if reverse:  # the operator computes a gradient for both directions, or for neither
         needs_of_weights = list(map(or_, needs_of_weights[:5], needs_of_weights[5:]))
     need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs_of_weights
-    o = options
-    more: Sequence[object] = ()
-    if options is not NO_OPTIONS:
-        more = (
-            o.batch_sizes, o.resets, reset_steps, dc_sequence, o.drop_h, o.zone_h, o.zone_c, o.norm_hh, o.norm_c,
-            o.norm_c_bias, o.lengths, o.tf32,
-        )  # fmt: skip
+    more = () if options is NO_OPTIONS else (operator_tensors_of(options), reset_steps, dc_sequence, options.tf32)
     run = partial(cuda.in_tf32, backward_operator) if options.tf32 else backward_operator
     dx, dh0, dc0, *rest = run(
         dy, dh_n, dc_n, x, reserve, NUMBER[cell], needs[0], needs[1] or needs[2], need_w_ih, need_w_hh,
         need_b_ih or need_b_hh, need_w_hr, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse, *more,
     )  # fmt: skip
     of_weights, (dreset_h, dreset_c, dnorm_hh, dnorm_c) = rest[:count], rest[-4:]
-    dnorms = dnorm_c.unbind(1) if o.norm_c is not None else (None, None)
+    dnorms = dnorm_c.unbind(1) if options.norm_c is not None else (None, None)
     return [dx, dh0, dc0, *of_weights, dreset_h, dreset_c, dnorm_hh, *dnorms]
 
 

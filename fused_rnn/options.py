@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -10,33 +11,44 @@ from torch import Tensor
 class LayerOptions(NamedTuple):
     """What one layer computes beyond torch.nn's; the meaning of the fields is in `fused_rnn.reference.layer`.
 
-    The operators take the first `OPERATOR_FIELDS` fields, behind the weights. `deterministic` makes a row's results
-    independent of its batch; `tf32` multiplies float32 in TF32 on CUDA. The last two fields are the autograd's: the
-    operators receive the normalised product of the input instead of norm_ih.
+    The tensors come first: those without a gradient, then those that may need one. The operators take all of them but
+    norm_ih (csrc/bindings/options.h), in whose place they receive the normalised product of the input. `deterministic`
+    makes a row's results independent of its batch; `tf32` multiplies float32 in TF32 on CUDA; `recompute` is the
+    autograd's.
     """
 
     batch_sizes: Tensor | None = None
     resets: Tensor | None = None
-    reset_h: Tensor | None = None
-    reset_c: Tensor | None = None
-    c_sequence: bool = False
+    lengths: Tensor | None = None
     drop_h: Tensor | None = None
     zone_h: Tensor | None = None
     zone_c: Tensor | None = None
+    reset_h: Tensor | None = None
+    reset_c: Tensor | None = None
     norm_hh: Tensor | None = None
     norm_c: Tensor | None = None
     norm_c_bias: Tensor | None = None
-    deterministic: bool = False
-    lengths: Tensor | None = None
-    tf32: bool = False
     norm_ih: Tensor | None = None
+    c_sequence: bool = False
+    deterministic: bool = False
+    tf32: bool = False
     recompute: bool = False
 
 
-OPERATOR_FIELDS = LayerOptions._fields.index("norm_ih")
-DIFFERENTIABLE = ("reset_h", "reset_c", "norm_ih", "norm_hh", "norm_c", "norm_c_bias")
-"""The fields that may need a gradient."""
-CONSTANT = ("batch_sizes", "resets", "lengths", "drop_h", "zone_h", "zone_c")
-"""The fields that are tensors without a gradient."""
+_place = LayerOptions._fields.index
+# Parts of a LayerOptions, as tuples.
+constants_of = itemgetter(slice(_place("reset_h")))
+differentiable_of = itemgetter(slice(_place("reset_h"), _place("c_sequence")))
+operator_tensors_of = itemgetter(slice(_place("norm_ih")))
+flags_of = itemgetter(slice(_place("c_sequence"), None))
+_TENSORS = _place("c_sequence")
+
+
+def tensors_of(options: LayerOptions) -> tuple[Tensor | None, ...]:
+    """The constants and the differentiable ones. torch.compile traces it, which it cannot do with an itemgetter."""
+    fields: tuple[Any, ...] = options
+    return fields[:_TENSORS]
+
+
 NO_OPTIONS = LayerOptions()
 """Singleton for calls without options, recognised with `is`: their operators take fewer arguments."""

@@ -90,8 +90,7 @@ def choose(
         properties = cuda.device_properties(device) if properties is None else properties
         reason = cuda.why_cudnn(cell, half or dtype, T, B, I, H, num_layers, directions, properties)
         return Choice(reason is None, reason or "the weights stay on the chip")
-    trains_cell = kind == "cell" and differentiable and half is None
-    if trains_cell and cell.startswith("rnn") and dtype in KERNEL_DTYPES and not deterministic():
+    if kind == "cell" and differentiable and half is None and torch_trains_cell(cell, dtype):
         return Choice(False, "torch.nn's autograd node of an RNNCell costs less than ours")
     if deterministic():
         return Choice(True, "deterministic: a row's result does not depend on its batch")
@@ -110,6 +109,11 @@ def choose(
     return Choice(
         not faster, "this processor multiplies bfloat16 fast" if faster else "measured to be at least as fast"
     )
+
+
+def torch_trains_cell(cell: str, dtype: torch.dtype) -> bool:
+    """Whether torch.nn computes a cell's step that records a gradient, outside of autocast."""
+    return cell.startswith("rnn") and dtype in KERNEL_DTYPES and not deterministic()
 
 
 def lacks_threads() -> bool:
@@ -149,14 +153,14 @@ def fusible(x: Any, *others: Any, castable: bool = False) -> bool:
     types = COMPILERS_TYPES if compiling else PLAIN_TYPES
     if type(x) not in types or (transformed() if compiling else watched()):
         return False
-    dtype, device = x.dtype, x.device
-    if dtype not in DTYPES or x.is_nested or not (x.is_cpu or (x.is_cuda and cuda.available())):
+    dtype, is_cpu = x.dtype, x.is_cpu
+    if dtype not in DTYPES or x.is_nested or not (is_cpu or (x.is_cuda and cuda.available())):
         return False
     for t in (x, *others):
         if t is not None and (
             type(t) not in types
             or (t.dtype is not dtype and not (castable and t.dtype in CASTABLE))
-            or t.device != device
+            or not (t.is_cpu if is_cpu else t.device == x.device)  # comparing devices takes three times as long
             or t.layout is not torch.strided
         ):
             return False
@@ -166,7 +170,7 @@ def fusible(x: Any, *others: Any, castable: bool = False) -> bool:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of autocast on `device`, or None outside of autocast."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if (kind != "cpu" and not torch.amp.is_autocast_available(kind)) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

@@ -26,11 +26,11 @@ class CpuLayer : public Layer {
     ragged.describe(shape);
   }
   // The kernels normalise both products or none, and c with them.
-  void regularise(VariantTensors& v) {
-    Layer::regularise(v);
+  void regularise(Options& o) {
+    Layer::regularise(o);
     FUSED_RNN_CHECK(!shape.normalised || shape.gates_given, "norm_hh needs x to hold the gates' share: no w_ih");
     FUSED_RNN_CHECK(
-        v.norm_c.has_value() == (cell.has_c && shape.normalised) && v.norm_c_bias.has_value() == v.norm_c.has_value(),
+        o.norm_c.has_value() == (cell.has_c && shape.normalised) && o.norm_c_bias.has_value() == o.norm_c.has_value(),
         "the LSTM's norm_c and norm_c_bias go with norm_hh");
   }
 
@@ -84,17 +84,19 @@ class CpuLayer : public Layer {
     return found;
   }
 
-  Variant variant(const VariantTensors& v, int64_t direction) const {
+  Variant variant(const Options& o, int64_t direction) const {
     const auto at = [&](const OptionalTensor& tensor, int64_t elements) -> const void* {
       return tensor ? offset(*tensor, direction * elements) : nullptr;
     };
     // Not the tensor's own stride, which says nothing where there is one row.
-    const auto stride = [&](const OptionalTensor& zone, int64_t width) {
-      return zone && zone->dim() > 1 ? shape.directions * width : 0;
+    const auto zone = [&](const OptionalTensor& tensor, int64_t width) -> Zone {
+      return {at(tensor, width), tensor && tensor->dim() > 1 ? shape.directions * width : 0};
     };
-    return {at(v.drop_h, B * shape.P), at(v.zone_h, shape.P),     at(v.zone_c, shape.H),
-            stride(v.zone_h, shape.P), stride(v.zone_c, shape.H), at(v.norm_hh, cell.gates * shape.H),
-            at(v.norm_c, shape.H),     at(v.norm_c_bias, shape.H)};
+    return {at(o.drop_h, B * shape.P),
+            {zone(o.zone_h, shape.P), zone(o.zone_c, shape.H)},
+            at(o.norm_hh, cell.gates * shape.H),
+            at(o.norm_c, shape.H),
+            at(o.norm_c_bias, shape.H)};
   }
 
   // What the kernels turn from c0 into c_n; empty without c.

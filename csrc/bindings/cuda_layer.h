@@ -48,9 +48,9 @@ class CudaLayer : public Layer {
   // The arguments are the operators', checked here.
   CudaLayer(int64_t cell_number, const Tensor& x, const OptionalTensor& w_ih, const Tensor& w_hh,
             const OptionalTensor& w_hr, const OptionalTensor& w_ih_reverse, const OptionalTensor& w_hh_reverse,
-            const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& resets)
+            const Options& options)
       : Layer(cell_number, Place(x), x.sizes(), x.scalar_type(), x.scalar_type(), w_hh.sizes(), w_hr.has_value(),
-              w_hh_reverse.has_value(), batch_sizes),
+              w_hh_reverse.has_value(), options.batch_sizes),
         D(shape.directions),
         H(shape.H),
         G(cell.gates) {
@@ -65,14 +65,14 @@ class CudaLayer : public Layer {
     if (!place.is_cpu()) guard_.emplace(place.index());
     stream = current_stream(place.index());
     if (packed) find_rows();
-    if (lengths) {
+    if (const OptionalTensor& lengths = options.lengths) {
       FUSED_RNN_CHECK(!step && !packed, "lengths need x to be [T, B, I]");
       const ScalarType type = lengths->scalar_type();
       FUSED_RNN_CHECK(type == ScalarType::Int || type == ScalarType::Long, "lengths must be int32 or int64");
       lengths_ = converted(checked(*lengths, "lengths", {B}, type, place), ScalarType::Int);
     }
-    replace_at(resets);
-    if (packed && this->resets) this->resets = view(padded(view(*this->resets, {shape.N, 1})), {T, B});
+    replace_at(options.resets);
+    if (packed && resets) resets = view(padded(view(*resets, {shape.N, 1})), {T, B});
     int32_t* const error = cuda::error_word();
     if (*error != 0) {
       *error = 0;
@@ -80,13 +80,13 @@ class CudaLayer : public Layer {
     }
   }
 
-  void regularise(VariantTensors& v) {
-    Layer::regularise(v);
-    if (v.drop_h) v.drop_h = view(*v.drop_h, {D, B, H});
-    for (OptionalTensor* zone : {&v.zone_h, &v.zone_c}) {
+  void regularise(Options& o) {
+    Layer::regularise(o);
+    if (o.drop_h) o.drop_h = view(*o.drop_h, {D, B, H});
+    for (OptionalTensor* zone : {&o.zone_h, &o.zone_c}) {
       if (*zone && (*zone)->dim() > 1) *zone = padded(**zone);
     }
-    normalises = v.norm_hh || v.norm_c;
+    normalises = o.norm_hh || o.norm_c;
   }
 
   // Which kernels; forward and backward of a call must come to the same answer, so it depends on the arguments and the

@@ -46,20 +46,18 @@ void require_one_kind(const OptionalTensor& reset_h, const OptionalTensor& reset
 Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bool train, OptionalTensor w_ih,
                 Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
                 OptionalTensor w_hh_reverse, OptionalTensor b_ih_reverse, OptionalTensor b_hh_reverse,
-                OptionalTensor w_hr_reverse, OptionalTensor batch_sizes, OptionalTensor resets, OptionalTensor reset_h,
-                OptionalTensor reset_c, bool want_c_sequence, OptionalTensor drop_h, OptionalTensor zone_h,
-                OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c, OptionalTensor norm_c_bias, bool,
-                OptionalTensor lengths, bool tf32, int64_t instance) {
-  CudaLayer l(cell, x, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, batch_sizes, lengths, resets);
-  VariantTensors variant{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias};
-  l.regularise(variant);
+                OptionalTensor w_hr_reverse, GivenOptions given, bool want_c_sequence, bool, bool tf32,
+                int64_t instance) {
+  Options options(given);
+  CudaLayer l(cell, x, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, options);
+  l.regularise(options);
   l.choose(tf32, instance);
   const int64_t D = l.D, T = l.T, B = l.B, H = l.H, G = l.G;
   const bool has_c = l.cell.has_c;
-  FUSED_RNN_CHECK(has_c || !(c0 || reset_c || want_c_sequence), "only the LSTM has c");
-  reset_h = l.checked_reset(reset_h, "reset_h", H);
-  reset_c = l.checked_reset(reset_c, "reset_c", H);
-  require_one_kind(reset_h, reset_c);
+  FUSED_RNN_CHECK(has_c || !(c0 || options.reset_c || want_c_sequence), "only the LSTM has c");
+  options.reset_h = l.checked_reset(options.reset_h, "reset_h", H);
+  options.reset_c = l.checked_reset(options.reset_c, "reset_c", H);
+  require_one_kind(options.reset_h, options.reset_c);
   h0 = l.checked_state(h0, "h0", H);
   c0 = l.checked_state(c0, "c0", H);
   std::vector<Weights> weights{l.checked_weights(w_ih, w_hh, b_ih, b_hh, w_hr)};
@@ -68,15 +66,16 @@ Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bo
   }
   x = l.padded(l.checked_sequence(x, "x", l.shape.I));
 
-  CudaForward f{l, variant, {}, reset_h, reset_c};
+  CudaForward f{l, options, {}};
   f.y = l.new_padded(D * H), f.h_n = l.new_state(H);
   if (has_c) f.c_n = l.new_state(H);
   if (want_c_sequence) f.c_sequence = l.new_padded(D * H);
-  const CudaReserve layout(l, variant);
+  const CudaReserve layout(l, options);
   const Tensor reserve = empty({train ? layout.bytes() : 0}, ScalarType::Byte, l.place);
   if (train) f.kept = layout.parts(reserve);
   const OptionalTensor begins = l.begin_anew();
-  const std::vector<OptionalTensor> h = entered(l, begins, h0, reset_h), c = entered(l, begins, c0, reset_c);
+  const std::vector<OptionalTensor> h = entered(l, begins, h0, options.reset_h),
+                                    c = entered(l, begins, c0, options.reset_c);
   const Tensor rows = view(x, {T * B, l.shape.I});
   for (int64_t d = 0; d < D; ++d) {
     const Weights& w = weights[d];
@@ -145,13 +144,11 @@ class Products {
 Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor reserve, int64_t cell,
                    bool need_dx, bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool,
                    OptionalTensor w_ih, Tensor w_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
-                   OptionalTensor w_hh_reverse, OptionalTensor w_hr_reverse, OptionalTensor batch_sizes,
-                   OptionalTensor resets, int64_t reset_steps, OptionalTensor dc_sequence, OptionalTensor drop_h,
-                   OptionalTensor zone_h, OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c,
-                   OptionalTensor norm_c_bias, OptionalTensor lengths, bool tf32, int64_t instance) {
-  CudaLayer l(cell, x, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, batch_sizes, lengths, resets);
-  VariantTensors variant{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias};
-  l.regularise(variant);
+                   OptionalTensor w_hh_reverse, OptionalTensor w_hr_reverse, GivenOptions given, int64_t reset_steps,
+                   OptionalTensor dc_sequence, bool tf32, int64_t instance) {
+  Options options(given);
+  CudaLayer l(cell, x, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, options);
+  l.regularise(options);
   l.choose(tf32, instance);
   const int64_t D = l.D, T = l.T, B = l.B, H = l.H, G = l.G;
   const bool has_c = l.cell.has_c;
@@ -160,7 +157,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   FUSED_RNN_CHECK(has_c || !(dc_n || dc_sequence), "only the LSTM has dc_n and dc_sequence");
   FUSED_RNN_CHECK(reset_steps == 0 || (l.resets && (reset_steps == 1 || reset_steps == -1)),
                   "reset_steps must be 0, 1 or, for one state for each step, -1, got ", reset_steps);
-  const CudaReserve layout(l, variant);
+  const CudaReserve layout(l, options);
   reserve = checked(reserve, "reserve", {layout.bytes()}, ScalarType::Byte, l.place);
   if (need_dw_ih) x = l.padded(l.checked_sequence(x, "x", l.shape.I));
   if (dy) dy = l.padded(l.checked_sequence(*dy, "dy", D * H));
@@ -173,7 +170,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
     weights.push_back(l.checked_weights(w_ih_reverse, *w_hh_reverse, std::nullopt, std::nullopt, w_hr_reverse));
   }
 
-  CudaBackward b{l, variant, layout.parts(reserve), {}, dy, dc_sequence, dh_n, dc_n};
+  CudaBackward b{l, options, layout.parts(reserve), {}, dy, dc_sequence, dh_n, dc_n};
   const GateOrder order(l, 0);
   for (const Weights& w : weights) {
     b.w_hh.push_back(l.resident ? torch::stable::contiguous(transposed(order.arranged(w.w_hh))) : w.w_hh);
@@ -183,11 +180,11 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   if (has_c) b.dc0 = l.new_state(H);
   if (reset_steps != 0) b.dreset_h = cleared(l.new_tensor({T, D, B, H}));
   if (reset_steps != 0 && has_c) b.dreset_c = cleared(l.new_tensor({T, D, B, H}));
-  if (norm_hh) {
+  if (options.norm_hh) {
     b.dh_gates = l.new_tensor({D, T, B, G * H});
     b.dnorm_hh = cleared(empty({D, B, G * H}, l.arithmetic(), l.place));
   }
-  if (norm_c) b.dnorm_c = cleared(empty({D, B, 2, H}, l.arithmetic(), l.place));
+  if (options.norm_c) b.dnorm_c = cleared(empty({D, B, 2, H}, l.arithmetic(), l.place));
   b.run();
   const OptionalTensor begins = l.begin_anew();
   leave(begins, b.dh0, b.dreset_h);
@@ -221,8 +218,8 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
           none(),
           of_resets(b.dreset_h),
           of_resets(b.dreset_c),
-          norm_hh ? of_rows(b.dnorm_hh) : none(),
-          norm_c ? of_rows(b.dnorm_c) : none()};
+          options.norm_hh ? of_rows(b.dnorm_hh) : none(),
+          options.norm_c ? of_rows(b.dnorm_c) : none()};
 }
 
 }  // namespace

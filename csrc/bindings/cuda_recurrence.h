@@ -18,9 +18,8 @@ struct CudaForward {
     OptionalTensor h0, c0;      // [B, H]
   };
   const CudaLayer& layer;
-  const VariantTensors& variant;
+  const Options& options;
   std::vector<Direction> directions;
-  OptionalTensor reset_h, reset_c;         // as the operator's
   Tensor y;                                // [T, B, D*H] out; a single step's T and D may be left out, here and below
   Tensor h_n, c_n;                         // [D, B, H] out; c_n undefined without c
   Tensor c_sequence;                       // as y, out; undefined: not wanted
@@ -36,7 +35,7 @@ struct CudaForward {
 
 struct CudaBackward {
   const CudaLayer& layer;
-  const VariantTensors& variant;
+  const Options& options;
   CudaReserve::Parts kept;
   std::vector<Tensor> w_hh;  // of each direction: [H, G*padded_H], transposed, for the resident kernels; else [G*H, H]
   OptionalTensor dy, dc_sequence;  // [T, B, D*H]

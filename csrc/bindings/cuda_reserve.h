@@ -9,13 +9,13 @@ namespace bindings {
 
 class CudaReserve {
  public:
-  CudaReserve(const CudaLayer& l, const VariantTensors& v) : l_(l) {
+  CudaReserve(const CudaLayer& l, const Options& o) : l_(l) {
     const int64_t D = l.D, T = l.T, B = l.B, H = l.H, number = element_size(l.arithmetic());
-    const bool keeps_state = l.cell.has_c || (l.cell.uses_h && v.drop_h);
+    const bool keeps_state = l.cell.has_c || (l.cell.uses_h && o.drop_h);
     h_prev_ = take({D, T + 1, B, l.padded_H, l.element()});
     saved_ = take({D, T, B, l.cell.saved, H, l.element()});
     state_prev_ = take({keeps_state ? D : 0, T, B, H, number});
-    h_gates_ = take({v.norm_hh ? D : 0, T, B, l.G, H, l.element()});
+    h_gates_ = take({o.norm_hh ? D : 0, T, B, l.G, H, l.element()});
     statistics_ = take({l.normalises ? D : 0, T, B, 4, number});
   }
   int64_t bytes() const { return bytes_; }

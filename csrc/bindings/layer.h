@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cell_number.h"
+#include "options.h"
 #include "ragged.h"
 
 namespace fused_rnn {
@@ -12,11 +13,6 @@ struct Weights {
   OptionalTensor w_ih;
   Tensor w_hh;
   OptionalTensor b_ih, b_hh, w_hr;
-};
-
-// Of both directions; see Variant.
-struct VariantTensors {
-  OptionalTensor drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias;
 };
 
 class Layer {
@@ -92,19 +88,19 @@ class Layer {
     const int64_t width = shape.directions * cell.gates * shape.H;
     FUSED_RNN_CHECK(given || shape.I == width, "without w_ih, x must have ", width, " columns, got ", shape.I);
   }
-  void regularise(VariantTensors& v) {
-    shape.drops_h = v.drop_h.has_value();
-    shape.zones_h = v.zone_h.has_value();
-    shape.normalised = v.norm_hh.has_value();
+  void regularise(Options& o) {
+    shape.drops_h = o.drop_h.has_value();
+    shape.zones_h = o.zone_h.has_value();
+    shape.normalised = o.norm_hh.has_value();
     const int64_t D = shape.directions;
-    FUSED_RNN_CHECK(cell.has_c || !(v.zone_c || v.norm_c || v.norm_c_bias), "only the LSTM has c");
-    FUSED_RNN_CHECK(v.norm_c || !v.norm_c_bias, "norm_c_bias goes with norm_c");
-    v.drop_h = checked_state(v.drop_h, "drop_h", shape.P);
-    v.zone_h = checked_zone(v.zone_h, "zone_h", D * shape.P);
-    v.zone_c = checked_zone(v.zone_c, "zone_c", D * shape.H);
-    v.norm_hh = readable(v.norm_hh, "norm_hh", {D, cell.gates * shape.H});
-    v.norm_c = readable(v.norm_c, "norm_c", {D, shape.H});
-    v.norm_c_bias = readable(v.norm_c_bias, "norm_c_bias", {D, shape.H});
+    FUSED_RNN_CHECK(cell.has_c || !(o.zone_c || o.norm_c || o.norm_c_bias), "only the LSTM has c");
+    FUSED_RNN_CHECK(o.norm_c || !o.norm_c_bias, "norm_c_bias goes with norm_c");
+    o.drop_h = checked_state(o.drop_h, "drop_h", shape.P);
+    o.zone_h = checked_zone(o.zone_h, "zone_h", D * shape.P);
+    o.zone_c = checked_zone(o.zone_c, "zone_c", D * shape.H);
+    o.norm_hh = readable(o.norm_hh, "norm_hh", {D, cell.gates * shape.H});
+    o.norm_c = readable(o.norm_c, "norm_c", {D, shape.H});
+    o.norm_c_bias = readable(o.norm_c_bias, "norm_c_bias", {D, shape.H});
   }
   // For each row of y, or one for all of them.
   OptionalTensor checked_zone(const OptionalTensor& zone, const char* name, int64_t width) const {

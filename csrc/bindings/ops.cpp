@@ -37,22 +37,20 @@ ForwardDirection inputs_of_forward(const Tensor& x, const Weights& w) {
 Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bool train, OptionalTensor w_ih,
                 Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
                 OptionalTensor w_hh_reverse, OptionalTensor b_ih_reverse, OptionalTensor b_hh_reverse,
-                OptionalTensor w_hr_reverse, OptionalTensor batch_sizes, OptionalTensor resets, OptionalTensor reset_h,
-                OptionalTensor reset_c, bool want_c_sequence, OptionalTensor drop_h, OptionalTensor zone_h,
-                OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c, OptionalTensor norm_c_bias,
-                bool deterministic, OptionalTensor lengths, bool, int64_t) {
+                OptionalTensor w_hr_reverse, GivenOptions given, bool want_c_sequence, bool deterministic, bool,
+                int64_t) {
+  Options options(given);
   CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh.sizes(), w_hr.has_value(), w_hh_reverse.has_value(),
-                 batch_sizes);
-  layer.end_at(lengths);
+                 options.batch_sizes);
+  layer.end_at(options.lengths);
   layer.shape.train = train;
   layer.shape.deterministic = deterministic;
   layer.without_input_weights(w_ih.has_value(), w_ih_reverse.has_value());
-  VariantTensors variant{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias};
-  layer.regularise(variant);
-  layer.replace_at(resets);
-  reset_h = layer.checked_reset(reset_h, "reset_h", layer.shape.P);
-  FUSED_RNN_CHECK(layer.cell.has_c || !reset_c, "only the LSTM has reset_c");
-  reset_c = layer.checked_reset(reset_c, "reset_c", layer.shape.H);
+  layer.regularise(options);
+  layer.replace_at(options.resets);
+  options.reset_h = layer.checked_reset(options.reset_h, "reset_h", layer.shape.P);
+  FUSED_RNN_CHECK(layer.cell.has_c || !options.reset_c, "only the LSTM has reset_c");
+  options.reset_c = layer.checked_reset(options.reset_c, "reset_c", layer.shape.H);
   const LayerShape& s = layer.shape;
   const int64_t D = s.directions;
   x = layer.checked_sequence(x, "x", s.I);
@@ -79,9 +77,9 @@ Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bo
     for (int64_t d = 0; d < D; ++d) {
       ForwardDirection& p = params.direction[d] = inputs_of_forward(x, weights[d]);
       if (s.gates_given) p.x = layer.offset(x, d * layer.cell.gates * s.H);
-      p.variant = layer.variant(variant, d);
+      p.variant = layer.variant(options, d);
       p.h0 = h0 ? layer.offset(*h0, d * layer.B * s.P) : nullptr;
-      p.reset = layer.reset_state(reset_h, reset_c, d);
+      p.reset = layer.reset_state(options.reset_h, options.reset_c, d);
       p.reserve = train ? layer.reserve(reserve.data_ptr(), d) : Reserve{};
       p.y = layer.offset(y, d * s.P);
       p.y_stride = D * s.P;
@@ -128,18 +126,16 @@ std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, 
 Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor reserve, int64_t cell,
                    bool need_dx, bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr,
                    OptionalTensor w_ih, Tensor w_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
-                   OptionalTensor w_hh_reverse, OptionalTensor w_hr_reverse, OptionalTensor batch_sizes,
-                   OptionalTensor resets, int64_t reset_steps, OptionalTensor dc_sequence, OptionalTensor drop_h,
-                   OptionalTensor zone_h, OptionalTensor zone_c, OptionalTensor norm_hh, OptionalTensor norm_c,
-                   OptionalTensor norm_c_bias, OptionalTensor lengths, bool, int64_t) {
+                   OptionalTensor w_hh_reverse, OptionalTensor w_hr_reverse, GivenOptions given, int64_t reset_steps,
+                   OptionalTensor dc_sequence, bool, int64_t) {
+  Options options(given);
   CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh.sizes(), w_hr.has_value(), w_hh_reverse.has_value(),
-                 batch_sizes);
-  layer.end_at(lengths);
+                 options.batch_sizes);
+  layer.end_at(options.lengths);
   layer.without_input_weights(w_ih.has_value(), w_ih_reverse.has_value());
-  VariantTensors variant{drop_h, zone_h, zone_c, norm_hh, norm_c, norm_c_bias};
-  layer.regularise(variant);
+  layer.regularise(options);
   FUSED_RNN_CHECK(w_ih || !need_dw_ih, "without w_ih there is no dw_ih");
-  layer.replace_at(resets);
+  layer.replace_at(options.resets);
   const LayerShape& s = layer.shape;
   const int64_t D = s.directions;
   if (need_dw_ih) x = layer.checked_sequence(x, "x", s.I);
@@ -162,7 +158,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   if (layer.cell.has_c) layer.copy_or_zeros(dc_n, dc);
   if (need_dx) layer.clear_absent(dx, s.I);
   if (need_dstate) layer.pass_on(dh_n, dh0);
-  FUSED_RNN_CHECK(reset_steps == 0 || (resets && (reset_steps == 1 || reset_steps == -1)),
+  FUSED_RNN_CHECK(reset_steps == 0 || (options.resets && (reset_steps == 1 || reset_steps == -1)),
                   "reset_steps must be 0, 1 or, for one state for each step, -1, got ", reset_steps);
   const auto new_reset = [&](int64_t width) {
     if (reset_steps == 0 || width == 0) return none();
@@ -219,7 +215,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
     p.dy = dy ? layer.offset(*dy, d * s.P) : nullptr;
     p.dy_stride = D * s.P;
     p.dh_n = dh_n ? layer.offset(*dh_n, d * layer.B * s.P) : nullptr;
-    p.variant = layer.variant(variant, d);
+    p.variant = layer.variant(options, d);
     p.reserve = layer.reserve(reserve.data_ptr(), d);
     p.dgates = take(grads);
     p.dproduct = take(dproduct);

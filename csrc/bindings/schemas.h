@@ -18,8 +18,8 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                              Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// `cell`: its number, see cell_number.h. `deterministic`: bit for bit the same for a row alone and in any batch;
-// backward has nothing to choose.
+// `cell`: its number, see cell_number.h. `options`: see options.h. `deterministic`: bit for bit the same for a row
+// alone and in any batch; backward has nothing to choose.
 //
 // For CUDA alone, and the same in both passes: `tf32`, whether products of float32 may be computed in TF32;
 // `instance`, the kernel, kPlanned, kEveryStep or a place in FUSED_RNN_INSTANCES (csrc/cuda/layout.h).
@@ -29,20 +29,15 @@ constexpr int64_t kEveryStep = -2;  // a product and a pointwise kernel for ever
 constexpr const char* kForwardSchema =
     "forward(Tensor x, Tensor? h0, Tensor? c0, int cell, bool train, Tensor? w_ih, Tensor w_hh, Tensor? b_ih=None, "
     "Tensor? b_hh=None, Tensor? w_hr=None, Tensor? w_ih_reverse=None, Tensor? w_hh_reverse=None, "
-    "Tensor? b_ih_reverse=None, Tensor? b_hh_reverse=None, Tensor? w_hr_reverse=None, Tensor? batch_sizes=None, "
-    "Tensor? resets=None, Tensor? reset_h=None, Tensor? reset_c=None, bool want_c_sequence=False, "
-    "Tensor? drop_h=None, Tensor? zone_h=None, Tensor? zone_c=None, Tensor? norm_hh=None, Tensor? norm_c=None, "
-    "Tensor? norm_c_bias=None, bool deterministic=False, Tensor? lengths=None, bool tf32=False, int instance=-1) -> "
+    "Tensor? b_ih_reverse=None, Tensor? b_hh_reverse=None, Tensor? w_hr_reverse=None, Tensor?[]? options=None, "
+    "bool want_c_sequence=False, bool deterministic=False, bool tf32=False, int instance=-1) -> "
     "(Tensor y, Tensor h_n, Tensor c_n, Tensor reserve, Tensor c_sequence)";
 
 constexpr const char* kBackwardSchema =
     "backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor reserve, int cell, bool need_dx, "
     "bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr, Tensor? w_ih, Tensor w_hh, "
     "Tensor? w_hr=None, Tensor? w_ih_reverse=None, Tensor? w_hh_reverse=None, Tensor? w_hr_reverse=None, "
-    "Tensor? batch_sizes=None, Tensor? resets=None, int reset_steps=0, "
-    "Tensor? dc_sequence=None, Tensor? drop_h=None, Tensor? zone_h=None, Tensor? zone_c=None, "
-    "Tensor? norm_hh=None, Tensor? norm_c=None, Tensor? norm_c_bias=None, Tensor? lengths=None, bool tf32=False, "
-    "int instance=-1) -> "
+    "Tensor?[]? options=None, int reset_steps=0, Tensor? dc_sequence=None, bool tf32=False, int instance=-1) -> "
     "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
     "Tensor dw_ih_reverse, Tensor dw_hh_reverse, Tensor db_ih_reverse, Tensor db_hh_reverse, "
     "Tensor dw_hr_reverse, Tensor dreset_h, Tensor dreset_c, Tensor dnorm_hh, Tensor dnorm_c)";

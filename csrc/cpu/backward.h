@@ -203,7 +203,7 @@ class Backward {
   // of the previous step, or added to that of the reset state if the old h came from a reset.
   FUSED_RNN_INLINE Vec<T> zoneout_backward(const Vec<T>& dh, int64_t b, Units units) const {
     const int64_t unit = units.unit, n = units.count, row = s_.row(t_) + b;
-    const Vec<T> dh_new = dh * load(at(d_.variant.zone_h) + s_.place(row) * d_.variant.zone_h_stride + unit, n);
+    const Vec<T> dh_new = dh * load(at(d_.variant.zones.h.at) + s_.place(row) * d_.variant.zones.h.stride + unit, n);
     Vec<T> dh_old = dh - dh_new;
     if (s_.reset(t_, b, reverse_)) {
       add_to(d_.dreset.h, t_ * d_.dreset.step_h + s_.state(b) * s_.P + unit, dh_old, n);
@@ -292,8 +292,8 @@ class Backward {
     }
     V dc_old{};
     if constexpr (Cell::kHasC) {
-      if (d_.variant.zone_c) {
-        const V zone = load(at(d_.variant.zone_c) + s_.place(row) * d_.variant.zone_c_stride + unit, n);
+      if (d_.variant.zones.c.at) {
+        const V zone = load(at(d_.variant.zones.c.at) + s_.place(row) * d_.variant.zones.c.stride + unit, n);
         dc_old = dc - dc * zone;
         dc = dc * zone;
       }

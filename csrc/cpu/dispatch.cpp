@@ -159,8 +159,7 @@ BackwardParams chunk(const BackwardParams& params, int64_t begin, int64_t end) {
   skip(d.x, row * s.I);
   skip(d.dy, row * d.dy_stride);
   skip(d.dc_sequence, row * s.H);
-  skip(d.variant.zone_h, row * d.variant.zone_h_stride);
-  skip(d.variant.zone_c, row * d.variant.zone_c_stride);
+  for (Zone* zone : {&d.variant.zones.h, &d.variant.zones.c}) skip(zone->at, row * zone->stride);
   for (void** kept : {&d.reserve.gates, &d.reserve.h_prev, &d.reserve.c_prev, &d.reserve.hidden, &d.reserve.h_direct,
                       &d.reserve.h_hat}) {
     skip(*kept, row * d.reserve.stride);

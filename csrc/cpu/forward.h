@@ -359,7 +359,7 @@ class Forward {
     const int64_t unit = units.unit, n = units.count, row = s_.row(t_) + b;
     T* out = y(row) + unit;
     if (!s_.zones_h) return store(out, h, n);
-    const T* zone = at(d_.variant.zone_h) + s_.place(row) * d_.variant.zone_h_stride;
+    const T* zone = at(d_.variant.zones.h.at) + s_.place(row) * d_.variant.zones.h.stride;
     store(out, zoneout(load(h_prev + unit, n), h, load(zone + unit, n)), n);
   }
 
@@ -392,8 +392,8 @@ class Forward {
         store(inner, c, n);
         store(inner + s_.H, saved[3], n);
       }
-      if (d_.variant.zone_c) {
-        const T* zone = at(d_.variant.zone_c) + s_.place(row) * d_.variant.zone_c_stride;
+      if (d_.variant.zones.c.at) {
+        const T* zone = at(d_.variant.zones.c.at) + s_.place(row) * d_.variant.zones.c.stride;
         c = zoneout(c_in, c, load(zone + unit, n));
       }
       store(at(d_.c) + state, c, n);

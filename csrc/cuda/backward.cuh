@@ -57,7 +57,7 @@ backward(const BackwardParams params) {
       const Tile tile = block.tile(j);
       float saved[Shape::kRowsPerThread][Cell::kSaved] = {}, h_prev[Shape::kRowsPerThread] = {},
             c_prev[Shape::kRowsPerThread] = {}, dy[Shape::kRowsPerThread] = {}, dc_sequence[Shape::kRowsPerThread] = {};
-      Shares<E, Shape> share_h(d.zone_h), share_c(d.zone_c);
+      Shares<E, Shape> share_h(d.zones.h), share_c(d.zones.c);
       bool active[Shape::kRowsPerThread];
       FUSED_RNN_UNROLL
       for (int i = 0; i < Shape::kRowsPerThread; ++i) {
@@ -107,8 +107,8 @@ backward(const BackwardParams params) {
         dh += dy[i];
         dc += dc_sequence[i];
         SplitGradient<float> dh_split{dh, 0.0f}, dc_split{dc, 0.0f};
-        if (active[i]) dh_split = split_gradient(d.zone_h, share_h.get(t * q.B + b, unit), dh);
-        if (Cell::kHasC && active[i]) dc_split = split_gradient(d.zone_c, share_c.get(t * q.B + b, unit), dc);
+        if (active[i]) dh_split = split_gradient(d.zones.h, share_h.get(t * q.B + b, unit), dh);
+        if (Cell::kHasC && active[i]) dc_split = split_gradient(d.zones.c, share_c.get(t * q.B + b, unit), dc);
         float grads[Cell::kGrads];
         dc = dc_split.to_new;
         Cell::backward(saved[i], h_prev[i], c_prev[i], dh_split.to_new, dc, grads, dh_prev);

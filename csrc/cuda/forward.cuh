@@ -71,7 +71,7 @@ forward(const ForwardParams params) {
       const Tile tile = block.tile(j);
       // Loaded before the product, which hides the latency.
       float x[Shape::kRowsPerThread][G];
-      Shares<E, Shape> share_h(d.zone_h), share_c(d.zone_c);
+      Shares<E, Shape> share_h(d.zones.h), share_c(d.zones.c);
       FUSED_RNN_UNROLL
       for (int i = 0; i < Shape::kRowsPerThread; ++i) {
         const bool present = is_unit && block.row(i) < tile.rows;
@@ -101,8 +101,8 @@ forward(const ForwardParams params) {
         }
         Cell::forward(x[i], r, h_prev, c, saved, h);
         const bool active = present && block.active(t, b);
-        h = active ? mixed(d.zone_h, share_h.get(t * q.B + b, unit), h_prev, h) : h_prev;
-        if constexpr (Cell::kHasC) c = active ? mixed(d.zone_c, share_c.get(t * q.B + b, unit), c_prev, c) : c_prev;
+        h = active ? mixed(d.zones.h, share_h.get(t * q.B + b, unit), h_prev, h) : h_prev;
+        if constexpr (Cell::kHasC) c = active ? mixed(d.zones.c, share_c.get(t * q.B + b, unit), c_prev, c) : c_prev;
         if (present) {
           const int64_t y_index = (t * q.B + b) * d.y_stride + unit;
           store_value<E>(d.y, y_index, active ? h : 0.0f);

@@ -170,7 +170,7 @@ normalised_backward(const NormalisedBackwardParams params) {
       if constexpr (Cell::kHasC) {
         dc[at] = d.c;
         if (!normalises_c) continue;
-        const T dh_new = split_gradient(p.zone_h, share<E>(p.zone_h, b, unit), d.h).to_new;
+        const T dh_new = split_gradient(p.zones.h, share<E>(p.zones.h, b, unit), d.h).to_new;
         const OutputGradients<T> out =
             output_backward<Cell, E>(norms, moments_c, unit, load_saved<Cell, E>(p, b, unit), dh_new);
         backward_c.add(out.normalised_c, out.d_gained * value_or_zero<E>(norms.gain_c, unit));
@@ -186,8 +186,8 @@ normalised_backward(const NormalisedBackwardParams params) {
       T grads[Cell::kGrads] = {};
       if (active) {
         const Saved<Cell, T> s = load_saved<Cell, E>(p, b, unit);
-        const SplitGradient<T> dh_split = split_gradient(p.zone_h, share<E>(p.zone_h, b, unit), d.h);
-        const SplitGradient<T> dc_split = split_gradient(p.zone_c, share<E>(p.zone_c, b, unit), d.c);
+        const SplitGradient<T> dh_split = split_gradient(p.zones.h, share<E>(p.zones.h, b, unit), d.h);
+        const SplitGradient<T> dc_split = split_gradient(p.zones.c, share<E>(p.zones.c, b, unit), d.c);
         d = {T(0), dc_split.to_new};
         if (!normalises_c) Cell::backward(s.values, s.before.h, s.before.c, dh_split.to_new, d.c, grads, d.h);
         if constexpr (Cell::kHasC) {

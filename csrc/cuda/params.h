@@ -9,7 +9,7 @@
 // on, and so are the rows of the recurrent weights.
 #pragma once
 
-#include <cstdint>
+#include "../rnn_params.h"
 
 namespace fused_rnn {
 namespace cuda {
@@ -44,12 +44,6 @@ struct ResetState {
   int64_t step;  // 0: the same states at every step
 };
 
-// Zoneout of one of the states: the factor of the new state. fused_rnn/reference.py has the equations.
-struct Zone {
-  const void* at;  // [T, B, H]; null: no zoneout
-  int64_t stride;  // of a row; 0: one row for all
-};
-
 struct ForwardDirection {
   const void* x_gates;  // [T, B, G*H] W_ih x
   const void* w_hh;     // [G*H, Hp]
@@ -59,7 +53,7 @@ struct ForwardDirection {
   const void* c0;       // [B, H]; null: zeros. LSTM
   ResetState reset;     // read only
   const void* drop_h;   // [B, H] recurrent dropout: the factor of h in W_hh h; null: ones
-  Zone zone_h, zone_c;  // zone_c: LSTM
+  Zones zones;          // [T, B, H]
   void* h_prev;      // [T, B, Hp] out: h * drop_h as W_hh multiplied it at each step; dw_hh and the backward of the GRU
                      // read it. With kThroughL2 the blocks exchange h through it: the caller fills it with kNotReady
                      // first. With the other exchanges it may be null in inference
@@ -84,7 +78,7 @@ struct BackwardDirection {
   const void* saved;        // as forward left it
   const float* state_prev;  // as forward left it
   const void* drop_h;       // as in forward
-  Zone zone_h, zone_c;      // as in forward
+  Zones zones;              // as in forward
   const void* dy;           // [T, B, H]; null: zeros
   int64_t dy_stride;        // of a row of dy: D * H
   const void* dc_sequence;  // [T, B, H] in rows dy_stride apart; null: zeros. LSTM
@@ -122,7 +116,7 @@ struct StepForwardParams {
   const void* b_ih;        // [G*H]; null: zeros
   const void* b_hh;        // [G*H]; null: zeros
   const void* drop_h;      // [B, H]; null: ones
-  Zone zone_h, zone_c;     // of this step
+  Zones zones;             // of this step
   const void* h_prev;      // [B, H] the h (times drop_h) that gave h_gates
   void* h;                 // [B, H] out: the h (times drop_h) that W_hh multiplies at the next step
   void* kept_h;            // [B, H] Arithmetic, in and out: h without drop_h; null without drop_h
@@ -144,7 +138,7 @@ struct StepBackwardParams {
   const void* saved;        // [B, kSaved*H] as forward left it
   const void* h_prev;       // [B, H] as forward read it
   const void* drop_h;       // [B, H]; null: ones
-  Zone zone_h, zone_c;      // of this step
+  Zones zones;              // of this step
   const void* state_prev;   // [B, H] Arithmetic, as forward left it
   const void* dy;           // [B, H]; null: zeros
   int64_t dy_stride;        // of a row of dy

@@ -55,10 +55,10 @@ template <class Cell, class E, class T = typename E::Arithmetic>
 FUSED_RNN_DEVICE void store_states(const StepForwardParams& p, int64_t b, int64_t unit, bool active,
                                    const States<T>& before, States<T> s) {
   const int64_t at = b * p.H + unit, y_index = b * p.y_stride + unit;
-  s.h = active ? mixed(p.zone_h, share<E>(p.zone_h, b, unit), before.h, s.h) : before.h;
+  s.h = active ? mixed(p.zones.h, share<E>(p.zones.h, b, unit), before.h, s.h) : before.h;
   store_value<E>(p.y, y_index, active ? s.h : T(0));
   if constexpr (Cell::kHasC) {
-    s.c = active ? mixed(p.zone_c, share<E>(p.zone_c, b, unit), before.c, s.c) : before.c;
+    s.c = active ? mixed(p.zones.c, share<E>(p.zones.c, b, unit), before.c, s.c) : before.c;
     if (p.c_sequence) store_value<E>(p.c_sequence, y_index, active ? s.c : T(0));
   }
   if (begins(p.resets, p.lengths, b)) s = {value_or_zero<E>(p.reset.h, at), value_or_zero<E>(p.reset.c, at)};
@@ -160,8 +160,8 @@ step_backward(const StepBackwardParams p) {
     if (is_active(p, b)) {
       add_output_gradients<Cell, E>(p, b, unit, d);
       const Saved<Cell, T> s = load_saved<Cell, E>(p, b, unit);
-      const SplitGradient<T> dh_split = split_gradient(p.zone_h, share<E>(p.zone_h, b, unit), d.h);
-      const SplitGradient<T> dc_split = split_gradient(p.zone_c, share<E>(p.zone_c, b, unit), d.c);
+      const SplitGradient<T> dh_split = split_gradient(p.zones.h, share<E>(p.zones.h, b, unit), d.h);
+      const SplitGradient<T> dc_split = split_gradient(p.zones.c, share<E>(p.zones.c, b, unit), d.c);
       d = {T(0), dc_split.to_new};
       Cell::backward(s.values, s.before.h, s.before.c, dh_split.to_new, d.c, grads, d.h);
       d.h += dh_split.to_old, d.c += dc_split.to_old;

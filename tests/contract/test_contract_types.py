@@ -39,6 +39,7 @@ from contract import (
     survives,
     tensors,
 )
+from operator_calls import by_name
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -384,7 +385,7 @@ def operator_arguments(cell, time, batch):
 
 
 def raw_operator_in_a_process():
-    forward = torch.ops.fused_rnn.forward
+    forward = by_name(torch.ops.fused_rnn.forward)
     for cell in CELLS:
         good = operator_arguments(cell, TIME, BATCH)
         forward(**good)

@@ -207,8 +207,8 @@ void forward_pass(const Layer& l, Inputs& in, Results& out, const Plan& plan, bo
     p.y = out.outputs[0][kY].data(d * l.H), p.y_stride = l.D * l.H;
     p.reset = {i[kResetH].data(), i[kResetC].data(), l.reset_states > 1 ? l.B * l.H : 0};
     p.drop_h = i[kDrop].data();
-    p.zone_h = {in[0][kZoneH].data(d * l.H), l.zone_stride()},
-    p.zone_c = {in[0][kZoneC].data(d * l.H), l.zone_stride()};
+    p.zones.h = {in[0][kZoneH].data(d * l.H), l.zone_stride()},
+    p.zones.c = {in[0][kZoneC].data(d * l.H), l.zone_stride()};
     p.c_sequence = out.outputs[0][kCs].data(d * l.H);
     p.h_prev = train || plan.instance.exchange == Exchange::kThroughL2 ? o[kHPrev].data() : nullptr;
     p.saved = train ? o[kSaved].data() : nullptr;
@@ -227,8 +227,8 @@ void backward_pass(const Layer& l, Inputs& in, Results& out, const Plan& plan, u
     p.dy = in[0][kDy].data(d * l.H), p.dy_stride = l.D * l.H, p.dh_n = i[kDhN].data(), p.dc_n = i[kDcN].data();
     p.dc_sequence = in[0][kDcs].data(d * l.H);
     p.drop_h = i[kDrop].data();
-    p.zone_h = {in[0][kZoneH].data(d * l.H), l.zone_stride()},
-    p.zone_c = {in[0][kZoneC].data(d * l.H), l.zone_stride()};
+    p.zones.h = {in[0][kZoneH].data(d * l.H), l.zone_stride()},
+    p.zones.c = {in[0][kZoneC].data(d * l.H), l.zone_stride()};
     p.dreset = {o[kDresetH].data(), o[kDresetC].data(), l.B * l.H};
     p.dgates = o[kDgates].data(), p.dh0 = o[kDh0].data(), p.dc0 = o[kDc0].data();
   }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import emulated
 from fused_rnn import policy, reference
+from operator_calls import OPTIONS, by_name, folded
 from test_fuzz import DAMAGES, DISGUISES, check, damaged, searched
 
 pytestmark = [
@@ -30,6 +31,10 @@ PLANNED, EVERY_STEP = -1, -2  # as `instance`; csrc/bindings/schemas.h
 @pytest.fixture(autouse=True)
 def library() -> None:
     emulated.load_once()
+
+
+def called(operator: str) -> Callable:
+    return by_name(getattr(torch.ops.fused_rnn_emulator, operator))
 
 
 def forward_arguments(
@@ -73,18 +78,18 @@ def forward_arguments(
     )
 
 
-def backward_arguments(forward: dict[str, Any]) -> dict[str, Any]:
+def backward_arguments(given: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(1)
-    y, h_n, c_n, reserve, c_sequence = torch.ops.fused_rnn_emulator.forward(**forward)
-    names = ("x", "w_ih", "w_hh", "w_ih_reverse", "w_hh_reverse", "cell", "batch_sizes", "lengths", "resets")
-    names += ("drop_h", "zone_h", "zone_c", "norm_hh", "norm_c", "norm_c_bias", "tf32", "instance")
+    y, h_n, c_n, reserve, c_sequence = called("forward")(**given)
+    names = ("x", "w_ih", "w_hh", "w_ih_reverse", "w_hh_reverse", "cell", "tf32", "instance")
+    names += tuple(name for name in OPTIONS if name not in ("reset_h", "reset_c"))  # which backward does not read
     needs = ("dx", "dstate", "dw_ih", "dw_hh", "db", "dw_hr")
-    return {name: forward[name] for name in names} | dict(
+    return {name: given[name] for name in names} | dict(
         dy=torch.randn_like(y),
         dh_n=torch.randn_like(h_n) if h_n.numel() else None,
         dc_n=torch.randn_like(c_n) if c_n.numel() else None,
         reserve=reserve,
-        reset_steps=0 if forward["resets"] is None else -1,
+        reset_steps=0 if given["resets"] is None else -1,
         dc_sequence=torch.randn_like(c_sequence) if c_sequence.numel() else None,
         **{f"need_{need}": True for need in needs},
     )
@@ -110,7 +115,7 @@ def calls(draw: Callable, operator: str) -> dict[str, Any]:
 @settings(searched, max_examples=40)
 @given(data=st.data())
 def test_damaged_calls(operator: str, data: st.DataObject) -> None:
-    call = getattr(torch.ops.fused_rnn_emulator, operator)
+    call = called(operator)
     # Behind a row's end, what forward keeps for backward is memory that nobody has written to.
     check(call, damaged(data, data.draw(calls(operator), "call")), slice(3) if operator == "forward" else slice(1, 3))
 
@@ -136,11 +141,17 @@ def test_fake_kernels_give_what_the_operators_allocate(
     for train in (True, False):
         forward = arguments | dict(train=train)
         torch.library.opcheck(
-            torch.ops.fused_rnn_emulator.forward.default, (), forward, test_utils=("test_schema", "test_faketensor")
+            torch.ops.fused_rnn_emulator.forward.default,
+            (),
+            folded(forward),
+            test_utils=("test_schema", "test_faketensor"),
         )
     backward = backward_arguments(arguments)
     torch.library.opcheck(
-        torch.ops.fused_rnn_emulator.backward.default, (), backward, test_utils=("test_schema", "test_faketensor")
+        torch.ops.fused_rnn_emulator.backward.default,
+        (),
+        folded(backward),
+        test_utils=("test_schema", "test_faketensor"),
     )
 
 
@@ -154,8 +165,8 @@ def test_weights_that_begin_anywhere(cell: str, dtype: torch.dtype) -> None:
     results = []
     for w_hh in (arguments["w_hh"], moved):
         forward = arguments | dict(w_hh=w_hh)
-        of_backward = torch.ops.fused_rnn_emulator.backward(**backward_arguments(forward))
-        results.append([*torch.ops.fused_rnn_emulator.forward(**forward)[:3], *of_backward])
+        of_backward = called("backward")(**backward_arguments(forward))
+        results.append([*called("forward")(**forward)[:3], *of_backward])
     for found, expected in zip(*results, strict=True):
         assert found is expected or torch.equal(found, expected)
 
@@ -167,7 +178,7 @@ def test_autocast_around_a_call_changes_nothing(instance: int, kind: str) -> Non
     forward = forward_arguments("gru", instance, 2, torch.float32, kind, True)
     backward = backward_arguments(forward)
     for operator, arguments in (("forward", forward), ("backward", backward)):
-        call = getattr(torch.ops.fused_rnn_emulator, operator)
+        call = called(operator)
         with torch.autocast("cpu", torch.bfloat16):
             found = call(**arguments)
         for a, b in zip(found[:3], call(**arguments)[:3], strict=True):
@@ -183,7 +194,7 @@ def test_parameters_are_taken_as_they_are(kind: str) -> None:
     forward = forward_arguments("lstm", EVERY_STEP, 2, torch.float32, kind, True)
     backward = backward_arguments(forward)
     for operator, arguments in (("forward", forward), ("backward", backward)):
-        call = getattr(torch.ops.fused_rnn_emulator, operator)
+        call = called(operator)
         differentiable = {
             name: value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
             for name, value in arguments.items()
@@ -204,8 +215,8 @@ def test_lengths_outside_of_the_sequence(instance: int, lengths: list[int]) -> N
         arguments = forward | dict(lengths=torch.tensor(given_lengths, dtype=torch.int32))
         results.append(
             [
-                *torch.ops.fused_rnn_emulator.forward(**arguments)[:3],
-                *torch.ops.fused_rnn_emulator.backward(**backward_arguments(arguments))[1:3],
+                *called("forward")(**arguments)[:3],
+                *called("backward")(**backward_arguments(arguments))[1:3],
             ]
         )
     for found, expected in zip(*results, strict=True):
@@ -216,7 +227,7 @@ def test_lengths_outside_of_the_sequence(instance: int, lengths: list[int]) -> N
 def test_kernels_that_are_not_there(instance: int) -> None:
     arguments = forward_arguments("gru", instance, 1, torch.float32, "padded", False)
     with pytest.raises(RuntimeError, match=r"this kernel|there is no kernel"):
-        torch.ops.fused_rnn_emulator.forward(**arguments)
+        called("forward")(**arguments)
 
 
 def test_memory_that_was_taken_away() -> None:
@@ -227,5 +238,5 @@ def test_memory_that_was_taken_away() -> None:
                 # Of both directions' weights the message has one name.
                 words = f"{name.removesuffix('_reverse')} reaches beyond the end of its storage"
                 with pytest.raises(RuntimeError, match=words):
-                    call = getattr(torch.ops.fused_rnn_emulator, operator)
+                    call = called(operator)
                     call(**arguments | {name: DAMAGES["no storage"](arguments[name])})

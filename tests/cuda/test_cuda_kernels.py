@@ -267,7 +267,7 @@ MUTANTS = [
     ),
     # Recurrent dropout and zoneout.
     Mutant("forward: all of h is multiplied", _FORWARD, "h = dropped<E>(d.drop_h,", "dropped<E>(d.drop_h,", **_ALONE),
-    Mutant("forward: h takes the share of c", _FORWARD, "d.zone_h, share_h.get", "d.zone_h, share_c.get", **_ALONE),
+    Mutant("forward: h takes the share of c", _FORWARD, "d.zones.h, share_h.get", "d.zones.h, share_c.get", **_ALONE),
     Mutant(
         "backward: all of the product comes back", _BACKWARD, "present ? dropped<E>", "false ? dropped<E>", **_ALONE
     ),

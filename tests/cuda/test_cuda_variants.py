@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import emulated
 import fused_rnn
@@ -21,6 +22,7 @@ from emulated import patch_operators
 from fused_rnn import layers, operators, policy, reference
 from fused_rnn.options import LayerOptions
 from fused_rnn.reference import GATES
+from operator_calls import by_name
 from test_gpu import PRECISIONS, Precision, farther, rounded_to_tf32
 from test_variants import NORMS
 from tolerances import assert_as_accurate
@@ -289,8 +291,8 @@ def test_fake_kernels_agree(cell: str, variant: Variant, monkeypatch: pytest.Mon
     Inputs.drawn(cell, variant, torch.bfloat16).results(layers.layer, torch.bfloat16)
     assert len(calls) == 2
     for operator, arguments in calls:
-        detached = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
-        torch.library.opcheck(operator, tuple(detached), test_utils="test_faketensor")
+        detached = tree_map_only(Tensor, Tensor.detach, arguments)
+        torch.library.opcheck(operator, detached, test_utils="test_faketensor")
 
 
 def test_bad_calls_raise() -> None:
@@ -299,9 +301,8 @@ def test_bad_calls_raise() -> None:
 
     def call(cell: int = 2, **options: Any) -> Any:
         rows = GATES[reference.CELLS[cell]] * 5
-        return emulated.operator("forward")(
-            zeros(2, 3, rows), None, None, cell, True, None, zeros(rows, 5), **options
-        )  # fmt: skip
+        tensors = dict(x=zeros(2, 3, rows), h0=None, c0=None, w_ih=None, w_hh=zeros(rows, 5))
+        return by_name(emulated.operator("forward"))(cell=cell, train=True, **tensors, **options)
 
     call(drop_h=zeros(1, 3, 5), zone_h=zeros(5), zone_c=zeros(2, 3, 5), norm_hh=zeros(1, 20), norm_c=zeros(1, 5))
     bad: list[dict[str, Any]] = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fused_rnn
-from fused_rnn import layers, steps
+from fused_rnn import layers, policy, steps
 
 SIZES = [dict(B=1, I=4, H=5), dict(B=3, I=7, H=20, num_layers=2), dict(B=9, I=33, H=77, batch_first=True)]
 CELLS = [("RNN", {}), ("RNN", {"nonlinearity": "relu"}), ("LSTM", {}), ("LSTM", {"proj_size": 3}), ("GRU", {})]
@@ -207,9 +207,10 @@ def test_out_holds_the_results(
         out = torch.full_like(expected, torch.nan), hx if in_place else copied(hx)
         y, state = module.step(x, hx, out=out)
     assert y is out[0] and state is out[1]
-    assert torch.equal(y, expected)
-    for a, b in zip(tensors(state), tensors(final), strict=True):
-        assert torch.equal(a, b)
+    # On processors that multiply bfloat16, a step without `out` may be torch.nn's.
+    close = dict(rtol=0.02, atol=0.01) if dtype is torch.bfloat16 and policy.HAS_BF16_PRODUCTS else dict(rtol=0, atol=0)
+    for a, b in zip((y, *tensors(state)), (expected, *tensors(final)), strict=True):
+        torch.testing.assert_close(a, b, **close)
     if not in_place:
         assert all(torch.equal(a, b) for a, b in zip(tensors(hx), tensors(before), strict=True))
 

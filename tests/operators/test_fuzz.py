@@ -21,6 +21,8 @@ from torch import Tensor
 
 import fused_rnn
 from fused_rnn import reference
+from fused_rnn.options import LayerOptions, operator_tensors_of
+from operator_calls import by_name
 from test_ops import KINDS, backward_arguments, forward_arguments
 
 CELLS = list(reference.CELLS)
@@ -173,7 +175,7 @@ def calls(draw: Callable, operator: str) -> dict[str, Any]:
     steps = draw(st.sampled_from([0, -1 if of_reset.dim() == 4 else 1]))
     found = backward_arguments(arguments) | dict(resets=arguments["resets"], reset_steps=steps)
     if arguments.get("want_c_sequence"):
-        found["dc_sequence"] = torch.ops.fused_rnn.forward(**arguments)[4]
+        found["dc_sequence"] = by_name(torch.ops.fused_rnn.forward)(**arguments)[4]
     return found
 
 
@@ -238,7 +240,7 @@ def check(operator: Any, arguments: dict[str, Any], which: slice = slice(None)) 
 @searched
 @given(data=st.data())
 def test_damaged_calls(operator: str, data: st.DataObject) -> None:
-    check(getattr(torch.ops.fused_rnn, operator), damaged(data, data.draw(calls(operator), "call")))
+    check(by_name(getattr(torch.ops.fused_rnn, operator)), damaged(data, data.draw(calls(operator), "call")))
 
 
 @pytest.mark.parametrize("operator", ["forward", "backward", "step"])
@@ -253,7 +255,7 @@ def test_disguised_calls(operator: str, data: st.DataObject) -> None:
             how = data.draw(st.sampled_from(kept), name)
             arguments[name] = DISGUISES[how](value) if value.dim() > 1 or how != "column-major" else value
     expected = {n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in arguments.items()}
-    op = getattr(torch.ops.fused_rnn, operator)
+    op = by_name(getattr(torch.ops.fused_rnn, operator))
     for found, wanted in zip(op(**arguments), op(**expected), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
@@ -267,7 +269,7 @@ def test_memory_that_was_taken_away(operator: str, how: str) -> None:
     assert len(names) > 5
     for name in names:
         with pytest.raises(RuntimeError, match=f"{name} reaches beyond the end of its storage"):
-            getattr(torch.ops.fused_rnn, operator)(**arguments | {name: DAMAGES[how](arguments[name])})
+            by_name(getattr(torch.ops.fused_rnn, operator))(**arguments | {name: DAMAGES[how](arguments[name])})
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -324,7 +326,7 @@ def test_one_tensor_on_another_device(operator: str) -> None:
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             with pytest.raises(RuntimeError, match="expected all tensors on one device, got cpu and meta"):
-                getattr(torch.ops.fused_rnn, operator)(**arguments | {name: value.to("meta")})
+                by_name(getattr(torch.ops.fused_rnn, operator))(**arguments | {name: value.to("meta")})
 
 
 def test_batch_sizes_that_change_during_the_call() -> None:
@@ -344,7 +346,9 @@ def test_batch_sizes_that_change_during_the_call() -> None:
     try:
         for _ in range(300):
             try:
-                y, *_ = torch.ops.fused_rnn.forward(x, None, None, 2, True, w_ih, w_hh, batch_sizes=sizes)
+                y, *_ = torch.ops.fused_rnn.forward(
+                    x, None, None, 2, True, w_ih, w_hh, options=operator_tensors_of(LayerOptions(sizes))
+                )
             except RuntimeError:
                 continue
             assert y.shape == (T * B, 5) and y.isfinite().all()

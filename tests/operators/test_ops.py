@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fused_rnn import reference
+from operator_calls import by_name, folded
 
 CELLS = list(reference.CELLS)
+forward, backward = by_name(torch.ops.fused_rnn.forward), by_name(torch.ops.fused_rnn.backward)
 
 
 def forward_arguments(
@@ -39,9 +41,9 @@ def forward_arguments(
     return arguments | dict(cell=CELLS.index(cell), train=True)
 
 
-def backward_arguments(forward: dict[str, Any]) -> dict[str, Any]:
+def backward_arguments(given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a valid call of torch.ops.fused_rnn.backward after that forward."""
-    y, h_n, c_n, reserve, _ = torch.ops.fused_rnn.forward(**forward)
+    y, h_n, c_n, reserve, _ = forward(**given)
     names = ["x", "w_ih", "w_hh", "w_hr", "w_ih_reverse", "w_hh_reverse", "w_hr_reverse", "batch_sizes"]
     names += ["lengths", "cell"]
     needs = ["dx", "dstate", "dw_ih", "dw_hh", "db", "dw_hr"]
@@ -50,7 +52,7 @@ def backward_arguments(forward: dict[str, Any]) -> dict[str, Any]:
         dh_n=torch.randn_like(h_n) if h_n.numel() else None,
         dc_n=torch.randn_like(c_n) if c_n.numel() else None,
         reserve=reserve,
-        **{name: forward[name] for name in names},
+        **{name: given[name] for name in names},
         **{f"need_{need}": True for need in needs},
     )
 
@@ -63,7 +65,7 @@ KINDS = [("padded", 1), ("padded", 2), ("packed", 1), ("packed", 2), ("ragged", 
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck_forward(cell: str, kind: str, D: int, train: bool) -> None:
     arguments = forward_arguments(cell, kind, D) | dict(train=train)
-    torch.library.opcheck(torch.ops.fused_rnn.forward.default, (), arguments)
+    torch.library.opcheck(torch.ops.fused_rnn.forward.default, (), folded(arguments))
 
 
 @pytest.mark.parametrize("needs", [True, False])
@@ -72,13 +74,13 @@ def test_opcheck_forward(cell: str, kind: str, D: int, train: bool) -> None:
 def test_opcheck_backward(cell: str, kind: str, D: int, needs: bool) -> None:
     arguments = backward_arguments(forward_arguments(cell, kind, D))
     arguments |= {name: needs for name in arguments if name.startswith("need_")}
-    torch.library.opcheck(torch.ops.fused_rnn.backward.default, (), arguments)
+    torch.library.opcheck(torch.ops.fused_rnn.backward.default, (), folded(arguments))
 
 
 def test_opcheck_projection() -> None:
-    forward = forward_arguments("lstm", "projected", 2)
-    torch.library.opcheck(torch.ops.fused_rnn.forward.default, (), forward)
-    torch.library.opcheck(torch.ops.fused_rnn.backward.default, (), backward_arguments(forward))
+    arguments = forward_arguments("lstm", "projected", 2)
+    torch.library.opcheck(torch.ops.fused_rnn.forward.default, (), folded(arguments))
+    torch.library.opcheck(torch.ops.fused_rnn.backward.default, (), folded(backward_arguments(arguments)))
 
 
 def _fails(op: Any, arguments: dict[str, Any], message: str) -> None:
@@ -128,7 +130,7 @@ HOSTILE_FORWARD = [
 
 @pytest.mark.parametrize(("change", "message"), HOSTILE_FORWARD, ids=range(len(HOSTILE_FORWARD)))
 def test_hostile_forward(change: dict[str, Any], message: str) -> None:
-    _fails(torch.ops.fused_rnn.forward, forward_arguments("lstm") | change, message)
+    _fails(forward, forward_arguments("lstm") | change, message)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_hostile_forward(change: dict[str, Any], message: str) -> None:
     ],
 )
 def test_hostile_batch_sizes(sizes: Tensor, message: str) -> None:
-    _fails(torch.ops.fused_rnn.forward, forward_arguments("lstm", "packed") | dict(batch_sizes=sizes), message)
+    _fails(forward, forward_arguments("lstm", "packed") | dict(batch_sizes=sizes), message)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_hostile_batch_sizes(sizes: Tensor, message: str) -> None:
     ],
 )
 def test_hostile_lengths(change: dict[str, Any], message: str) -> None:
-    _fails(torch.ops.fused_rnn.forward, forward_arguments("lstm", "ragged") | change, message)
+    _fails(forward, forward_arguments("lstm", "ragged") | change, message)
 
 
 @pytest.mark.parametrize(
@@ -180,19 +182,19 @@ def test_hostile_lengths(change: dict[str, Any], message: str) -> None:
     ],
 )
 def test_hostile_backward(change: dict[str, Any], message: str) -> None:
-    _fails(torch.ops.fused_rnn.backward, backward_arguments(forward_arguments("lstm")) | change, message)
+    _fails(backward, backward_arguments(forward_arguments("lstm")) | change, message)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_any_strides(cell: str) -> None:
     """Non-contiguous and expanded tensors mean what their elements say."""
     arguments = forward_arguments(cell)
-    expected = torch.ops.fused_rnn.forward(**arguments)
+    expected = forward(**arguments)
     strided = {
         name: value.repeat_interleave(2, -1)[..., ::2] if isinstance(value, Tensor) else value
         for name, value in arguments.items()
     }
-    for a, b in zip(torch.ops.fused_rnn.forward(**strided), expected, strict=True):
+    for a, b in zip(forward(**strided), expected, strict=True):
         assert torch.equal(a, b)
 
 
@@ -201,12 +203,12 @@ def test_needs_decide_what_is_computed(cell: str) -> None:
     """Every gradient is the same whichever others are asked for, and None when it is not."""
     arguments = backward_arguments(forward_arguments(cell, D=2))
     needs = [name for name in arguments if name.startswith("need_")]
-    everything = torch.ops.fused_rnn.backward(**arguments)
+    everything = backward(**arguments)
     owner = ["need_dx", "need_dstate", "need_dstate"]
     owner += ["need_dw_ih", "need_dw_hh", "need_db", "need_db", "need_dw_hr"] * 2 + ["resets"] * 2 + ["norms"] * 2
     for need in needs:
         only = arguments | {name: name == need for name in needs}
-        for whose, alone, together in zip(owner, torch.ops.fused_rnn.backward(**only), everything, strict=True):
+        for whose, alone, together in zip(owner, backward(**only), everything, strict=True):
             if whose == need and together is not None:  # there is no projection
                 assert torch.equal(alone, together)
             else:
@@ -220,16 +222,16 @@ def test_large_sizes_are_refused_not_attempted() -> None:
         x=one.expand(2**30, 2**30, 4), h0=None, c0=None, w_ih=torch.randn(20, 4), w_hh=torch.randn(20, 5)
     )
     with pytest.raises(RuntimeError):
-        torch.ops.fused_rnn.forward(**arguments)
+        forward(**arguments)
 
 
 def test_an_empty_batch() -> None:
-    forward = forward_arguments("lstm")
-    forward |= {name: forward[name][:, :0] for name in ("x", "h0", "c0")}
-    y, h_n, c_n, *_ = torch.ops.fused_rnn.forward(**forward)
+    arguments = forward_arguments("lstm")
+    arguments |= {name: arguments[name][:, :0] for name in ("x", "h0", "c0")}
+    y, h_n, c_n, *_ = forward(**arguments)
     assert y.shape == (3, 0, 5)
     assert h_n.shape == c_n.shape == (1, 0, 5)
-    gradients = torch.ops.fused_rnn.backward(**backward_arguments(forward))
+    gradients = backward(**backward_arguments(arguments))
     assert all(gradient is None or not gradient.any() for gradient in gradients)
 
 
