@@ -1,4 +1,5 @@
-/* Runs a frozen model on the numbers of a file, one step at a time, and says how long a step takes. No Python, no torch.
+/* Runs a frozen model on the numbers of a file, one step at a time, and says how long a step takes. No Python, no
+ * torch.
  *
  *     stream MODEL.frnn INPUT OUTPUT
  *

@@ -72,7 +72,8 @@ def quantized_call(row: Row, module: nn.Module) -> Callable[[], Tensor]:
     """torch's own dynamic quantisation, which knows the LSTM and the GRU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is deprecated in favour of another package
-        rounded = torch.ao.quantization.quantize_dynamic(module, {nn.LSTM, nn.GRU}, dtype=torch.qint8)
+        model = nn.ModuleList([module])  # of which it replaces the parts
+        (rounded,) = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.GRU}, dtype=torch.qint8)
     if isinstance(rounded, nn.RNNBase):
         raise ValueError("not quantised by torch")
     return module_call(row, rounded)

@@ -181,20 +181,21 @@ struct RowScale {
   float scale, inverse;
 
   void measure(const float* x, int64_t K) {
-    Vec<float> largest{}, not_finite{};
+    Ints largest{};  // the bits of magnitudes have their order, and those of infinities and NaN are the largest
     for (int64_t k = 0; k < K; k += kLanes<float>) {
-      const Vec<float> v = load(x + k, least(K - k, kLanes<float>));
-      largest = math::Extremes<Vec<float>>::larger(largest, (Vec<float>)((Ints)v & INT32_MAX));
-      not_finite += v * 0.0f;
+      const Ints bits = (Ints)load(x + k, least(K - k, kLanes<float>)) & INT32_MAX;
+      largest = bits > largest ? bits : largest;
     }
-    float most = 0, nan = 0;
-    for (int i = 0; i < kLanes<float>; ++i) {
-      most = largest[i] > most ? largest[i] : most;
-      nan += not_finite[i];
+    int32_t lanes[kLanes<float>];
+    store_as(lanes, largest);
+    for (int half = kLanes<float> / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
     }
+    const float most = math::bits<float>(lanes[0]);
     constexpr float kLeast = kLevels * 1.2e-38f;  // below it the inverse would overflow: the row counts as zeros
-    inverse = most > kLeast && nan == 0 ? kLevels / most : 0;
-    scale = most > kLeast ? most / kLevels + nan : nan;
+    const bool counts = most > kLeast;            // not if it is NaN
+    inverse = counts ? kLevels / most : 0;
+    scale = most - most + (counts ? most / kLevels : 0);  // most - most is NaN if it is not finite
   }
   // Of one vector of the row, by the bits of a float that is so large that its unit is 1.
   FUSED_RNN_INLINE Ints integers(const Vec<float>& x) const {

@@ -230,5 +230,16 @@ def test_the_example_in_c(weights: str, tmp_path: Path) -> None:
         assert done.returncode == 1 and "the frozen model" in done.stderr
 
 
+@pytest.mark.slow("compiles C")
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_step_allocates_nothing_takes_no_lock_and_makes_no_system_call(weights: str, tmp_path: Path) -> None:
+    fused_rnn.freeze(nn.LSTM(64, 64, 2), weights).save(tmp_path / "model.frnn")
+    program = compiled(Path(__file__).with_name("stream_check.c"), tmp_path / "check", "-ldl")
+    done = subprocess.run([program, "model.frnn", "10000"], cwd=tmp_path, capture_output=True, text=True)
+    if done.returncode == 3:
+        pytest.skip("this system forbids seccomp")
+    assert (done.returncode, done.stdout) == (0, "nothing\n"), done.stderr
+
+
 def test_the_header_is_in_the_package() -> None:
     assert (Path(fused_rnn.INCLUDE) / "fused_rnn" / "stream.h").is_file()

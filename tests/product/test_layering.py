@@ -100,8 +100,8 @@ def test_a_layer_uses_only_those_below_it(layer: str) -> None:
             elif name.startswith('"'):
                 target = (path.parent / name.strip('"')).resolve()
                 assert target.is_file(), (path, name)
-                public = (CSRC / "rnn_params.h", CSRC.parent / "fused_rnn" / "stream.h")  # the kernels' and C's contract
-                assert target.parent in allowed or target in public, (path, name)
+                contracts = (CSRC / "rnn_params.h", CSRC.parent / "fused_rnn" / "stream.h")
+                assert target.parent in allowed or target in contracts, (path, name)
 
 
 @needs_sources
