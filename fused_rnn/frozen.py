@@ -46,8 +46,8 @@ def freeze(module: Module, weights: str = "float32") -> Any:
             inputs and states to 16-bit integers at every step.
 
     Returns:
-        A `FrozenRNN` or `FrozenCell`. For a model, a deep copy of it in eval mode in which every such module is frozen;
-        its attribute `frozen` is the list of their names.
+        A `FrozenRNN` or `FrozenCell`. For a model, a deep copy in which every such module is frozen, in eval mode and
+        without gradients of parameters; its attribute `frozen` is the list of their names.
 
     Raises:
         TypeError: a module has an option, or a forward of its own, that no frozen module computes. All are named.
@@ -84,7 +84,8 @@ def freeze(module: Module, weights: str = "float32") -> Any:
         raise TypeError("\n  ".join(["freeze: cannot freeze", *(f"{name}: {why}" for name, why in refused.items())]))
     if not names:
         raise ValueError(f"freeze: expected a model with an {', '.join(NAMES[:-1])} or {NAMES[-1]}, found none")
-    model: Any = copy.deepcopy(module, memo).eval()  # which takes the frozen modules for the copies of the others
+    # Which takes the frozen modules for the copies of the others.
+    model: Any = copy.deepcopy(module, memo).eval().requires_grad_(False)
     model.frozen = names
     return model
 

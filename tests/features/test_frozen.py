@@ -172,6 +172,7 @@ def test_a_model_is_copied() -> None:
     assert original.training and type(original["rnn"]) is nn.GRU
     assert frozen["head"].weight is not original["head"].weight
     assert [name for name, _ in frozen.named_parameters()] == ["head.weight", "head.bias"]
+    assert not frozen["head"].weight.requires_grad and original["head"].weight.requires_grad
 
 
 def test_later_changes_do_not_reach_it() -> None:

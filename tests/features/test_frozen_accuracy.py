@@ -23,6 +23,7 @@ EXAMPLES = {example.name: example for example in [*char_lm.EXAMPLES, *image_rows
 
 
 @cache
+@torch.enable_grad()
 def trained(name: str) -> Any:
     torch.manual_seed(1)
     example = EXAMPLES[name]
