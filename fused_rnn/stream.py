@@ -15,7 +15,8 @@ class Stream:
     """Steps of a frozen module one after another; the `stream` method of a frozen module makes it.
 
     Inputs are float32 tensors on the CPU or float32 numpy arrays, contiguous, and results are of the same kind. With
-    `out` a step allocates nothing. Give each thread a stream of its own; streams share the weights.
+    `out` a step allocates nothing. Nothing records a gradient. Give each thread a stream of its own; streams share the
+    weights.
 
     Args:
         module: a `FrozenRNN` of one direction, or a `FrozenCell`.

@@ -51,9 +51,6 @@ class Numbers {
   }
   Numbers(const Numbers&) = delete;
   Numbers& operator=(const Numbers&) = delete;
-  ~Numbers() {
-    if (buffer_.obj) PyBuffer_Release(&buffer_);
-  }
 
   int64_t count() const {
     int64_t n = 1;
@@ -65,7 +62,10 @@ class Numbers {
  private:
   void of_tensor(const dlpack::ExchangeApi& api, py::handle from, const char* name) {
     dlpack::Tensor t;
-    if (api.tensor_from_object(from.ptr(), &t) != 0) throw py::error_already_set();
+    if (api.tensor_from_object(from.ptr(), &t) != 0) {
+      PyErr_Clear();
+      fail(name, " must be a float32 tensor on the CPU");
+    }
     FUSED_RNN_CHECK(t.device_type == dlpack::kCpu, name, " must be on the CPU");
     FUSED_RNN_CHECK(t.code == dlpack::kFloat && t.bits == 32 && t.lanes == 1, name, " must be float32");
     take(t.ndim, t.shape, name);
@@ -79,16 +79,11 @@ class Numbers {
   void of_buffer(py::handle from, const char* name, bool written) {
     const int flags = PyBUF_FORMAT | PyBUF_C_CONTIGUOUS | (written ? PyBUF_WRITABLE : 0);
     if (PyObject_GetBuffer(from.ptr(), &buffer_, flags) != 0) {
-      buffer_.obj = nullptr;
       PyErr_Clear();
       fail(name, " must be a float32 tensor or a contiguous float32 array", written ? " that may be written to" : "",
            ", got ", Py_TYPE(from.ptr())->tp_name);
     }
-    const bool is_float = buffer_.itemsize == 4 && buffer_.format && std::strchr("f", buffer_.format[0]);
-    if (!is_float) {
-      PyBuffer_Release(&buffer_);
-      fail(name, " must be float32");
-    }
+    FUSED_RNN_CHECK(buffer_.format && std::strcmp(buffer_.format, "f") == 0, name, " must be float32");
     take(buffer_.ndim, buffer_.shape, name);
     data = static_cast<float*>(buffer_.buf);
   }
@@ -99,7 +94,13 @@ class Numbers {
     for (int i = 0; i < dim; ++i) sizes[i] = shape[i];
   }
 
-  Py_buffer buffer_{};
+  struct Buffer : Py_buffer {
+    Buffer() : Py_buffer{} {}
+    ~Buffer() {
+      if (obj) PyBuffer_Release(this);
+    }
+  };
+  Buffer buffer_;
 };
 
 class Stream {
