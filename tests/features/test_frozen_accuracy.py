@@ -15,11 +15,11 @@ from examples import char_lm, image_rows
 
 pytestmark = pytest.mark.slow("trains")
 
-STEPS = {"char_rnn": 400, "char_gru": 400, "char_lstm": 400, "image_rows": 300}
 # The largest difference of h from float32's in 1,000 steps on a text, of values between -1 and 1.
-DRIFT = {"bfloat16": 0.1, "int8": 0.3}
+DRIFT = {"bfloat16": 0.02, "int8": 0.06}
 each_format = pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 EXAMPLES = {example.name: example for example in [*char_lm.EXAMPLES, *image_rows.EXAMPLES]}
+CHARACTERS = [example.name for example in char_lm.EXAMPLES]
 
 
 @cache
@@ -28,7 +28,7 @@ def trained(name: str) -> Any:
     torch.manual_seed(1)
     example = EXAMPLES[name]
     model = example.build(fused_rnn)
-    list(islice(example.train(model), STEPS[name]))
+    list(islice(example.train(model), example.steps))
     return model.eval()
 
 
@@ -43,11 +43,11 @@ def loss_and_accuracy(name: str, model: Any) -> tuple[float, float]:
 
 @torch.no_grad()
 @each_format
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_loss_and_accuracy_are_within_one_percent(name: str, weights: str) -> None:
     model = trained(name)
     loss, accuracy = loss_and_accuracy(name, model)
-    assert accuracy > (0.9 if name == "image_rows" else 0.3)  # it has learnt something
+    assert accuracy > (0.8 if name == "image_rows" else 0.25)  # it has learnt something
     rounded_loss, rounded_accuracy = loss_and_accuracy(name, fused_rnn.freeze(model, weights))
     print(f"{name} {weights}: loss {loss:.5f} {rounded_loss:.5f}, accuracy {accuracy:.4f} {rounded_accuracy:.4f}")
     assert abs(rounded_loss - loss) <= 0.01 * loss
@@ -56,7 +56,7 @@ def test_loss_and_accuracy_are_within_one_percent(name: str, weights: str) -> No
 
 @torch.no_grad()
 @each_format
-@pytest.mark.parametrize("name", [name for name in STEPS if name.startswith("char")])
+@pytest.mark.parametrize("name", CHARACTERS)
 def test_states_do_not_drift(name: str, weights: str) -> None:
     """Trained weights forget; so does the difference."""
     recurrent = trained(name).recurrent
