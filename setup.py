@@ -14,16 +14,20 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from subprocess import CalledProcessError
 
 from setuptools import Extension, setup
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # pip runs this file without its folder on the path
+from setuptools.errors import CompileError, LinkError
 
 from setup_cuda import EXHAUSTIVE_SWITCHES, build_cuda, nvcc
 
 ROOT = Path(__file__).resolve().parent
 CUDA_ONLY = ("bindings/cuda_*.cpp", "cuda/recurrence.cpp")
 MODULE = ("bindings/module.o", "bindings/stream.o", "cuda/plan.o")  # the rest is _cpu.so's
+FAILED = (
+    "fused_rnn did not compile (the first 'error:' above says why): it needs a C++17 compiler with OpenMP, such as a "
+    "recent g++ (Debian, Ubuntu: apt install g++; CXX names another), and FUSED_RNN_CUDA=0 leaves out what needs nvcc."
+)
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000ULL")  # of torch 2.10
 
 
@@ -87,6 +91,12 @@ def build_command() -> type:
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
+        def run(self) -> None:
+            try:
+                super().run()
+            except (CompileError, LinkError, CalledProcessError, RuntimeError) as error:  # the last is ninja's
+                sys.exit(f"{error}\n{FAILED}")
+
         def get_ext_filename(self, name: str) -> str:
             """Libraries of operators serve every Python, and their names tell of none."""
             return super().get_ext_filename(name) if name.endswith("_C") else f"{name.replace('.', '/')}.so"

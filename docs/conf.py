@@ -4,6 +4,8 @@ Pages for reading are Markdown, which code hosts show as well. The reference is 
 is fetched from the network.
 """
 
+from importlib.util import find_spec
+
 import fused_rnn
 from fused_rnn.convert import TORCHS_OWN
 
@@ -17,6 +19,9 @@ html_copy_source = html_show_sourcelink = html_show_copyright = False
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_heading_anchors = 3  # links like performance.md#single-steps
 default_role = "py:obj"  # `name` in a docstring is a link where the name is on these pages
+autodoc_mock_imports = [
+    name for name in ("lightning", "sb3_contrib", "tensordict", "torchrl") if find_spec(name) is None
+]
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100

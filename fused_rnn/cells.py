@@ -46,32 +46,19 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         parameters: Any = self._parameters
         weights = [parameters.get(name) for name in _WEIGHTS]
         h0, c0 = (*states, None, None)[:2]
-        if not self._is_plain(input, h0, c0, weights):
+        if (self.bias and (weights[2] is None or weights[3] is None)) or not policy.plain_step(input, h0, c0, weights):
             return self._run_any(cell, input, hx, states)
         if (
-            policy.torch_trains_cell(cell, input.dtype)
+            policy.torch_trains_step(cell, input.dtype)
             and torch.is_grad_enabled()
             and policy.any_requires_grad((input, h0, c0, *weights))
         ):
             return super().forward(input, hx)
         try:
             return layers.step(cell, input, h0, c0, (*weights, None))
-        except RuntimeError:  # a size or dtype does not fit: find torch.nn's error
-            return self._run_any(cell, input, hx, states)
-
-    def _is_plain(self, x: Any, h0: Any, c0: Any, weights: Sequence[Any]) -> bool:
-        """Whether the operator checks all that is left to check: batched CPU tensors, and nothing observes torch."""
-        for t in (x, h0, c0, *weights):
-            if t is not None and (type(t) not in policy.PLAIN_TYPES or not t.is_cpu):
-                return False
-        w_ih, w_hh, b_ih, b_hh = weights
-        if x is None or x.dim() != 2 or x.dtype not in policy.DTYPES or w_ih is None or w_hh is None:
-            return False
-        if self.bias and (b_ih is None or b_hh is None):
-            return False
-        if (h0 is not None and h0.dim() != 2) or (c0 is not None and c0.dim() != 2):
-            return False
-        return not (torch.is_autocast_enabled("cpu") or policy.watched())
+        except RuntimeError:  # a size or dtype does not fit
+            self._run_any(cell, input, hx, states)  # raises torch.nn's error
+            raise
 
     def _choice(self, cell: str, x: Tensor, states: Sequence[Any], weights: Sequence[Any]) -> policy.Choice:
         batch = x.size(0) if x.dim() == 2 else 1

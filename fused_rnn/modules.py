@@ -98,6 +98,8 @@ class FusedRNNBase(TorchConvertible, Variants):
         ):
             return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
         if self._is_plain(input, 3, hx):
+            if self._torch_trains_step(input):
+                return self._torchs(input, hx)
             h0, c0 = (None, None) if hx is None else hx if self.mode == "LSTM" else (hx, None)
             try:
                 y, *states = layers.stack(
@@ -111,11 +113,11 @@ class FusedRNNBase(TorchConvertible, Variants):
                     2 if self.bidirectional else 1,
                     self.dropout if self.training else 0.0,
                 )
-            except RuntimeError:
-                pass  # a size or dtype does not fit: find torch.nn's error below
-            else:
-                hidden = tuple(states) if self.mode == "LSTM" else states[0]
-                return call.batch_major(y) if self.batch_first else y, hidden
+            except RuntimeError:  # a size or dtype does not fit
+                call.run(self._spec(), self._torchs, input, hx)  # raises torch.nn's error
+                raise
+            hidden = tuple(states) if self.mode == "LSTM" else states[0]
+            return call.batch_major(y) if self.batch_first else y, hidden
         if self.backend == "torch" or ("parametrizations" in self._modules and not policy.fusible(_data(input))):
             return self._torchs(input, hx)  # which reads the weights itself: a parametrised one may be random
         return call.run(self._spec(), self._torchs, input, hx)
@@ -174,10 +176,10 @@ class FusedRNNBase(TorchConvertible, Variants):
                     self.mode == "LSTM" and self.proj_size > 0,
                     self.dropout if self.training else 0.0,
                 )
-            except RuntimeError:
-                pass  # a size or dtype does not fit: forward finds torch.nn's error
-            else:
-                return y, tuple(hidden) if self.mode == "LSTM" else hidden[0]
+            except RuntimeError:  # a size or dtype does not fit
+                FusedRNNBase.forward(self, input.unsqueeze(1 if self.batch_first else 0), hx)  # raises torch.nn's error
+                raise
+            return y, tuple(hidden) if self.mode == "LSTM" else hidden[0]
         time_dim = 1 if self.batch_first and input.dim() == 2 else 0
         y, hidden = FusedRNNBase.forward(self, input.unsqueeze(time_dim), hx)
         return y.squeeze(time_dim), hidden
@@ -212,9 +214,26 @@ class FusedRNNBase(TorchConvertible, Variants):
             return False
         rows = self.num_layers * (2 if self.bidirectional else 1)
         for state in hx:
-            if type(state) not in policy.PLAIN_TYPES or not state.is_cpu or state.dim() != 3 or state.size(0) != rows:
+            if (
+                type(state) not in policy.PLAIN_TYPES
+                or not state.is_cpu
+                or state.layout is not torch.strided  # torch.nn takes some other layouts
+                or state.dim() != 3
+                or state.size(0) != rows
+            ):
                 return False
         return True
+
+    @policy.runs_eagerly
+    def _torch_trains_step(self, input: Tensor) -> bool:
+        """`fused_rnn.policy.torch_trains_step` of a plain call, which may have any number of steps."""
+        return (
+            torch.is_grad_enabled()
+            and self.backend == "auto"
+            and input.size(1 if self.batch_first else 0) == 1
+            and policy.torch_trains_step(self.mode.lower(), input.dtype)
+            and policy.any_requires_grad((input, *self._flat_weights))
+        )
 
     @policy.runs_eagerly
     def _spec(self) -> Spec:

@@ -87,7 +87,10 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
         bidirectional: bool,
         batch_first: bool,
     ) -> Any:
+        one_step = isinstance(input, Tensor) and input.dim() == 3 and input.size(1 if batch_first else 0) == 1
         states = _states(cell, hx)
+        if one_step and _torch_trains(cell, input, (*states, *weights)):
+            return None
         if not _regular(cell, input, states, weights, bidirectional) or input.dim() != 3:
             return None
         x = input.transpose(0, 1) if batch_first else input
@@ -127,6 +130,16 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
     return fused
 
 
+def _torch_trains(cell: str, x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """`fused_rnn.policy.torch_trains_step` of a call with one step."""
+    return (
+        policy.torch_trains_step(cell, x.dtype)
+        and torch.is_grad_enabled()
+        and policy.any_requires_grad((x, *tensors))
+        and not torch.compiler.is_compiling()
+    )
+
+
 def _states(cell: str, hx: Any) -> Sequence[Any]:
     """The states in hx; none where torch's function refuses hx (an LSTM's as one tensor)."""
     if cell != "lstm":
@@ -147,10 +160,21 @@ def _regular(cell: str, x: Any, states: Any, weights: Any, bidirectional: Any) -
 
 def _cell(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell or torch.rnn_relu_cell on the fused kernels."""
+    count = 2 if cell == "lstm" else 1
 
     @policy.runs_eagerly
     def fused(input: Any, hx: Any, *weights: Tensor | None) -> Any:
         states = _states(cell, hx)
+        h0, c0 = (*states, None, None)[:2]
+        if isinstance(h0, Tensor) and h0.dim() == 2 and _torch_trains(cell, input, (h0, *weights)):
+            return original(input, hx, *weights)
+        if len(states) == count and policy.plain_step(input, h0, c0, weights):
+            try:
+                h, c = layers.step(cell, input, h0, c0, (*(*weights, None, None)[:4], None))
+            except RuntimeError:  # a size or dtype does not fit
+                original(input, hx, *weights)  # raises torch.nn's error
+                raise
+            return (h, c) if cell == "lstm" else h
         if not _fits(cell, input, states, weights):
             # torch.nn's modules have unsqueezed both by the rank of the input.
             if any(isinstance(state, Tensor) and state.dim() not in (1, 2) for state in states):
@@ -159,9 +183,8 @@ def _cell(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
                     f"got an unbatched input and hidden of sizes {[list(state.shape) for state in states]}"
                 )
             return original(input, hx, *weights)
-        h0, c0 = (*states, None)[:2]
-        h, _, c, *_ = layers.layer(cell, input, h0, c0, (*(*weights, None, None)[:4], None))
-        return h if c is None else (h, c)
+        h, _, c_or_none, *_ = layers.layer(cell, input, h0, c0, (*(*weights, None, None)[:4], None))
+        return h if c_or_none is None else (h, c_or_none)
 
     return fused
 

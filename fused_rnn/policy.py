@@ -90,8 +90,9 @@ def choose(
         properties = cuda.device_properties(device) if properties is None else properties
         reason = cuda.why_cudnn(cell, half or dtype, T, B, I, H, num_layers, directions, properties)
         return Choice(reason is None, reason or "the weights stay on the chip")
-    if kind == "cell" and differentiable and half is None and torch_trains_cell(cell, dtype):
-        return Choice(False, "torch.nn's autograd node of an RNNCell costs less than ours")
+    one_step = kind == "cell" or (kind == "sequence" and T == 1)
+    if one_step and differentiable and half is None and torch_trains_step(cell, dtype):
+        return Choice(False, "torch.nn's autograd nodes of a single step of an RNN cost less than ours")
     if deterministic():
         return Choice(True, "deterministic: a row's result does not depend on its batch")
     if (half or dtype) is not torch.bfloat16 or not HAS_BF16_PRODUCTS or (cell == "lstm" and lacks_threads()):
@@ -111,8 +112,8 @@ def choose(
     )
 
 
-def torch_trains_cell(cell: str, dtype: torch.dtype) -> bool:
-    """Whether torch.nn computes a cell's step that records a gradient, outside of autocast."""
+def torch_trains_step(cell: str, dtype: torch.dtype) -> bool:
+    """Whether torch.nn computes a cell, or a sequence of one step, that records a gradient, outside of autocast."""
     return cell.startswith("rnn") and dtype in KERNEL_DTYPES and not deterministic()
 
 
@@ -128,6 +129,22 @@ def lacks_threads() -> bool:
 def plain(tensor: Any, dim: int) -> bool:
     """Whether `tensor` is a CPU tensor of `dim` dimensions, and of none of torch.Tensor's subclasses."""
     return type(tensor) in PLAIN_TYPES and tensor.dim() == dim and tensor.is_cpu
+
+
+def plain_step(x: Any, h0: Any, c0: Any, weights: Sequence[Any]) -> bool:
+    """Whether the operators check all that is left to check in a cell's step, and compute it.
+
+    True for a batch of CPU tensors, if nothing observes torch's operations. States may be None, and weights, too.
+    """
+    for t in (x, h0, c0, *weights):
+        if t is not None and (type(t) not in PLAIN_TYPES or not t.is_cpu):
+            return False
+    if x is None or x.dim() != 2 or x.dtype not in DTYPES or weights[0] is None or weights[1] is None:
+        return False
+    for state in (h0, c0):  # torch.nn takes some of another dtype or layout
+        if state is not None and (state.dim() != 2 or state.dtype is not x.dtype or state.layout is not torch.strided):
+            return False
+    return not (torch.is_autocast_enabled("cpu") or watched())
 
 
 def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:

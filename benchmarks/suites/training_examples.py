@@ -1,7 +1,7 @@
 """The suite `examples`: train every example on torch.nn and on fused_rnn, and compare losses and times.
 
-The other suites time one call; this one times whole training steps, optimiser included, and checks that
-both libraries learn the same. The rule of agreement is in examples/agreement.py.
+The other suites time one call; this one times whole training steps, optimiser included, and beside them the recurrent
+layers' own share of a step. It checks that both libraries learn the same, by the rule in examples/agreement.py.
 """
 
 import sys
@@ -29,11 +29,13 @@ from examples import (
 )
 from harness.examples_report import ExampleResult, draw, print_table, write_csv
 from harness.machine import describe_machine
-from harness.timing import time_interleaved
+from harness.recurrent_part import recorded_calls, time_recurrent_part
+from harness.timing import Pace, time_interleaved
 
 NAMES = [example.name for example in EXAMPLES]
 QUICK_STEPS = 20
 WARM_UP = 3
+RECURRENT_PACE = Pace(budget=0.5, least_rounds=5)
 
 
 def run_examples(options: Namespace, console: Console) -> None:
@@ -104,9 +106,14 @@ def train_on_both(example: Example, steps: int, after_step: Callable[[], None]) 
         example.predict(torch_model),
         example.predict(fused_model),
     )
+    calls = []
+    for library in (torch.nn, fused_rnn):
+        model = seeded_model(example, library, SEED)
+        calls.append(recorded_calls(model, partial(next, example.train(model))))
     return ExampleResult(
         example.name,
         timing,
+        time_recurrent_part(*calls, RECURRENT_PACE),
         agreement,
         torch_summary=example.summary(torch_model),
         fused_summary=example.summary(fused_model),

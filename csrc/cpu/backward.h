@@ -39,7 +39,7 @@ class Backward {
   Backward(const BackwardParams& params, int64_t direction, const cpu::Worker& worker)
       : s_(params.shape),
         d_(params.direction[direction]),
-        packed_(s_.N >= kRowsWorthPacking && s_.B > 1),
+        packed_(s_.N >= kRowsWorthCopying && s_.B > 1),
         accumulate_(params.accumulate),
         reverse_(direction == 1),
         worker_(worker),
@@ -99,7 +99,12 @@ class Backward {
     const int64_t left = N - part.block * kBlock;
     const int vectors = block_vectors<T, 1>(N, part.block * kBlock);
     if (packed_ || left < kBlock) {
-      multiply<T, U>(sums, part, rows, {panels + part.block * K * kBlock, vectors * kLanes<T>, K * kBlock, vectors}, K);
+      const int64_t blocks = ceil_div(N, kBlock), next = part.block + (backwards() ? -1 : 1);
+      const bool follows = packed_ && part.row == row_begin_ && next >= first(blocks) && next < last(blocks);
+      multiply<T, U>(sums, part, rows,
+                     {panels + part.block * K * kBlock, vectors * kLanes<T>, K * kBlock, vectors,
+                      follows ? panels + next * K * kBlock : nullptr},
+                     K);
     } else {
       multiply<T, U>(sums, part, rows, {at(W) + part.block * kBlock, N, kBlock, vectors}, K);
     }
@@ -164,11 +169,14 @@ class Backward {
     if (worker_.splits_units) worker_.wait();
   }
 
+  // Every second step takes the blocks in the opposite order, to begin with the weights that are still in the cache.
+  bool backwards() const { return t_ % 2 != 0; }
+
   // Calls run(part) for this worker's parts of the rows up to row_end and n columns.
   template <class Run>
   FUSED_RNN_INLINE void each_part(int64_t row_end, int64_t n, const Run& run) const {
     const int64_t blocks = ceil_div(n, kBlock);
-    cover<U>(row_begin_, row_end, first(blocks), last(blocks), n % kBlock != 0, run);
+    cover<U>(row_begin_, row_end, first(blocks), last(blocks), n % kBlock != 0, backwards(), run);
   }
 
   // The gradient of h after this step: the next step's gate gradients times W_hh, plus the direct gradient, plus dy.

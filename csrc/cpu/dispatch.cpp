@@ -135,6 +135,28 @@ void run(const LayerShape& shape, int64_t threads, const Work& work) {
   }
 }
 
+// Bytes of a core's second-level cache.
+int64_t second_level_cache() {
+  static const int64_t bytes = [] {
+    long found = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return found > 0 ? found : 1 << 20;  // some systems do not say
+  }();
+  return bytes;
+}
+
+// Whether the weights that a direction reads at every step outgrow a core's cache, so that each worker should read a
+// share of them for all rows. The rows must be few beside the weights, and the shares of the blocks of units even.
+bool shares_weights(const LayerShape& shape, int64_t gates, int64_t block, int64_t workers) {
+  const int64_t columns = shape.P + (shape.B < 8 ? 0 : shape.I);  // with fewer rows, x is multiplied beforehand
+  const int64_t bytes = gates * shape.H * columns * (shape.dtype == Dtype::kFloat32 ? 4 : 8);
+  const int64_t blocks = (shape.H + block - 1) / block, most = (blocks + workers - 1) / workers;
+  return !shape.whole_rows() && bytes > second_level_cache() && 4 * shape.B < gates * shape.H &&
+         most * workers * 15 <= blocks * 16;
+}
+
 // Of a plain sequence, which alone can be cut anywhere: in one direction, with every row there until the end.
 int64_t chunks(const LayerShape& s) {
   // A chunk has at least so many rows and gates' gradients: as deep as a product should be, and worth a parallel
@@ -204,12 +226,13 @@ Plan plan(const LayerShape& shape, int64_t threads) {
   constexpr double kStep = 3e4;    // the same for a barrier after every step
   constexpr int64_t kRows = 8;     // a worker's fewest rows, so that packed weights are read for more than one row
   if (threads <= 1 || total * shape.directions < kRegion) return {1, 1, false};
+  const int64_t block = gates == 1 ? 64 : 16;  // units of a block at least
+  if (step >= kStep * threads && shares_weights(shape, gates, block, threads)) return {1, threads, true};
   const int64_t teams = shape.directions == 2 ? 2 : 1;
   const int64_t most = threads / teams;
   if (most <= 1) return {teams, 1, false};
-  // In a single step a worker with units of its own packs what it multiplies: else most of it comes from other cores. A
-  // block has 16 units at least, with one gate 64.
-  const bool packs_its_own = shape.T == 1 && shape.H >= most * (gates == 1 ? 64 : 16);
+  // In a single step a worker with units of its own packs what it multiplies: else most of it comes from other cores.
+  const bool packs_its_own = shape.T == 1 && shape.H >= most * block;
   if (shape.B >= most * kRows && !packs_its_own) return {teams, most, false};
   if (shape.whole_rows()) return {teams, std::min(most, std::max<int64_t>(shape.B, 1)), false};
   const int64_t blocks = (shape.H + 15) / 16;

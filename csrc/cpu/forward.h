@@ -5,8 +5,9 @@
 // first-level cache. The new h is stored in y, where the next step reads it.
 // Small batches multiply x of all steps before the first step, so that each load of W_ih serves more rows.
 // Packing is skipped where the weights serve too few rows: for W_hh with one row per step, and for all weights with
-// fewer than kRowsWorthPacking rows over all steps. Packed and unpacked products round differently, so `deterministic`
-// layers, whose rows must not depend on the batch around them, always pack.
+// fewer than rows_worth_transposing() rows over all steps. Packed and unpacked products round differently, so
+// `deterministic` layers, whose rows must not depend on the batch around them, always pack. A worker packs a block that
+// no other one needs just before it first multiplies by it, and the others before the first step.
 //
 // With a projection, the cell's output is stored in `hidden` and a second product gives h. With layer normalisation,
 // the products of a step are stored first, because a row's mean needs all of its units; the cell then runs row by row.
@@ -26,9 +27,15 @@ struct ForwardProducts {
   bool x_beforehand;        // whether W_ih x of all steps is known before the first step: computed, or given
 
   explicit ForwardProducts(const LayerShape& s)
-      : packed_x((s.frozen() || s.deterministic || s.N >= kRowsWorthPacking) && !s.gates_given),
-        packed_h(s.frozen() || s.deterministic || (s.N >= kRowsWorthPacking && s.B > 1)),
-        x_beforehand(s.gates_given || (packed_x && s.T > 1 && s.B < kTileRows<4>)) {}
+      : packed_x(!s.gates_given && (s.frozen() || s.deterministic || s.N >= rows_worth_transposing(s, s.I))),
+        packed_h(s.frozen() || s.deterministic || (s.B > 1 && s.N >= rows_worth_transposing(s, s.P))),
+        x_beforehand(s.gates_given || (s.T > 1 && s.B < kTileRows<4>)) {}
+
+ private:
+  static int64_t rows_worth_transposing(const LayerShape& s, int64_t K) {
+    return s.dtype == Dtype::kFloat32 ? FUSED_RNN_ISA::rows_worth_transposing<float>(K)
+                                      : FUSED_RNN_ISA::rows_worth_transposing<double>(K);
+  }
 };
 
 // Offsets of the parts of a direction's workspace, in elements.
@@ -93,14 +100,16 @@ class Forward {
   void operator()() {
     for (int64_t i = 0; worker_.index == 0 && i < s_.P; ++i) zeros_[i] = 0;
     if (!s_.frozen()) pack_biases();
-    if (products_.packed_x) pack<G>(input_, d_.w_ih, s_.H, s_.I);
+    if (products_.packed_x && !owns_blocks()) pack<G>(input_, d_.w_ih, s_.H, s_.I);
     if (products_.x_beforehand && !s_.gates_given) {
-      worker_.wait();
+      if (!owns_blocks()) worker_.wait();
       multiply_x();
-      worker_.wait();
+      if (!owns_blocks()) worker_.wait();
     }
-    if (products_.packed_h) pack<G>(recurrent_, d_.w_hh, s_.H, s_.P);
-    if (products_.packed_h && s_.projected) pack<1>(projection_, d_.w_hr, s_.P, s_.H);
+    if (products_.packed_h && !owns_blocks()) {
+      pack<G>(recurrent_, d_.w_hh, s_.H, s_.P);
+      if (s_.projected) pack<1>(projection_, d_.w_hr, s_.P, s_.H);
+    }
     worker_.wait();
     for (int64_t i = 0; i < s_.T; ++i) step(reverse_ ? s_.T - 1 - i : i);
     if (d_.h_n) store_h_n();
@@ -120,16 +129,24 @@ class Forward {
   int64_t first(int64_t n) const { return worker_.splits_units ? worker_.begin(n) : 0; }
   int64_t last(int64_t n) const { return worker_.splits_units ? worker_.end(n) : n; }
 
+  // Whether no other worker multiplies by this one's blocks.
+  bool owns_blocks() const { return worker_.splits_units || worker_.count == 1; }
+
   bool narrow_end() const { return U > 1 && s_.H % kBlock != 0; }
 
   // Packs this worker's share of the blocks of W [Gates * H, K].
   template <int Gates>
   void pack(T* panels, const void* W, int64_t H, int64_t K) const {
-    if (s_.frozen()) return;
     constexpr int64_t kUnits = kUnitVectors<Gates> * kLanes<T>;
     const int64_t blocks = ceil_div(H, kUnits);
-    for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
-      pack_rows<T, Gates>(panels + b * K * Gates * kUnits, at(W), H, K, b * kUnits);
+    pack_blocks<Gates>(panels, W, H, K, worker_.begin(blocks), worker_.end(blocks));
+  }
+
+  template <int Gates>
+  void pack_blocks(T* panels, const void* W, int64_t H, int64_t K, int64_t block, int64_t end) const {
+    constexpr int64_t kUnits = kUnitVectors<Gates> * kLanes<T>;
+    for (; block < end && !s_.frozen(); ++block) {
+      pack_rows<T, Gates>(panels + block * K * Gates * kUnits, at(W), H, K, block * kUnits);
     }
   }
 
@@ -141,17 +158,22 @@ class Forward {
     }
   }
 
-  // sums += rows x W^T for a part; reads W from `packed` if is_packed, else from W itself.
+  // sums += rows x W^T for a part; reads W from `packed` if is_packed, else from W itself. `next` is the panel that is
+  // read after this one; null: none.
   template <int Gates>
   void add_product(Sums<T, Gates * kUnitVectors<Gates>>& sums, const Part& part, const T* const* rows, bool is_packed,
-                   const T* packed, const void* W, int64_t H, int64_t K) const {
+                   T* packed, const void* W, int64_t H, int64_t K, const T* next = nullptr) const {
     constexpr int64_t kVectors = kUnitVectors<Gates>, kColumns = Gates * kVectors;
     if constexpr (Weights::kNarrow) {
       Weights::template multiply<Gates>(sums, part, rows, reinterpret_cast<const char*>(packed), K);
     } else if (is_packed) {
+      if (first_use_ && owns_blocks() && part.row == row_begin_) {
+        pack_blocks<Gates>(packed, W, H, K, part.block, part.block + part.blocks);
+      }
       const int64_t distance = K * kColumns * kLanes<T>;
       const int vectors = block_vectors<T, Gates>(H, part.block * kVectors * kLanes<T>);
-      const Panel<T> panel{packed + part.block * distance, vectors * kLanes<T>, distance, vectors};
+      const Panel<T> panel{packed + part.block * distance, vectors * kLanes<T>, distance, vectors,
+                           part.row == row_begin_ ? next : nullptr};
       multiply<T, kColumns>(sums, part, rows, panel, K);
     } else {
       for (int i = 0; i < part.blocks; ++i) {
@@ -182,7 +204,9 @@ class Forward {
       });
     };
     const int64_t blocks = ceil_div(s_.H, kBlock);
-    cover<C>(worker_.begin(s_.N), worker_.end(s_.N), 0, blocks, narrow_end(), multiply_part);
+    const bool all = owns_blocks();
+    cover<C>(all ? 0 : worker_.begin(s_.N), all ? s_.N : worker_.end(s_.N), first(blocks), last(blocks), narrow_end(),
+             false, multiply_part);
   }
 
   // Sets the current step. Its rows below started_rows_ took part in the previous step, in the order of the direction,
@@ -223,16 +247,33 @@ class Forward {
     const int64_t row_end = least(row_end_, rows_);
     const int64_t blocks = ceil_div(s_.H, kBlock);
     if (s_.drops_h) drop(row_end);
-    cover<C>(row_begin_, row_end, first(blocks), last(blocks), narrow_end(), [&](const Part& part) { gates(part); });
+    cover<C>(row_begin_, row_end, first(blocks), last(blocks), narrow_end(), backwards(),
+             [&](const Part& part) { gates(part); });
     for (int64_t b = row_begin_; s_.normalised && b < row_end; ++b) normalised_cell(b);
     if (s_.train && !s_.drops_h && !(s_.chains_h(Cell::kSavesH) && started_rows_ > 0)) keep_h_prev(row_end);
     if (s_.projected) {
       if (worker_.splits_units) worker_.wait();
       const int64_t outputs = ceil_div(s_.P, kProjectionBlock);
       const bool narrow = s_.P % kProjectionBlock != 0;
-      cover<UP>(row_begin_, row_end, first(outputs), last(outputs), narrow, [&](const Part& part) { project(part); });
+      cover<UP>(row_begin_, row_end, first(outputs), last(outputs), narrow, backwards(),
+                [&](const Part& part) { project(part); });
     }
+    if (row_end > row_begin_) first_use_ = false;
     if (worker_.splits_units) worker_.wait();
+  }
+
+  // Every second step takes the blocks in the opposite order, to begin with the weights that are still in the cache.
+  bool backwards() const { return t_ % 2 != 0; }
+
+  // The panels that a step reads after a block's panel of W_ih, and after that of W_hh; null: none.
+  const T* after_input(int64_t block) const {
+    return products_.packed_h ? recurrent_ + block * s_.P * C * kLanes<T> : nullptr;
+  }
+  const T* after_recurrent(int64_t block) const {
+    const int64_t blocks = ceil_div(s_.H, kBlock), next = block + (backwards() ? -1 : 1);
+    if (next < first(blocks) || next >= last(blocks)) return nullptr;
+    if (products_.x_beforehand) return after_input(next);
+    return products_.packed_x ? input_ + next * s_.I * C * kLanes<T> : nullptr;
   }
 
   void drop(int64_t row_end) const {
@@ -274,7 +315,9 @@ class Forward {
       h[r] = recurrent_input(part.row + r);
     }
     if (!products_.x_beforehand || s_.gates_given) load_biases(from_x, part, 0);
-    if (!products_.x_beforehand) add_product<G>(from_x, part, x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
+    if (!products_.x_beforehand) {
+      add_product<G>(from_x, part, x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I, after_input(part.block));
+    }
     load_biases(from_h, part, 1);
     for (int slot = 0; s_.normalised && slot < part.slots(); ++slot) {
       for (int c = 0; c < C; ++c) from_h[slot][c] = Vec<T>{};
@@ -283,7 +326,7 @@ class Forward {
     // skipped, because it is NaN where W_hh has a NaN or an infinity.
     Part h_part = part;
     if (started_rows_ == 0 && !d_.h0 && !d_.reset.h) h_part.rows = 1;
-    add_product<G>(from_h, h_part, h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P);
+    add_product<G>(from_h, h_part, h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P, after_recurrent(part.block));
     for (int r = h_part.rows; r < part.rows; ++r) {
       for (int c = 0; c < C; ++c) from_h[r][c] = from_h[0][c];
     }
@@ -430,6 +473,7 @@ class Forward {
   T *dropped_, *scratch_products_, *outputs_;
   const T* x_gates_;  // [N, G*H] W_ih x where x_beforehand: x_product_, or the given x
   int64_t x_product_stride_, x_gates_stride_;
+  bool first_use_ = true;                                           // of the weights, in this step
   int64_t t_ = 0, rows_ = 0, started_rows_ = 0, previous_row_ = 0;  // of the current step; see begin_step()
 };
 

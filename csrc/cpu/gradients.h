@@ -52,17 +52,18 @@ class Products {
       add(out, part, from, panel, K, N, accumulate);
     };
     int64_t block = share.block;
-    if (M < kRowsWorthPacking) {
+    if (M < kRowsWorthCopying) {
       // b is read unpacked, except for a partial last block, whose vectors would end beyond the row.
       const int64_t whole = least(N / kBlock, share.block_end);
-      cover<U>(share.row, share.row_end, block, whole, false,
+      cover<U>(share.row, share.row_end, block, whole, false, false,
                [&](const Part& part) { add_part(part, {b + part.block * kBlock, N, kBlock, U}); });
       if (whole > block) block = whole;
     }
     for (; block < share.block_end; ++block) {
       pack_columns(workspace_, Rows<const T>{b, N}, K, N, block * kBlock);
       const Panel<T> panel = own_panel(workspace_, block, N);
-      cover<U>(share.row, share.row_end, block, block + 1, true, [&](const Part& part) { add_part(part, panel); });
+      cover<U>(share.row, share.row_end, block, block + 1, true, false,
+               [&](const Part& part) { add_part(part, panel); });
     }
   }
 
@@ -71,7 +72,7 @@ class Products {
                   bool accumulate) {
     const Share share(M, N, kBlock, worker_);
     if (share.row == share.row_end) return;
-    if (K < kRowsWorthPacking) return add_outer_products(out, a, a_stride, b, share, N, K, accumulate);
+    if (K < 8) return add_outer_products(out, a, a_stride, b, share, N, K, accumulate);
     T* const columns = workspace_;
     T* const panels = columns + kChunk * least(K, kRowsAtOnce);
     for (int64_t begin = share.block; begin < share.block_end; begin += kBlocksAtOnce) {

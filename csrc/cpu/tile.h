@@ -3,7 +3,7 @@
 // Weights are packed into panels, one per block of columns: [K][C] vectors (fewer than C in the last block). One step
 // of k then reads C consecutive vectors and one scalar of each of R rows, and does R * C multiply-adds. In forward the
 // columns of a block are all gates of one vector of units, so that the cell has all sums of a unit at hand. If there
-// are only a few rows, packing costs more than it saves, and the weights are read in their own layout.
+// are few rows, packing costs more than it saves, and the weights are read in their own layout, tile by tile, too.
 // A sum over a panel runs over k in the same order for every R. The result of a row therefore does not depend on the
 // other rows, except through the choice between packed and unpacked weights.
 #pragma once
@@ -19,8 +19,8 @@ template <int G>
 constexpr int kUnitVectors = G > 1                              ? 1
                              : FUSED_RNN_VECTOR_REGISTERS == 32 ? 4
                                                                 : 2;
-// Rows of a tile with C columns: its sums take up to three quarters of the vector registers. The limit of 8 keeps the
-// row pointers in scalar registers.
+// Rows of a tile with C columns: its sums take up to three quarters of the vector registers, which leaves some for C
+// vectors or R scalars, whichever is less, and one more. The limit of 8 keeps the row pointers in scalar registers.
 template <int C>
 constexpr int kTileRows = FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C < 8 ? FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C : 8;
 // Column blocks that are multiplied together when there is a single row: many independent sums hide the latency of a
@@ -31,11 +31,23 @@ constexpr int kRowBlocks = FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C;
 // the part stays in the second-level cache.
 constexpr int kChunk = 24;
 constexpr int64_t kDepth = 1024;
-// With fewer rows than this over all steps, weights are not packed.
-constexpr int64_t kRowsWorthPacking = 8;
+constexpr int64_t kLine = 64;  // bytes of a cache line, on most processors
+// The rows, over all steps, from which weights are worth copying into panels.
+constexpr int64_t kRowsWorthCopying = 32;
+
+// Inlines a lambda, so that the values it captures stay in registers from one vector to the next.
+#define FUSED_RNN_INLINED __attribute__((always_inline))
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The same for panels that transpose rows of K weights. The unpacked product sums the lanes of every result, which
+// costs less per weight the larger K is; measured for 8 and for 16 lanes.
+template <class T>
+constexpr int64_t rows_worth_transposing(int64_t K) {
+  const int64_t rows = 2 * K / kLanes<T>;
+  return rows < 8 ? 8 : rows;
+}
 
 // n rounded up to whole vectors.
 template <class T>
@@ -66,6 +78,7 @@ struct Panel {
   const T* data;
   int64_t stride, distance;
   int vectors;
+  const T* next = nullptr;  // the panel that is read after this one, to fetch into the cache meanwhile; null: none
 };
 
 template <class T, int C>
@@ -73,8 +86,9 @@ using Sums = Vec<T>[kChunk][C];
 
 // sums[slot][c] += sum over k of row[k] * panel[k][c], for NB blocks or R rows.
 // Runs of kRun values of k are summed in registers and then added to sums, so that rounding errors grow with the number
-// of runs plus the length of one, as in a blocked BLAS, and not with K.
-template <class T, int NB, int R, int C, int kColumns>
+// of runs plus the length of one, as in a blocked BLAS, and not with K. kFetch: fetches a cache line of panel.next with
+// every k.
+template <class T, int NB, int R, int C, int kColumns, bool kFetch = false>
 __attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], const T* const* row, const Panel<T>& panel, int64_t K) {
   constexpr int64_t kRun = 128;
   const T* rows[R];
@@ -83,17 +97,32 @@ __attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], const T* const* 
     const int64_t end = least(begin + kRun, K);
     Vec<T> acc[NB][R][kColumns] = {};  // in registers: unrolled, every index is a constant
     const T* w = panel.data + begin * panel.stride;
-    for (int64_t k = begin; k < end; ++k, w += panel.stride) {
+    const char* next = reinterpret_cast<const char*>(panel.next) + begin * kLine;
+    for (int64_t k = begin; k < end; ++k, w += panel.stride, next += kLine) {
+      if constexpr (kFetch) __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 8
       for (int nb = 0; nb < NB; ++nb) {
+        const T* const columns = w + nb * panel.distance;
+        if constexpr (R > kColumns) {
+          Vec<T> v[kColumns];
 #pragma GCC unroll 4
-        for (int c = 0; c < kColumns; ++c) {
-          const Vec<T> v = load(w + nb * panel.distance + c * kLanes<T>);
+          for (int c = 0; c < kColumns; ++c) v[c] = load(columns + c * kLanes<T>);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) acc[nb][r][c] += rows[r][k] * v;
+          for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int c = 0; c < kColumns; ++c) acc[nb][r][c] += rows[r][k] * v[c];
+          }
+        } else {
+#pragma GCC unroll 4
+          for (int c = 0; c < kColumns; ++c) {
+            const Vec<T> v = load(columns + c * kLanes<T>);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) acc[nb][r][c] += rows[r][k] * v;
+          }
         }
       }
     }
+    asm volatile("" ::: "memory");  // else GCC loads the sums before the loop, and spills them
 #pragma GCC unroll 8
     for (int nb = 0; nb < NB; ++nb) {
 #pragma GCC unroll 8
@@ -105,18 +134,19 @@ __attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], const T* const* 
   }
 }
 
-template <class T, int C, int kColumns>
+template <class T, int C, int kColumns, bool kFetch>
 void multiply_rows(Vec<T> (*sums)[C], const T* const* rows, int n, const Panel<T>& panel, int64_t K) {
+  constexpr int kRows = kTileRows<kColumns>;
   // clang-format off
   switch (n) {
-    case 1: return multiply_tile<T, 1, 1, C, kColumns>(sums, rows, panel, K);
-    case 2: return multiply_tile<T, 1, 2, C, kColumns>(sums, rows, panel, K);
-    case 3: return multiply_tile<T, 1, 3, C, kColumns>(sums, rows, panel, K);
-    case 4: return multiply_tile<T, 1, kTileRows<C> < 4 ? 1 : 4, C, kColumns>(sums, rows, panel, K);
-    case 5: return multiply_tile<T, 1, kTileRows<C> < 5 ? 1 : 5, C, kColumns>(sums, rows, panel, K);
-    case 6: return multiply_tile<T, 1, kTileRows<C> < 6 ? 1 : 6, C, kColumns>(sums, rows, panel, K);
-    case 7: return multiply_tile<T, 1, kTileRows<C> < 7 ? 1 : 7, C, kColumns>(sums, rows, panel, K);
-    case 8: return multiply_tile<T, 1, kTileRows<C> < 8 ? 1 : 8, C, kColumns>(sums, rows, panel, K);
+    case 1: return multiply_tile<T, 1, 1, C, kColumns, kFetch>(sums, rows, panel, K);
+    case 2: return multiply_tile<T, 1, 2, C, kColumns, kFetch>(sums, rows, panel, K);
+    case 3: return multiply_tile<T, 1, 3, C, kColumns, kFetch>(sums, rows, panel, K);
+    case 4: return multiply_tile<T, 1, least(kRows, 4), C, kColumns, kFetch>(sums, rows, panel, K);
+    case 5: return multiply_tile<T, 1, least(kRows, 5), C, kColumns, kFetch>(sums, rows, panel, K);
+    case 6: return multiply_tile<T, 1, least(kRows, 6), C, kColumns, kFetch>(sums, rows, panel, K);
+    case 7: return multiply_tile<T, 1, least(kRows, 7), C, kColumns, kFetch>(sums, rows, panel, K);
+    case 8: return multiply_tile<T, 1, least(kRows, 8), C, kColumns, kFetch>(sums, rows, panel, K);
   }
   // clang-format on
 }
@@ -130,63 +160,111 @@ void multiply_blocks(Vec<T> (*sums)[C], const T* const* rows, int n, const Panel
   multiply_tile<T, N, 1, C, C>(sums, rows, panel, K);
 }
 
-// sums[slot][c] += rows x panel for all slots of a part. If the part has several blocks, it has one row, rows[0].
-template <class T, int C>
-void multiply(Sums<T, C>& sums, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K) {
-  if (part.blocks > 1) return multiply_blocks<T, C>(sums, rows, part.blocks, panel, K);
-  const int tiles = static_cast<int>(ceil_div(part.rows, kTileRows<C>));
+// sums[slot][c] += rows x panel for all slots of a part of one block, whose panel has kColumns vectors. The tiles share
+// the lines of panel.next, which is taken to be as long as this panel.
+template <class T, int C, int kColumns>
+void multiply_block(Sums<T, C>& sums, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K) {
+  constexpr int64_t kWidth = C * sizeof(Vec<T>);
+  const int tiles = static_cast<int>(ceil_div(part.rows, kTileRows<kColumns>));
   for (int64_t k = 0; k < K; k += kDepth) {
-    const Panel<T> deep{panel.data + k * panel.stride, panel.stride, panel.distance, panel.vectors};
     const int64_t depth = least(kDepth, K - k);
-    for (int tile = 0; tile < tiles;
-         ++tile) {  // tiles of similar height: a single row has too few sums to hide latency
+    Panel<T> deep{panel.data + k * panel.stride, panel.stride, panel.distance, panel.vectors};
+    for (int tile = 0; tile < tiles; ++tile) {  // of similar height: a single row has too few sums to hide latency
       const int begin = part.rows * tile / tiles, n = part.rows * (tile + 1) / tiles - begin;
       const T* from_k[8];
       for (int r = 0; r < n; ++r) from_k[r] = rows[begin + r] + k;
-      Vec<T>(*tile_sums)[C] = sums + begin;
-      if constexpr (C == kUnitVectors<1>) {
-        switch (panel.vectors) {
-          case 1:
-            multiply_rows<T, C, 1>(tile_sums, from_k, n, deep, depth);
-            continue;
-          case 2:
-            multiply_rows<T, C, 2>(tile_sums, from_k, n, deep, depth);
-            continue;
-          case 3:
-            multiply_rows<T, C, least(C, 3)>(tile_sums, from_k, n, deep, depth);
-            continue;
-        }
+      if (C == kColumns && panel.next && tile * kLine < kWidth) {
+        deep.next = panel.next + (k * kWidth + tile * depth * kLine) / int64_t(sizeof(T));
+        multiply_rows<T, C, kColumns, C == kColumns>(sums + begin, from_k, n, deep, depth);
+      } else {
+        multiply_rows<T, C, kColumns, false>(sums + begin, from_k, n, deep, depth);
       }
-      multiply_rows<T, C, C>(tile_sums, from_k, n, deep, depth);
     }
   }
 }
 
+// sums[slot][c] += rows x panel for all slots of a part. If the part has several blocks, it has one row, rows[0].
+template <class T, int C>
+void multiply(Sums<T, C>& sums, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K) {
+  if (part.blocks > 1) return multiply_blocks<T, C>(sums, rows, part.blocks, panel, K);
+  if constexpr (C == kUnitVectors<1>) {  // a last block may be narrower
+    if (panel.vectors == 1) return multiply_block<T, C, 1>(sums, part, rows, panel, K);
+    if (panel.vectors == 2) return multiply_block<T, C, least(C, 2)>(sums, part, rows, panel, K);
+    if (panel.vectors == 3) return multiply_block<T, C, least(C, 3)>(sums, part, rows, panel, K);
+  }
+  multiply_block<T, C, C>(sums, part, rows, panel, K);
+}
+
+// Rows of W that are multiplied at once by R rows: a power of two, with the sums of a tile in registers.
+template <class T, int R>
+constexpr int dot_columns() {
+  int n = 1;
+  while (n * 2 * R <= FUSED_RNN_VECTOR_REGISTERS * 3 / 4 && n < kLanes<T>) n *= 2;
+  return n;
+}
+
+// sums[r][c] += the scalar products of R rows with the rows of W that begin at `lanes`, one for each lane.
+template <class T, int R, int C>
+__attribute__((noinline)) void multiply_lanes(Vec<T> (*sums)[C], int c, const T* const* row, const T* const* lanes,
+                                              int64_t K) {
+  constexpr int kAtOnce = dot_columns<T, R>();
+  const T* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = row[r];
+  Vec<T> dots[R][kLanes<T>];
+  for (int begin = 0; begin < kLanes<T>; begin += kAtOnce) {
+    Vec<T> acc[R][kAtOnce] = {};
+    const T* w[kAtOnce];
+    for (int j = 0; j < kAtOnce; ++j) w[j] = lanes[begin + j];
+    const auto add = [&](int64_t k, auto... count) FUSED_RNN_INLINED {
+      Vec<T> x[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) x[r] = load(rows[r] + k, count...);
+#pragma GCC unroll 16
+      for (int j = 0; j < kAtOnce; ++j) {
+        const Vec<T> v = load(w[j] + k, count...);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[r][j] += x[r] * v;
+      }
+    };
+    int64_t k = 0;
+    for (; k + kLanes<T> <= K; k += kLanes<T>) add(k);
+    if (k < K) add(k, K - k);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kAtOnce; ++j) dots[r][begin + j] = acc[r][j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) sums[r][c] += sums_of_lanes<T>(dots[r]);
+}
+
 // sums[r][c] += the scalar products of rows[r] with rows of the unpacked W [G * H, K]: lane j of column (g, u) of G
-// gates is row g * H + unit + u * lanes + j of W.
+// gates is row g * H + unit + u * lanes + j of W. A sum does not depend on the other rows.
 template <class T, int G>
-__attribute__((noinline)) void multiply_unpacked(Vec<T> (*sums)[G * kUnitVectors<G>], const T* const* rows, int n,
-                                                 const T* W, int64_t H, int64_t K, int64_t unit) {
-  constexpr int U = kUnitVectors<G>, kAtOnce = kLanes<T>;
-  for (int c = 0; c < G * U; ++c) {
+void multiply_unpacked(Vec<T> (*sums)[G * kUnitVectors<G>], const T* const* rows, int n, const T* W, int64_t H,
+                       int64_t K, int64_t unit) {
+  constexpr int U = kUnitVectors<G>, C = G * U, kRows = kTileRows<4>;
+  const int tiles = static_cast<int>(ceil_div(n, kRows));
+  for (int c = 0; c < C; ++c) {
     const int64_t first = unit + c % U * kLanes<T>;
     if (first >= H) continue;
-    const T* lanes[kAtOnce];
-    for (int j = 0; j < kAtOnce; ++j) lanes[j] = W + (c / U * H + (first + j < H ? first + j : first)) * K;
-    for (int r = 0; r < n; ++r) {
-      Vec<T> acc[kAtOnce] = {};
-      int64_t k = 0;
-      for (; k + kLanes<T> <= K; k += kLanes<T>) {
-        const Vec<T> x = load(rows[r] + k);
-#pragma GCC unroll 16
-        for (int j = 0; j < kAtOnce; ++j) acc[j] += x * load(lanes[j] + k);
+    const T* lanes[kLanes<T>];
+    for (int j = 0; j < kLanes<T>; ++j) lanes[j] = W + (c / U * H + (first + j < H ? first + j : first)) * K;
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int begin = n * tile / tiles;
+      Vec<T>(*tile_sums)[C] = sums + begin;
+      const T* const* from = rows + begin;
+      // clang-format off
+      switch (n * (tile + 1) / tiles - begin) {
+        case 1: multiply_lanes<T, 1, C>(tile_sums, c, from, lanes, K); break;
+        case 2: multiply_lanes<T, 2, C>(tile_sums, c, from, lanes, K); break;
+        case 3: multiply_lanes<T, 3, C>(tile_sums, c, from, lanes, K); break;
+        case 4: multiply_lanes<T, least(kRows, 4), C>(tile_sums, c, from, lanes, K); break;
+        case 5: multiply_lanes<T, least(kRows, 5), C>(tile_sums, c, from, lanes, K); break;
+        case 6: multiply_lanes<T, least(kRows, 6), C>(tile_sums, c, from, lanes, K); break;
       }
-      if (k < K) {
-        const Vec<T> x = load(rows[r] + k, K - k);
-#pragma GCC unroll 16
-        for (int j = 0; j < kAtOnce; ++j) acc[j] += x * load(lanes[j] + k, K - k);
-      }
-      sums[r][c] += sums_of_lanes<T>(acc);
+      // clang-format on
     }
   }
 }
@@ -195,9 +273,6 @@ __attribute__((noinline)) void multiply_unpacked(Vec<T> (*sums)[G * kUnitVectors
 struct Units {
   int64_t unit, count;
 };
-
-// Inlines a lambda, so that the values it captures stay in registers from one vector to the next.
-#define FUSED_RNN_INLINED __attribute__((always_inline))
 
 // Calls f(slot, u, units) for each vector of a part. A block has U vectors; units from `limit` on are left out.
 template <class T, int U, class F>
@@ -211,20 +286,25 @@ FUSED_RNN_INLINE void each_vector(const Part& part, int64_t limit, const F& f) {
   }
 }
 
-// Splits rows [row, row_end) times blocks [block, block_end) into parts and calls run(part) for each. narrow_end: the
-// last block has fewer vectors than the others, and so cannot be in a part of several blocks.
+// Splits rows [row, row_end) times blocks [block, block_end) into parts and calls run(part) for each, from the last
+// block to the first if `backwards`. narrow_end: the last block has fewer vectors than the others, and so cannot be in
+// a part of several blocks.
 template <int C, class Run>
 FUSED_RNN_INLINE void cover(int64_t row, int64_t row_end, int64_t block, int64_t block_end, bool narrow_end,
-                            const Run& run) {
-  if (row_end - row == 1) {
-    while (block < block_end - narrow_end) {
-      const int blocks = int(least(kRowBlocks<C>, block_end - narrow_end - block));
-      run(Part{row, block, 1, blocks});
-      block += blocks;
+                            bool backwards, const Run& run) {
+  const int64_t grouped = row_end - row == 1 && block < block_end ? block_end - block - narrow_end : 0;
+  const int64_t groups = ceil_div(grouped, kRowBlocks<C>);
+  const int64_t first = block + grouped, count = groups + block_end - first;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = backwards ? count - 1 - i : i;
+    if (n < groups) {
+      const int64_t begin = n * kRowBlocks<C>;
+      run(Part{row, block + begin, 1, int(least(kRowBlocks<C>, grouped - begin))});
+      continue;
     }
-  }
-  for (; block < block_end; ++block) {
-    for (int64_t r = row; r < row_end; r += kChunk) run(Part{r, block, int(least(kChunk, row_end - r)), 1});
+    for (int64_t r = row; r < row_end; r += kChunk) {
+      run(Part{r, first + n - groups, int(least(kChunk, row_end - r)), 1});
+    }
   }
 }
 

@@ -14,6 +14,7 @@ import emulated
 import fused_rnn
 from cases import CASES, Case
 from fused_rnn import cuda, layers, policy, reference
+from fused_rnn.options import LayerOptions, operator_tensors_of
 from test_amp import torchs_lstm_takes
 from test_gpu import PRECISIONS, Precision, farther, results, rounded_to_tf32, tf32_results
 from test_modules import GRADCHECKS
@@ -121,7 +122,7 @@ def test_every_kernel(cell: str, dtype: torch.dtype) -> None:
     number = reference.CELLS.index(cell)
 
     def run(instance: int) -> list[Tensor]:
-        given = dict(lengths=lengths, tf32=True, instance=instance)
+        given = dict(options=operator_tensors_of(LayerOptions(lengths=lengths)), tf32=True, instance=instance)
         results = emulated.operator("forward", **given)(x, h0, c0, number, True, *weights)
         y, h_n, c_n, reserve, _ = results
         grads = [torch.ones_like(y), torch.ones_like(h_n), torch.ones_like(c_n) if cell == "lstm" else None]

@@ -81,7 +81,8 @@ def test_models_built_before(key: str, packed: bool) -> None:
         result, found_gradients = module(*args), gradients(module, *args)
         assert type(module) is getattr(nn, MODULES[key][0])
         assert not isinstance(module, (fused_rnn.modules.FusedRNNBase, fused_rnn.cells.FusedCellBase))
-    assert {"fused_rnn::forward", "fused_rnn::backward"} <= set(calls)
+    trains_on_torchs_nodes = key in ("rnn_tanh_cell", "rnn_relu_cell")  # as fused_rnn.RNNCell does
+    assert set(calls) == (set() if trains_on_torchs_nodes else {"fused_rnn::forward", "fused_rnn::backward"})
     close(result, wanted)
     close(found_gradients, wanted_gradients, grad=True)
     with fused_calls() as calls:

@@ -34,6 +34,7 @@ from examples import (
     seeded_model,
     tour_results,
 )
+from harness.recurrent_part import forward_and_backward, recorded_calls
 from harness.timing import InterleavedTiming, TimedSide, time_interleaved
 from suites import training_examples
 
@@ -237,6 +238,23 @@ def test_a_tour_runs_alone() -> None:
     assert "60400" in finished.stdout
 
 
+def test_the_recurrent_part_of_a_step_is_its_calls_without_their_history() -> None:
+    embedding, rnn, cell = torch.nn.Embedding(4, 3), torch.nn.LSTM(3, 5), torch.nn.GRUCell(5, 5)
+    model = torch.nn.ModuleList([embedding, rnn, cell])
+
+    def step() -> None:
+        y, _ = rnn(embedding(torch.tensor([[0], [1]])))
+        cell(y[1], cell(y[0]))
+
+    calls = recorded_calls(model, step)
+    assert [call.module for call in calls] == [rnn, cell, cell]
+    tensors = [tensor for call in calls for tensor in call.args]
+    assert [tensor.shape for tensor in tensors] == [(2, 1, 3), (1, 5), (1, 5), (1, 5)]
+    assert all(tensor.is_leaf and tensor.requires_grad for tensor in tensors)
+    forward_and_backward(calls)
+    assert len(recorded_calls(model, step)) == 3 and not rnn._forward_pre_hooks
+
+
 @pytest.mark.slow("trains every example")
 def test_the_run_writes_its_table_and_its_picture(tmp_path: Path) -> None:
     arguments = ("--quick", "--only", "hello_rnn", "--threads", "1", "--output", str(tmp_path))
@@ -248,7 +266,7 @@ def test_the_run_writes_its_table_and_its_picture(tmp_path: Path) -> None:
     assert line["agree"] == "True"
     assert line["threads"] == "1"
     assert line["torch_version"] == torch.__version__
-    assert float(line["speed_up"]) > 0
+    assert float(line["speed_up"]) > 0 and float(line["rnn_speed_up"]) > 0
     assert (tmp_path / "examples.png").read_bytes().startswith(b"\x89PNG")
 
 

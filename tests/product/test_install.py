@@ -1,0 +1,85 @@
+"""Installation: the environment's own torch is built with, no second one is asked for, and a failure says what to do.
+
+`.ci/run` makes a source distribution, a wheel of that, and runs it under another torch. Here is what takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import _distutils_hack
+import pytest
+import setuptools
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIREMENTS = "import setup_backend as b; print(b.get_requires_for_build_wheel(), b.get_requires_for_build_editable())"
+
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason=f"the sources are not beside the tests, in {ROOT}"),
+    pytest.mark.slow("starts processes"),
+]
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A copy of the sources: some of these commands write into them."""
+    ignored = shutil.ignore_patterns(
+        ".git", "build", "tests", "benchmarks", "docs", "*.so", "*.egg-info", "__pycache__"
+    )
+    return Path(shutil.copytree(ROOT, tmp_path / "sources", ignore=ignored))
+
+
+@pytest.mark.parametrize("torch_version, asked_for", [(None, True), ("2.9.1", True), ("2.10.0", False)])
+def test_torch_is_required_where_there_is_none(
+    sources: Path, tmp_path: Path, torch_version: str | None, asked_for: bool
+) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (packages,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    if torch_version:
+        (packages / f"torch-{torch_version}.dist-info").mkdir()
+        (packages / f"torch-{torch_version}.dist-info/METADATA").write_text(f"Name: torch\nVersion: {torch_version}\n")
+    (tmp_path / "isolated").mkdir()
+    for path in Path(setuptools.__file__).parents[1].glob("*setuptools*"):
+        (tmp_path / "isolated" / path.name).symlink_to(path)
+    (tmp_path / "isolated/_distutils_hack").symlink_to(Path(_distutils_hack.__file__).parent)
+    process = subprocess.run(
+        [tmp_path / "venv/bin/python", "-c", REQUIREMENTS],
+        cwd=sources,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(sources), str(tmp_path / "isolated")])},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1] == " ".join([str(["torch>=2.10"] if asked_for else [])] * 2)
+
+
+def test_pip_collects_no_torch_beside_one(sources: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    options = ["--dry-run", "--no-deps", "--ignore-installed", "--quiet", "--log", log]
+    process = subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, sources], capture_output=True, text=True
+    )
+    if "NewConnectionError" in log.read_text():
+        pytest.skip("needs a package index: pip found none")
+    assert process.returncode == 0, process.stderr
+    (installed,) = re.findall(r"Installing collected packages: (.*)", log.read_text())
+    assert "setuptools" in installed and "torch" not in installed
+
+
+def test_a_failed_compile_ends_with_what_to_do(sources: Path) -> None:
+    for path in sources.glob("csrc/*/*.cpp"):
+        path.write_text("#error broken\n")
+    process = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=sources,
+        env=os.environ | {"FUSED_RNN_CUDA": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1 and "#error broken" in process.stdout
+    assert process.stderr.splitlines()[-1].startswith("fused_rnn did not compile")
