@@ -7,6 +7,7 @@
     python benchmarks/run.py --suite rl               rollouts with resets, against every way to do that with torch.nn
     python benchmarks/run.py --suite ragged           sequences of many lengths, against packing them
     python benchmarks/run.py --suite variants         layer normalisation, zoneout, dropout, against loops over time
+    python benchmarks/run.py --suite stream           frozen weights, one row, the next steps, against quantised ones
     python benchmarks/run.py --suite grid --shape 35,32,28,256,1 --cell gru --compare torch,onnxruntime
 
 Each suite prints a table and writes a CSV file and a picture of its name into benchmarks/results. The
@@ -44,11 +45,11 @@ try:
     from harness.shapes import named, parse_shape
     from harness.suite import Method, Suite
     from harness.workload import CLASSES, MODES
-    from suites import cells, grid, memory, ragged, rl, training_examples, variants
+    from suites import cells, grid, memory, ragged, rl, stream, training_examples, variants
 except ModuleNotFoundError as error:
     sys.exit(f'{error.name} is not installed: run pip install ".[bench]" in the project folder')
 
-SUITES = {each.SUITE.name: each.SUITE for each in (grid, cells, memory, rl, ragged, variants)}
+SUITES = {each.SUITE.name: each.SUITE for each in (grid, cells, memory, rl, ragged, variants, stream)}
 EXAMPLES = "examples"
 EXAMPLES_OPTIONS = frozenset({"threads", "only"})
 DTYPES = ("float32", "float64", "bfloat16", "float16")

@@ -4,7 +4,7 @@
 several ways to compute the same training call, including their gradients.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +20,23 @@ from harness.workload import dtype_of
 # Outputs lie between -1 and 1. Wrong weights or equations differ by tenths; a float32 LSTM of a hundred
 # steps differs by 1e-5 from one library to the other.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+ROUNDED_WEIGHTS = 0.2  # to 8 bits, over a hundred steps
 REST = 0.01  # seconds, after which idle threads of OpenMP sleep
 
 
-def measure_time(row: Row, prepare: Mapping[str, Callable[[], Callable[[], Tensor]]], method: Method) -> Measurement:
+def measure_time(
+    row: Row,
+    prepare: Mapping[str, Callable[[], Callable[[], Tensor]]],
+    method: Method,
+    rounded: Container[str] = (),
+) -> Measurement:
     """Sample the sides of a row in turns.
 
     Args:
         prepare: by side, in the order of the turns: does the one-time work and returns the call to time,
             which returns y. torch.nn comes first; if it raises, the row has no samples (torch.nn does not
             support every dtype). A competitor that raises is left out.
+        rounded: sides whose weights are rounded, and whose results may therefore differ more.
 
     Raises:
         RuntimeError: fused_rnn computes something else than torch.nn.
@@ -50,14 +57,14 @@ def measure_time(row: Row, prepare: Mapping[str, Callable[[], Callable[[], Tenso
             continue
         expected = y if side == TORCH else expected
         difference = (y.double() - expected.double()).abs().max().item()
-        if difference <= TOLERANCES[dtype_of(row)]:
+        if difference <= (ROUNDED_WEIGHTS if side in rounded else TOLERANCES[dtype_of(row)]):
             calls[side] = call
         elif side == FUSED:
             raise RuntimeError(f"{row}: fused_rnn and torch.nn differ by {difference:.1g}")
         else:
             notes[side] = f"differs from torch.nn by {difference:.1g}"
 
-    brings_threads = "onnxruntime" in calls and row.threads > 1
+    brings_threads = any(side.startswith("onnxruntime") for side in calls) and row.threads > 1
     pace = QUICK if method.quick else NORMAL
     samples = sample_in_turns(calls, pace, REST if brings_threads else 0)
     return Measurement(row, "s", samples, floor=floor_seconds(row, method.ceilings[row.threads]), notes=notes)

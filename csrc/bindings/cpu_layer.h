@@ -12,10 +12,11 @@ namespace bindings {
 
 class CpuLayer : public Layer {
  public:
-  CpuLayer(int64_t cell_number, torch::headeronly::IntHeaderOnlyArrayRef x, ScalarType stored, const Tensor& w_hh,
-           const OptionalTensor& w_hr, bool two_directions, const OptionalTensor& batch_sizes)
-      : Layer(cell_number, Place(), x, stored, stored == ScalarType::Double ? stored : ScalarType::Float, w_hh, w_hr,
-              two_directions, batch_sizes) {}
+  CpuLayer(int64_t cell_number, torch::headeronly::IntHeaderOnlyArrayRef x, ScalarType stored,
+           torch::headeronly::IntHeaderOnlyArrayRef w_hh, bool projected, bool two_directions,
+           const OptionalTensor& batch_sizes)
+      : Layer(cell_number, Place(), x, stored, stored == ScalarType::Double ? stored : ScalarType::Float, w_hh,
+              projected, two_directions, batch_sizes) {}
 
   // lengths: int32 or int64 [B]. Rows that end leave shape with fewer rows, worked on longest first.
   void end_at(const OptionalTensor& lengths) {

@@ -84,7 +84,7 @@ std::vector<const Kernels*> supported() {
   __builtin_cpu_init();  // these ask the operating system's XCR0 too
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq");
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
   if (avx512) found.push_back(&kAvx512);
   if (avx2) found.push_back(&kAvx2);
 #endif

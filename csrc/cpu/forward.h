@@ -14,21 +14,21 @@
 #pragma once
 
 #include "../cells/cells.h"
+#include "frozen.h"
 #include "layer_norm.h"
-#include "tile.h"
 #include "worker.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
-// How forward multiplies by each weight.
+// How forward multiplies by each weight. Weights that come packed (LayerShape::weights) are as if it had packed them.
 struct ForwardProducts {
   bool packed_x, packed_h;  // whether W_ih, and whether W_hh and W_hr, are packed into panels
   bool x_beforehand;        // whether W_ih x of all steps is known before the first step: computed, or given
 
   explicit ForwardProducts(const LayerShape& s)
-      : packed_x(!s.gates_given && (s.deterministic || s.N >= rows_worth_transposing(s, s.I))),
-        packed_h(s.deterministic || (s.B > 1 && s.N >= rows_worth_transposing(s, s.P))),
+      : packed_x(!s.gates_given && (s.frozen() || s.deterministic || s.N >= rows_worth_transposing(s, s.I))),
+        packed_h(s.frozen() || s.deterministic || (s.B > 1 && s.N >= rows_worth_transposing(s, s.P))),
         x_beforehand(s.gates_given || (s.T > 1 && s.B < kTileRows<4>)) {}
 
  private:
@@ -46,12 +46,13 @@ struct ForwardWorkspace {
   explicit ForwardWorkspace(const LayerShape& s) {
     const ForwardProducts products(s);
     const int64_t block = kUnitVectors<Cell::kGates> * kLanes<T>, columns = Cell::kGates * in_vectors<T>(s.H);
-    const int64_t h_panels = products.packed_h ? columns * s.P : 0, x_panels = products.packed_x ? columns * s.I : 0;
+    const int64_t h_panels = products.packed_h && !s.frozen() ? columns * s.P : 0;
+    const int64_t x_panels = products.packed_x && !s.frozen() ? columns * s.I : 0;
     recurrent = 0;
     input = products.x_beforehand ? recurrent : recurrent + h_panels;  // W_hh is packed after the last use of W_ih
     bias = products.x_beforehand && h_panels > x_panels ? recurrent + h_panels : input + x_panels;
-    projection = bias + ceil_div(s.H, block) * block * Cell::kGates * 2;
-    hidden = projection + (s.projected && products.packed_h ? in_vectors<T>(s.P) * s.H : 0);
+    projection = bias + (s.frozen() ? 0 : ceil_div(s.H, block) * block * Cell::kGates * 2);
+    hidden = projection + (s.projected && products.packed_h && !s.frozen() ? in_vectors<T>(s.P) * s.H : 0);
     zeros = hidden + (s.projected ? s.B * s.H : 0);
     dropped = zeros + s.P;
     this->products = dropped + (s.drops_h ? s.B * s.P : 0);
@@ -61,7 +62,8 @@ struct ForwardWorkspace {
   }
 };
 
-template <class Cell, class T>
+// Weights: Float32 for weights of T, as they are or packed; else the format of frozen weights.
+template <class Cell, class T, class Weights = Float32>
 class Forward {
  public:
   Forward(const LayerShape& shape, const ForwardDirection& direction, bool reverse, const cpu::Worker& worker)
@@ -78,6 +80,12 @@ class Forward {
     input_ = workspace + part.input;
     bias_ = workspace + part.bias;
     projection_ = workspace + part.projection;
+    if (s_.frozen()) {
+      recurrent_ = packed(d_.w_hh);
+      input_ = packed(d_.w_ih);
+      bias_ = packed(d_.b_ih);
+      projection_ = packed(d_.w_hr);
+    }
     scratch_hidden_ = workspace + part.hidden;
     zeros_ = workspace + part.zeros;
     dropped_ = workspace + part.dropped;
@@ -90,7 +98,8 @@ class Forward {
   }
 
   void operator()() {
-    pack_biases();
+    for (int64_t i = 0; worker_.index == 0 && i < s_.P; ++i) zeros_[i] = 0;
+    if (!s_.frozen()) pack_biases();
     if (products_.packed_x && !owns_blocks()) pack<G>(input_, d_.w_ih, s_.H, s_.I);
     if (products_.x_beforehand && !s_.gates_given) {
       if (!owns_blocks()) worker_.wait();
@@ -114,6 +123,7 @@ class Forward {
 
   static T* at(void* p) { return static_cast<T*>(p); }
   static const T* at(const void* p) { return static_cast<const T*>(p); }
+  static T* packed(const void* p) { return static_cast<T*>(const_cast<void*>(p)); }  // nothing packs there again
 
   // The range [first, last) of n blocks that this worker computes: its share if the team splits units, else all.
   int64_t first(int64_t n) const { return worker_.splits_units ? worker_.begin(n) : 0; }
@@ -135,7 +145,7 @@ class Forward {
   template <int Gates>
   void pack_blocks(T* panels, const void* W, int64_t H, int64_t K, int64_t block, int64_t end) const {
     constexpr int64_t kUnits = kUnitVectors<Gates> * kLanes<T>;
-    for (; block < end; ++block) {
+    for (; block < end && !s_.frozen(); ++block) {
       pack_rows<T, Gates>(panels + block * K * Gates * kUnits, at(W), H, K, block * kUnits);
     }
   }
@@ -143,21 +153,8 @@ class Forward {
   void pack_biases() const {
     const int64_t blocks = ceil_div(s_.H, kBlock);
     for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
-      pack_bias(bias_ + b * 2 * C * kLanes<T>, at(d_.b_ih), b * kBlock);
-      pack_bias(bias_ + (b * 2 + 1) * C * kLanes<T>, at(d_.b_hh), b * kBlock);
-    }
-    if (worker_.index == 0) {
-      for (int64_t i = 0; i < s_.P; ++i) zeros_[i] = 0;
-    }
-  }
-
-  void pack_bias(T* out, const T* bias, int64_t unit) const {
-    for (int g = 0; g < G; ++g) {
-      for (int u = 0; u < U; ++u) {
-        const int64_t first = unit + u * kLanes<T>;
-        const int64_t n = least(s_.H - first, kLanes<T>);
-        store(out + (g * U + u) * kLanes<T>, bias && n > 0 ? load(bias + g * s_.H + first, n) : Vec<T>{});
-      }
+      pack_bias<T, G>(bias_ + b * 2 * C * kLanes<T>, at(d_.b_ih), s_.H, b * kBlock);
+      pack_bias<T, G>(bias_ + (b * 2 + 1) * C * kLanes<T>, at(d_.b_hh), s_.H, b * kBlock);
     }
   }
 
@@ -167,7 +164,9 @@ class Forward {
   void add_product(Sums<T, Gates * kUnitVectors<Gates>>& sums, const Part& part, const T* const* rows, bool is_packed,
                    T* packed, const void* W, int64_t H, int64_t K, const T* next = nullptr) const {
     constexpr int64_t kVectors = kUnitVectors<Gates>, kColumns = Gates * kVectors;
-    if (is_packed) {
+    if constexpr (Weights::kNarrow) {
+      Weights::template multiply<Gates>(sums, part, rows, reinterpret_cast<const char*>(packed), K);
+    } else if (is_packed) {
       if (first_use_ && owns_blocks() && part.row == row_begin_) {
         pack_blocks<Gates>(packed, W, H, K, part.block, part.block + part.blocks);
       }

@@ -176,6 +176,33 @@ def packaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, str]:
     return model, torch._inductor.aoti_compile_and_package(program, package_path=str(file))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_frozen(weights: str, strict: bool) -> None:
+    """One operator, whose model is a constant of the program; also after `run_decompositions`."""
+    model = fused_rnn.freeze(built("lstm_deep"), weights)
+    program = exported(model, torch.randn(6, 7, INPUT), strict=strict)
+    assert fused(program.graph_module) == ["frozen.default"]
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    loaded = torch.export.load(io.BytesIO(file.getvalue()))
+    for T, B in SIZES:
+        input = torch.randn(T, B, INPUT)
+        for runs in (program.module(), program.run_decompositions().module(), loaded.module()):
+            close(runs(input), model(input))
+
+
+@pytest.mark.slow("compiles C++")
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_a_frozen_package_runs_without_python(weights: str, tmp_path: Path) -> None:
+    model = fused_rnn.freeze(built("lstm_deep"), weights)
+    program = exported(model, torch.randn(6, 7, INPUT))
+    file = tmp_path / "model.pt2"
+    package_runs_without_python(
+        model, torch._inductor.aoti_compile_and_package(program, package_path=str(file)), tmp_path
+    )
+
+
 @pytest.mark.slow("compiles C++")
 def test_a_package_runs_with_the_operators_alone(packaged: tuple[nn.Module, str], tmp_path: Path) -> None:
     model, package = packaged
@@ -195,8 +222,11 @@ assert not any(name.startswith("fused_rnn") for name in sys.modules)
 
 @pytest.mark.slow("compiles C++")
 def test_a_package_runs_without_python(packaged: tuple[nn.Module, str], tmp_path: Path) -> None:
-    """A C++ program loads and runs it."""
-    model, package = packaged
+    package_runs_without_python(*packaged, tmp_path)
+
+
+def package_runs_without_python(model: nn.Module, package: str, tmp_path: Path) -> None:
+    """A C++ program loads and runs it, with the model's results."""
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler (g++)")
     program = tmp_path / "run_package"

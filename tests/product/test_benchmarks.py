@@ -222,7 +222,10 @@ def test_rows_are_all_combinations() -> None:
         ("--suite grid --shape 1,2,3,4", "expected five positive numbers T,B,I,H,L and perhaps ,bi; got 1,2,3,4"),
         ("--suite grid --shape 1,2,3,0,1", "expected five positive numbers"),
         ("--suite grid --threads 0", "expected a positive number, got 0"),
-        ("--suite grid --compare tensorflow", "expected a list of torch, onnxruntime, compile; got tensorflow"),
+        (
+            "--suite grid --compare tensorflow",
+            "expected a list of torch, onnxruntime, onnxruntime_int8, torch_int8, compile",
+        ),
         ("--suite cells --compare compile", "--compare does not apply to --suite cells"),
         ("--suite cells --shape 1,2,3,4,2", "a cell has one layer and one direction"),
         ("--suite memory --mode inference", "--mode does not apply to --suite memory"),
@@ -265,6 +268,21 @@ def test_the_grid_writes_its_table_and_its_picture(tmp_path: Path, capsys: pytes
     output = capsys.readouterr().out
     assert "Geometric means" in output
     assert max(map(len, output.split("Written:")[0].splitlines())) <= 100
+
+
+def test_streams_are_compared_with_rounded_weights(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="a competitor is ONNX Runtime")
+    competitors = "onnxruntime,onnxruntime_int8,torch_int8"
+    arguments = (
+        f"--suite stream --quick --shape 1,1,4,5,1 --shape 6,2,4,5,2 --cell lstm --threads 1 --compare {competitors}"
+    )
+    run.main([*arguments.split(), "--output", str(tmp_path)])
+    rows = csv_lines(tmp_path / "stream.csv")
+    assert [row["row"].split()[1] for row in rows] == ["float32", "bfloat16", "int8"] * 2
+    for row in rows:
+        assert all(float(row[f"{name} ratio"]) > 0 for name in ("torch.nn", *competitors.split(",")))
+        assert bool(row["step ratio"]) == (row["T"] == "1")
+        assert bool(row["floor"]) == ("float32" in row["row"])
 
 
 def test_check_fails_on_a_row_that_is_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULES = [fused_rnn] + [
     importlib.import_module(f"fused_rnn.{module.name}")
     for module in pkgutil.iter_modules(fused_rnn.__path__)
-    if module.name not in ("_C", "_cpu", "_cuda")
+    if module.name not in ("_C", "_cpu", "_cuda", "_stream")
 ]
 CLASSES = [getattr(fused_rnn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")]
 FUNCTIONS = [getattr(fused_rnn, name) for name in fused_rnn.__all__ if name.islower()]

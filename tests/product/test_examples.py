@@ -9,6 +9,7 @@ import gzip
 import os
 import subprocess
 import sys
+import wave
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -214,6 +215,21 @@ def test_an_example_runs_alone(backend: str) -> None:
     assert finished.returncode == 0, finished.stderr
     assert "heelo -> ohlol" in finished.stdout
     assert ("agree:" in finished.stdout) == (backend == "both")
+
+
+def test_the_stream_runs_alone(tmp_path: Path) -> None:
+    """It trains, streams in every format, listens to a recording and draws its picture."""
+    recording, picture = tmp_path / "noise.wav", tmp_path / "picture.png"
+    with wave.open(str(recording), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes((torch.randn(16_000) * 1000).short().numpy().tobytes())
+    options = ["--steps", "2", "--frames", "50", "--wav", str(recording), "--picture", str(picture)]
+    finished = run_script("examples/streaming.py", *options)
+    assert finished.returncode == 0, finished.stderr
+    assert all(word in finished.stdout for word in ("float32", "bfloat16", "int8", "real-time", "speech:"))
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_tour_runs_alone() -> None:
