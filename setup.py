@@ -1,5 +1,6 @@
-"""Builds three libraries: _cpu.so, the CPU kernels and their operators; the Python module _C, what is not an operator;
-and, where nvcc is found, _cuda.so, the CUDA kernels and their operators. Those of operators know nothing of Python.
+"""Builds four libraries: _cpu.so, the CPU kernels and their operators; the Python module _C, what is not an operator;
+_stream.so, the CPU kernels with fused_rnn/stream.h, which needs no torch; and, where nvcc is found, _cuda.so, the CUDA
+kernels and their operators. Only _C knows of Python.
 
 Only LibTorch's stable ABI is used and only libtorch_cpu is linked, so the result runs on torch 2.10 or newer,
 whatever version it was built against, and the CUDA kernels are built against a torch without CUDA just as well.
@@ -22,7 +23,7 @@ from setup_cuda import EXHAUSTIVE_SWITCHES, build_cuda, nvcc
 
 ROOT = Path(__file__).resolve().parent
 CUDA_ONLY = ("bindings/cuda_*.cpp", "cuda/recurrence.cpp")
-MODULE = ("bindings/module.o", "cuda/plan.o")  # the rest is _cpu.so's
+MODULE = ("bindings/module.o", "bindings/stream.o", "cuda/plan.o")  # the rest is _cpu.so's
 FAILED = (
     "fused_rnn did not compile (the first 'error:' above says why): it needs a C++17 compiler with OpenMP, such as a "
     "recent g++ (Debian, Ubuntu: apt install g++; CXX names another), and FUSED_RNN_CUDA=0 leaves out what needs nvcc."
@@ -113,16 +114,18 @@ def build_command() -> type:
                 extra_postargs=ext.extra_compile_args,
                 depends=ext.depends,
             )
-            cpu, cuda = (self.get_ext_fullpath(f"fused_rnn.{name}") for name in ("_cpu", "_cuda"))
+            cpu, stream, cuda = (self.get_ext_fullpath(f"fused_rnn.{name}") for name in ("_cpu", "_stream", "_cuda"))
+            kernels = [path for path in objects if Path(path).parent.match("csrc/cpu")]
             module = [path for path in objects if path.endswith(MODULE)]
-            for output, parts, option in (
-                (cpu, [path for path in objects if path not in module], "-soname,_cpu.so"),
-                (self.get_ext_fullpath(ext.name), [*module, cpu], "-rpath,$ORIGIN"),
+            for output, parts, libraries, option in (
+                (cpu, [path for path in objects if path not in module], ext.libraries, "-soname,_cpu.so"),
+                (stream, kernels, [], "-soname,_stream.so"),
+                (self.get_ext_fullpath(ext.name), [*module, cpu], ext.libraries, "-rpath,$ORIGIN"),
             ):
                 self.compiler.link_shared_object(
                     parts,
                     output,
-                    libraries=ext.libraries,
+                    libraries=libraries,
                     library_dirs=ext.library_dirs,
                     extra_postargs=[*ext.extra_link_args, f"-Wl,{option}"],
                     target_lang=ext.language,
@@ -142,5 +145,6 @@ if {"sdist", "egg_info", "dist_info"} & set(sys.argv):
 else:
     require_compiler()
     # Those without sources are built with the module; their names have them copied and packed.
-    others = [Extension(f"fused_rnn.{name}", sources=[]) for name in ("_cpu", *(["_cuda"] if nvcc() else []))]
+    names = ("_cpu", "_stream", *(["_cuda"] if nvcc() else []))
+    others = [Extension(f"fused_rnn.{name}", sources=[]) for name in names]
     setup(ext_modules=[extension(), *others], cmdclass={"build_ext": build_command()})

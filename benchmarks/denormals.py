@@ -1,11 +1,11 @@
-"""How many times as long a training step takes with denormal numbers as with usual ones.
+"""The slowdown of a training step when its numbers are denormal, for torch.nn and for fused_rnn.
 
     python benchmarks/denormals.py [--quick]
 
-Many processors take a hundred times as long for an operation that reads or makes a denormal number. The kernels count
-them as zeros (csrc/cpu/denormals.h), torch.nn does so only after torch.set_flush_denormal(True). In turn x, the weights
-and the gradient of the output are denormal; exits with 1 where fused_rnn takes more than LIMIT times as long. On one
-thread; all four sides of a row are timed in turns.
+On many processors an operation that reads or makes a denormal number takes a hundred times as long. The kernels count
+such numbers as zeros (csrc/cpu/denormals.h); torch.nn does so only after torch.set_flush_denormal(True). Each row makes
+one of x, the weights and the gradient of the output denormal. One thread; the four sides of a row are timed in turns.
+The exit status is 1 if fused_rnn slows down by more than LIMIT.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from harness.timing import NORMAL, QUICK, Pace, sample_in_turns
 
 LIMIT = 1.2
 T, B, I, H = 16, 12, 64, 128  # noqa: E741 - the project's letter
-SCALE = 1e-39  # of float32, whose least normal number is 1.2e-38
+SCALE = 1e-39  # the smallest normal float32 is 1.2e-38
 CELLS = ("RNN", "LSTM", "GRU")
 PARTS = ("x", "weights", "dy")
 
 
 def training_step(library: object, cell: str, denormal: str | None) -> Callable[[], None]:
-    """Forward and backward; `denormal` is one of PARTS or None."""
+    """Forward and backward, with normal numbers if `denormal` is None, else with one of PARTS denormal."""
     torch.manual_seed(0)
     module: nn.Module = getattr(library, cell)(I, H)
     x, dy = torch.randn(T, B, I), torch.randn(T, B, H)
@@ -45,7 +45,7 @@ def step(module: nn.Module, x: Tensor, dy: Tensor) -> None:
 
 
 def slowdowns(cell: str, part: str, pace: Pace) -> Mapping[str, float]:
-    """By library, the median of a round's time with denormal numbers over its time with usual ones."""
+    """By library: the median, over rounds, of the time with denormal numbers divided by the time with normal ones."""
     libraries = {"torch.nn": nn, "fused_rnn": fused_rnn}
     sides = {
         f"{name} {denormal}": training_step(library, cell, denormal)

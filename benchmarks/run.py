@@ -1,4 +1,4 @@
-"""Compare fused_rnn with torch.nn, and where asked for with ONNX Runtime and torch.compile.
+"""Compares fused_rnn with torch.nn and, on request, with ONNX Runtime and torch.compile.
 
     python benchmarks/run.py                          train the examples on both; about three minutes
     python benchmarks/run.py --suite grid             whole sequences in many shapes; about ten minutes
@@ -7,6 +7,7 @@
     python benchmarks/run.py --suite rl               rollouts with resets, against every way to do that with torch.nn
     python benchmarks/run.py --suite ragged           sequences of many lengths, against packing them
     python benchmarks/run.py --suite variants         layer normalisation, zoneout, dropout, against loops over time
+    python benchmarks/run.py --suite stream           frozen weights, one row, the next steps, against quantised ones
     python benchmarks/run.py --suite grid --shape 35,32,28,256,1 --cell gru --compare torch,onnxruntime
 
 Each suite prints a table and writes a CSV file and a picture of its name into benchmarks/results. The
@@ -15,7 +16,7 @@ fail with --check if fused_rnn is behind torch.nn beyond noise. With --quick, al
 impression.
 
 Started like this, Python looks for modules in this folder and not in the project's, so
-`import fused_rnn` finds the installed package, the one that is to be measured.
+`import fused_rnn` finds the installed package, which is the one to measure.
 """
 
 import argparse
@@ -44,18 +45,18 @@ try:
     from harness.shapes import named, parse_shape
     from harness.suite import Method, Suite
     from harness.workload import CLASSES, MODES
-    from suites import cells, grid, memory, ragged, rl, training_examples, variants
+    from suites import cells, grid, memory, ragged, rl, stream, training_examples, variants
 except ModuleNotFoundError as error:
     sys.exit(f'{error.name} is not installed: run pip install ".[bench]" in the project folder')
 
-SUITES = {each.SUITE.name: each.SUITE for each in (grid, cells, memory, rl, ragged, variants)}
+SUITES = {each.SUITE.name: each.SUITE for each in (grid, cells, memory, rl, ragged, variants, stream)}
 EXAMPLES = "examples"
 EXAMPLES_OPTIONS = frozenset({"threads", "only"})
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 100  # columns, where there is no terminal
 CEILING_SECONDS, QUICK_CEILING_SECONDS = 0.5, 0.1
-BUSY = 0.5  # running processes in the last minute, before there are ours
+BUSY = 0.5  # running processes in the last minute, before this run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -119,7 +120,7 @@ def positive(text: str) -> int:
 
 
 def competitor_names(text: str) -> list[str]:
-    """The competitors besides torch."""
+    """The requested competitors without torch."""
     names = text.split(",")
     for name in names:
         if name != "torch" and name not in COMPETITORS:
@@ -128,7 +129,7 @@ def competitor_names(text: str) -> list[str]:
 
 
 def refuse_what_does_not_fit(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """End with a usage error if an option does not apply to the suite, or to another option."""
+    """Exit with a usage error if an option does not apply to the suite, or conflicts with another one."""
     known = EXAMPLES_OPTIONS if options.suite == EXAMPLES else SUITES[options.suite].options
     for name in ("threads", "only", "shape", "cell", "mode", "dtype", "compare", "check"):
         if getattr(options, name) not in (None, False) and name not in known:

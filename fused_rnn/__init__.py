@@ -35,15 +35,23 @@ from fused_rnn import functional as functional
 from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
 from fused_rnn.compiled import operator_decompositions
 from fused_rnn.convert import from_torch, replace
+from fused_rnn.frozen import FrozenCell, FrozenRNN, freeze
 from fused_rnn.modules import GRU, LSTM, RNN
 from fused_rnn.patch import patched
 from fused_rnn.planning import plan
+from fused_rnn.stream import Stream
 from fused_rnn.tool_tables import install as _install_tool_tables
 
 _install_tool_tables()
 
 OPERATORS_LIBRARY = str(Path(__file__).with_name("_cpu.so"))
 """Path of the CPU operators' library, for ``torch.ops.load_library`` or a C++ program; it needs no Python."""
+
+STREAM_LIBRARY = str(Path(__file__).with_name("_stream.so"))
+"""Path of the library of streams for programs in C; its header is ``<fused_rnn/stream.h>`` in the folder `INCLUDE`."""
+
+INCLUDE = str(Path(__file__).parents[1])
+"""The folder for a C compiler's ``-I`` that has ``fused_rnn/stream.h``."""
 
 try:
     __version__ = version("fused_rnn")
@@ -52,12 +60,18 @@ except PackageNotFoundError:  # a build in place that was never installed
 
 __all__ = [
     "GRU",
+    "INCLUDE",
     "LSTM",
     "OPERATORS_LIBRARY",
     "RNN",
+    "STREAM_LIBRARY",
+    "FrozenCell",
+    "FrozenRNN",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stream",
+    "freeze",
     "from_torch",
     "operator_decompositions",
     "patched",

@@ -124,6 +124,18 @@ def _backward(
     return tuple(grads)
 
 
+def _frozen(
+    model: Tensor, cell: int, layers: int, directions: int, hidden_size: int, proj_size: int, x: Tensor,
+    h0: _Maybe = None, c0: _Maybe = None, batch_sizes: _Maybe = None, lengths: _Maybe = None, resets: _Maybe = None,
+    reset_h: _Maybe = None, reset_c: _Maybe = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    require_one_device(model, x, h0, c0, resets, reset_h, reset_c)
+    P, (batch, _) = proj_size or hidden_size, _batch_and_rows(x, h0, batch_sizes)
+    h_n = x.new_empty((layers * directions, batch, P))
+    c_n = x.new_empty((layers * directions, batch, hidden_size) if CELLS[NAMES[cell]]["has_c"] else (0,))
+    return x.new_empty((*x.shape[:-1], directions * P)), h_n, c_n
+
+
 def _batch_and_rows(x: Tensor, state: Tensor | None, batch_sizes: Tensor | None) -> tuple[Any, Any]:
     if batch_sizes is not None:
         batch = torch.library.get_ctx().new_dynamic_size() if state is None else state.size(-2)
@@ -183,3 +195,4 @@ register("fused_rnn")
 torch.library.register_fake("fused_rnn::step", _step)
 torch.library.register_fake("fused_rnn::step_into", _step_into)
 torch.library.register_fake("fused_rnn::step_layers", _step_layers)
+torch.library.register_fake("fused_rnn::frozen", _frozen)

@@ -1,4 +1,4 @@
-"""Chooses the tests that run (see default_set.py), and has them import the installed fused_rnn.
+"""Selects the tests that run (see default_set.py), and makes them import the installed fused_rnn.
 
 `python -m pytest` puts the source folder on the path, where without a build in place the sources alone cannot be
 imported.
@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def files_are_named(config: pytest.Config) -> bool:
-    """Whether the command line asks for anything smaller than the whole folder."""
+    """Whether the command line asks for less than the whole folder."""
     folder = config.invocation_params.dir
     return any((folder / arg).resolve() not in (ROOT, ROOT / "tests") for arg in config.args)
 
@@ -36,7 +36,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"set: {'all cases' if config.getoption('all') else 'default; pytest --all runs all cases'}"
 
 
-@pytest.hookimpl(tryfirst=True)  # before -k and -m, so that COLLECTED has all
+@pytest.hookimpl(tryfirst=True)  # before -k and -m, so that COLLECTED holds all tests
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[COLLECTED] = list(items)
     chosen = items if config.getoption("all") or files_are_named(config) else default_set(items)
@@ -49,13 +49,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def collected(request: pytest.FixtureRequest) -> list[pytest.Item]:
-    """All tests that were there to choose from."""
+    """All collected tests, including those that the default set leaves out."""
     return request.config.stash[COLLECTED]
 
 
 @pytest.fixture(autouse=True)
 def same_threads() -> Iterator[None]:
-    """The tests after one that changes the number of threads have as many as before it."""
+    """Restore the number of threads after a test that changes it."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -63,5 +63,5 @@ def same_threads() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread(same_threads: None) -> None:
-    """On a busy machine, threads that wait for each other make tests of small tensors ten times slower."""
+    """Use one thread: on a busy machine, waiting threads make tests of small tensors ten times slower."""
     torch.set_num_threads(1)

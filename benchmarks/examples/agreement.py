@@ -1,4 +1,4 @@
-"""When do two trainings of one model agree? The rule of all examples, stated in this one place.
+"""The rule by which two trainings of one model agree.
 
 torch.nn and fused_rnn compute the same formulas, but add the terms of a matrix product in a
 different order, so each result differs by the rounding of float32, about 1e-7 relative. Training
@@ -6,14 +6,14 @@ feeds every difference back into the weights, and a recurrent network multiplies
 time step: the difference grows, in some models exponentially, so after hundreds of steps two
 correct implementations can differ visibly. Hence two conditions:
 
-- At the start, before rounding can grow, the losses of the first START_STEPS steps are equal to
-  START_TOLERANCE. The first loss tests the forward pass, and the next ones the gradients that the
-  optimiser has applied by then. A wrong formula fails here.
-- At the end, the two models are as good as each other: the losses, averaged over the last tenth
-  of the steps because a single batch says little, are equal to FINAL_TOLERANCE, and of the
-  predictions SAME_PREDICTIONS are the same. Not all need be: where a model finds two answers
-  nearly as probable, rounding decides. The character RNN, in which rounding grows most, was seen
-  to agree with itself, summed in another order, on 86 % to 97 % of the next letters.
+- At the start, before rounding errors can grow, the losses of the first START_STEPS steps are equal
+  to START_TOLERANCE. The first loss tests the forward pass, the following ones the gradients that
+  the optimiser has applied by then. A wrong formula fails here.
+- At the end, the two models are equally good: the losses, averaged over the last tenth of the steps
+  because a single batch says little, are equal to FINAL_TOLERANCE, and a share of at least
+  SAME_PREDICTIONS of the predictions is the same. It is below 1 because rounding decides where a
+  model finds two answers nearly equally probable: the character RNN, in which rounding errors grow
+  most, agreed with itself, summed in another order, on 86 % to 97 % of the next letters.
 
 The tours train nothing, so their results are compared entry by entry, to TOUR_TOLERANCE.
 """
@@ -38,7 +38,7 @@ SMALLEST_LOSS = 1e-3
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two trainings lie apart: relative differences of the losses, equal predictions."""
+    """The differences between two trainings: relative differences of the losses, share of equal predictions."""
 
     start_difference: float
     final_difference: float
@@ -69,7 +69,7 @@ def compare(
     torch_predictions: Tensor,
     fused_predictions: Tensor,
 ) -> Agreement:
-    """Measure how far two trainings of the same model, from the same seed, lie apart."""
+    """Compare two trainings of the same model from the same seed."""
     differences = [
         relative_difference(expected, found) for expected, found in zip(torch_losses, fused_losses, strict=True)
     ]
@@ -84,12 +84,12 @@ def compare(
 
 def relative_difference(expected: float, found: float) -> float:
     if not (math.isfinite(expected) and math.isfinite(found)):
-        return math.inf  # a training that diverged agrees with nothing
+        return math.inf  # a training that diverged agrees with no other
     return abs(found - expected) / max(abs(expected), SMALLEST_LOSS)
 
 
 def compare_tours(torch_results: Sequence[tuple[str, Tensor]], fused_results: Sequence[tuple[str, Tensor]]) -> float:
-    """The largest difference of any entry; infinite when labels or shapes are not the same."""
+    """The largest difference of any entry; infinite if labels or shapes differ."""
     largest = 0.0
     for (label, expected), (found_label, found) in zip(torch_results, fused_results, strict=True):
         if label != found_label or expected.shape != found.shape:

@@ -1,4 +1,4 @@
-"""A tour of RNNCell: one step at a time, and what a loop over it has to do with RNN.
+"""A tour of RNNCell: one time step per call, and the loop that makes it equal to RNN.
 
 RNNCell computes a single time step, so the loop over the sequence and the passing on of the hidden
 state are written by hand. RNN is that loop: given the same weights it returns the same values.

@@ -97,7 +97,7 @@ def train(model: nn.Module, file: Path | None, sampling: str) -> Iterator[float]
 
 
 def own_rows(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """What this process trains on: all rows, unless torchrun has started several processes."""
+    """The rows of the batch that this process trains on: all, unless torchrun has started several processes."""
     if not dist.is_initialized():
         return batch
     return tuple(rows.chunk(dist.get_world_size())[dist.get_rank()] for rows in batch)
@@ -146,7 +146,7 @@ def continuation(model: nn.Module, length: int) -> str:
 
 @cache
 def load_text(file: Path | None) -> tuple[Tensor, Tensor]:
-    """The symbols to train on, and as many again as one batch holds to test on."""
+    """The symbols to train on, and a second part to test on, as long as one batch."""
     if file is None:
         from pydoc_data.topics import topics
 

@@ -1,11 +1,11 @@
 """heelo -> ohlol and hello -> world with letters embedded, not one-hot, and an output layer.
 
 An Embedding learns a vector for each letter, two RNN layers read the vectors, and a Linear layer
-scores the letters, so the hidden size is free of the size of the alphabet. Here the batch comes
-first: tensors are (batch, time, feature), though states stay (layers, batch, hidden).
+scores the letters, so the hidden size does not depend on the size of the alphabet. Here the batch
+comes first: tensors are (batch, time, feature), though states stay (layers, batch, hidden).
 
 The tutorial of heelo -> ohlol means "hello" but spells its input h-e-e-l-o; the slip is kept, so
-that the losses can be held against the printed ones.
+that the losses can be compared with the printed ones.
 """
 
 from functools import partial

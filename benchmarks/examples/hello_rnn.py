@@ -1,7 +1,7 @@
 """heelo -> ohlol with RNN: the model of hello_cell.py with the loop over time left to the layer.
 
 The tutorial this follows means "hello" but spells its input h-e-e-l-o; the slip is kept, so that
-the losses can be held against the printed ones.
+the losses can be compared with the printed ones.
 """
 
 from functools import partial

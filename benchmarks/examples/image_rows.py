@@ -32,7 +32,7 @@ class ImageRows(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         rows = images.transpose(0, 1)  # (batch, 28, 28) -> (time, batch, feature)
         output, _ = self.lstm(rows)
-        return self.linear(output[-1])  # what is known after the last row: (batch, 10)
+        return self.linear(output[-1])  # scores after the last row: (batch, 10)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def load_scikit_learn_digits() -> Digits:
     images = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     images = F.interpolate(images, size=(28, 28), mode="bilinear").squeeze(1) * 2 - 1
     labels = torch.tensor(labels)
-    # The file is ordered by writer: the last fifth is by people the network has not seen.
+    # The file is ordered by writer: the last fifth was written by people the network has not seen.
     split = len(images) * 4 // 5
     return Digits(images[:split], labels[:split], images[split:], labels[split:])
 

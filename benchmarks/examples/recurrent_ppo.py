@@ -1,11 +1,11 @@
 """Recurrent PPO: an LSTM or GRU learns to balance a pole whose velocities it cannot see.
 
-The task is gymnasium's CartPole-v1 with two of its four observations hidden: only where the cart is and how the pole
-leans. How fast either moves has to be remembered, so the policy is recurrent.
+The task is gymnasium's CartPole-v1 with two of its four observations hidden: only the position of the cart and the
+angle of the pole are left. The velocities must be inferred from earlier observations, so the policy is recurrent.
 
 Episodes end inside a rollout, and the next one must begin with a fresh state. fused_rnn takes the whole rollout in one
-call, `lstm(x, hx, resets=starts)`. Without `resets` one loops over time and masks the state, `(1 - start) * h`: that is
-`--backend loop`, the same on torch.nn. First the losses of the two are compared, and in the end their times, in turns.
+call, `lstm(x, hx, resets=starts)`. Without `resets`, a loop over time masks the state, `(1 - start) * h`: this is
+`--backend loop`, on torch.nn. The losses of the two are compared first; their times, taken in turns, at the end.
 """
 
 import argparse
@@ -32,14 +32,14 @@ from harness.machine import describe_machine
 from harness.timing import InterleavedTiming, time_interleaved
 
 BACKENDS = ("loop", "fused")
-VISIBLE = [0, 2]  # of CartPole's observations: position of the cart, angle of the pole
-LIMITS = torch.tensor([2.4, 0.21])  # of the two; beyond, the episode ends
+VISIBLE = [0, 2]  # indices of CartPole's observations: cart position, pole angle
+LIMITS = torch.tensor([2.4, 0.21])  # of these two; beyond them the episode ends
 HIDDEN_SIZE = 64
-GAMMA, GAE_LAMBDA, REWARD_SCALE = 0.99, 0.95, 0.01  # with this scale values are at most 1
+GAMMA, GAE_LAMBDA, REWARD_SCALE = 0.99, 0.95, 0.01  # with this scale, values are at most 1
 EPOCHS, MINIBATCHES, LEARNING_RATE = 4, 4, 2e-3
-CLIP, VALUE_WEIGHT, ENTROPY_WEIGHT, MAX_GRADIENT_NORM = 0.2, 0.5, 0.01, 0.5  # the usual ones
-EPISODES = 100  # that the mean return is taken over
-SAME_START = 1e-5  # that the losses of the first update may differ by between the backends
+CLIP, VALUE_WEIGHT, ENTROPY_WEIGHT, MAX_GRADIENT_NORM = 0.2, 0.5, 0.01, 0.5  # the customary values
+EPISODES = 100  # that the mean return is taken over, the last ones
+SAME_START = 1e-5  # limit on the difference of the first update's losses between the backends
 TIMED_UPDATES, WARM_UP = 9, 2
 RESULTS = Path(__file__).parents[1] / "results"
 PROGRESS = "{steps:8d} steps, {seconds:4.0f} s: return {mean_return:5.1f}; learner {learner_ms:.0f} ms per update"
@@ -53,13 +53,13 @@ def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
 
 
 def fresh_where(starts: Tensor, state: State) -> State:
-    """The state, but zeros for the environments in which an episode starts."""
+    """The state, with zeros for the environments in which an episode starts."""
     keep = 1 - starts[:, None].float()
     return map_state(lambda part: keep * part, state)
 
 
 class Policy(nn.Module):
-    """A recurrent layer with two heads. The backends differ in how they run that layer, and in nothing else."""
+    """A recurrent layer with two heads. The backends differ only in how they run that layer."""
 
     def __init__(self, backend: str, cell: str) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Policy(nn.Module):
         self.action_head, self.value_head = nn.Linear(HIDDEN_SIZE, 2), nn.Linear(HIDDEN_SIZE, 1)
 
     def forward(self, observations: Tensor, starts: Tensor, state: State) -> tuple[Categorical, Tensor]:
-        """The learner's call: the actions' distributions and the values of a whole rollout, (time, environment)."""
+        """The learner's call: action distributions and values of a whole rollout, (time, environment)."""
         if self.backend == "fused":
             outputs, _ = self.recurrent(observations, state, resets=starts)
         else:
@@ -98,10 +98,10 @@ class Policy(nn.Module):
 
 
 class Rollout(NamedTuple):
-    """What happened in all environments for some steps: (time, environment), and the state before the first step."""
+    """Some steps of all environments, (time, environment), and the state before the first step."""
 
     observations: Tensor
-    starts: Tensor  # whether an episode starts with this observation
+    starts: Tensor  # whether this observation is the first of an episode
     actions: Tensor
     log_probs: Tensor
     advantages: Tensor
@@ -113,7 +113,7 @@ class Rollout(NamedTuple):
 
 
 def make_environments(count: int) -> Any:
-    """In SameStep mode an episode that ends is followed at once: `step` returns the next one's first observation."""
+    """Vector environments in SameStep mode: where an episode ends, `step` returns the next one's first observation."""
     try:
         from gymnasium import make, vector
     except ImportError:
@@ -126,7 +126,7 @@ def visible(observation: Any) -> Tensor:
 
 
 class Player:
-    """Plays in all environments, rollout after rollout, and knows where episodes start."""
+    """Plays in all environments, rollout after rollout, and keeps track of where episodes start."""
 
     def __init__(self, policy: Policy, count: int, seed: int) -> None:
         self.policy, self.environments = policy, make_environments(count)
@@ -160,7 +160,7 @@ class Player:
         self.episode_returns += self.running_returns[self.starts].tolist()
         self.running_returns[self.starts] = 0
         rewards *= REWARD_SCALE
-        # An episode cut off at its time limit would have gone on: the value of its last observation stands for that.
+        # An episode cut off at its time limit would have continued: its last observation's value stands for the rest.
         cut = torch.as_tensor(truncated & ~terminated).nonzero().flatten()
         if len(cut):
             last = torch.cat([visible(info["final_obs"][index][None]) for index in cut])
@@ -170,7 +170,7 @@ class Player:
 
 
 def generalised_advantages(rewards: Tensor, values: Tensor, ends: Tensor, next_value: Tensor) -> Tensor:
-    """GAE. `ends` says whether an episode ended with this step; nothing behind its end counts."""
+    """Generalised advantage estimation. `ends` marks steps that end an episode; nothing after an end counts."""
     advantages = torch.empty_like(rewards)
     advantage = torch.zeros_like(next_value)
     for t in reversed(range(len(rewards))):
@@ -197,7 +197,7 @@ class Learner:
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=LEARNING_RATE, eps=1e-5)
 
     def update(self, rollout: Rollout) -> list[float]:
-        """Some epochs over the rollout, in minibatches of whole environments."""
+        """Train some epochs on the rollout, in minibatches of whole environments."""
         losses = []
         for _ in range(EPOCHS):
             for environments in torch.randperm(rollout.starts.size(1)).chunk(MINIBATCHES):
@@ -211,7 +211,7 @@ class Learner:
 
 
 def update_with_both(policy: Policy, rollout: Rollout, updates: int, warm_up: int) -> InterleavedTiming:
-    """Losses and times of loop (first) and fused, in turns: from the policy's weights, on the same minibatches."""
+    """Losses and times of the loop (first) and fused_rnn, in turns, from the same weights on the same minibatches."""
     learners = [Learner(Policy(backend, policy.cell)) for backend in BACKENDS]
     for learner in learners:
         learner.policy.load_state_dict(policy.state_dict())
@@ -219,13 +219,13 @@ def update_with_both(policy: Policy, rollout: Rollout, updates: int, warm_up: in
 
 
 def first_difference(policy: Policy, rollout: Rollout) -> float:
-    """How far the losses of one update differ between the backends."""
+    """The largest difference of one update's losses between the backends."""
     both = update_with_both(policy, rollout, updates=1, warm_up=0)
     return max(abs(a - b) for a, b in zip(both.first.results[0], both.second.results[0], strict=True))
 
 
 def train(player: Player, options: argparse.Namespace) -> Iterator[dict[str, float]]:
-    """A line for each update, until the updates or the seconds are over; the learning rate falls to zero by then."""
+    """Print a line per update until the updates or the seconds are used up; the learning rate falls to zero by then."""
     learner, began, done, update = Learner(player.policy), perf_counter(), 0.0, 0
     while done < 1:
         learner.optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - done)
@@ -241,7 +241,7 @@ def train(player: Player, options: argparse.Namespace) -> Iterator[dict[str, flo
 
 
 def write(lines: list[dict[str, float]], more: dict[str, Any], path: Path) -> None:
-    """The learning curve as a picture, and as a CSV file beside it."""
+    """Write the learning curve as a picture and, beside it, as a CSV file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*lines[0], *more])

@@ -1,4 +1,4 @@
-"""What every example shares: its description, full-batch training and the command line.
+"""Shared by all examples: their description, full-batch training and the command line.
 
 An example is a model whose class takes the library (`torch.nn` or `fused_rnn`) as its argument and
 takes its recurrent layers from there. Everything else, training included, is written once and is
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from agreement import TOUR_TOLERANCE, compare, compare_tours
 
 BACKENDS = ("torch", "fused")
-SEED = 1  # with this one, every example learns its answers within the epochs of its tutorial
+SEED = 1  # with this seed, every example learns its answers within its tutorial's number of epochs
 LINES_SHOWN = 8
 
 
@@ -41,7 +41,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Tour:
-    """A walk past layers that are not trained: `walk` yields labelled results, tensor by tensor."""
+    """A series of calls to untrained layers: `walk` yields labelled results, tensor by tensor."""
 
     name: str
     walk: Callable[[ModuleType], Iterator[tuple[str, Tensor]]]
@@ -76,7 +76,7 @@ def seeded_model(example: Example, library: ModuleType, seed: int) -> nn.Module:
 
 
 def load_library(backend: str) -> ModuleType:
-    """Import fused_rnn only when it is asked for: `--backend torch` runs without it."""
+    """Import the library of this name; fused_rnn only on request, so that `--backend torch` runs without it."""
     if backend == "torch":
         return torch.nn
     try:
@@ -98,7 +98,7 @@ def command_line(description: str | None) -> argparse.ArgumentParser:
 
 
 def run_examples(examples: Sequence[Example], options: argparse.Namespace) -> None:
-    """Train each example on the backends asked for, print the losses, and compare them."""
+    """Train each example on the requested backends, print the losses, and compare them."""
     backends = chosen_backends(options)
     disagreeing = []
     for example in examples:

@@ -1,4 +1,4 @@
-"""The hello examples' common part: words as tensors, and the training from one word to another."""
+"""Shared by the hello examples: words as tensors, and training from one word to another."""
 
 from collections.abc import Callable, Iterator
 from types import ModuleType

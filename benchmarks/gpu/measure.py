@@ -47,9 +47,9 @@ SHAPES = (
 )
 FIRST = ("b64_h256", "b16_h512", "b64_h1024", "b1_h1024", "b256_h512", "b16_h768", "b64_h2048", "b64_h512_l3")
 """The shapes that say most about the kernels, one of each regime; the others follow."""
-PACKED = ("b64_h256", "b16_h512")  # measured as packed sequences, too
+PACKED = ("b64_h256", "b16_h512")  # also measured as packed sequences
 FIRST_CELLS = ("lstm", "gru", "rnn")
-MOST_LISTED = 16  # lines of a list in the summary, of which only the end may be seen
+MOST_LISTED = 16  # lines of a list in the summary, so that its end stays on the screen
 PACKAGES = ("torch", "nvidia-cudnn-cu13", "setuptools", "wheel", "pybind11", "ninja", "pytest", "matplotlib")
 GPU_QUERY = (
     "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit"
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     libraries = {TORCH: torch.nn}
     if not options.baselines:
-        import fused_rnn  # --baselines and --facts do without
+        import fused_rnn  # not needed by --baselines and --facts
 
         libraries[FUSED] = fused_rnn
     method = GpuMethod(
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         timed=not options.errors,
     )
     machine = describe_machine(method)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped at a time limit: what was measured is summed up
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run stopped at a time limit still prints its summary
     name = "gpu_baselines" if options.baselines else "gpu_errors" if options.errors else "gpu_grid"
     with (options.output / f"{name}.jsonl").open("w", encoding="utf-8") as file:
         append(file, {"record": "run", **machine, "arguments": sys.argv[1:]})
@@ -117,13 +117,13 @@ def command_line() -> argparse.ArgumentParser:
     kinds.add_argument("--errors", action="store_true", help="compare results, time nothing")
     kinds.add_argument("--facts", action="store_true", help="print what machine this is, and write it")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results/gpu")
-    # To try this program where there is no GPU.
+    # Lets this program be tried without a GPU.
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     return parser
 
 
 def wanted_rows(options: argparse.Namespace) -> list[GpuRow]:
-    """Diagonally, so that every shape, dtype and cell is seen early, and the rarest combinations come last.
+    """The requested rows in diagonal order: every shape, dtype and cell early, the rarest combinations last.
 
     Raises:
         ValueError: a name is no shape's.
@@ -145,7 +145,7 @@ def wanted_rows(options: argparse.Namespace) -> list[GpuRow]:
 def measure_rows(
     rows: Sequence[GpuRow], method: GpuMethod, budget: float, file: TextIO
 ) -> tuple[list[dict[str, Any]], list[GpuRow]]:
-    """The lines of the rows that fit into the budget, each written at once, and the rows that do not."""
+    """Measure the rows that fit into the budget, writing each line at once; returns the lines and the rows left out."""
     began, longest = perf_counter(), 0.0
     lines: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
@@ -161,22 +161,22 @@ def measure_rows(
         if not is_alive(method.device):
             print("The device does not answer any more: the rows after this one are left out.")
             return lines, list(rows[number + 1 :])
-        if number:  # the first one also loads libraries
+        if number:  # the first row also loads libraries
             longest = max(longest, perf_counter() - start)
     return lines, []
 
 
 def append(file: TextIO, record: dict[str, Any]) -> None:
-    """One line, in the file before the next row starts: a run that is stopped loses nothing."""
+    """Write one line to the file before the next row starts, so that a stopped run keeps it."""
     file.write(json.dumps(record, default=str) + "\n")
     file.flush()
 
 
-# The circumstances
+# The machine and the versions
 
 
 def describe_machine(method: GpuMethod) -> dict[str, str]:
-    """As columns of the CSV; not machine.py's, which describes a CPU and needs fused_rnn."""
+    """The GPU and the versions, as CSV columns; harness/machine.py describes a CPU and needs fused_rnn."""
     on_gpu = method.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
@@ -190,7 +190,7 @@ def describe_machine(method: GpuMethod) -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """GPU_RUN_COMMIT, for copies of the tree without git; else what .git says; else nothing."""
+    """GPU_RUN_COMMIT (for copies of the tree without git), else the commit of the git repository, else ""."""
     if commit := os.environ.get("GPU_RUN_COMMIT"):
         return commit
     git = ROOT / ".git"
@@ -208,7 +208,7 @@ def git_commit() -> str:
 
 
 def facts() -> dict[str, Any]:
-    """The device as it is found; nothing is set."""
+    """The settings of the device, which are read and never changed."""
     found: dict[str, Any] = {"record": "facts", "python": platform.python_version(), "cpus": os.cpu_count()}
     found |= {"packages": {name: installed_version(name) for name in PACKAGES}}
     found |= {"cuda_version": torch.version.cuda, "cudnn_version": torch.backends.cudnn.version()}
@@ -232,14 +232,14 @@ def installed_version(package: str) -> str | None:
 
 
 def output_of(*command: str) -> str:
-    """What a command prints, or nothing where there is no such command."""
+    """The output of a command, or "" if there is no such command."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
 
-# What is left for reading
+# Reports
 
 
 def one_line(line: dict[str, Any]) -> str:
@@ -263,7 +263,7 @@ def scientific(value: float | None) -> str:
 
 
 def print_summary(lines: Sequence[dict[str, Any]], left: Sequence[GpuRow], machine: dict[str, str]) -> None:
-    """The means first and what needs attention after it: a screen or two in all."""
+    """Print the means first and the rows that need attention after them, on about two screens."""
     print("\n{device}, torch {torch_version}, cuDNN {cudnn_version}, fused_rnn {git_commit}".format(**machine))
     measured = [line for line in lines if f"{TORCH} ratio" in line and not line.get("wrong")]
     print_steps(lines)
@@ -286,7 +286,7 @@ def print_summary(lines: Sequence[dict[str, Any]], left: Sequence[GpuRow], machi
 
 
 def print_steps(lines: Sequence[dict[str, Any]]) -> None:
-    """Microseconds per step of the LSTM, torch.nn's before ours: a line for each shape."""
+    """Print microseconds per step of the LSTM, torch.nn before fused_rnn, one line per shape."""
     lines = [line for line in lines if line["cell"] == FIRST_CELLS[0] and TORCH in line]
     conditions = [key for key in product(DTYPES, MODES) if any((line["dtype"], line["mode"]) == key for line in lines)]
     found = {(line["row"], line["dtype"], line["mode"]): line for line in lines}
@@ -303,7 +303,7 @@ def print_steps(lines: Sequence[dict[str, Any]]) -> None:
 
 
 def print_means(lines: Sequence[dict[str, Any]]) -> None:
-    """Geometric means of torch.nn's time over ours, by dtype and mode, and how much the two passes differ."""
+    """Print geometric means of the ratios by dtype and mode, and the difference between the two passes."""
     print(f"{'torch.nn / fused_rnn':<24}" + "".join(f"{name:>8}" for name in (*CLASSES, "all", "rows", "<1", "noise")))
     for dtype, mode in product(DTYPES, MODES):
         group = [line for line in lines if line["dtype"] == dtype and line["mode"] == mode]
@@ -336,7 +336,7 @@ def title(line: dict[str, Any]) -> str:
 
 
 def write_csv(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """One line for each row; times in seconds, memory in bytes. Rows that lack a side leave its columns empty."""
+    """Write one line per row; times in seconds, memory in bytes. The columns of a missing side stay empty."""
     columns = list(dict.fromkeys(name for line in lines for name in line))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=columns)
@@ -345,7 +345,7 @@ def write_csv(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw(lines: Sequence[dict[str, Any]], machine: dict[str, str], path: Path) -> None:
-    """Every ratio as a dot, one panel for each dtype and mode; nothing where matplotlib is not installed."""
+    """Draw every ratio as a dot, one panel per dtype and mode; does nothing without matplotlib."""
     lines = [line for line in lines if f"{TORCH} ratio" in line]
     try:
         from matplotlib.figure import Figure

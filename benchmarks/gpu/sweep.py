@@ -1,11 +1,11 @@
-"""Every resident CUDA kernel on every shape: what the planner estimates against what the GPU takes.
+"""Times every resident CUDA kernel on every shape and compares them with the planner's estimates.
 
     python benchmarks/gpu/sweep.py [--budget SECONDS] [--output DIR] [--cell lstm gru rnn] [--dtype bfloat16 tf32]
 
-Measured is the recurrence alone, by replays of a CUDA graph: the layer is given W_ih x, and no gradient of a weight is
-asked for. Of two directions the time includes a copy of W_ih x.
-A line of gpu_sweep.jsonl per kernel; the table says where the planner's choice is not the fastest, and by how much. The
-constants of csrc/cuda/plan.cpp are fitted to it.
+Only the recurrence is timed, by replaying a CUDA graph: the layer is given W_ih x, and no gradient of a weight is
+requested. With two directions, the time includes a copy of W_ih x.
+gpu_sweep.jsonl gets one line per kernel; the table shows where the planner's choice is not the fastest, and by how
+much. The constants of csrc/cuda/plan.cpp are fitted to these times.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def sweep(cell: str, dtype: torch.dtype, shape: Shape) -> list[dict[str, Any]]:
-    """A line per kernel that fits, forward and backward."""
+    """One line per kernel that fits the shape, forward and backward."""
     D, G = 2 if shape.bi else 1, reference.GATES[cell]
     w_hh = [(torch.randn(G * shape.H, shape.H) / shape.H**0.5).to("cuda", dtype) for _ in range(D)]
     gates = torch.randn(shape.T, shape.B, D * G * shape.H, device="cuda", dtype=dtype)
@@ -92,7 +92,7 @@ def kernel_name(line: dict[str, Any]) -> str:
 def recurrence(
     cell: str, gates: torch.Tensor, w_hh: list[torch.Tensor], instance: int, backward: bool
 ) -> Callable[[], object]:
-    """The operator alone, by one kernel."""
+    """The operator alone, run by one kernel."""
     operators, number = torch.ops.fused_rnn, NUMBER[cell]
     reverse = dict(w_hh_reverse=w_hh[1] if len(w_hh) > 1 else None)
 

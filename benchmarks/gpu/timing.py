@@ -1,15 +1,15 @@
-"""How measure.py measures one row.
+"""Measures one row of measure.py.
 
 The calls are those of harness/workload.py (x needs no gradient, zero states, gradients into fresh memory), on a GPU.
-Modules of both libraries have the same weights and get the same random input. Time is taken twice over:
+Modules of both libraries have the same weights and get the same random input. Each row is timed in two ways:
 
-    events   CUDA events around a batch of eager calls: what a user sees, the cost of Python and of launches included
-    graph    the same around replays of a CUDA graph of one call: what the kernels take
+    events   CUDA events around a batch of eager calls: a user's time, with the cost of Python and of launches
+    graph    CUDA events around replays of a CUDA graph of one call: the time of the kernels
 
-Both in turns (A B A B ...), for the reasons in harness/timing.py, in two passes: two medians of the same thing that
-differ show how much of a ratio is noise. On a CPU (to try this file without a GPU) a clock takes the place of both.
+Both alternate between the sides (A B A B ...), for the reasons in harness/timing.py, in two passes: the difference of
+the two medians shows how much of a ratio is noise. On a CPU (to try this file without a GPU) a clock replaces both.
 
-This file needs fused_rnn only for its side of a row, so torch.nn can be measured before anything is built.
+This file needs fused_rnn only for fused_rnn's side of a row, so torch.nn can be measured before anything is built.
 """
 
 import gc
@@ -40,7 +40,7 @@ SEED = 1
 NORMAL, QUICK = Pace(budget=0.12, least_rounds=3, most_rounds=25), Pace(budget=0.04, least_rounds=2, most_rounds=5)
 LEAST_SAMPLE = 2e-3  # seconds; far above the resolution of events
 WARM_UP_CALLS = 3
-MOST_KERNELS = 8  # whose names a row keeps, the longest running first
+MOST_KERNELS = 8  # kernel names kept per row, longest running first
 Call = Callable[[], Tensor]
 
 
@@ -60,7 +60,7 @@ class GpuRow:
 
     @property
     def steps(self) -> int:
-        """Time steps that have to be taken one after the other, one direction counted."""
+        """Sequential time steps, counted in one direction."""
         return self.shape.T * self.shape.L
 
     def __str__(self) -> str:
@@ -69,13 +69,13 @@ class GpuRow:
 
 @dataclass(frozen=True)
 class GpuMethod:
-    """How a run measures its rows.
+    """The options of a run.
 
     Attributes:
         libraries: by side, torch.nn first; without fused_rnn, torch.nn is measured alone.
-        backend: what fused_rnn's modules are told to run on.
-        kernels: whether to record the names of the kernels that torch.nn runs.
-        timed: whether to time at all, or to compare results only.
+        backend: the `backend` of fused_rnn's modules.
+        kernels: whether to record the names of torch.nn's kernels.
+        timed: whether to measure times, or only to compare results.
     """
 
     device: torch.device
@@ -88,7 +88,7 @@ class GpuMethod:
 
 @contextmanager
 def tf32_allowed(allowed: bool) -> Iterator[None]:
-    """Sets both of torch's switches, cuDNN's (on by default) and that of matrix products (off by default)."""
+    """Set both of torch's TF32 switches: cuDNN's (on by default) and the one for matrix products (off by default)."""
     switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [switch.allow_tf32 for switch in switches]
     try:
@@ -101,9 +101,9 @@ def tf32_allowed(allowed: bool) -> Iterator[None]:
 
 
 def measure(row: GpuRow, method: GpuMethod) -> dict[str, Any]:
-    """Everything that one row gives, as the columns of a table.
+    """All results of one row, as the columns of a table.
 
-    What a side raises leaves that side out and becomes a note.
+    A side that raises is left out, and its error becomes a note.
     """
     with tf32_allowed(row.dtype == "tf32"):
         try:
@@ -148,13 +148,13 @@ def measure_sides(row: GpuRow, method: GpuMethod) -> dict[str, Any]:
     return line | {"notes": "; ".join(f"{side}: {note}" for side, note in notes.items())}
 
 
-# The calls
+# Calls
 
 
 def build_module(
     library: ModuleType, row: GpuRow, device: torch.device, weights: Mapping[str, Tensor] | None, **options: Any
 ) -> nn.Module:
-    """The row's module, with `weights` if there are any."""
+    """The row's module, with `weights` if they are given."""
     shape = row.shape
     options = {"dtype": DTYPES[row.dtype], "bidirectional": shape.bidirectional, "device": device, **options}
     torch.manual_seed(SEED)
@@ -165,7 +165,7 @@ def build_module(
 
 
 def random_input(row: GpuRow, device: torch.device) -> tuple[Tensor | PackedSequence, Tensor]:
-    """x, and what backward starts from. Never zeros: they hide unwritten outputs and can run faster."""
+    """x and the gradient that backward starts from. Never zeros: they hide unwritten outputs and can run faster."""
     shape, dtype = row.shape, DTYPES[row.dtype]
     generator = torch.Generator(device).manual_seed(SEED)
 
@@ -209,7 +209,7 @@ def results_of(call: Call, module: nn.Module) -> list[Tensor]:
 
 
 def exact_results(row: GpuRow, weights: Mapping[str, Tensor], x: Tensor | PackedSequence, dy: Tensor) -> list[Tensor]:
-    """What torch.nn computes from the same rounded weights and inputs in float64."""
+    """torch.nn's results in float64 from the same rounded weights and inputs."""
     module = build_module(torch.nn, row, dy.device, weights, dtype=torch.float64)
     return results_of(one_call(row, module, x.double(), dy.double()), module)
 
@@ -217,7 +217,7 @@ def exact_results(row: GpuRow, weights: Mapping[str, Tensor], x: Tensor | Packed
 def errors_of(
     side: str, results: Sequence[Tensor], exact: Sequence[Tensor], notes: dict[str, str]
 ) -> dict[str, float | None]:
-    """The relative error of y, and the largest of the gradients', as norms; None for what is not finite."""
+    """The relative error of y and the largest one of a gradient, as norms; None where a value is not finite."""
     errors: list[float | None] = []
     for result, value in zip(results, exact, strict=True):
         norm = torch.linalg.vector_norm
@@ -233,7 +233,7 @@ def errors_of(
 
 
 def is_wrong(row: GpuRow, line: Mapping[str, Any]) -> bool:
-    """By the rule of tests/support/tolerances.py, for norms: a multiple of torch.nn's own error, plus one rounding."""
+    """The rule of tests/support/tolerances.py for norms: a multiple of torch.nn's own error plus one rounding."""
     rounding = 2**-10 if row.dtype == "tf32" else torch.finfo(DTYPES[row.dtype]).eps
     for quantity, factor in (("error", 2), ("gradient error", 4)):
         if f"{FUSED} {quantity}" not in line:
@@ -248,7 +248,7 @@ def is_wrong(row: GpuRow, line: Mapping[str, Any]) -> bool:
 
 
 def times(row: GpuRow, calls: Mapping[str, Call], method: GpuMethod, notes: dict[str, str]) -> dict[str, Any]:
-    """Columns of every way to time; the ratio is that of the graphs where all sides have one."""
+    """The columns of both ways to time; the ratio is that of the graphs if every side could be captured."""
     on_gpu = method.device.type == "cuda"
     columns: dict[str, Any] = {}
     samples = sample_in_passes(calls, seconds_by_events if on_gpu else seconds_per_call, method.pace)
@@ -282,7 +282,7 @@ def times(row: GpuRow, calls: Mapping[str, Call], method: GpuMethod, notes: dict
 def sample_in_passes(
     calls: Mapping[str, Call], stopwatch: Callable[[Call, int], float], pace: Pace
 ) -> dict[str, list[list[float]]]:
-    """By side, the seconds per call of every round of two passes; all sides take turns."""
+    """By side and pass, the seconds per call of every round; all sides take turns."""
     for call in calls.values():
         stopwatch(call, WARM_UP_CALLS)
     batch = max(1, ceil(LEAST_SAMPLE / max(stopwatch(call, 1) for call in calls.values())))
@@ -310,7 +310,7 @@ def seconds_by_events(call: Call, batch: int) -> float:
 
 
 def captured(call: Call) -> Call:
-    """The replay of a CUDA graph of one call, which is warmed up on a side stream first, as capturing asks for."""
+    """The replay of a CUDA graph of one call. Capture requires a warm-up on a side stream."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -327,11 +327,11 @@ def flat(passes: Sequence[Sequence[float]]) -> list[float]:
     return [seconds for each in passes for seconds in each]
 
 
-# What else is known of a row
+# Memory, plan and kernels
 
 
 def with_peak_memory(call: Call, module: nn.Module, device: torch.device) -> tuple[list[Tensor], int | None]:
-    """The results of the call, and what it allocated at its peak beyond what was there, in bytes."""
+    """The results of the call, and the bytes allocated at its peak beyond those allocated before."""
     if device.type != "cuda":
         return results_of(call, module), None
     torch.cuda.synchronize()
@@ -343,7 +343,7 @@ def with_peak_memory(call: Call, module: nn.Module, device: torch.device) -> tup
 
 
 def plan_text(library: ModuleType, row: GpuRow) -> str:
-    """How fused_rnn says it computes the row, for reading; empty if it does not say."""
+    """fused_rnn's own description of how it computes the row; "" from versions without `plan`."""
     plan = getattr(library, "plan", None)
     if plan is None:
         return ""
@@ -359,7 +359,7 @@ def plan_text(library: ModuleType, row: GpuRow) -> str:
 
 
 def kernel_names(call: Call, device: torch.device) -> list[dict[str, Any]]:
-    """The kernels of one call, the longest running first: name, number of launches and microseconds in all."""
+    """The kernels of one call, longest running first: name, number of launches and total microseconds."""
     activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
         call()
@@ -377,7 +377,7 @@ def kernel_names(call: Call, device: torch.device) -> list[dict[str, Any]]:
 
 
 def release_memory(device: torch.device) -> None:
-    """Graphs hold their memory until they are collected, and the next row may need it."""
+    """Free the memory of finished rows: CUDA graphs hold theirs until they are collected."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -389,7 +389,7 @@ def first_line(error: Exception) -> str:
 
 
 def is_alive(device: torch.device) -> bool:
-    """Whether the device still computes: after an illegal access, no call of the process succeeds any more."""
+    """Whether the device still computes: after an illegal access, every later call of the process fails."""
     try:
         return torch.ones(2, device=device).sum().item() == 2
     except RuntimeError:

@@ -1,1 +1,1 @@
-"""How a row is measured, compared, printed and drawn; every suite uses this."""
+"""Measuring, comparing, printing and drawing of rows, for every suite."""

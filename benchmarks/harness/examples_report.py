@@ -1,4 +1,4 @@
-"""What a run of the examples leaves behind: a table, a CSV file and a picture.
+"""The results of a run of the examples: a table, a CSV file and a picture.
 
 The table and the picture are for reading, the CSV is for comparing runs: each of its lines carries
 the machine and the versions it was measured with, so lines of several runs can be put together.
@@ -27,7 +27,7 @@ CURVES_PER_ROW = 5
 
 @dataclass(frozen=True)
 class ExampleResult:
-    """An example trained on both; torch.nn is the first side of the timings, fused_rnn the other."""
+    """An example trained on both libraries; the first side of the timings is torch.nn, the second fused_rnn."""
 
     name: str
     timing: InterleavedTiming  # of whole training steps
@@ -118,7 +118,7 @@ def write_csv(results: Sequence[ExampleResult], machine: dict[str, str], path: P
 
 
 def draw(results: Sequence[ExampleResult], machine: dict[str, str], path: Path) -> None:
-    """A small loss curve for each example on the left, the bars of the speed-ups on the right."""
+    """A small loss curve per example on the left, bars of the speed-ups on the right."""
     columns = min(CURVES_PER_ROW, len(results))
     rows = -(-len(results) // columns)
     widths = (2.4 * columns, 5)  # inches
@@ -145,7 +145,7 @@ def draw(results: Sequence[ExampleResult], machine: dict[str, str], path: Path) 
 
 
 def draw_losses(result: ExampleResult, axes: Axes) -> None:
-    """torch.nn as a broad light line, fused_rnn as a thin dark one on it: both stay visible."""
+    """Draw torch.nn as a broad light line and fused_rnn as a thin dark one on top: both stay visible."""
     steps = range(1, len(result.torch_losses) + 1)
     axes.plot(steps, result.torch_losses, color=TORCH_COLOUR, linewidth=4)
     axes.plot(steps, result.fused_losses, color=FUSED_COLOUR, linewidth=1)
@@ -157,7 +157,7 @@ def draw_losses(result: ExampleResult, axes: Axes) -> None:
 
 
 def draw_speed_ups(results: Sequence[ExampleResult], axes: Axes) -> None:
-    """Two bars of each example, one under the other: the whole step, and the recurrent layers' share of it."""
+    """Draw two bars per example, one below the other: the whole step, and the recurrent layers' part of it."""
     sides = (
         ("training step", FUSED_COLOUR, [result.timing.speed_up for result in results]),
         ("its RNN alone, forward and backward", RECURRENT_COLOUR, [result.recurrent.speed_up for result in results]),

@@ -1,4 +1,4 @@
-"""The circumstances of a run: on what machine and with which versions something was measured."""
+"""The machine and the versions of a run."""
 
 import platform
 import subprocess
@@ -11,7 +11,7 @@ import fused_rnn
 
 
 def describe_machine() -> dict[str, str]:
-    """The circumstances of a run, as columns of the CSV."""
+    """The machine and the versions, as CSV columns."""
     return {
         "device": cpu_name(),
         "threads": str(torch.get_num_threads()),
@@ -32,7 +32,7 @@ def cpu_name() -> str:
 
 
 def git_commit() -> str:
-    """The commit of the project, or nothing outside of a git repository or before a commit."""
+    """The commit of the project; "" outside of a git repository or before the first commit."""
     try:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

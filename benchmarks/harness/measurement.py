@@ -1,8 +1,8 @@
-"""What is measured and what came out: the one notion behind the table, the CSV file and the picture.
+"""One row and its samples: the data behind the table, the CSV file and the picture.
 
-A row is one configuration. A measurement holds the samples of every side of it, taken in turns, in
-seconds per call or in bytes. Less is better in both, so a ratio is always a competitor's sample over
-fused_rnn's: above 1, fused_rnn is better.
+A row is one configuration. A measurement holds the samples of all its sides, taken in turns, in seconds
+per call or in bytes. Less is better in both, so a ratio is always a competitor's sample over fused_rnn's:
+above 1, fused_rnn is better.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ class Row:
     """One configuration.
 
     Attributes:
-        call: what is called: the whole "module", a "cell" in a loop, "step" in a loop, or in the suite `rl`
-            the whole module with so many resets, "1%".
+        call: "module" (the whole sequence), "cell" or "step" (a loop over time); in the suite `rl` the whole
+            module with a rate of resets, such as "1%".
         cell: "rnn", "lstm" or "gru".
         mode: "inference" or "training".
         dtype: the name of a torch dtype.
@@ -41,7 +41,7 @@ class Row:
 
     @property
     def given_state(self) -> bool:
-        """Whether the call starts from a given state: single steps and rollouts do, sequences start from zeros."""
+        """Whether the call starts from a given state, as single steps and rollouts do, or from zeros."""
         return self.call != "module" or self.shape.T == 1
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Quartiles:
-    """The median of some samples, and between which values the middle half of them lies."""
+    """The median and the lower and upper quartile of some samples."""
 
     lower: float
     median: float
@@ -71,10 +71,10 @@ class Measurement:
     Attributes:
         unit: of the samples, "s" or "B".
         samples: by side, one value per round. Sample n of every side was taken in round n.
-        floor: the least that the hardware allows, in the same unit; None where it is unknown.
-        notes: by side, why it has no samples.
-        of_torch: the sides that are ways to do it with torch.nn.
-        resolution: differences up to this are the measuring method's, not the sides'.
+        floor: the hardware's lower bound, in the same unit; None if it is unknown.
+        notes: by side, the reason why it has no samples.
+        of_torch: the sides that use torch.nn.
+        resolution: smaller differences are within the error of the measuring method.
     """
 
     row: Row
@@ -90,7 +90,7 @@ class Measurement:
         return median(self.samples[side]) if self.samples.get(side) else None
 
     def ratio(self, competitor: str) -> Quartiles | None:
-        """The competitor over fused_rnn, pair by pair; None if one of them could not be measured."""
+        """The quartiles of the pairwise ratios, competitor over fused_rnn; None if one of them has no samples."""
         theirs, ours = self.samples.get(competitor), self.samples.get(FUSED)
         if not theirs or not ours:
             return None
@@ -98,13 +98,13 @@ class Measurement:
 
     @property
     def fraction_of_floor(self) -> float | None:
-        """The floor over fused_rnn's time: 1 would be as fast as the hardware allows."""
+        """The floor over fused_rnn's time: 1 is the speed that the hardware allows."""
         ours = self.typical(FUSED)
         return None if ours is None or self.floor is None else self.floor / ours
 
     @property
     def behind_torch(self) -> bool:
-        """Whether fused_rnn is worse than torch.nn, in any of the ways to do it with that, beyond noise.
+        """Whether fused_rnn is worse than any side that uses torch.nn, beyond noise.
 
         Beyond noise: even the upper quartile of the ratios is below 1, so that three of four pairs
         agree, and the typical difference is above the resolution.
@@ -119,7 +119,7 @@ class Measurement:
 
 
 def geometric_mean(values: Sequence[float]) -> float | None:
-    """The mean for ratios: twice as fast and half as fast make 1. None without values."""
+    """The mean of ratios: 2 and 1/2 have the mean 1. None without values."""
     return exp(fsum(map(log, values)) / len(values)) if values else None
 
 

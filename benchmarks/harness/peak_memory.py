@@ -1,25 +1,24 @@
-"""Print how many bytes one training step takes at its peak, as a process of its own.
+"""Prints the peak memory of one training step in bytes; runs in a process of its own.
 
     python -m harness.peak_memory SIDE ROW    in benchmarks/, with the row's fields as JSON
 
-The suite `memory` starts this once for every number it needs. What is printed is the peak of the
-resident memory during the step, less the resident memory before it. The module and its input are
-there before; the gradients, what forward keeps for backward, and scratch are what is counted.
+The suite `memory` starts this once for every number. The result is the peak of the resident memory during
+the step minus the resident memory before it. The module and its input exist before; the gradients, the
+tensors that forward saves for backward, and scratch memory are counted.
 
-Five things would spoil the difference:
+Five effects would distort the difference:
 
-- Memory that Python, or a step before, has freed, but that the allocator still has: the step would take
-  it again without a trace. So malloc gives everything back: blocks above 64 KiB are mappings of their
-  own, the rest is trimmed (ALLOCATOR, which malloc reads when the process starts), and nothing of the
-  row's own shape has run before.
+- Memory freed by Python or an earlier step but kept by the allocator: the step would reuse it unnoticed. So
+  malloc returns everything: blocks above 64 KiB are separate mappings, the rest is trimmed (ALLOCATOR, which
+  malloc reads when the process starts), and no step of the row's shape has run before.
 - The peak of starting Python and torch, which is far above the step's: the kernel's high-water mark
   (VmHWM) is reset just before the step by writing 5 to /proc/self/clear_refs.
-- What libraries set up once: threads, autograd, code caches. A step of a tiny shape has done it before.
-- Pages of the libraries' code that are read in when they first run: the growth of RssFile is taken off.
+- One-time allocations of libraries (threads, autograd, code caches): a step of a tiny shape runs first.
+- Pages of the libraries' code that are read in when they first run: the growth of RssFile is subtracted.
 - Huge pages, which count as 2 MiB when one byte is touched: switched off for this process.
 
-The kernel adds up pages per CPU and brings the sums together now and then, so that differences below
-RESOLUTION mean nothing.
+The kernel counts pages per CPU and updates the sums only now and then, so differences below RESOLUTION
+mean nothing.
 """
 
 import ctypes
@@ -47,7 +46,7 @@ PR_SET_THP_DISABLE = 41  # of Linux's prctl
 
 
 def resident(name: str) -> int:
-    """A size of /proc/self/status, in bytes."""
+    """A memory size in /proc/self/status, converted to bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return 1024 * int(line.split()[1])
@@ -55,7 +54,7 @@ def resident(name: str) -> int:
 
 
 def bytes_of_step(side: str, row: Row) -> int:
-    """The peak of the first training step of this process in the row's shape."""
+    """The peak memory of the row's training step, the first one of its shape in this process."""
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
     torch.set_num_threads(row.threads)
@@ -68,7 +67,7 @@ def bytes_of_step(side: str, row: Row) -> int:
     libc.malloc_trim(0)
     before, files_before = resident("VmRSS"), resident("RssFile")
     Path("/proc/self/clear_refs").write_text("5")
-    output = step()  # noqa: F841 - in a model, somebody holds it until backward is through
+    output = step()  # noqa: F841 - a model, too, holds the output until backward ends
     return resident("VmHWM") - before - (resident("RssFile") - files_before)
 
 

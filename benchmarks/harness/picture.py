@@ -1,8 +1,7 @@
-"""The picture of a suite of measurements: every ratio as a dot, to be read at a glance.
+"""The picture of a suite of measurements: every ratio as a dot.
 
 One panel for each number of threads and mode, and a line of panels for each competitor, or a column
-where there are more competitors than conditions. What lies right of the line at 1 is better with
-fused_rnn.
+if there are more competitors than conditions. Dots right of the line at 1 are better with fused_rnn.
 """
 
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ from harness.workload import CLASSES
 
 COLOURS = dict(zip(CLASSES, ("#d95f02", "#0b4f8a", "#1b9e77"), strict=True))
 PARTING_COLOUR = "#f4a582"
-BAND_COLOUR = "#f3f3f3"  # behind every other row, to lead the eye
-OFFSET = 0.24  # of the dots of the cells on one row
+BAND_COLOUR = "#f3f3f3"  # behind every other row, to guide the eye
+OFFSET = 0.24  # between the dots of the cells on one row
 LEAST_SPAN = 1.5  # the axes show ratios from 1 / LEAST_SPAN to LEAST_SPAN at least
 PANEL_WIDTH, ROW_HEIGHT = 3.6, 0.3  # inches
 
@@ -43,7 +42,7 @@ def draw(measurements: Sequence[Measurement], suite: str, quantity: str, machine
             draw_ratios(group, competitor, names, axes)
             axes.set_title(f"{mode}, {thread_count(threads)}: mean {mean:.2f}", fontsize=10)
             axes.set_xlabel(f"{quantity} of {competitor} / fused_rnn", fontsize=8)
-    lower, upper = panels[0][0].get_xlim()  # shared by all
+    lower, upper = panels[0][0].get_xlim()  # the panels share their axes
     panels[0][0].set_xlim(min(lower, 1 / LEAST_SPAN), max(upper, LEAST_SPAN))
     cells = [cell for cell in CLASSES if any(each.row.cell == cell for each in measurements)]
     dots = [panels[0][0].plot([], [], "o", color=COLOURS[cell], label=cell)[0] for cell in cells]
@@ -60,7 +59,7 @@ def draw(measurements: Sequence[Measurement], suite: str, quantity: str, machine
 
 
 def draw_ratios(measurements: Sequence[Measurement], competitor: str, names: Sequence[str], axes: Axes) -> None:
-    """A dot for each cell on the line of its row, and a line from quartile to quartile."""
+    """Draw a dot for each cell on the line of its row, with a line from quartile to quartile."""
     offsets = dict(zip(CLASSES, (-OFFSET, 0, OFFSET), strict=True))
     axes.axvline(1, color=PARTING_COLOUR, linewidth=2, zorder=0)
     for y in range(0, len(names), 2):

@@ -1,8 +1,8 @@
-"""The recurrent part of a training step: forward and backward of the RNNs alone, on what the model gives them.
+"""The recurrent part of a training step: forward and backward of its RNNs alone, on recorded arguments.
 
-A training step is also a loss, an optimiser, other layers, and Python. This separates them: the arguments of every
-call of a recurrent module are recorded in one step of training, and those calls are then timed by themselves. Their
-gradients are those that training computes: of the weights, and of what requires them among the arguments.
+A training step also computes a loss, runs an optimiser, other layers, and Python. To separate them, the arguments of
+every call of a recurrent module are recorded in one training step, and those calls are timed by themselves. They
+compute the same gradients as in training: of the weights, and of the arguments that require them.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 class Call(NamedTuple):
     module: nn.Module
-    args: tuple[Any, ...]  # without their history
+    args: tuple[Any, ...]  # detached
 
 
 def recorded_calls(model: nn.Module, step: Callable[[], Any]) -> list[Call]:
@@ -42,7 +42,7 @@ def without_history(value: Any) -> Any:
 
 
 def time_recurrent_part(torch_calls: list[Call], fused_calls: list[Call], pace: Pace) -> InterleavedTiming:
-    """Forward and backward of all calls, one side after the other in turns."""
+    """Time forward and backward of all calls, one side after the other in turns."""
     sides = {"torch": partial(forward_and_backward, torch_calls), "fused": partial(forward_and_backward, fused_calls)}
     seconds = sample_in_turns(sides, pace)
     return InterleavedTiming(*(TimedSide(seconds=seconds[side]) for side in sides), 0, torch.get_num_threads())

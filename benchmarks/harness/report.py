@@ -1,4 +1,4 @@
-"""What a suite of measurements leaves behind for reading: a table, and a CSV file for comparing runs.
+"""The report of a suite of measurements: a table, and a CSV file for comparing runs.
 
 Each line of the CSV carries the machine and the versions it was measured with, so lines of several runs
 can be put together. The picture is in picture.py.
@@ -21,7 +21,7 @@ SCALES = {
     "B": ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")),
 }
 
-HEADINGS = {  # narrow
+HEADINGS = {  # short, to keep the columns narrow
     TORCH: "torch\n.nn",
     FUSED: "fused\n_rnn",
     "onnxruntime": "onnx\nruntime",
@@ -31,7 +31,7 @@ HEADINGS = {  # narrow
 
 
 def amount(value: float | None, unit: str) -> str:
-    """Three digits or so, in the unit that suits the size: `1.23 ms`."""
+    """About three digits, in a unit that suits the size: `1.23 ms`."""
     if value is None:
         return "-"
     scale, name = next((each for each in SCALES[unit] if value >= each[0]), SCALES[unit][-1])
@@ -44,7 +44,7 @@ def thread_count(threads: int) -> str:
 
 
 def competitors_of(measurements: Sequence[Measurement]) -> list[str]:
-    """Every side but fused_rnn that a row has samples or a note of, torch.nn's (first) one first."""
+    """The sides with samples or a note, without fused_rnn and with torch.nn's (the first) first."""
     sides = dict.fromkeys(measurement.of_torch[0] for measurement in measurements)
     for measurement in measurements:
         sides.update(dict.fromkeys([*measurement.samples, *measurement.notes]))
@@ -52,13 +52,13 @@ def competitors_of(measurements: Sequence[Measurement]) -> list[str]:
 
 
 def conditions(measurements: Sequence[Measurement]) -> Iterator[tuple[int, str, list[Measurement]]]:
-    """Threads, mode, and what was measured under both."""
+    """The pairs of threads and mode, each with its measurements."""
     for (threads, mode), group in groupby(measurements, key=lambda each: (each.row.threads, each.row.mode)):
         yield threads, mode, list(group)
 
 
 def print_table(measurements: Sequence[Measurement], console: Console) -> None:
-    """One line for each row; fits 100 columns, also with every competitor."""
+    """Print one line per row; fits 100 columns, also with every competitor."""
     main, *others = competitors_of(measurements)
     has_floor = any(each.floor is not None for each in measurements)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
@@ -89,7 +89,7 @@ def print_table(measurements: Sequence[Measurement], console: Console) -> None:
 
 
 def coloured_ratio(measurement: Measurement, competitor: str) -> str:
-    """Red where fused_rnn is behind torch.nn beyond noise, yellow where it is within noise."""
+    """The ratio in red where fused_rnn is behind torch.nn beyond noise, in yellow within noise."""
     ratio = measurement.ratio(competitor)
     if ratio is None:
         return "-"
@@ -105,7 +105,7 @@ def ratio_of_other(measurement: Measurement, competitor: str) -> str:
 
 
 def notes(measurements: Sequence[Measurement]) -> list[tuple[str, str, list[str]]]:
-    """Side, reason, and the names of the rows it was left out of."""
+    """The notes: side, reason, and the names of the rows it was left out of."""
     rows: dict[tuple[str, str], list[str]] = {}
     for measurement in measurements:
         for key in measurement.notes.items():
@@ -114,7 +114,7 @@ def notes(measurements: Sequence[Measurement]) -> list[tuple[str, str, list[str]
 
 
 def print_means(measurements: Sequence[Measurement], quantity: str, console: Console) -> None:
-    """Geometric means of the ratios under every condition: by cell, of all rows, and against the others."""
+    """Print geometric means of the ratios under every condition: by cell, of all rows, and for each competitor."""
     cells = [cell for cell in CLASSES if any(each.row.cell == cell for each in measurements)]
     main, *others = competitors_of(measurements)
     table = Table(title="Geometric means of the ratios", box=box.SIMPLE_HEAD, title_justify="left")
@@ -144,7 +144,7 @@ def two_digits(value: float | None) -> str:
 
 
 def write_csv(measurements: Sequence[Measurement], suite: str, machine: dict[str, str], path: Path) -> None:
-    """One line for each row; times in seconds, memory in bytes."""
+    """Write one line per row; times in seconds, memory in bytes."""
     competitors = competitors_of(measurements)
     lines = [csv_line(each, suite, competitors) | machine | {"threads": each.row.threads} for each in measurements]
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -1,15 +1,15 @@
-"""The roofline: how fast a row could be on this machine, whoever computed it.
+"""The roofline: a lower bound on the time of a row on this machine, for any implementation.
 
 Two things bound a recurrent layer. Its products cannot run faster than a large matrix product does.
 And every time step needs all of W_hh, which depends on the step before it and so cannot be merged
-into one product: with a narrow batch, the time goes into bringing the weights from the caches to the
-cores. The floor of a row is the time of the merged products, and after it, for the steps, the larger
-of the two. Activations, element-wise functions and the cost of a call are not in it, so it is a
+into one product: with a narrow batch, most time is spent on bringing the weights from the caches to the
+cores. The floor of a row is the time of the merged products plus, for the steps, the larger of these two
+times. Activations, element-wise functions and the cost of a call are not included, so it is a
 bound, not a prediction.
 
-Both rates are measured, not looked up: clock rates, cores and caches differ from what is printed on
-the box. The bandwidth is what torch's own operations reach, a little less than the hardware could do;
-weights that fit a core's innermost cache can beat it, too, so a row may come out above 100 %.
+Both rates are measured: clock rates, cores and caches differ from the data sheet. The bandwidth is
+measured with torch's own operations, a little below the hardware's; and weights that fit a core's innermost
+cache can be read faster, so a row may come out above 100 %.
 """
 
 from collections.abc import Callable
@@ -24,17 +24,17 @@ from harness.workload import GATES, dtype_of
 
 MATRIX = 1024  # rows and columns of the matrix product
 MIB = 2**20
-SMALL, LARGE = 1 * MIB, 16 * MIB  # bytes of weights: from a core's own cache, and from the shared one
-BETWEEN = 4 * MIB  # in the middle of the two, on a logarithmic scale
+SMALL, LARGE = 1 * MIB, 16 * MIB  # bytes of weights that fit a core's own cache, and the shared cache
+BETWEEN = 4 * MIB  # the geometric mean of the two
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine can do with a number of threads.
+    """The machine's rates with a number of threads.
 
     Attributes:
         flops: operations per second of a large matrix product in the run's dtype.
-        small_bandwidth: bytes per second that 1 MiB for each thread is read with, over and over.
+        small_bandwidth: bytes per second for repeated reading of 1 MiB per thread.
         large_bandwidth: the same for 16 MiB in all.
     """
 
@@ -51,10 +51,10 @@ class Ceilings:
 
 
 def measure_ceilings(dtype: torch.dtype, threads: int, seconds: float) -> Ceilings:
-    """Measure with so many threads, about `seconds` for each rate; sets torch's number of threads.
+    """Measure with this many threads, about `seconds` for each rate; sets torch's number of threads.
 
-    1 MiB is read by one thread, and the rate is taken times the threads: every core has a cache of its
-    own, and starting the threads would take longer than the reading.
+    1 MiB is read by one thread, and the rate is multiplied by the number of threads: every core has its own
+    cache, and starting the threads would take longer than the reading.
     """
     torch.set_num_threads(1)
     of_one_core = read_bandwidth(SMALL, seconds)
@@ -63,12 +63,12 @@ def measure_ceilings(dtype: torch.dtype, threads: int, seconds: float) -> Ceilin
     a, b = torch.randn(2, MATRIX, MATRIX).to(dtype)
     product = torch.empty_like(a)
     flops = 2 * MATRIX**3 / least_seconds(lambda: torch.mm(a, b, out=product), seconds)
-    # A call costs more of the time of 1 MiB than of 16: what the shared cache gives, a core's own gives, too.
+    # The cost of a call lowers the rate of 1 MiB more than that of 16; a core's own cache is at least as fast.
     return Ceilings(flops, max(threads * of_one_core, large), large)
 
 
 def read_bandwidth(size: int, seconds: float) -> float:
-    """Bytes per second of the quicker of a matrix-vector product and a sum, over `size` bytes of float32."""
+    """Bytes per second for `size` bytes of float32, by the quicker of a matrix-vector product and a sum."""
     columns = 512
     matrix = torch.randn(size // (4 * columns), columns)
     vector, product = torch.randn(columns), torch.empty(matrix.size(0))
@@ -78,7 +78,7 @@ def read_bandwidth(size: int, seconds: float) -> float:
 
 
 def least_seconds(call: Callable[[], object], budget: float) -> float:
-    """The quickest of two or more calls: what nothing interrupted."""
+    """The time of the quickest of two or more calls, which was not interrupted."""
     least = float("inf")
     began = perf_counter()
     calls = 0
@@ -92,7 +92,7 @@ def least_seconds(call: Callable[[], object], budget: float) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What one call of a row has to do at least; see `work`.
+    """The minimum work of one call of a row; see `work`.
 
     Attributes:
         merged: operations (multiplications and additions) of the products over all time steps at once.
@@ -106,23 +106,23 @@ class Work:
 
 
 def work(row: Row) -> Work:
-    """The products with W_ih and W_hh, forward and in training backward.
+    """The products with W_ih and W_hh: of forward, and in training of backward.
 
     A sequence multiplies all of x by W_ih at once; a loop over a cell cannot. Backward has two products
-    of the same size for each one of forward: the gradient of what the weights were multiplied with, and
-    that of the weights, which again is one product over all steps. Not counted is what nobody needs:
-    products with zero states, and the gradients of x and of the given state.
+    of the same size for each one of forward: for the gradient of the factor of the weights, and for the
+    gradient of the weights, which again is one product over all steps. Unneeded products are not counted:
+    those with zero states, and those for the gradients of x and of the given state.
     """
     shape, training = row.shape, row.mode == "training"
     itemsize = dtype_of(row).itemsize
     merged = stepwise = streamed = 0
     for layer, input_size in layers(shape):
-        rows = GATES[row.cell] * shape.H  # of both weights
+        rows = GATES[row.cell] * shape.H  # rows of both weights
         of_x, of_h = 2 * shape.B * rows * input_size, 2 * shape.B * rows * shape.H  # operations of a step
         steps = recurrent_steps(row) + (shape.T - 1 if training else 0)
         stepwise += steps * of_h
         streamed += steps * rows * shape.H * itemsize
-        passes = 1 + (layer > 0 if training else 0)  # over x: forward, and the gradient that goes to the layer before
+        passes = 1 + (layer > 0 if training else 0)  # over x: forward, and the gradient for the layer below
         if row.call == "module":
             merged += passes * shape.T * of_x
         else:
@@ -140,13 +140,13 @@ def layers(shape: Shape) -> list[tuple[int, int]]:
 
 
 def recurrent_steps(row: Row) -> int:
-    """The steps that have a state to multiply with W_hh: the first one only if it is given."""
+    """The number of steps with a product with W_hh: the first step has one only if the state is given."""
     return row.shape.T if row.given_state else row.shape.T - 1
 
 
 def floor_seconds(row: Row, ceilings: Ceilings) -> float:
     """The least time for one call of the row, in seconds."""
     needed = work(row)
-    weights = GATES[row.cell] * row.shape.H**2 * dtype_of(row).itemsize  # W_hh, what is read over and over
+    weights = GATES[row.cell] * row.shape.H**2 * dtype_of(row).itemsize  # bytes of W_hh, which every step reads
     bandwidth = ceilings.small_bandwidth if weights <= BETWEEN else ceilings.large_bandwidth
     return needed.merged / ceilings.flops + max(needed.stepwise / ceilings.flops, needed.streamed / bandwidth)

@@ -1,8 +1,8 @@
-"""The shapes the benchmarks cover: what recurrent networks look like where they are used.
+"""The shapes of the benchmarks, chosen from uses of recurrent networks.
 
 Small shapes are bound by the cost of a call, narrow batches by how fast the weights come from the
 caches, wide batches by arithmetic. A library can win one of these and lose another, so the grid has
-some of each, named after where they occur.
+some of each, named after their use.
 """
 
 import argparse
@@ -17,7 +17,7 @@ class Shape:
     name: str
     T: int
     B: int
-    I: int  # noqa: E741 - torch.nn's documentation calls it so
+    I: int  # noqa: E741 - the symbol in torch.nn's documentation
     H: int
     L: int
     bidirectional: bool = False

@@ -1,10 +1,10 @@
 """The time of one row: every side is prepared, checked for the same result, and sampled in turns.
 
-`measure_time` compares what the sides return, and leaves out who fails; `measure_ways` is for several ways
-to compute the same in training, and compares the gradients, too.
+`measure_time` compares the outputs of the sides and leaves out sides that fail. `measure_ways` compares
+several ways to compute the same training call, including their gradients.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +20,23 @@ from harness.workload import dtype_of
 # Outputs lie between -1 and 1. Wrong weights or equations differ by tenths; a float32 LSTM of a hundred
 # steps differs by 1e-5 from one library to the other.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+ROUNDED_WEIGHTS = 0.2  # to 8 bits, over a hundred steps
 REST = 0.01  # seconds, after which idle threads of OpenMP sleep
 
 
-def measure_time(row: Row, prepare: Mapping[str, Callable[[], Callable[[], Tensor]]], method: Method) -> Measurement:
+def measure_time(
+    row: Row,
+    prepare: Mapping[str, Callable[[], Callable[[], Tensor]]],
+    method: Method,
+    rounded: Container[str] = (),
+) -> Measurement:
     """Sample the sides of a row in turns.
 
     Args:
-        prepare: by side, in the order of the turns: does what happens once, and returns the call to
-            time, which returns y. torch.nn comes first, and what it raises leaves the row without
-            samples (it does not compute every dtype). What a competitor raises leaves that one out.
+        prepare: by side, in the order of the turns: does the one-time work and returns the call to time,
+            which returns y. torch.nn comes first; if it raises, the row has no samples (torch.nn does not
+            support every dtype). A competitor that raises is left out.
+        rounded: sides whose weights are rounded, and whose results may therefore differ more.
 
     Raises:
         RuntimeError: fused_rnn computes something else than torch.nn.
@@ -50,14 +57,14 @@ def measure_time(row: Row, prepare: Mapping[str, Callable[[], Callable[[], Tenso
             continue
         expected = y if side == TORCH else expected
         difference = (y.double() - expected.double()).abs().max().item()
-        if difference <= TOLERANCES[dtype_of(row)]:
+        if difference <= (ROUNDED_WEIGHTS if side in rounded else TOLERANCES[dtype_of(row)]):
             calls[side] = call
         elif side == FUSED:
             raise RuntimeError(f"{row}: fused_rnn and torch.nn differ by {difference:.1g}")
         else:
             notes[side] = f"differs from torch.nn by {difference:.1g}"
 
-    brings_threads = "onnxruntime" in calls and row.threads > 1
+    brings_threads = any(side.startswith("onnxruntime") for side in calls) and row.threads > 1
     pace = QUICK if method.quick else NORMAL
     samples = sample_in_turns(calls, pace, REST if brings_threads else 0)
     return Measurement(row, "s", samples, floor=floor_seconds(row, method.ceilings[row.threads]), notes=notes)
@@ -68,10 +75,10 @@ class Way:
     """One way to compute a row.
 
     Attributes:
-        call: what to time; it returns y.
+        call: the call to time; it returns y.
         leaves: the tensors whose gradients it computes in training.
-        of_torch: whether this is done with torch.nn.
-        same: whether it computes what the others do, and is not only there to compare the time.
+        of_torch: whether it uses torch.nn.
+        same: whether its results must equal the others', or only its time is compared.
     """
 
     call: Callable[[], Tensor]
@@ -86,7 +93,7 @@ class Way:
 
 
 def measure_ways(row: Row, ways: Mapping[str, Way], method: Method, pace: Pace = NORMAL) -> Measurement:
-    """Sample the ways to compute a row in turns; one of torch.nn's comes first, and tells what is right.
+    """Sample the ways to compute a row in turns; the first one uses torch.nn and gives the expected results.
 
     Raises:
         RuntimeError: a way computes something else.
@@ -107,7 +114,7 @@ def measure_ways(row: Row, ways: Mapping[str, Way], method: Method, pace: Pace =
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two numbers over the largest number, unless that is 0."""
+    """The largest absolute difference over the largest absolute value, or the former if the latter is 0."""
     return (found - expected).abs().max().item() / (expected.abs().max().item() or 1)
 
 

@@ -1,4 +1,4 @@
-"""A suite of measurements: which rows it has, what applies to it, and how one row is measured."""
+"""A suite of measurements: its rows, its options, and how one row is measured."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ OPTIONS = frozenset({"threads", "dtype", "cell", "mode", "only", "check", "shape
 
 
 def one_and_all(default: int) -> list[int]:
-    """One thread, and as many as PyTorch chooses."""
+    """One thread, and the number that PyTorch chooses."""
     return [1] if default == 1 else [1, default]
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a run measures its rows.
+    """The options of a run.
 
     Attributes:
         quick: for a first impression.
         competitors: besides torch.nn, names of `competitors.COMPETITORS`.
-        ceilings: the machine's, by number of threads; empty where time is not measured.
+        ceilings: the machine's, by number of threads; empty if time is not measured.
     """
 
     quick: bool
@@ -34,17 +34,17 @@ class Method:
 
 @dataclass(frozen=True)
 class Suite:
-    """What to measure.
+    """The description of a suite.
 
     Attributes:
-        quantity: what a ratio compares, for headings, and in which unit it is measured (see Measurement).
-        shapes: what is measured if nobody asks for other shapes.
-        options: the command line's options that only some suites take, and this one does; most take OPTIONS.
+        quantity: the compared quantity, for headings, and its unit (see Measurement).
+        shapes: the default shapes.
+        options: the command line's options that only some suites take and this one does; most take OPTIONS.
         threads: the default numbers of threads, as a function of PyTorch's choice.
         calls: of fused_rnn; see Row.
-        cells: what is measured if nobody asks for others.
+        cells: the default cells.
         refusal: why a shape cannot be measured, or None if it can.
-        note: what a reader has to know before the run.
+        note: a remark that is printed before the run.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Suite:
         threads: Sequence[int],
         dtype: str,
     ) -> list[Row]:
-        """Every combination; the number of threads changes least often, because a change is slow."""
+        """Every combination; the number of threads changes least often, because changing it is slow."""
         cells = [cell for cell in CLASSES if cell in cells]
         modes = [mode for mode in self.modes if mode in modes]
         return [

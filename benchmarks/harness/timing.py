@@ -4,11 +4,11 @@ A computer does not run at one speed: its clock rate changes with heat, and othe
 their share of its caches and cores. Timing all of one side and then all of the other counts such
 changes for or against one side. In turns (A B A B ...) all sides meet the same conditions, and
 the ratio of neighbouring turns is hardly disturbed; the median of these ratios ignores the few
-turns in which something did interrupt.
+turns that were interrupted.
 
-`time_interleaved` is for trainings: every turn moves one on, returns something worth keeping and
-draws random numbers. `sample_in_turns` is for calls that do the same every time; it keeps nothing
-but the times, so that calls of microseconds can be timed.
+`time_interleaved` is for trainings: every turn does one step, returns a result that is kept, and
+draws random numbers. `sample_in_turns` is for calls that do the same every time; it keeps only
+the times, so that calls of microseconds can be timed.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ import torch
 
 @dataclass
 class TimedSide:
-    """What one side returned in each round, and how long each round took it, in seconds."""
+    """The results and the times (in seconds) of one side, round by round."""
 
     results: list[Any] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -49,7 +49,7 @@ class InterleavedTiming:
 
     @property
     def speed_up(self) -> float:
-        """How many times as fast as the first side the second is."""
+        """The speed of the second side divided by that of the first."""
         ratios = [first / second for first, second in zip(self.first.seconds, self.second.seconds, strict=True)]
         return median(ratios[self.warm_up :])
 
@@ -63,8 +63,8 @@ def time_interleaved(
 ) -> InterleavedTiming:
     """Call `first` and `second` in turns, `rounds` times each, and time every call.
 
-    Each side has its own random state, which starts as the present one, so that each draws the
-    numbers it would draw if it ran alone. To time a generator, pass `partial(next, generator)`.
+    Each side has its own random state, a copy of the present one, so that each draws the same
+    numbers as if it ran alone. To time a generator, pass `partial(next, generator)`.
     A call that starts work on a GPU must itself wait for the end of that work.
     """
     if not 0 <= warm_up < rounds:
@@ -85,7 +85,7 @@ def time_interleaved(
 
 @dataclass(frozen=True)
 class Pace:
-    """How long to sample: rounds until `budget` seconds are over, within the two bounds."""
+    """The length of a sampling: rounds until `budget` seconds are over, within the two bounds."""
 
     budget: float
     least_rounds: int
@@ -103,17 +103,17 @@ def sample_in_turns(
 ) -> dict[str, list[float]]:
     """Sample every side in turns.
 
-    A sample is the mean of a batch of calls, so many that the slowest side needs LEAST_SAMPLE. All
-    sides get the same number. At the normal pace, 100 ms for a call of each side together make
-    15 rounds; slower ones have fewer.
+    A sample is the mean over a batch of calls, large enough that the slowest side needs LEAST_SAMPLE. All
+    sides get the same batch. At the normal pace, sides that together take 100 ms per call get
+    15 rounds; slower ones get fewer.
 
     Args:
-        calls: by side; each has been called before, so that what happens once has happened.
+        calls: by side; each has been called before, so that one-time work is done.
         rest: seconds to sleep before each turn. Idle threads of a pool spin for some milliseconds
-            before they sleep, which would slow a side down that brings a pool of its own. Each
-            turn then starts with a call that does not count and wakes the side's own threads.
-        shuffled: whether every round has an order of its own. A side that is much like the one before
-            it finds its code in the caches; so all have this equally often.
+            before they sleep, which would slow down a side that has its own pool. Each turn then
+            starts with an untimed call that wakes the side's own threads.
+        shuffled: whether every round has its own order. A side similar to the one before it finds its
+            code in the caches; with shuffling, all have this advantage equally often.
 
     Returns:
         By side, the seconds per call of every round.

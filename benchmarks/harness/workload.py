@@ -1,13 +1,13 @@
-"""What is timed: one call of a recurrent module, for inference or with its backward pass.
+"""The timed calls: one call of a recurrent module, in inference or with its backward pass.
 
     inference    `with torch.inference_mode(): y = m(x)`
     training     `m.zero_grad(set_to_none=True); y = m(x); y.backward(dy)`, without an optimiser
 
-x is random and needs no gradient, as data does not, so backward computes the gradients of the weights
-and of what lies between the layers, but none of x (in the suites `rl` and `ragged` it does, as what
-another layer has computed). Sequences start from zero states, `m(x)`. Of a
-single step (T = 1) the state is given, `m(x, hx)`: it is a step of a longer sequence, and without a
-state there would be nothing recurrent to compute.
+x is random and, like data, needs no gradient, so backward computes the gradients of the weights and of
+the values between layers, but none of x (except in the suites `rl` and `ragged`, where x stands for
+another layer's output). Sequences start from zero states, `m(x)`. A single step (T = 1) gets a state,
+`m(x, hx)`: it stands for a step of a longer sequence, and without a state there would be no recurrent
+product.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ def build_cell(side: str, row: Row) -> nn.Module:
 
 
 def build(side: str, row: Row, suffix: str, *sizes: int, **flags: bool) -> nn.Module:
-    """A module of the library of a side, with the same weights whenever the arguments are the same."""
+    """A module of one side's library; equal arguments give equal weights."""
     library: ModuleType = LIBRARIES[side]
     torch.manual_seed(SEED)
     module = getattr(library, CLASSES[row.cell] + suffix)(*sizes, **flags, dtype=dtype_of(row))
@@ -51,7 +51,7 @@ def dtype_of(row: Row) -> torch.dtype:
 
 
 def random_tensor(row: Row, *sizes: int) -> Tensor:
-    """The same for the same sizes."""
+    """A random tensor; equal sizes give equal values."""
     return torch.randn(*sizes, generator=torch.Generator().manual_seed(SEED)).to(dtype_of(row))
 
 
@@ -61,13 +61,13 @@ def random_input(row: Row) -> Tensor:
 
 
 def random_state(row: Row, sizes: Sequence[int]) -> Tensor | tuple[Tensor, Tensor]:
-    """hx of these sizes; the LSTM's are two."""
+    """Random hx of these sizes; a pair for the LSTM."""
     state = random_tensor(row, *sizes)
     return (state, state.clone()) if row.cell == "lstm" else state
 
 
 def module_arguments(row: Row) -> tuple:
-    """What the row's module is called with: x, and hx if the row starts from a given state."""
+    """The arguments of the row's module: x, and hx if the row starts from a given state."""
     x = random_input(row)
     if not row.given_state:
         return (x,)
@@ -75,17 +75,17 @@ def module_arguments(row: Row) -> tuple:
 
 
 def state_sizes(shape: Shape) -> tuple[int, int, int]:
-    """Of h and c: layers times directions, batch, hidden size."""
+    """The sizes of h and c: layers times directions, batch, hidden size."""
     return shape.L * shape.directions, shape.B, shape.H
 
 
 def output_sizes(shape: Shape) -> tuple[int, int, int]:
-    """Of y: time, batch, directions times hidden size."""
+    """The size of y: time, batch, directions times hidden size."""
     return shape.T, shape.B, shape.directions * shape.H
 
 
 def module_call(row: Row, module: nn.Module) -> Callable[[], Tensor]:
-    """One call of a module on the whole sequence."""
+    """A call of a module on the whole sequence."""
     arguments = module_arguments(row)
     return one_call(row, module, lambda: module(*arguments)[0])
 
@@ -93,9 +93,9 @@ def module_call(row: Row, module: nn.Module) -> Callable[[], Tensor]:
 def one_call(
     row: Row, module: nn.Module, forward: Callable[[], Tensor], x: Tensor | None = None
 ) -> Callable[[], Tensor]:
-    """What one timed call does around `forward`, which returns y; the call returns y, too.
+    """The timed call around `forward`, in the row's mode; both return y.
 
-    With x, training also computes the gradient of that.
+    If x is given, training also computes its gradient.
     """
     if row.mode == "inference":
 

@@ -1,1 +1,1 @@
-"""One file per suite of `run.py`: its rows, and the calls that are timed in them."""
+"""One file per suite of `run.py`: its rows and their timed calls."""

@@ -1,8 +1,8 @@
-"""The suite `cells`: one step at a time in a Python loop, as reinforcement learning and streaming do.
+"""The suite `cells`: one step at a time in a Python loop, as in reinforcement learning and streaming.
 
-torch.nn's RNNCell, LSTMCell or GRUCell in the loop is the competitor of two: of fused_rnn's cell of
-the same name ("cell" in the name of the row), and of `step` of fused_rnn's RNN, LSTM or GRU. The state
-is given; training goes back through the whole loop.
+A loop over torch.nn's RNNCell, LSTMCell or GRUCell is compared with two others: a loop over fused_rnn's
+cell of the same name ("cell" in the name of the row), and one over `step` of fused_rnn's RNN, LSTM or GRU.
+The state is given; training goes back through the whole loop.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ SHAPES = [Shape(f"b{B}_h{H}", T=STEPS, B=B, I=H, H=H, L=1) for B in (1, 16, 64) 
 
 
 def cell_loop(row: Row, side: str) -> Callable[[], Tensor]:
-    """A cell called for one step after the other."""
+    """A call that runs a cell for one step after the other."""
     cell = build_cell(side, row)
     steps = random_input(row).unbind(0)
     state = random_state(row, state_sizes(row.shape)[1:])
@@ -41,7 +41,7 @@ def cell_loop(row: Row, side: str) -> Callable[[], Tensor]:
 
 
 def step_loop(row: Row) -> Callable[[], Tensor]:
-    """`step` of fused_rnn's module called for one step after the other."""
+    """A call that runs `step` of fused_rnn's module for one step after the other."""
     module = build_module(FUSED, row)
     give_weights_of_cell(module, build_cell(TORCH, row))
     steps = random_input(row).unbind(0)
@@ -69,7 +69,7 @@ def measure(row: Row, method: Method) -> Measurement:
 
 
 def refusal(shape: Shape) -> str | None:
-    """Why a shape of the user's cannot be measured; None if it can."""
+    """Why a requested shape cannot be measured; None if it can."""
     return "a cell has one layer and one direction" if shape.L > 1 or shape.bidirectional else None
 
 

@@ -1,7 +1,7 @@
-"""The suite `memory`: what a training step takes at its peak, on torch.nn and on fused_rnn.
+"""The suite `memory`: the peak memory of a training step, on torch.nn and on fused_rnn.
 
-Every number comes from a fresh process, because memory that a process has taken once it takes again
-at no cost; how it is counted is in harness/peak_memory.py.
+Every number comes from a fresh process, because a process reuses freed memory without a trace; how
+memory is counted is explained in harness/peak_memory.py.
 """
 
 import json
@@ -17,7 +17,7 @@ from harness.shapes import cpu_shapes
 from harness.suite import OPTIONS, Method, Suite
 
 BENCHMARKS = Path(__file__).parents[1]
-ROUNDS = 3  # of a process for each side; the numbers hardly vary
+ROUNDS = 3  # processes per side; the numbers hardly vary
 
 
 def measure(row: Row, method: Method) -> Measurement:
@@ -34,7 +34,7 @@ def measure(row: Row, method: Method) -> Measurement:
 
 
 def peak_bytes(side: str, row: Row) -> int:
-    """One training step in a process of its own; less than can be told from nothing counts as that much."""
+    """The peak memory of one training step in a fresh process, at least the resolution."""
     finished = subprocess.run(
         [sys.executable, "-m", "harness.peak_memory", side, json.dumps(asdict(row))],
         cwd=BENCHMARKS,

@@ -1,11 +1,11 @@
 """The suite `ragged`: batches of sequences of different lengths, padded to the longest, as data loaders make them.
 
-The competitor is torch.nn between pack_padded_sequence and pad_packed_sequence. fused_rnn is called with `lengths`;
-besides, "packed" is fused_rnn in torch.nn's place, between the same two functions, and "no lengths" is fused_rnn
-on the whole padded batch, which computes something else: the least that `lengths` should not exceed.
+The competitor is torch.nn between pack_padded_sequence and pad_packed_sequence. fused_rnn is called with `lengths`.
+Two more columns show fused_rnn alone: "packed" between the same two functions, and "no lengths" on the whole padded
+batch, which computes something else: `lengths` should cost no more than that.
 
-The lengths lie between an eighth of the longest and the longest. In training x needs a gradient: an embedding has
-looked it up.
+The lengths lie between an eighth of the longest and the longest. In training x needs a gradient, as an embedding's
+output does.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from harness.suite import Method, Suite
 from harness.workload import SEED, build_module, one_call, random_input
 
 SHAPES = [Shape(f"t{T}_b{B}_h{H}", T, B, I=H, H=H, L=1) for T in (32, 128) for B in (8, 32, 128) for H in (64, 256)]
-SHORTEST = 8  # times as short as T
+SHORTEST = 8  # the shortest length is T / SHORTEST
 PACKED, WITHOUT = "packed", "no lengths"
 
 
@@ -39,7 +39,7 @@ def without_lengths(module: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
 
 
 def random_lengths(row: Row) -> Tensor:
-    """`[B]`, in any order."""
+    """Random lengths `[B]`, unsorted."""
     T, B = row.shape.T, row.shape.B
     return torch.randint(max(1, T // SHORTEST), T + 1, (B,), generator=torch.Generator().manual_seed(SEED))
 

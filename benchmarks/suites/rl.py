@@ -1,17 +1,17 @@
 """The suite `rl`: training on rollouts in which episodes end, so that states are reset inside the sequence.
 
-torch.nn knows no resets. What is written around it instead are the competitors, in the forms in which they
-are found in libraries of reinforcement learning, all of them with the same outputs and gradients:
+torch.nn has no resets. The competitors are the loops and conversions that libraries of reinforcement learning
+write around it, all with the same outputs and gradients:
 
-    loop         one step of torch.nn's LSTM or GRU at a time, its state multiplied with 0 where an episode
+    loop         one step of torch.nn's LSTM or GRU at a time, its state multiplied by 0 where an episode
                  begins (CleanRL, stable-baselines3's recurrent PPO, rl_games)
     cuts         the sequence cut for the whole batch wherever one row begins an episode (ikostrikov's PPO)
     pad          every row cut where it begins an episode, the pieces padded to the longest one (TorchRL, rsl_rl)
     packed       the same pieces as a PackedSequence (Sample Factory, Habitat)
-    no resets    the same call of fused_rnn without `resets`, which computes something else: what they cost
+    no resets    fused_rnn's call without `resets`, which computes something else: the cost of resets
 
-Finding the pieces is part of every call, because every rollout has others. The initial state is given, and x
-needs a gradient: an encoder has computed it. Rows are called T x B and the rate of resets.
+Finding the pieces is part of every call, because every rollout has different ones. The initial state is given, and
+x needs a gradient, as an encoder's output does. Rows are named T x B and the rate of resets.
 """
 
 from collections.abc import Callable
@@ -98,9 +98,9 @@ class Pieces:
     """The sequences between resets, row by row.
 
     Attributes:
-        starts: of each piece, in `[B, T]` flattened.
-        lengths: of each piece.
-        piece, position: of each number of `[T, B]` flattened, to which piece it belongs and where in it it is.
+        starts: the start of each piece, an index into `[B, T]` flattened.
+        lengths: the length of each piece.
+        piece, position: for each element of `[T, B]` flattened, its piece and its position in that piece.
     """
 
     def __init__(self, resets: Tensor) -> None:
@@ -114,7 +114,7 @@ class Pieces:
         position = torch.arange(T * B) - self.starts[piece]
         self.piece, self.position = (each.view(B, T).t().flatten() for each in (piece, position))
         self.row = self.starts // T
-        self.keeps = (self.starts % T == 0) & ~resets[0, self.row]  # whether it goes on with its row's initial state
+        self.keeps = (self.starts % T == 0) & ~resets[0, self.row]  # whether it continues from the initial state
 
     def states(self, hx: State, order: Tensor | None = None) -> State:
         """The initial states of the pieces."""
@@ -125,7 +125,7 @@ class Pieces:
 
 
 def kept(resets: Tensor, x: Tensor) -> Tensor:
-    """What to multiply the state with before each step, `[T, B, 1]`."""
+    """The factors of the state before each step, `[T, B, 1]`: 0 at a reset, else 1."""
     return (~resets).to(x.dtype).unsqueeze(2)
 
 
@@ -134,7 +134,7 @@ def times(hx: State, keep: Tensor) -> State:
 
 
 def random_resets(row: Row) -> Tensor:
-    """`[T, B]`, of the rate in the row's name."""
+    """Random resets `[T, B]` at the rate in the row's name."""
     generator = torch.Generator().manual_seed(SEED)
     return torch.rand(row.shape.T, row.shape.B, generator=generator) < RATES[row.call]
 
@@ -153,7 +153,7 @@ def measure(row: Row, method: Method) -> Measurement:
 
 
 def refusal(shape: Shape) -> str | None:
-    """Why a shape of the user's cannot be measured; None if it can."""
+    """Why a requested shape cannot be measured; None if it can."""
     return "what runs step by step has one direction" if shape.bidirectional else None
 
 

@@ -1,7 +1,7 @@
 """The suite `examples`: train every example on torch.nn and on fused_rnn, and compare losses and times.
 
-The other suites time one call; this one times whole training steps, optimiser included, and beside them the recurrent
-layers' own share of a step. It checks that both libraries learn the same, by the rule in examples/agreement.py.
+The other suites time one call; this one times whole training steps, optimiser included, and separately the recurrent
+layers' part of a step. It checks that both libraries learn the same, by the rule in examples/agreement.py.
 """
 
 import sys
@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import sklearn  # noqa: F401 - for image_rows, which would only miss it after minutes
+import sklearn  # noqa: F401 - if missing, fail now and not in image_rows after minutes
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -61,7 +61,7 @@ def run_examples(options: Namespace, console: Console) -> None:
 
 
 def check_tours(tours: Sequence[Tour], console: Console) -> list[str]:
-    """Compare what the tours, which train nothing, return on both; say which differ."""
+    """Compare the results of the tours, which train nothing; print which differ."""
     failures = []
     for tour in tours:
         expected, found = (tour_results(tour, library, SEED) for library in (torch.nn, fused_rnn))

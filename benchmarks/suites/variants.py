@@ -1,11 +1,11 @@
-"""The suite `variants`: regularised layers, against what is written by hand for want of them in torch.nn.
+"""The suite `variants`: regularised layers, against loops over time written with torch operations.
 
-The competitor is a Python loop over time, as in torch's own custom_lstms.py and the AWD-LSTM's and zoneout's published
-code: the product with W_ih for all steps at once, then one step after the other in torch operations, with one
-product, a chunk, and one call for each activation. Both draw the same masks, of torch's generator. "plain" is
-fused_rnn's layer without the option, which computes something else: what the option costs.
+torch.nn has no such layers. The competitor is a Python loop as in torch's custom_lstms.py and the published code of the
+AWD-LSTM and of zoneout: the product with W_ih for all steps at once, then step after step one product, one chunk, and
+one call for each activation. Both sides draw the same masks from torch's generator. "plain" is fused_rnn's layer
+without the option, which computes something else: it shows the cost of the option.
 
-Weight dropout is left out, where torch.nn needs no loop, only another weight.
+Weight dropout is left out: it needs no loop in torch.nn, only another weight.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ PLAIN = "plain"
 
 
 class Loop:
-    """One layer of a fused_rnn.LSTM or GRU, step by step in torch's operations."""
+    """One layer of a fused_rnn.LSTM or GRU, step by step in torch operations."""
 
     def __init__(self, module: nn.Module) -> None:
         self.m = module
@@ -64,7 +64,7 @@ class Loop:
         return layer_norm(rows, gain.shape, gain, getattr(self.m, bias) if bias else None)
 
     def masks(self, x: Tensor) -> tuple[Tensor | None, list[Tensor] | None]:
-        """Of recurrent dropout, and of zoneout for h and c."""
+        """The masks of recurrent dropout, and of zoneout for h and c."""
         m, drop, zones = self.m, None, None
         if m.recurrent_dropout and m.training:
             keep = 1 - m.recurrent_dropout
@@ -99,7 +99,7 @@ def measure(row: Row, method: Method) -> Measurement:
 
 
 def refusal(shape: Shape) -> str | None:
-    """Why a shape of the user's cannot be measured; None if it can."""
+    """Why a requested shape cannot be measured; None if it can."""
     return None if shape.L == shape.directions == 1 else "the loop is one layer in one direction"
 
 

@@ -13,10 +13,11 @@ namespace bindings {
 
 class CpuLayer : public Layer {
  public:
-  CpuLayer(int64_t cell_number, torch::headeronly::IntHeaderOnlyArrayRef x, ScalarType stored, const Tensor& w_hh,
-           const OptionalTensor& w_hr, bool two_directions, const OptionalTensor& batch_sizes)
-      : Layer(cell_number, Place(), x, stored, stored == ScalarType::Double ? stored : ScalarType::Float, w_hh, w_hr,
-              two_directions, batch_sizes) {}
+  CpuLayer(int64_t cell_number, torch::headeronly::IntHeaderOnlyArrayRef x, ScalarType stored,
+           torch::headeronly::IntHeaderOnlyArrayRef w_hh, bool projected, bool two_directions,
+           const OptionalTensor& batch_sizes)
+      : Layer(cell_number, Place(), x, stored, stored == ScalarType::Double ? stored : ScalarType::Float, w_hh,
+              projected, two_directions, batch_sizes) {}
 
   // `precision` of float32's products, a cpu::Precision; that of bfloat16 tensors is bfloat16's. `forward`: whether it
   // reads bfloat16 weights as they are.

@@ -49,8 +49,8 @@ class CudaLayer : public Layer {
   CudaLayer(int64_t cell_number, const Tensor& x, const OptionalTensor& w_ih, const Tensor& w_hh,
             const OptionalTensor& w_hr, const OptionalTensor& w_ih_reverse, const OptionalTensor& w_hh_reverse,
             const Options& options)
-      : Layer(cell_number, Place(x), x.sizes(), x.scalar_type(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(),
-              options.batch_sizes),
+      : Layer(cell_number, Place(x), x.sizes(), x.scalar_type(), x.scalar_type(), w_hh.sizes(), w_hr.has_value(),
+              w_hh_reverse.has_value(), options.batch_sizes),
         D(shape.directions),
         H(shape.H),
         G(cell.gates) {

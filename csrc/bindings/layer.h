@@ -28,28 +28,26 @@ class Layer {
   OptionalTensor resets;
   RaggedRows ragged;
 
-  // x: [T, B, I]; [N, I] with batch_sizes; [B, I] for a single step. w_hh: [G*H, P].
+  // x: [T, B, I]; [N, I] with batch_sizes; [B, I] for a single step. w_hh: its sizes, [G*H, P].
   Layer(int64_t cell_number, const Place& place, torch::headeronly::IntHeaderOnlyArrayRef x, ScalarType stored,
-        ScalarType dtype, const Tensor& w_hh, const OptionalTensor& w_hr, bool two_directions,
+        ScalarType dtype, torch::headeronly::IntHeaderOnlyArrayRef w_hh, bool projected, bool two_directions,
         const OptionalTensor& batch_sizes)
       : cell(cell_by_number(cell_number)), place(place), stored(stored), dtype(dtype) {
     require_dtype(stored);
-    FUSED_RNN_CHECK(w_hh.dim() == 2, "w_hh must have 2 dimensions, got ", w_hh.dim());
-    FUSED_RNN_CHECK(w_hh.size(0) <= kMost, "w_hh has too many rows: ", w_hh.size(0));
-    FUSED_RNN_CHECK(w_hh.size(0) % cell.gates == 0, "w_hh must have a multiple of ", cell.gates, " rows, got ",
-                    w_hh.size(0));
+    FUSED_RNN_CHECK(w_hh.size() == 2, "w_hh must have 2 dimensions, got ", w_hh.size());
+    FUSED_RNN_CHECK(w_hh[0] <= kMost, "w_hh has too many rows: ", w_hh[0]);
+    FUSED_RNN_CHECK(w_hh[0] % cell.gates == 0, "w_hh must have a multiple of ", cell.gates, " rows, got ", w_hh[0]);
     shape.cell = cell.kind;
     shape.dtype = dtype == ScalarType::Float ? Dtype::kFloat32 : Dtype::kFloat64;
-    shape.H = w_hh.size(0) / cell.gates;
-    shape.P = w_hh.size(1);
+    shape.H = w_hh[0] / cell.gates;
+    shape.P = w_hh[1];
     shape.directions = two_directions ? 2 : 1;
-    shape.projected = w_hr.has_value();
+    shape.projected = projected;
     FUSED_RNN_CHECK(!shape.projected || cell.kind == CellKind::kLstm, "only the LSTM has a projection");
     FUSED_RNN_CHECK(shape.projected || shape.P == shape.H, "w_hh must have shape ",
-                    shape_text(std::vector<int64_t>{shape.H * cell.gates, shape.H}), ", got ",
-                    shape_text(w_hh.sizes()));
+                    shape_text(std::vector<int64_t>{shape.H * cell.gates, shape.H}), ", got ", shape_text(w_hh));
     FUSED_RNN_CHECK(!shape.projected || shape.P > 0, "a projection has at least one row, got w_hh of shape ",
-                    shape_text(w_hh.sizes()));
+                    shape_text(w_hh));
     step = x.size() == 2 && !batch_sizes;
     FUSED_RNN_CHECK(x.size() == (step || batch_sizes ? 2 : 3),
                     "x must be [T, B, I], [N, I] with batch_sizes, or [B, I], got ", shape_text(x));

@@ -14,6 +14,10 @@
 #include "dtypes.h"
 
 namespace py = pybind11;
+
+namespace fused_rnn::bindings {
+void bind_stream(py::module_& m);  // stream.cpp
+}
 using fused_rnn::cpu::Kernels;
 
 namespace {
@@ -34,6 +38,7 @@ char function_letter(const std::string& function) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  fused_rnn::bindings::bind_stream(m);
   m.def("cpu_isa", [] { return std::string(fused_rnn::cpu::kernels().name); }, "The instruction set in use.");
   m.def(
       "cpu_bf16_unit",

@@ -40,7 +40,8 @@ Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bo
                 OptionalTensor w_hr_reverse, GivenOptions given, bool want_c_sequence, bool deterministic, bool,
                 int64_t precision, int64_t) {
   Options options(given);
-  CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), options.batch_sizes);
+  CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh.sizes(), w_hr.has_value(), w_hh_reverse.has_value(),
+                 options.batch_sizes);
   layer.end_at(options.lengths);
   layer.shape.train = train;
   layer.shape.deterministic = deterministic;
@@ -98,7 +99,7 @@ Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bo
 std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, Tensor w_ih, Tensor w_hh,
                                 OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, bool deterministic) {
   FUSED_RNN_CHECK(x.dim() == 2, "x must be [B, I], got ", shape_text(x.sizes()));
-  CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, false, std::nullopt);
+  CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh.sizes(), w_hr.has_value(), false, std::nullopt);
   layer.shape.deterministic = deterministic;
   layer.choose_products(0, true);
   const LayerShape& s = layer.shape;
@@ -130,7 +131,8 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
                    OptionalTensor w_hh_reverse, OptionalTensor w_hr_reverse, GivenOptions given, int64_t reset_steps,
                    OptionalTensor dc_sequence, bool deterministic, bool, int64_t precision, int64_t) {
   Options options(given);
-  CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh, w_hr, w_hh_reverse.has_value(), options.batch_sizes);
+  CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh.sizes(), w_hr.has_value(), w_hh_reverse.has_value(),
+                 options.batch_sizes);
   layer.end_at(options.lengths);
   layer.shape.deterministic = deterministic;
   layer.choose_products(precision, false);

@@ -81,7 +81,7 @@ void step_into(OptionalTensor x, OptionalTensor h0, OptionalTensor c0, int64_t l
   FUSED_RNN_CHECK(layer >= 0 && layer < L, "layer must be between 0 and ", L - 1, ", got ", layer);
   FUSED_RNN_CHECK(w_ih.dim() == 2, "w_ih must be [G*H, I], got ", shape_text(w_ih.sizes()));
   const int64_t of_x[] = {B, w_ih.size(1)};
-  Layer one(cell, Place(), of_x, type, type, w_hh, w_hr, false, std::nullopt);
+  Layer one(cell, Place(), of_x, type, type, w_hh.sizes(), w_hr.has_value(), false, std::nullopt);
   const CellInfo& info = one.cell;
   LayerShape& s = one.shape;
   const int64_t I = s.I, H = s.H;

@@ -98,6 +98,16 @@ bool has_amx() {
 
 }  // namespace
 
+namespace {
+
+// The instruction set that the user asks for; empty: none in particular.
+std::string wanted_isa() {
+  const char* wanted = std::getenv("FUSED_RNN_CPU_ISA");
+  return wanted ? wanted : "";
+}
+
+}  // namespace
+
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found;
   const Kernels* plain = &kPortable;  // the best without products of bfloat16
@@ -105,13 +115,17 @@ std::vector<const Kernels*> supported() {
   __builtin_cpu_init();  // these ask the operating system's XCR0 too
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq");
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
   static const Kernels amx = kAvx512.with(kAmxTiles), avx512_bf16 = kAvx512.with(kAvx512Bf16);
-  if (avx512 && has_amx()) found.push_back(&amx);
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16);
+  const bool has_bf16 = avx512 && __builtin_cpu_supports("avx512bf16"), has_tiles = avx512 && has_amx();
+  if (has_bf16 && !has_tiles) found.push_back(&avx512_bf16);
   if (avx512) found.push_back(&kAvx512);
   if (avx2) found.push_back(&kAvx2);
   if (!found.empty()) plain = avx512 ? &kAvx512 : &kAvx2;
+  // Only on request: this code has not run on a processor with AMX yet. There torch.nn multiplies bfloat16 with AMX,
+  // which avx512_bf16 cannot equal.
+  if (has_tiles && wanted_isa() == amx.name) found.push_back(&amx);
+  if (has_bf16 && has_tiles) found.push_back(&avx512_bf16);
 #endif
   static const Kernels emulated = plain->with(kEmulatedTiles);
   found.push_back(&emulated);
@@ -123,14 +137,14 @@ namespace {
 
 const Kernels& choose() {
   const std::vector<const Kernels*> found = supported();
-  const char* wanted = std::getenv("FUSED_RNN_CPU_ISA");
-  if (!wanted || !*wanted) return *found.front();
+  const std::string wanted = wanted_isa();
+  if (wanted.empty()) return *found.front();
   std::string names;
   for (const Kernels* k : found) {
-    if (std::string(wanted) == k->name) return *k;
+    if (wanted == k->name) return *k;
     names += (names.empty() ? "" : ", ") + std::string(k->name);
   }
-  throw std::runtime_error("FUSED_RNN_CPU_ISA=" + std::string(wanted) +
+  throw std::runtime_error("FUSED_RNN_CPU_ISA=" + wanted +
                            " is not supported on this machine; choose one of: " + names);
 }
 

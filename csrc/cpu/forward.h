@@ -17,14 +17,15 @@
 
 #include "../cells/cells.h"
 #include "forward_workspace.h"
+#include "frozen.h"
 #include "layer_norm.h"
-#include "tile.h"
 #include "worker.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
-template <class Cell, class T>
+// Weights: Float32 for weights of T, as they are or packed; else the format of frozen weights.
+template <class Cell, class T, class Weights = Float32>
 class Forward {
  public:
   Forward(const LayerShape& shape, const ForwardDirection& direction, bool reverse, const cpu::Worker& worker)
@@ -53,6 +54,12 @@ class Forward {
     input_ = workspace + part.input;
     bias_ = workspace + part.bias;
     projection_ = workspace + part.projection;
+    if (s_.frozen()) {
+      recurrent_ = packed(d_.w_hh);
+      input_ = packed(d_.w_ih);
+      bias_ = packed(d_.b_ih);
+      projection_ = packed(d_.w_hr);
+    }
     scratch_hidden_ = workspace + part.hidden;
     zeros_ = workspace + part.zeros;
     dropped_ = workspace + part.dropped;
@@ -65,7 +72,8 @@ class Forward {
   }
 
   void operator()() {
-    pack_biases();
+    for (int64_t i = 0; worker_.index == 0 && i < s_.P; ++i) zeros_[i] = 0;
+    if (!s_.frozen()) pack_biases();
     if (products_.packed_x && !owns_blocks()) pack<G>(input_, d_.w_ih, s_.H, s_.I);
     if (products_.x_beforehand && !s_.gates_given) {
       if (!owns_blocks()) worker_.wait();
@@ -90,6 +98,7 @@ class Forward {
 
   static T* at(void* p) { return static_cast<T*>(p); }
   static const T* at(const void* p) { return static_cast<const T*>(p); }
+  static T* packed(const void* p) { return static_cast<T*>(const_cast<void*>(p)); }  // nothing packs there again
 
   // The range [first, last) of n blocks that this worker computes: its share if the team splits units, else all.
   int64_t first(int64_t n) const { return worker_.splits_units ? worker_.begin(n) : 0; }
@@ -111,7 +120,7 @@ class Forward {
   template <int Gates>
   void pack_blocks(T* panels, const void* W, int64_t H, int64_t K, int64_t block, int64_t end) const {
     constexpr int64_t kUnits = kUnitVectors<Gates> * kLanes<T>;
-    for (; block < end; ++block) {
+    for (; block < end && !s_.frozen(); ++block) {
       if constexpr (kSplits) {
         if (s_.parts) {
           split_panel<Gates>(panels, block, H, K).template pack_rows<Gates>(W, s_.bf16_weights, H, K, block * kUnits);
@@ -134,9 +143,6 @@ class Forward {
     for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
       pack_bias<T, G>(bias_ + b * 2 * C * kLanes<T>, at(d_.b_ih), s_.H, b * kBlock);
       pack_bias<T, G>(bias_ + (b * 2 + 1) * C * kLanes<T>, at(d_.b_hh), s_.H, b * kBlock);
-    }
-    if (worker_.index == 0) {
-      for (int64_t i = 0; i < s_.P; ++i) zeros_[i] = 0;
     }
   }
 
@@ -162,6 +168,9 @@ class Forward {
                    const SplitRows& split, bool is_packed, T* packed, const void* W, int64_t H, int64_t K,
                    const T* next = nullptr) const {
     constexpr int64_t kVectors = kUnitVectors<Gates>, kColumns = Gates * kVectors;
+    if constexpr (Weights::kNarrow) {
+      return Weights::template multiply<Gates>(sums, part, rows, reinterpret_cast<const char*>(packed), K);
+    }
     if (is_packed && first_use_ && owns_blocks() && part.row == row_begin_) {
       pack_blocks<Gates>(packed, W, H, K, part.block, part.block + part.blocks);
     }

@@ -6,14 +6,15 @@
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
-// How forward multiplies by each weight.
+// How forward multiplies by each weight. Weights that come packed (LayerShape::weights) are as if it had packed them.
 struct ForwardProducts {
   bool packed_x, packed_h;  // whether W_ih, and whether W_hh and W_hr, are packed into panels
   bool x_beforehand;        // whether W_ih x of all steps is known before the first step: computed, or given
 
   explicit ForwardProducts(const LayerShape& s)
-      : packed_x(!s.gates_given && (s.deterministic || s.bf16_weights || s.N >= rows_worth_transposing(s, s.I))),
-        packed_h(s.deterministic || s.bf16_weights ||
+      : packed_x(!s.gates_given &&
+                 (s.frozen() || s.deterministic || s.bf16_weights || s.N >= rows_worth_transposing(s, s.I))),
+        packed_h(s.frozen() || s.deterministic || s.bf16_weights ||
                  ((s.B > 1 || s.parts == 1) && s.N >= rows_worth_transposing(s, s.P))),
         x_beforehand(s.gates_given || (s.T > 1 && s.B < kTileRows<4>)) {}
 
@@ -23,19 +24,6 @@ struct ForwardProducts {
                                       : FUSED_RNN_ISA::rows_worth_transposing<double>(K);
   }
 };
-
-// The bias of one block of G gates, as its panel has the columns; null: zeros.
-template <class T, int G>
-void pack_bias(T* out, const T* bias, int64_t H, int64_t unit) {
-  constexpr int U = kUnitVectors<G>;
-  for (int g = 0; g < G; ++g) {
-    for (int u = 0; u < U; ++u) {
-      const int64_t first = unit + u * kLanes<T>;
-      const int64_t n = least(H - first, kLanes<T>);
-      store(out + (g * U + u) * kLanes<T>, bias && n > 0 ? load(bias + g * H + first, n) : Vec<T>{});
-    }
-  }
-}
 
 // Offsets of the parts of a direction's workspace, in elements.
 template <class Cell, class T>
@@ -51,7 +39,7 @@ struct ForwardWorkspace {
     recurrent = 0;
     input = products.x_beforehand ? recurrent : recurrent + h_panels;  // W_hh is packed after the last use of W_ih
     bias = products.x_beforehand && h_panels > x_panels ? recurrent + h_panels : input + x_panels;
-    projection = bias + ceil_div(s.H, block) * block * Cell::kGates * 2;
+    projection = bias + (s.frozen() ? 0 : ceil_div(s.H, block) * block * Cell::kGates * 2);
     hidden = projection + (s.projected && products.packed_h ? panels<1>(s, s.P, s.H) : 0);
     zeros = hidden + (s.projected ? s.B * s.H : 0);
     dropped = zeros + s.P;
@@ -69,9 +57,10 @@ struct ForwardWorkspace {
   static int64_t rows_of_x(const LayerShape& s, const ForwardProducts& products) {
     return products.x_beforehand ? s.N : s.B;
   }
-  // Elements of W [G * H, K], packed.
+  // Elements of W [G * H, K], packed; none if it comes packed.
   template <int G>
   static int64_t panels(const LayerShape& s, int64_t H, int64_t K) {
+    if (s.frozen()) return 0;
     if (!s.parts) return G * in_vectors<T>(H) * K;
     constexpr int64_t units = kUnitVectors<G> * kLanes<T>;
     return ceil_div(H, units) * SplitPanel::size(K, G * units, s.parts);

@@ -1,11 +1,11 @@
-// The kernels for x86-64 with AVX-512 F, VL and DQ.
+// The kernels for x86-64 with AVX-512 F, VL, DQ and BW.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512vl,avx512dq,fma")
+#pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,fma")
 #endif
 #define FUSED_RNN_ISA avx512
 #define FUSED_RNN_TABLE kAvx512

@@ -8,6 +8,13 @@
 namespace fused_rnn {
 namespace cpu {
 
+// One direction's weights in torch.nn's layout: float32, bfloat16, or int8 with a float32 scale for each row.
+struct PlainDirection {
+  const void *w_ih, *w_hh, *w_hr;               // [G*H, I], [G*H, P]; [P, H] or null
+  const float *scale_ih, *scale_hh, *scale_hr;  // [G*H], [G*H], [P]; null unless int8
+  const float *b_ih, *b_hh;                     // [G*H]; null: zeros
+};
+
 struct Kernels {
   const char* name;
   // The work of one worker in one direction (0, or 1 for the reverse one). All workers of the direction must call it.
@@ -21,6 +28,9 @@ struct Kernels {
   int64_t (*forward_workspace)(const LayerShape& shape);
   int64_t (*backward_workspace)(const LayerShape& shape);
   int64_t (*gradients_workspace)(const LayerShape& shape);
+  // Packs weights for LayerShape::weights into `memory`, which is zeroed and 64-byte aligned, and sets the pointers to
+  // weights and biases in `to`. Returns how many bytes that takes, and does nothing else if `memory` is null.
+  int64_t (*freeze)(const LayerShape& shape, const PlainDirection& from, char* memory, ForwardDirection& to);
   // y[i] = f(x[i]) for the accuracy tests, denormal numbers included; `function` is 's' (sigmoid) or 't' (tanh).
   void (*map_float)(char function, const float* x, float* y, int64_t n);
   void (*map_double)(char function, const double* x, double* y, int64_t n);

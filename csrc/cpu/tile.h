@@ -153,6 +153,15 @@ void multiply_rows(Vec<T> (*sums)[C], const T* const* rows, int n, const Panel<T
   // clang-format on
 }
 
+// sums[block][c] += rows[0] x panel for n blocks.
+template <class T, int C, int N = kRowBlocks<C>>
+void multiply_blocks(Vec<T> (*sums)[C], const T* const* rows, int n, const Panel<T>& panel, int64_t K) {
+  if constexpr (N > 1) {
+    if (n < N) return multiply_blocks<T, C, N - 1>(sums, rows, n, panel, K);
+  }
+  multiply_tile<T, N, 1, C, C>(sums, rows, panel, K);
+}
+
 // sums[slot][c] += rows x panel for all slots of a part of one block, whose panel has kColumns vectors. The tiles share
 // the lines of panel.next, which is taken to be as long as this panel.
 template <class T, int C, int kColumns>
@@ -179,7 +188,7 @@ void multiply_block(Sums<T, C>& sums, const Part& part, const T* const* rows, co
 // sums[slot][c] += rows x panel for all slots of a part. If the part has several blocks, it has one row, rows[0].
 template <class T, int C>
 void multiply(Sums<T, C>& sums, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K) {
-  if (part.blocks > 1) return multiply_tile<T, kRowBlocks<C>, 1, C, C>(sums, rows, panel, K);
+  if (part.blocks > 1) return multiply_blocks<T, C>(sums, rows, part.blocks, panel, K);
   if constexpr (C == kUnitVectors<1>) {  // a last block may be narrower
     if (panel.vectors == 1) return multiply_block<T, C, 1>(sums, part, rows, panel, K);
     if (panel.vectors == 2) return multiply_block<T, C, least(C, 2)>(sums, part, rows, panel, K);
@@ -286,14 +295,16 @@ FUSED_RNN_INLINE void each_vector(const Part& part, int64_t limit, const F& f) {
 template <int C, class Run>
 FUSED_RNN_INLINE void cover(int64_t row, int64_t row_end, int64_t block, int64_t block_end, bool narrow_end,
                             bool backwards, const Run& run, int tiles = 0) {
-  const bool single = row_end - row == 1 && !tiles;
-  const int64_t groups = single ? (block_end - block - narrow_end) / kRowBlocks<C> : 0;
-  const int64_t first = block + groups * kRowBlocks<C>, count = groups + block_end - first;
+  const bool single = row_end - row == 1 && block < block_end && !tiles;
+  const int64_t grouped = single ? block_end - block - narrow_end : 0;
+  const int64_t groups = ceil_div(grouped, kRowBlocks<C>);
+  const int64_t first = block + grouped, count = groups + block_end - first;
   const int chunk = tiles ? tiles : kChunk;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t n = backwards ? count - 1 - i : i;
     if (n < groups) {
-      run(Part{row, block + n * kRowBlocks<C>, 1, kRowBlocks<C>});
+      const int64_t begin = n * kRowBlocks<C>;
+      run(Part{row, block + begin, 1, int(least(kRowBlocks<C>, grouped - begin))});
       continue;
     }
     for (int64_t r = row; r < row_end; r += chunk) {
@@ -318,6 +329,16 @@ void pack_rows(T* panel, const T* W, int64_t H, int64_t K, int64_t unit) {
       transpose<T>(square);
       for (int64_t i = 0; i < width; ++i) store(panel + ((k + i) * vectors + c) * n, square[i]);
     }
+  }
+}
+
+// Copies the biases of one block, [G * H], to the places that their columns have in a panel.
+template <class T, int G>
+void pack_bias(T* out, const T* bias, int64_t H, int64_t unit) {
+  constexpr int U = kUnitVectors<G>;
+  for (int c = 0; c < G * U; ++c) {
+    const int64_t first = unit + c % U * kLanes<T>, n = least(H - first, kLanes<T>);
+    store(out + c * kLanes<T>, bias && n > 0 ? load(bias + c / U * H + first, n) : Vec<T>{});
   }
 }
 

@@ -1,7 +1,7 @@
-"""Mixed precision: autocast, GradScaler, 16-bit parameters and mixed dtypes are torch.nn's, and the kernels run.
+"""Mixed precision: autocast, GradScaler, 16-bit parameters and mixed dtypes behave as in torch.nn, on our kernels.
 
-On a CPU the kernels compute in float32 under autocast and round their results, so values are compared with float64, and
-must be no farther from it than torch.nn's. On a GPU: test_autocast and test_grad_scaler in test_gpu.py, and below.
+On a CPU the kernels compute in float32 under autocast and round their results. Results are therefore compared with
+float64: their error must not exceed torch.nn's. Autocast on a GPU is tested in test_gpu.py and at the end of this file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ each_half = pytest.mark.parametrize("half", [BF16, F16], ids=["bf16", "f16"])
 
 @functools.cache
 def torchs_lstm_takes(half: torch.dtype, training: bool = False) -> bool:
-    """Whether torch.nn's LSTM runs under autocast to `half`: oneDNN has it on some processors only, and raises."""
+    """Whether torch.nn's LSTM runs under autocast to `half`: it needs oneDNN, which raises on some processors."""
     try:
         with torch.autocast("cpu", half), torch.set_grad_enabled(training):
             nn.LSTM(4, 4)(torch.randn(2, 2, 4))
@@ -46,12 +46,12 @@ def torchs_lstm_takes(half: torch.dtype, training: bool = False) -> bool:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is faster depends on the processor; the results must be right on all."""
+    """Run every call on the kernels; otherwise the processor would decide which calls go to torch.nn."""
     monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", False)
 
 
 def dtypes_of(module: nn.Module, half: torch.dtype, x: Tensor, hx: object) -> list[torch.dtype] | None:
-    """Of the results under autocast; None if the call raises."""
+    """Dtypes of the results under autocast, or None if the call raises."""
     try:
         with torch.no_grad(), torch.autocast("cpu", half):
             return [t.dtype for t in tensors(module(x, hx))]
@@ -72,7 +72,7 @@ def dtypes_of(module: nn.Module, half: torch.dtype, x: Tensor, hx: object) -> li
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
 def test_every_mix_of_dtypes_returns_torchs(name: str, options: dict, packed: bool, half: torch.dtype) -> None:
-    """Weights, input and states each in every dtype: where torch.nn returns something, we return it in its dtypes."""
+    """Weights, input and states in every dtype: wherever torch.nn returns a result, ours has the same dtypes."""
     rows = 4 if options.get("num_layers") else 1
     lead = (4,) if name in CELLS else (rows, 4)
     compared = 0
@@ -107,7 +107,7 @@ CASES = [Case(cell, **size) for cell in SEQUENCES for size in RAGGED] + [
 @pytest.mark.parametrize("of_input", [F32, BF16], ids=["f32-input", "bf16-input"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_farther_from_the_exact_ones(case: Case, of_input: torch.dtype) -> None:
-    """Results and all gradients, whose dtypes are those of what they belong to; and the kernels compute them."""
+    """Results and gradients are as accurate as torch.nn's, have the expected dtypes, and come from the kernels."""
     theirs, ours, exact = case.modules(F32)
     data = [t.to(of_input) for t in case.data(F32)]
 
@@ -154,7 +154,7 @@ def test_cells_no_farther_from_the_exact_ones(name: str) -> None:
 @each_sequence
 @each_device
 def test_what_torch_does_not_have(name: str, device: str) -> None:
-    """Resets, lengths, the states of every step, steps and functions: dtypes as forward's, values within rounding."""
+    """Resets, lengths, the states of every step, `step` and functions: dtypes as in forward, values within rounding."""
     _, ours = twins(name, 6, 20, num_layers=2, device=device)
     ours.backend = "fused"
     x = torch.randn(5, 3, 6, device=device)
@@ -186,7 +186,7 @@ def test_what_torch_does_not_have(name: str, device: str) -> None:
 @each_sequence
 @pytest.mark.parametrize("options", [{"layer_norm": True, "zoneout": 0.2}, {"recompute": "full"}], ids=str)
 def test_regularised_variants(name: str, options: dict) -> None:
-    """Their own parameters are cast, too, and autocast does not reach into the layers."""
+    """Autocast casts the parameters of the options, too, and does not act inside the layers."""
     ours = getattr(fused_rnn, name)(6, [20, 7], **options).eval()
     x = torch.randn(5, 3, 6)
     wanted = [t.detach() for t in tensors(ours(x))]
@@ -202,7 +202,7 @@ def test_regularised_variants(name: str, options: dict) -> None:
 
 @each_sequence
 def test_without_kernels_the_dtypes_stay(name: str) -> None:
-    """backend="torch" computes what torch.nn does not have by the specification."""
+    """backend="torch" returns the same dtypes; it runs the specification for options that torch.nn does not have."""
     _, ours = twins(name, 6, 20)
     x, lengths = torch.randn(5, 3, 6), torch.tensor([5, 0, 3])
     found = []
@@ -216,7 +216,7 @@ def test_without_kernels_the_dtypes_stay(name: str) -> None:
 
 @each_name
 def test_gradient_penalty(name: str) -> None:
-    """backward of a backward inside autocast: through the specification, whose products autocast rounds."""
+    """A second derivative inside autocast, computed by the specification, whose products autocast rounds."""
     theirs, ours = twins(name, 4, 8)
     penalties = []
     for module in (theirs.double(), ours):
@@ -247,7 +247,7 @@ def test_dropout_draws_the_same_mask(name: str) -> None:
 @each_sequence
 @each_half
 def test_grad_scaler_on_the_cpu(name: str, half: torch.dtype) -> None:
-    """Three steps; the last one overflows and is skipped on both sides."""
+    """Three training steps; the last one overflows and is skipped with both libraries."""
     trained = []
     theirs, ours = twins(name, 6, 20)
     for module in (ours, theirs):
@@ -256,7 +256,7 @@ def test_grad_scaler_on_the_cpu(name: str, half: torch.dtype) -> None:
         for number in range(3):
             torch.manual_seed(number)
             optimiser.zero_grad()
-            # Without oneDNN's LSTM in this dtype torch.nn's raises.
+            # Without oneDNN's LSTM in this dtype torch.nn raises.
             raises = module is theirs and name == "LSTM" and not torchs_lstm_takes(half, training=True)
             with torch.autocast("cpu", half, enabled=not raises):
                 output, _ = module(torch.randn(5, 3, 6))
@@ -274,7 +274,7 @@ def test_grad_scaler_on_the_cpu(name: str, half: torch.dtype) -> None:
 @each_half
 @each_device
 def test_parameters_of_16_bits(name: str, half: torch.dtype, device: str) -> None:
-    """Outside of autocast: forward and gradients in the parameters' dtype, no farther from float64 than torch.nn's."""
+    """Without autocast: results and gradients in the parameters' dtype, as accurate as torch.nn's against float64."""
     theirs, ours = twins(name, 10, 33, dtype=half, device=device)
     if name in SEQUENCES:
         ours.backend = "fused"
@@ -293,7 +293,7 @@ def test_parameters_of_16_bits(name: str, half: torch.dtype, device: str) -> Non
 @each_name
 @each_device
 def test_mixed_dtypes_are_rejected_as_torch_does(name: str, device: str) -> None:
-    """Outside of autocast: the same error for every mix that torch.nn rejects, the same dtypes where it takes one."""
+    """Without autocast: the same error for every mix that torch.nn rejects, the same dtypes for one it accepts."""
     rejected = 0
     for weights, of_x, of_h, of_c in product([F32, BF16, F64], repeat=4):
         if len({weights, of_x, of_h, of_c}) == 1:
@@ -313,10 +313,10 @@ def test_mixed_dtypes_are_rejected_as_torch_does(name: str, device: str) -> None
 
 
 def test_where_torch_is_faster_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rules themselves are in test_policy.py."""
+    """Calls that the policy gives to torch.nn run there under autocast, too; test_policy.py tests the rules."""
     monkeypatch.setattr(policy, "choose", lambda *args, **options: policy.Choice(False, "tested"))
     with torch.autocast("cpu", BF16), fused_calls() as calls:
         for name in NAMES:
-            with suppress(RuntimeError):  # oneDNN's LSTM does not take bfloat16 on every processor
+            with suppress(RuntimeError):  # oneDNN's LSTM does not support bfloat16 on every processor
                 twins(name, 4, 8)[1](torch.randn(*((3, 4) if name in CELLS else (5, 3, 4))))
     assert not calls

@@ -1,7 +1,7 @@
-"""torch.compile: the fused operators are in the graph, whole, once for all lengths and batches, with eager's results.
+"""torch.compile of models: fused operators in whole graphs, compiled once for all lengths and batches, eager's results.
 
-Nearly all of it without inductor, whose C++ takes long to build: a graph that AOTAutograd has differentiated, run as it
-is. The sizes of a call all differ: of two that are equal at first the compiler assumes that they stay so.
+Most tests avoid inductor, whose C++ code is slow to build: they run the graph that AOTAutograd differentiated. All
+sizes of a call differ, because the compiler assumes that sizes which are equal in its first call always are.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SIZES = [(6, 7), (9, 7), (11, 8)]  # T, B
 
 @pytest.fixture(autouse=True)
 def one_compiler() -> Iterator[None]:
-    """Each test compiles anew, never twice, and torch's switch lets it at recurrent modules."""
+    """Compile in every test anew, fail on recompilation, and allow recurrent modules in graphs."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(allow_rnn=True, error_on_recompile=True):
         yield
 
 
 class Graphs:
-    """A backend that notes the fused operators: as traced, and after AOTAutograd in forward and backward."""
+    """A backend that records the fused operators as traced, and in forward and backward after AOTAutograd."""
 
     def __init__(self, differentiated: bool = True) -> None:
         self.differentiated = differentiated
@@ -69,7 +69,7 @@ def whole(model: Any, differentiated: bool = True) -> tuple[Any, Graphs]:
 
 
 class Model(nn.Module):
-    """A recurrent module inside, with whatever its forward takes."""
+    """A model around a recurrent module, which passes all arguments on."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def built(key: str, **options: Any) -> Model:
 
 
 def drawn(module: nn.RNNBase, T: int, B: int) -> tuple[Tensor, Any, dict[str, Any]]:
-    """input, hx, and one value for each keyword of forward."""
+    """Random input, hx, and one value for each keyword of forward."""
     generator = torch.Generator().manual_seed(100 * T + B)
     rows = module.num_layers * (2 if module.bidirectional else 1)
 
@@ -111,7 +111,7 @@ def drawn(module: nn.RNNBase, T: int, B: int) -> tuple[Tensor, Any, dict[str, An
 
 
 def same(compiled: Any, model: Any, *args: Any, **options: Any) -> None:
-    """Results and gradients of the compiled model are the eager one's."""
+    """Assert that the compiled model's results and gradients equal the eager model's."""
     wanted = [t for t in tensors([*args, *options.values()]) if t.requires_grad] + list(model.parameters())
     found = []
     for call in (compiled, model):
@@ -155,7 +155,7 @@ def test_zero_states_unbatched_and_inference(key: str) -> None:
     assert graphs.forward == ["forward.default"] * model.rnn.num_layers
 
 
-EXTRAS = [  # module, keywords, whether there are initial states
+EXTRAS = [  # module, keywords, whether to pass initial states
     ("gru", "resets", True),
     ("lstm_proj", "resets learned", True),
     ("rnn_relu", "resets of_steps", True),
@@ -225,7 +225,7 @@ def test_layers_of_different_sizes() -> None:
 
 
 def packed(module: nn.RNNBase, B: int) -> tuple[PackedSequence, Any, list[Tensor]]:
-    """A batch in any order, its initial state(s), and what may have gradients."""
+    """A random unsorted batch, its initial states, and the tensors that may need gradients."""
     _, hx, _ = drawn(module, 9, B)
     lengths = torch.randperm(9)[:B] + 1
     batch = pack_padded_sequence(torch.randn(9, B, INPUT), lengths, enforce_sorted=False)
@@ -237,7 +237,7 @@ def packed(module: nn.RNNBase, B: int) -> tuple[PackedSequence, Any, list[Tensor
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("key", ["rnn_relu", "lstm_proj", "gru"])
 def test_packed(key: str, given: bool) -> None:
-    """A PackedSequence goes into a whole graph and comes out of it; torch.nn's modules compare its sizes, and raise."""
+    """A PackedSequence passes through a whole graph; torch.nn's modules raise, because they compare its sizes."""
     module = built(key).rnn
     compiled, graphs = whole(lambda *arguments: module(*arguments))
     for B in (7, 8):
@@ -256,7 +256,7 @@ def test_packed(key: str, given: bool) -> None:
 @pytest.mark.slow("torch.compile takes seconds a case")
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_a_module_itself(name: str) -> None:
-    """Not inside of another one, and without being told what varies: two graphs for any number of lengths."""
+    """Without a model around it and without marked dynamic sizes: two graphs for any number of lengths."""
     module = getattr(fused_rnn, name)(INPUT, HIDDEN)
     graphs = Graphs()
     compiled = torch.compile(module, backend=graphs, fullgraph=True)
@@ -272,7 +272,7 @@ def test_a_module_itself(name: str) -> None:
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("key", ["rnn_tanh", "lstm", "lstm_proj", "gru_deep", "lstm_cell", "gru_cell"])
 def test_autocast(key: str, half: torch.dtype) -> None:
-    """Eager's dtypes and values, around the graph and in it."""
+    """Dtypes and values equal eager's, with autocast around the compiled model and inside it."""
     if cell := key in CELL_MODULES:
         _, model = pair(key, sizes=(INPUT, HIDDEN))
     else:
@@ -323,7 +323,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 @pytest.mark.slow("torch.compile takes seconds a case")
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_without_the_switch(name: str) -> None:
-    """The graph breaks at the module as at torch.nn's, and the module runs eagerly."""
+    """The graph breaks at the module, as at torch.nn's, and the module runs eagerly."""
     models = [Model(getattr(library, name)(INPUT, HIDDEN)) for library in (nn, fused_rnn)]
     models[1].load_state_dict(models[0].state_dict())
     counts = []
@@ -355,14 +355,14 @@ def test_without_the_switch_nothing_inside_is_compiled(name: str) -> None:
         compiled = torch.compile(call, backend="eager")
         close(compiled(input, hx, values["resets"]), call(input, hx, values["resets"]))
     ours = [of for of in get_compilation_metrics() if str(Path(fused_rnn.__file__).parent) in of.co_filename]
-    assert {of.co_name for of in ours} <= {"forward", "step"}  # these are tried
+    assert {of.co_name for of in ours} <= {"forward", "step"}  # only these are attempted
     assert all(of.fail_type for of in ours)
 
 
 @pytest.mark.slow("torch.compile takes seconds a case")
 @pytest.mark.parametrize("name", NAMES)
 def test_patched(name: str) -> None:
-    """torch.nn's own classes compile to the fused operators inside `patched`."""
+    """Inside `patched`, torch.nn's own classes compile to the fused operators."""
     torch.manual_seed(0)
     module = getattr(nn, name)(INPUT, HIDDEN)
     input = torch.randn((7, INPUT) if name in CELLS else (6, 7, INPUT))
@@ -374,7 +374,7 @@ def test_patched(name: str) -> None:
 
 
 def test_what_torch_computes() -> None:
-    """The kernels do not take these, in a graph either."""
+    """Calls outside the kernels' scope contain no fused operator when compiled, either."""
     model = built("gru")
     input = torch.randn(6, 7, INPUT)
     for change in ("backend", "complex"):
@@ -397,11 +397,11 @@ def test_errors() -> None:
     wrong = torch.randn(6, 7, INPUT + 1)
     with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size"):
         torch.compile(model.rnn, backend="eager", dynamic=True)(wrong)
-    compiled(torch.randn(6, 7, INPUT))  # and works afterwards
+    compiled(torch.randn(6, 7, INPUT))  # the failure leaves the compiled model usable
 
 
 def test_vmap() -> None:
-    """In a compiled function, too, cells under vmap are torch.nn's."""
+    """Inside a compiled function, too, cells under vmap run torch.nn's operations."""
     _, cell = pair("gru_cell", sizes=(INPUT, HIDDEN))
     input, h = torch.randn(7, INPUT), torch.randn(7, HIDDEN)
 

@@ -1,6 +1,7 @@
-"""torch.compile of `fused_rnn.functional`: whole graphs without torch's switch for recurrent modules, as none is there.
+"""torch.compile of `fused_rnn.functional`: whole graphs, without torch's switch for recurrent modules.
 
-The weights are computed in the graph, and gradients reach what they are computed from. Sizes as in test_compile.py.
+The weights are computed in the graph, and gradients reach the tensors they are computed from. Sizes as in
+test_compile.py.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ FUNCTIONS = {"RNN": functional.rnn, "LSTM": functional.lstm, "GRU": functional.g
 
 @pytest.fixture(autouse=True)
 def one_compiler() -> Iterator[None]:
-    """Each test compiles anew and never twice, and torch does not let the compiler at recurrent modules."""
+    """Compile in every test anew, fail on recompilation, and forbid recurrent modules in graphs."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(allow_rnn=False, error_on_recompile=True):
         yield
 
 
 class Computed(nn.Module):
-    """A layer whose weights another network scales."""
+    """A layer whose weights are scaled by another network."""
 
     def __init__(self, key: str, options_of_module: dict[str, Any] | None = None, **options: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.name, changes = MODULES[key]
         module = getattr(fused_rnn, self.name)(INPUT, HIDDEN, **changes, **(options_of_module or {}))
-        self.like = [module]  # in a list it is no part of this one, and the compiler does not see it
+        self.like = [module]  # a list, so that the module is no submodule and invisible to the compiler
         self.layers = module.num_layers
         self.weights = nn.ParameterList([w.detach().clone() for w in module._flat_weights])
         self.norms = nn.ParameterList([torch.rand(size) + 0.5 for _, size in module._norm_shapes()])
@@ -110,7 +111,7 @@ def test_layers_of_different_sizes() -> None:
 
 
 def test_sizes_and_rates_that_the_compiler_makes_symbols_of() -> None:
-    """Those of plain tensors and numbers among a function's arguments: the graph is for these, as for a module's."""
+    """The compiler makes symbols of a function's tensor sizes and numbers; the operators must be traced with them."""
     weights = [w.detach() for w in Computed("lstm").weights]
 
     def call(input: Tensor, weights: list[Tensor], rate: float) -> Any:
@@ -129,7 +130,7 @@ def test_sizes_and_rates_that_the_compiler_makes_symbols_of() -> None:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiled_itself(name: str) -> None:
-    """Without being told what varies, the compiler finds out at the second call, and compiles no third graph."""
+    """Without marked dynamic sizes: the second call makes them dynamic, and later ones reuse its graph."""
     weights = [nn.Parameter(w.detach()) for w in getattr(nn, name)(INPUT, HIDDEN)._flat_weights]
     graphs = Graphs()
     compiled = torch.compile(FUNCTIONS[name], backend=graphs, fullgraph=True)
@@ -156,7 +157,7 @@ def test_packed() -> None:
 
 
 def test_vmap() -> None:
-    """Over an ensemble's weights, inside a compiled function: torch's operations, as in eager."""
+    """vmap over an ensemble's weights inside a compiled function runs torch's operations, as in eager mode."""
     weights = [torch.randn(2, *w.shape) * 0.3 for w in Computed("gru").weights]
     input = torch.randn(6, 7, INPUT)
 

@@ -1,4 +1,4 @@
-"""torch.compile of what takes one time step: the cells, also in a Python loop, and `step`, also in a rollout.
+"""torch.compile of single time steps: the cells, also in a Python loop, and `step`, also in a rollout.
 
 Graphs are whole and compiled once, as in test_compile.py; a loop over time is unrolled.
 """
@@ -33,7 +33,7 @@ def test_cells(key: str) -> None:
 
 @pytest.mark.parametrize("key", CELL_MODULES)
 def test_a_loop_of_cells(key: str) -> None:
-    """The loop is unrolled: one graph for any batch, one for each number of steps."""
+    """The loop is unrolled: one graph for any batch, one per number of steps."""
     _, cell = pair(key, sizes=(INPUT, HIDDEN))
 
     def loop(input: Tensor, h: Any) -> Any:
@@ -61,7 +61,7 @@ def step_arguments(model: Any, B: int) -> tuple[Tensor, Any, dict[str, Any]]:
     [("rnn_tanh", ""), ("lstm_batch_first", ""), ("gru", "resets"), ("lstm", "resets active reset_state")],
 )
 def test_step(key: str, names: str) -> None:
-    """Handed to torch.compile itself."""
+    """`module.step` itself is passed to torch.compile."""
     model = built(key).rnn
     compiled, graphs = whole(model.step)
     for B in (7, 8):
@@ -98,7 +98,7 @@ def test_steps_in_a_rollout(key: str) -> None:
 
 
 def test_a_step_into_given_tensors() -> None:
-    """In a graph, too, the results are written there."""
+    """A compiled step with `out` writes its results into the given tensors."""
     model = built("gru").rnn
 
     def step(input: Tensor, hx: Tensor, y: Tensor) -> Any:

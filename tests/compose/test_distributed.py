@@ -1,7 +1,7 @@
-"""Scale-out on torch's own engine: DDP, FSDP2, distributed checkpoints and torchrun, with gloo on two processes.
+"""Distributed training with torch's own tools: DDP, FSDP2, distributed checkpoints and torchrun, on two gloo processes.
 
-Both processes are started once, with one thread each; they write what every piece of work found to a file, and the
-tests read it. That DDP and FSDP train as one process does with plain input is in test_contract_parallel.py.
+Both processes are started once, with one thread each. Each writes its results of all jobs to a file, which the tests
+compare with one process on the joint batch. test_contract_parallel.py tests DDP and FSDP with plain input.
 """
 
 import os
@@ -29,7 +29,7 @@ from contract import close, fused_calls, survives, tensors
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow("starts processes that train together")]
 
 RANKS = 2
-T, B, I, H = 5, 6, 4, 9  # noqa: E741 - B rows, shared by the ranks
+T, B, I, H = 5, 6, 4, 9  # noqa: E741 - B rows, split over the ranks
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 SHARDED = {
@@ -42,7 +42,7 @@ LENGTHS = {"ragged": [5, 1, 3, 0, 5, 2], "one rank has nothing to do": [4, 5, 1,
 
 
 class Ragged(nn.Module):
-    """All three layers, on ragged rows in which sequences end and begin."""
+    """All three layers with resets and lengths."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ def of_rank(rows, rank, dim=0):
 
 
 def ragged_gradients(model, lengths, rank=None):
-    """After two backwards; of a rank's rows, or of all."""
+    """Gradients after two backward passes, on one rank's rows or on all."""
     x, resets = draw(T, B, I), draw(T, B) > 0.8
     for _ in range(2):
         for p in model.parameters():
@@ -107,7 +107,7 @@ def sharded_gradients(rank, name, reshard, policy):
 
 
 def written_output(rank):
-    """In-place operations on a layer's output, which FSDP2 cannot follow on a view."""
+    """In-place operations on a layer's output, which FSDP2 cannot track on a view."""
     module = sharded(build(fused_rnn, "GRU", batch_first=True))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -117,7 +117,7 @@ def written_output(rank):
 
 
 def stepped(rank):
-    """`step` is no forward: torch has to be told that it needs the whole weights, too."""
+    """`step` is not forward, so FSDP2 must be told to gather the weights for it."""
     module = sharded(build(fused_rnn, "LSTM"))
     register_fsdp_forward_method(module, "step")
     with fused_calls() as calls:
@@ -128,7 +128,7 @@ def stepped(rank):
 
 
 def checkpointed(rank, folder, source, target):
-    """Saves a sharded model of one library, and loads it into a sharded model of the other one."""
+    """Save a sharded model of one library and load it into a sharded model of the other."""
     saved = sharded(all_six(source))
     path = f"{folder}/checkpoint_of_{source.__name__}"
     dcp.save(get_model_state_dict(saved), checkpoint_id=path)
@@ -165,7 +165,7 @@ def work_of_rank(rank, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the processes have left their results and checkpoints; `survives` ends them after two minutes."""
+    """The folder with the processes' results and checkpoints; `survives` limits their time."""
     folder = str(tmp_path_factory.mktemp("ranks"))
     with ThreadPoolExecutor(RANKS) as pool:
         for rank in [pool.submit(survives, work_of_rank, rank, folder) for rank in range(RANKS)]:
@@ -179,7 +179,7 @@ def results(folder):
 
 
 def found(results, key):
-    """What each rank found."""
+    """The results of each rank; fails if one raised."""
     of_ranks = [result[key] for result in results]
     assert not any(isinstance(result, str) for result in of_ranks), of_ranks
     return of_ranks
@@ -187,7 +187,7 @@ def found(results, key):
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_resets_and_lengths_under_ddp(results, lengths):
-    """Gradients are those of one process with the joint batch, whatever the ranks' rows look like."""
+    """Gradients equal those of one process on the joint batch, also where the ranks' rows differ in length."""
     wanted = ragged_gradients(Ragged(), LENGTHS[lengths])
     for grads in found(results, f"ddp-{lengths}"):
         close(grads, wanted, grad=True)
@@ -195,13 +195,13 @@ def test_resets_and_lengths_under_ddp(results, lengths):
 
 @pytest.mark.parametrize("key", SHARDED)
 def test_fsdp2(results, key):
-    """The kernels see whole, plain weights, in the policy's dtype; gradients are those of the joint batch."""
+    """The kernels get whole, plain weights in the policy's dtype; gradients equal those of the joint batch."""
     name, _, policy = SHARDED[key]
     expected = build(nn, name)
     dtype = torch.bfloat16 if policy else torch.float32
     wanted, _ = one_backward(expected.to(dtype), dtype=dtype)
     for grads, calls in found(results, key):
-        if name != "RNNCell" or policy:  # which trains on torch.nn's in float32
+        if name != "RNNCell" or policy:  # an RNNCell trains on torch.nn's operations in float32
             assert {"fused_rnn::forward", "fused_rnn::backward"} <= set(calls)
         assert all(g.dtype is torch.float32 for g in grads)
         close([g.to(dtype) for g in grads], wanted, grad=True)
@@ -236,7 +236,7 @@ def test_sharded_checkpoints_between_the_libraries(results, direction):
 
 @pytest.mark.parametrize("source", [nn, fused_rnn], ids=["from torch.nn", "to torch.nn"])
 def test_a_sharded_checkpoint_in_one_process(folder, source):
-    """Saved by two processes, loaded without any, in the other library."""
+    """A checkpoint saved by two processes loads in one process, in the other library."""
     model = all_six(fused_rnn if source is nn else nn)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -248,7 +248,7 @@ def test_a_sharded_checkpoint_in_one_process(folder, source):
 
 
 def test_the_language_model_under_torchrun():
-    """Two processes that share every batch print the losses that one prints alone."""
+    """Two processes that share every batch print the same losses as one."""
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "examples" / "char_lm.py"
     arguments = [str(script), "--cell", "rnn", "--backend", "fused", "--steps", "5"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
@@ -260,7 +260,7 @@ def test_the_language_model_under_torchrun():
             try:
                 output, errors = process.communicate(timeout=600)
             finally:
-                process.terminate()  # which torchrun passes on to its processes
+                process.terminate()  # torchrun passes it on to its processes
         assert process.returncode == 0, errors
         printed.append([float(loss) for loss in re.findall(r"^ +\d+ +(\d\.\d+)$", output, re.MULTILINE)])
     alone, together = printed

@@ -1,4 +1,7 @@
-"""torch.export, AOTInductor and ONNX: programs that hold the fused operators, run anew at other sizes and elsewhere."""
+"""torch.export, AOTInductor and ONNX: programs with the fused operators, run at other sizes and in other processes.
+
+Their results are compared with the eager model's.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,14 @@ from fused_rnn import functional
 from test_compile import HIDDEN, INPUT, built, fused
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned during export"),  # torch.nn's warns, too
+    pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned during export"),  # torch.nn's, too
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
 
 def exported(model: nn.Module, input: Tensor, strict: bool = False) -> torch.export.ExportedProgram:
-    """Of any length and batch."""
+    """The program for any length and batch."""
     shapes = {"input": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
     return torch.export.export(model, (input,), dynamic_shapes=shapes, strict=strict)
 
@@ -73,7 +76,7 @@ def test_keywords(strict: bool) -> None:
 
 
 class Tied(nn.Module):
-    """Both layers have the same weights, half of whose recurrent ones are dropped: no module."""
+    """Functional calls: two layers share their weights, and half of the recurrent ones are dropped."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +102,7 @@ def test_functions(strict: bool) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_class(name: str) -> None:
-    """Within `patched`, too, where torch.nn's own classes export torch.nn's operators (test_lowering.py)."""
+    """Also within `patched`, where only torch.nn's own classes export torch.nn's operators (test_lowering.py)."""
     cell = name.endswith("Cell")
     torch.manual_seed(0)
     module = getattr(fused_rnn, name)(INPUT, HIDDEN).eval()
@@ -132,7 +135,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def elsewhere(code: str, folder: Path, *, path: bool = True) -> None:
-    """Runs code in a process of its own, in folder; without `path` only what is installed can be imported."""
+    """Run code in another process, in folder; without `path` it can import only installed packages."""
     places = os.pathsep.join(filter(None, sys.path)) if path else ""
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -155,7 +158,7 @@ def test_a_saved_program_runs_elsewhere(tmp_path: Path) -> None:
     library = fused_rnn.OPERATORS_LIBRARY
     run = "torch.save(torch.export.load(f'{name}.pt2').module()(torch.load('input.pt')), f'{name}.pt')"
     elsewhere(f"import torch, fused_rnn; name = 'program'; {run}", tmp_path)
-    # The lowered one needs the operators alone.
+    # The lowered program needs only the operators.
     elsewhere(f"import torch; torch.ops.load_library({library!r}); name = 'lowered'; {run}", tmp_path, path=False)
     for name in ("program", "lowered"):
         close(torch.load(tmp_path / f"{name}.pt"), model(input))
@@ -166,11 +169,38 @@ SIZES = [(9, 8), (2, 3)]
 
 @pytest.fixture(scope="module")
 def packaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, str]:
-    """A model, and AOTInductor's package of machine code of it."""
+    """A model, and its package of machine code by AOTInductor."""
     model = built("lstm_deep").eval()
     program = exported(model, torch.randn(6, 7, INPUT))
     file = tmp_path_factory.mktemp("package") / "model.pt2"
     return model, torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_frozen(weights: str, strict: bool) -> None:
+    """One operator, whose model is a constant of the program; also after `run_decompositions`."""
+    model = fused_rnn.freeze(built("lstm_deep"), weights)
+    program = exported(model, torch.randn(6, 7, INPUT), strict=strict)
+    assert fused(program.graph_module) == ["frozen.default"]
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    loaded = torch.export.load(io.BytesIO(file.getvalue()))
+    for T, B in SIZES:
+        input = torch.randn(T, B, INPUT)
+        for runs in (program.module(), program.run_decompositions().module(), loaded.module()):
+            close(runs(input), model(input))
+
+
+@pytest.mark.slow("compiles C++")
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_a_frozen_package_runs_without_python(weights: str, tmp_path: Path) -> None:
+    model = fused_rnn.freeze(built("lstm_deep"), weights)
+    program = exported(model, torch.randn(6, 7, INPUT))
+    file = tmp_path / "model.pt2"
+    package_runs_without_python(
+        model, torch._inductor.aoti_compile_and_package(program, package_path=str(file)), tmp_path
+    )
 
 
 @pytest.mark.slow("compiles C++")
@@ -192,8 +222,11 @@ assert not any(name.startswith("fused_rnn") for name in sys.modules)
 
 @pytest.mark.slow("compiles C++")
 def test_a_package_runs_without_python(packaged: tuple[nn.Module, str], tmp_path: Path) -> None:
-    """In a C++ program."""
-    model, package = packaged
+    package_runs_without_python(*packaged, tmp_path)
+
+
+def package_runs_without_python(model: nn.Module, package: str, tmp_path: Path) -> None:
+    """A C++ program loads and runs it, with the model's results."""
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler (g++)")
     program = tmp_path / "run_package"
@@ -222,7 +255,7 @@ def test_a_package_runs_without_python(packaged: tuple[nn.Module, str], tmp_path
 
 @pytest.mark.parametrize("key", ["rnn_deep", "lstm_deep", "gru_deep"])
 def test_onnx(key: str) -> None:
-    """Through to_torch(): ONNX has layers of its own."""
+    """Export through to_torch(), because ONNX has layers of its own."""
     pytest.importorskip("onnx", reason="torch.onnx.export needs the package onnx")
     runtime = pytest.importorskip("onnxruntime", reason="the exported model is run in onnxruntime")
     model = built(key).eval()

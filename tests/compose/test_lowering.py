@@ -1,6 +1,6 @@
-"""Exported programs for consumers that do not know our operators: core ATen, ONNX, processes without fused_rnn.
+"""Exported programs for consumers without our operators: core ATen, ONNX, processes without fused_rnn.
 
-The right values are always torch.nn's eager ones; for options that torch.nn does not have, ours.
+Expected values are torch.nn's eager ones, and ours for options that torch.nn does not have.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from contract import CELL_MODULES, CELLS, MODULES, NAMES, SEQUENCE_MODULES, clos
 from test_compile import HIDDEN, INPUT
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned during export"),  # torch.nn's warns, too
+    pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned during export"),  # torch.nn's, too
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch.onnx"),
 ]
 
-SIZES = [(6, 7), (9, 4)]  # T, B; the first is exported
+SIZES = [(6, 7), (9, 4)]  # T, B; exported at the first
 BOTH = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
 
 
@@ -44,13 +44,13 @@ def exported(module: nn.Module, input: Tensor, dynamic: bool = True, **options: 
 
 
 def operators(program: ExportedProgram) -> set[str]:
-    """All operators of a program and of the bodies of its loops."""
+    """All operators of a program, including those in the bodies of its loops."""
     graphs = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     return {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"}
 
 
 def core(names: set[str]) -> bool:
-    """Whether these are core ATen operators, arithmetic of sizes, and loops.
+    """Whether all are core ATen operators, arithmetic of sizes, or loops.
 
     torch.export guards every ``Tensor.to`` of any model with `_assert_tensor_metadata`, which its consumers remove.
     """
@@ -89,7 +89,7 @@ def node_types(program: Any) -> list[str]:
     [(key, False) for key in MODULES] + [(key, True) for key in ("rnn_relu", "lstm_proj", "gru_deep", "lstm_cell")],
 )
 def test_core_aten(key: str, dynamic: bool) -> None:
-    """Unrolled for a fixed number of steps, as torch.nn's own decompositions; a loop for any number."""
+    """For a fixed number of steps unrolled, as torch.nn's own decomposition; for any number of steps a loop."""
     expected, actual = pair(key, sizes=(INPUT, HIDDEN))
     program = exported(actual, drawn(actual, *SIZES[0]), dynamic)
     lowered = program.run_decompositions()
@@ -103,7 +103,7 @@ def test_core_aten(key: str, dynamic: bool) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_core_aten_like_torchs_own(name: str) -> None:
-    """For a fixed number of steps, ours needs hardly an operator that torch.nn's does not need."""
+    """For a fixed number of steps, our program needs at most three operators that torch.nn's does not."""
     lowered = []
     for library in (nn, fused_rnn):
         module = getattr(library, name)(INPUT, HIDDEN).eval()
@@ -137,7 +137,7 @@ def test_onnx_of_a_program(key: str) -> None:
 @pytest.mark.parametrize("way", ["class", "replace", "patched"])
 @pytest.mark.parametrize("key", ["rnn_relu", "lstm_deep", "gru_deep", "lstm_cell"])
 def test_onnx_of_a_model(key: str, way: str) -> None:
-    """Within `patched` the program is torch.nn's own: with ONNX's nodes where torch.nn's has them."""
+    """Within `patched` torch.nn's model exports the same ONNX nodes as without."""
     expected, actual = (nn.Sequential(module).eval() for module in pair(key, sizes=(INPUT, HIDDEN)))
     model = actual if way == "class" else nn.Sequential(pair(key, sizes=(INPUT, HIDDEN))[0]).eval()
     if way == "replace":
@@ -173,7 +173,7 @@ def test_onnx_with_initial_states(key: str) -> None:
 
 
 class WithOptions(nn.Module):
-    """A module that is called with keywords of ours."""
+    """A module that is called with fused_rnn's keywords."""
 
     def __init__(self, module: nn.Module, *names: str) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
     [(*row, "onnx") for row in OPTIONS] + [(*row, "loop") for row in OPTIONS[3:]] + [(*OPTIONS[4], "unrolled")],
 )
 def test_options(key: str, names: str, changes: dict[str, Any], consumer: str) -> None:
-    """Resets, lengths, learned states and regularised layers are a loop over time everywhere."""
+    """Resets, lengths, learned states and regularised layers become a loop over time in every format."""
     name, options = MODULES[key]
     torch.manual_seed(0)
     module: Any = getattr(fused_rnn, name)(INPUT, HIDDEN, **options, **changes).eval()
@@ -235,7 +235,7 @@ def test_options(key: str, names: str, changes: dict[str, Any], consumer: str) -
 
 @pytest.mark.parametrize(("name", "strict"), [(name, False) for name in NAMES] + [("LSTM", True), ("GRUCell", True)])
 def test_patched_programs_are_torchs(name: str, strict: bool) -> None:
-    """While `patched`, torch.nn's classes export torch.nn's operators: their programs load anywhere."""
+    """Inside `patched`, torch.nn's classes export torch.nn's operators, so that their programs load anywhere."""
     torch.manual_seed(0)
     module = getattr(nn, name)(INPUT, HIDDEN).eval()
     input = torch.randn((7, INPUT) if name in CELLS else (6, 7, INPUT))
@@ -258,7 +258,7 @@ import torch
 
 
 def without_us(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs code in a process that cannot import fused_rnn."""
+    """Run code in a process that cannot import fused_rnn."""
     return subprocess.run(
         [sys.executable, "-c", WITHOUT + code], cwd=folder, capture_output=True, text=True, timeout=300
     )
@@ -271,7 +271,7 @@ for name in sys.argv[1:] or NAMES:
 
 
 def test_saved_programs_load_without_fused_rnn(tmp_path: Path) -> None:
-    """From `patched` and from to_torch() as they are, with our classes after run_decompositions()."""
+    """Directly if exported from `patched` or to_torch(); with our classes after run_decompositions()."""
     expected, actual = (module.eval() for module in pair("gru_deep", sizes=(INPUT, HIDDEN)))
     input = drawn(actual, *SIZES[0])
     torch.save(input, tmp_path / "input.pt")
@@ -308,7 +308,7 @@ torch.export.save(torch.export.export(model, (input,)), "program.pt2")
 
 
 def test_a_program_with_our_operator_names_it(tmp_path: Path) -> None:
-    """Where it cannot be loaded, torch's error says which operator is missing."""
+    """Where the program cannot be loaded, torch's error names the missing operator."""
     torch.export.save(exported(fused_rnn.GRU(INPUT, HIDDEN), torch.randn(6, 7, INPUT)), tmp_path / "program.pt2")
     done = without_us("torch.export.load('program.pt2')", tmp_path)
     assert done.returncode != 0
@@ -336,7 +336,7 @@ def test_a_packed_sequence_says_what_to_do() -> None:
 
 
 def test_operator_decompositions() -> None:
-    """The other way to lower: to the operators that need no Python. The library's default table is not changed."""
+    """The other lowering, to the operators that need no Python, leaves torch's default table unchanged."""
     module = fused_rnn.GRU(INPUT, HIDDEN)
     program = exported(module, torch.randn(6, 7, INPUT))
     for table, name in (

@@ -1,7 +1,7 @@
 """torch.nn.utils, torch.optim, swap_tensors, meta devices and old pickles, through training and checkpoints.
 
-Each runs on torch.nn's module and ours alike: the same parameters, buffers, results and errors. What one forward makes
-of a computed weight is in test_contract_tensors.py (K07), copies are in test_contract_copying.py (L).
+Each runs on torch.nn's module and on ours, which must have equal parameters, buffers, results and errors. A single
+forward pass with a computed weight is tested in test_contract_tensors.py (K07), copies in test_contract_copying.py (L).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def trained(module: nn.Module, args: Any, steps: int = 3, **options: Any) -> Non
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """The result, or the type of the error."""
+    """The result, or the type of the exception."""
     try:
         return call()
     except Exception as error:
@@ -80,7 +80,7 @@ def outcome(call: Callable[[], Any]) -> Any:
 @each_module
 @each_rewriter
 def test_training_with_computed_weights(key: str, rewriter: str) -> None:
-    """Every weight matrix at once; the power iterations of spectral norms go on as often as in torch.nn."""
+    """Every weight matrix is computed; spectral norms do as many power iterations as in torch.nn."""
     expected, actual = pair(key)
     rewritten(rewriter, expected, actual)
     args = arguments(actual)
@@ -100,7 +100,7 @@ def test_training_with_computed_weights(key: str, rewriter: str) -> None:
 
     for copied in (copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))):
         results = [outcome(lambda m=m, copied=copied: copied(m)(*args)) for m in (expected, actual)]
-        if isinstance(results[0], type):  # torch.nn cannot: a parametrised module, or tensors that are no leaves
+        if isinstance(results[0], type):  # torch.nn cannot: a parametrised module, or non-leaf tensors
             assert results[1] is results[0]
         else:
             close(*reversed(results))
@@ -116,7 +116,7 @@ def test_training_with_computed_weights(key: str, rewriter: str) -> None:
 
 
 class Noisy(nn.Module):
-    """A weight that is another one whenever it is got, as with weight dropout."""
+    """A weight that differs at every access, as with weight dropout."""
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * torch.rand(())
@@ -138,7 +138,7 @@ WAYS = {
 @each_module
 @pytest.mark.parametrize("way", WAYS)
 def test_a_computed_weight_is_got_as_often_as_in_torch(key: str, way: str) -> None:
-    """So the same seed gives the same weights, also where torch.nn's own operators compute."""
+    """The same seed gives the same weights, also for calls that run on torch.nn's own operators."""
     dtype, call = WAYS[way]
     modules = pair(key, dtype)
     for module in modules:
@@ -151,7 +151,7 @@ def test_a_computed_weight_is_got_as_often_as_in_torch(key: str, way: str) -> No
 def seeded(call: Callable[[nn.Module], Any], module: nn.Module) -> list[Tensor]:
     torch.manual_seed(7)
     results = tensors(call(module))
-    # Under autocast ours rounds less; the draw that follows says how many came before.
+    # Under autocast our results are rounded less; the last draw shows how many draws came before it.
     return [*([] if call is under_autocast else results), torch.rand(3)]
 
 
@@ -178,7 +178,7 @@ def test_computed_weights_with_keywords(key: str, rewriter: str) -> None:
 
 @each_module
 def test_pruning(key: str) -> None:
-    """Twice, by norm and by mask, trained in between; the checkpoint; made permanent."""
+    """Prune by norm, train, prune by mask, load the checkpoint, and make the pruning permanent."""
     expected, actual = pair(key)
     args, names = arguments(actual), matrices(actual)
     for module in (expected, actual):
@@ -278,7 +278,7 @@ def test_exponential_moving_average(key: str, multi: bool) -> None:
 
 @each_module
 def test_swap_tensors(key: str) -> None:
-    """Where torch.nn refuses (its modules hold weak references to their weights), ours does; else both swap."""
+    """Both libraries swap, or both refuse: torch.nn's modules hold weak references to their weights."""
     modules = pair(key)
     args = arguments(modules[1])
     names = matrices(modules[0])
@@ -291,7 +291,7 @@ def test_swap_tensors(key: str) -> None:
     results = [outcome(lambda m=m: swapped(m)) for m in modules]
     if isinstance(results[0], type):
         assert results[1] is results[0]
-        close(modules[1](*args), modules[0](*args))  # as it was
+        close(modules[1](*args), modules[0](*args))  # unchanged
     else:
         close(results[1], results[0])
 
@@ -299,7 +299,7 @@ def test_swap_tensors(key: str) -> None:
 @each_module
 @pytest.mark.parametrize("assign", [False, True])
 def test_swap_on_conversion(key: str, assign: bool) -> None:
-    """Conversions, and a checkpoint loaded with the flag on: as torch.nn, which refuses some."""
+    """Conversions and loading a checkpoint with the flag on: equal results or errors."""
     expected, actual = pair(key)
     args = arguments(actual)
     state = {name: p.detach() * 3 for name, p in expected.named_parameters()}
@@ -338,9 +338,9 @@ def reset(module: nn.Module) -> nn.Module:
 @each_module
 @pytest.mark.parametrize("way", ["to_empty and reset", "context", "assign", "to_empty"])
 def test_deferred_initialisation(key: str, way: str) -> None:
-    """Built without memory, then filled by drawing anew or from a checkpoint; it trains as torch.nn's."""
+    """Built on the meta device, then initialised or loaded from a checkpoint; trains like torch.nn's module."""
     name, options = MODULES[key]
-    expected, _ = pair(key)  # drawn from the same seed
+    expected, _ = pair(key)  # initialised from the same seed
 
     def make(**device: Any) -> nn.Module:
         return getattr(fused_rnn, name)(INPUT, HIDDEN, **options, **device)
@@ -353,7 +353,7 @@ def test_deferred_initialisation(key: str, way: str) -> None:
         assert all(w is p for w, p in zip(actual._flat_weights, actual.parameters(), strict=True))
     args = arguments(actual)
     close(actual(*args), expected(*args))
-    if way == "assign":  # the checkpoint's tensors are its parameters
+    if way == "assign":  # the checkpoint's tensors become the parameters
         expected = copy.deepcopy(expected)
     for module in (expected, actual):
         trained(module.requires_grad_(), args)
@@ -362,7 +362,7 @@ def test_deferred_initialisation(key: str, way: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_skip_init(name: str) -> None:
-    """Cells take it; RNN, LSTM and GRU hide their arguments from it, in torch.nn, too."""
+    """Works for cells; RNN, LSTM and GRU hide their signature from it, in torch.nn, too."""
     made = [
         outcome(lambda library=library: nn.utils.skip_init(getattr(library, name), 3, 5)) for library in (nn, fused_rnn)
     ]
@@ -373,7 +373,7 @@ def test_skip_init(name: str) -> None:
         close(made[1](*arguments(made[1])), made[0](*arguments(made[0])))
 
 
-# What an instance's dictionary may lack that was written by an older version of this package or by torch.nn.
+# Attributes that older versions of this package or of torch.nn did not save.
 OLDER = {
     "no backend": {"backend"},
     "no mark for fx": {"__module__"},
@@ -387,11 +387,11 @@ OLDER = {
 @pytest.mark.parametrize("older", OLDER)
 @pytest.mark.parametrize("backend", ["auto", "fused"])
 def test_pickles_of_older_versions(key: str, older: str, backend: str) -> None:
-    """Their states lack today's attributes: forward, the keywords, step, repr and another pickle work all the same."""
+    """Pickles without today's attributes: forward, keywords, `step`, repr and pickling again work."""
     expected, actual = pair(key)
     if isinstance(actual, nn.RNNBase):
         actual.backend = backend
-    # A module with a projection has no such older form.
+    # No older version had both a projection and no proj_size.
     lacking = OLDER[older] - ({"proj_size"} if getattr(actual, "proj_size", 0) else set())
     state = {k: v for k, v in actual.__getstate__().items() if k not in lacking}
     loaded = type(actual).__new__(type(actual))
@@ -410,7 +410,7 @@ def test_pickles_of_older_versions(key: str, older: str, backend: str) -> None:
 
 @each_module
 def test_a_file_of_torchs_pickle(key: str) -> None:
-    """Of a whole module of torch.nn: it stays torch.nn's class, and becomes ours by name only."""
+    """A pickled module of torch.nn keeps torch.nn's class; from_torch converts it."""
     expected, _ = pair(key)
     args = arguments(expected)
     loaded = pickle.loads(pickle.dumps(expected))
@@ -420,7 +420,7 @@ def test_a_file_of_torchs_pickle(key: str) -> None:
 
 @each_module
 def test_weights_only_files_of_other_shapes(key: str) -> None:
-    """A checkpoint of model, optimiser and average together, loaded without trusting the file."""
+    """A checkpoint of model, optimiser and average together, loaded with weights_only=True."""
     expected, actual = pair(key)
     args = arguments(actual)
     optimizer = torch.optim.Adam(actual.parameters(), foreach=True)
@@ -439,7 +439,7 @@ def test_weights_only_files_of_other_shapes(key: str) -> None:
 
 @each_module
 def test_parametrised_modules_are_not_recast(key: str) -> None:
-    """to_torch says so: a parametrisation makes a class of its own."""
+    """A parametrisation makes a class of its own, and to_torch's error says so."""
     _, actual = pair(key)
     parametrizations.weight_norm(actual, matrices(actual)[0])
     kind, text = error_of(actual.to_torch)

@@ -1,8 +1,8 @@
-"""Autograd and torch.func with what torch.nn does not have: resets, states at resets, lengths, states of every step.
+"""Autograd and torch.func with resets, states at resets, lengths and the states of every step, which torch.nn lacks.
 
-And where torch.nn raises: vmap, ensembles, gradients per sample, forward mode of a float32 LSTM. What torch.nn does
-itself is in test_contract_autograd.py. The right answers come from ordinary reverse mode, which test_segments.py
-compares with torch.nn, from loops in place of vmap, and from finite differences.
+Also calls in which torch.nn raises: vmap, ensembles, gradients per sample, forward mode of a float32 LSTM. The
+transforms that torch.nn supports are tested in test_contract_autograd.py. Expected values come from ordinary reverse
+mode, which test_segments.py compares with torch.nn, from loops in place of vmap, and from finite differences.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def state(module: nn.Module, *lead: int, seed: int = 0) -> Any:
-    """hx of one row each, or with leading dimensions; a pair for the LSTM."""
+    """hx, possibly with leading dimensions; a pair for the LSTM."""
     rows = module.num_layers * (2 if module.bidirectional else 1)
     pair = tuple(tensor(*lead, rows, B, HIDDEN, seed=seed + i, dtype=module.weight_hh_l0.dtype) for i in range(2))
     return pair if module.mode == "LSTM" else pair[0]
 
 
 def built(name: str, kind: str = "plain", **options: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """A module of two layers and directions, and the keywords of its calls."""
+    """A bidirectional module of two layers, and the keywords of its calls."""
     torch.manual_seed(0)
     options = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64, **options}
     module = getattr(fused_rnn, name)(INPUT, HIDDEN, **options)
@@ -64,7 +64,7 @@ def built(name: str, kind: str = "plain", **options: Any) -> tuple[nn.Module, di
 
 
 def value_of(module: nn.Module, keywords: dict[str, Any]) -> Callable[..., Tensor]:
-    """A number from input, hx and reset_state; all three are differentiable."""
+    """A scalar function of input, hx and reset_state, differentiable by all three."""
 
     def value(x: Tensor, hx: Any, fresh: Any) -> Tensor:
         given = keywords | ({"reset_state": fresh} if "resets" in keywords else {})
@@ -78,7 +78,7 @@ def arguments(module: nn.Module, keywords: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def reverse(value: Callable[..., Tensor], args: tuple[Any, ...]) -> list[Tensor]:
-    """Gradients by ordinary reverse mode, on the kernels."""
+    """Gradients by ordinary reverse mode on the kernels."""
     args = tree_map(lambda t: t.detach().clone().requires_grad_(), args)
     return list(torch.autograd.grad(value(*args), tensors(args)))
 
@@ -86,7 +86,7 @@ def reverse(value: Callable[..., Tensor], args: tuple[Any, ...]) -> list[Tensor]
 @each_kind
 @each_name
 def test_functional_derivatives(name: str, kind: str) -> None:
-    """grad, jacrev, jacfwd, jvp and a tangent by hand, all of input, states and states at resets."""
+    """grad, jacrev, jacfwd, jvp and a dual number, by input, states and states at resets."""
     module, keywords = built(name, kind)
     value, args = value_of(module, keywords), arguments(module, keywords)
     wanted = reverse(value, args)
@@ -104,7 +104,7 @@ def test_functional_derivatives(name: str, kind: str) -> None:
 @each_kind
 @each_name
 def test_second_derivatives(name: str, kind: str) -> None:
-    """Forward over reverse and reverse over reverse, as torch.func and as autograd have it; by weights, too."""
+    """Forward over reverse and reverse over reverse, by torch.func and by autograd; also by the weights."""
     module, keywords = built(name, kind, num_layers=1)
     value, args = value_of(module, keywords), arguments(module, keywords)
     of_input = lambda x: value(x.view_as(args[0]), *args[1:])  # noqa: E731
@@ -128,7 +128,7 @@ def test_second_derivatives(name: str, kind: str) -> None:
 @each_kind
 @each_name
 def test_gradient_of_a_transformed_gradient(name: str, kind: str) -> None:
-    """The gradient is linear in what comes in: tangents and batches of that must pass a backward of the kernels."""
+    """The kernels' backward is linear in the incoming gradient: tangents and batches of it must pass through."""
     module, keywords = built(name, kind)
     x, hx, _ = arguments(module, keywords)
     x.requires_grad_()
@@ -146,7 +146,7 @@ def test_gradient_of_a_transformed_gradient(name: str, kind: str) -> None:
     many = torch.stack([one, other])
     for batch in (vmap(back)(many), back(many, is_grads_batched=True)):
         close(batch, torch.stack([back(one), wanted]), grad=True)
-        assert not batch.requires_grad  # as torch.nn's: no graph is kept that nobody asked for
+        assert not batch.requires_grad  # as in torch.nn, no graph is kept unless requested
     by_value = grad(lambda g: (back(g, create_graph=True) * x.detach()).sum())(one)
     close(by_value, jvp(lambda x: module(x, hx, **keywords)[0], (x.detach(),), (x.detach(),))[1], grad=True)
 
@@ -154,7 +154,7 @@ def test_gradient_of_a_transformed_gradient(name: str, kind: str) -> None:
 @each_kind
 @each_name
 def test_gradient_of_reset_state_alone(name: str, kind: str) -> None:
-    """Of one argument at a time, frozen weights, in evaluation: the others' gradients are not in the way."""
+    """By one argument at a time, with frozen weights in evaluation mode: no other gradient is needed."""
     module, keywords = built(name, kind)
     module.requires_grad_(False).eval()
     value, args = value_of(module, keywords), arguments(module, keywords)
@@ -183,7 +183,7 @@ def test_checkpoints_and_saved_tensors(name: str, kind: str) -> None:
     wanted = torch.autograd.grad(value(*leaves), everything)
 
     for reentrant in (False, True):
-        # The reentrant one takes gradients of tensors at the top level only.
+        # Reentrant checkpoints compute gradients only of tensors at the top level.
         flat = partial(regrouped, value, leaves)
         checkpoint(flat, *tensors(leaves), use_reentrant=reentrant).backward()
         close([t.grad for t in everything], wanted, grad=True)
@@ -221,7 +221,7 @@ def regrouped(value: Callable[..., Tensor], like: Any, *flat: Tensor) -> Tensor:
 @each_kind
 @each_name
 def test_hooks(name: str, kind: str) -> None:
-    """They see the keywords, the gradients, and may change them."""
+    """Hooks see the keywords and the gradients, and may change them."""
     module, keywords = built(name, kind)
     x, hx, _ = arguments(module, keywords)
     x.requires_grad_()
@@ -242,7 +242,7 @@ def test_hooks(name: str, kind: str) -> None:
 
 
 def looped(call: Callable[..., Tensor], *many: Any) -> Tensor:
-    """What vmap is to compute."""
+    """The expected result of vmap, by a loop."""
     count = tensors(many)[0].size(0)
     return torch.stack([call(*tree_map(lambda t, i=i: t[i], many)) for i in range(count)])
 
@@ -254,7 +254,7 @@ def doubled(value: Any) -> Any:
 @each_kind
 @each_name
 def test_vmap(name: str, kind: str) -> None:
-    """Over the input, the states, and each keyword."""
+    """vmap over the input, the states, and each keyword."""
     module, keywords = built(name, kind)
     x, hx, _ = arguments(module, keywords)
     calls: dict[str, Callable[..., Tensor]] = {
@@ -286,7 +286,7 @@ def test_vmap_over_packed_data(name: str) -> None:
 @each_kind
 @each_name
 def test_ensembles(name: str, kind: str, dtype: torch.dtype) -> None:
-    """stack_module_state: outputs and the gradients of all members at once."""
+    """Outputs and gradients of all members at once, with stack_module_state."""
     members = [built(name, kind, dtype=dtype)[0] for _ in range(3)]
     _, keywords = built(name, kind, dtype=dtype)
     for index, member in enumerate(members):
@@ -316,7 +316,7 @@ def test_gradients_per_sample(name: str, kind: str) -> None:
     for index, x in enumerate(many):
         wanted = torch.autograd.grad(loss(module(x, **keywords)).square(), list(module.parameters()))
         close([g[index] for g in found.values()], wanted, grad=True)
-    # One row at a time, without a batch dimension: where torch.nn's own functions do not write in place.
+    # One row at a time, without a batch dimension, wherever torch.nn's own functions do not write in place.
     if kind == "plain":
         per_row = vmap(grad(lambda weights, x: loss(functional_call(module, weights, (x,))[0])), (None, 1))
         found = per_row(weights, many[0])
@@ -327,7 +327,7 @@ def test_gradients_per_sample(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_forward_mode_of_a_float32_lstm(packed: bool) -> None:
-    """torch.nn raises for the padded one: oneDNN has no rule."""
+    """torch.nn raises for padded input: oneDNN has no forward-mode rule."""
     module, _ = built("LSTM", dtype=torch.float32)
     exact, _ = built("LSTM")
     exact.load_state_dict(module.state_dict())
@@ -365,7 +365,7 @@ def test_functional_call_with_a_part_of_the_parameters(name: str, kind: str) -> 
 @each_kind
 @each_name
 def test_plain_functions(name: str, kind: str) -> None:
-    """functional.rnn, lstm and gru: every derivative by the weights, and a batch of them."""
+    """functional.rnn, lstm and gru: every derivative by the weights, and vmap over them."""
     module, keywords = built(name, kind)
     function = getattr(functional, name.lower())
     weights, x = [p.detach() for p in module._flat_weights], tensor(T, B, INPUT)
@@ -389,7 +389,7 @@ def test_plain_functions(name: str, kind: str) -> None:
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
 @each_cell
 def test_cells(name: str, given: bool) -> None:
-    """vmap, ensembles, gradients per sample and tangents: torch.nn's LSTMCell has no rule for most."""
+    """vmap, ensembles, gradients per sample and tangents, most of which torch.nn's LSTMCell lacks."""
     members = [getattr(fused_rnn, name)(INPUT, HIDDEN, dtype=torch.float64) for _ in range(2)]
     module, x = members[0], tensor(B, INPUT)
     pair = tensor(B, HIDDEN), tensor(B, HIDDEN, seed=1)
@@ -421,7 +421,7 @@ def test_cells(name: str, given: bool) -> None:
 
 @each_cell
 def test_misfits_of_cells_raise_in_a_transform(name: str) -> None:
-    """One hidden row for three inputs: torch.nn does not broadcast, nor does what replaces it."""
+    """A hidden state with one row for three inputs raises as in torch.nn: it is not broadcast."""
     module = getattr(fused_rnn, name)(INPUT, HIDDEN)
     h = torch.zeros(1, HIDDEN)
     with pytest.raises(RuntimeError):

@@ -1,7 +1,7 @@
-"""WGAN-GP (Gulrajani et al. 2017) with a recurrent critic: the penalty is a function of the critic's own gradient.
+"""WGAN-GP (Gulrajani et al. 2017) with a recurrent critic, whose penalty is a function of the critic's own gradient.
 
-Its derivative by the critic's parameters needs a second derivative of the layer, which cuDNN refuses. Padded batches
-with `lengths` go through it, too, against torch.nn with packing.
+Its derivative by the critic's parameters needs a second derivative of the layer, which cuDNN does not have. Gradients
+and training are compared with torch.nn; padded batches with `lengths`, with torch.nn on packed sequences.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ each_length = pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["full", "
 
 
 class Critic(nn.Module):
-    """A score for each sequence, from the state after its last step."""
+    """A score per sequence, from the state after its last step."""
 
     def __init__(self, library: Any, name: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def critics(name: str, *of: tuple[Any, torch.dtype]) -> list[Critic]:
 
 
 def penalty(critic: Critic, real: Tensor, fake: Tensor, lengths: Tensor | None) -> Tensor:
-    """(|gradient of the score by the sequence| - 1) squared, between real and made-up sequences."""
+    """(|gradient of the score by the sequence| - 1) squared, between real and generated sequences."""
     share = torch.linspace(0.1, 0.9, B, dtype=real.dtype).view(1, B, 1)
     between = (share * real + (1 - share) * fake).detach().requires_grad_()
     (slope,) = torch.autograd.grad(critic(between, lengths).sum(), between, create_graph=True)
@@ -68,7 +68,7 @@ def sequences(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @each_length
 @each_name
 def test_gradients_of_the_penalty(name: str, lengths: Tensor | None) -> None:
-    """In float32, as far from float64 as torch.nn's own."""
+    """In float32, as accurate as torch.nn's against float64."""
     of = (nn, torch.float32), (fused_rnn, torch.float32), (nn, torch.float64)
     grads = []
     for critic, (_, dtype) in zip(critics(name, *of), of, strict=True):
@@ -80,9 +80,9 @@ def test_gradients_of_the_penalty(name: str, lengths: Tensor | None) -> None:
 
 
 def trained(critic: Critic, lengths: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
-    """Losses and gradients of some steps, two of the critic to one of the generator."""
+    """Losses and gradients of some training steps, two of the critic for each of the generator."""
     torch.manual_seed(2)
-    generator = nn.GRU(NOISE, FEATURES, dtype=dtype)  # torch.nn's: the critic is under test
+    generator = nn.GRU(NOISE, FEATURES, dtype=dtype)  # torch.nn's: only the critic is under test
     of_critic = torch.optim.Adam(critic.parameters(), lr=0.01, betas=(0.0, 0.9))
     of_generator = torch.optim.Adam(generator.parameters(), lr=0.01, betas=(0.0, 0.9))
     real, _ = sequences(dtype)

@@ -1,4 +1,4 @@
-"""Contract H, I: gradients of every order, hooks, what is saved; dropout and random numbers."""
+"""Contract H, I: gradients of every order, hooks and saved tensors are torch.nn's."""
 
 import copy
 import re
@@ -49,7 +49,7 @@ def test_h01_requires_grad_follows_the_inputs(key):
 
 
 def gradients_of_one(module, args, index, layer=slice(None)):
-    """Of one result, or one layer of it, alone: zeros where there are none."""
+    """Gradients of one result, or of one layer of it, alone; zeros for unused leaves."""
     return derivative(loss(tensors(module(*args))[index][layer]), module, args)
 
 
@@ -115,7 +115,7 @@ def test_h02_nothing_requires_grad(key):
 
 
 def gradients_after_a_write(module, index):
-    """Of results computed before an input, a state or a weight was written to."""
+    """Gradients of results after an in-place write to the input, a state or a weight they came from."""
     args = arguments(module, grad=True)
     weight = next(p for name, p in module.named_parameters() if "weight_hh" in name)
     value = loss(module(*args))
@@ -127,7 +127,7 @@ def gradients_after_a_write(module, index):
 @each_module
 @pytest.mark.parametrize("index", [0, 1, -1], ids=["input", "state", "recurrent_weight"])
 def test_h03_writes_before_backward_are_noticed(key, index):
-    """Where torch.nn has copied its input (batch_first), the right gradients will do."""
+    """Raises like torch.nn; where torch.nn has copied its input (batch_first), correct gradients are accepted."""
     expected, actual = pair(key)
     wanted = gradients(actual, *arguments(actual, grad=True))
     try:
@@ -150,7 +150,7 @@ def gradients_after_writing(module, args, index, write):
 @each_precision
 @pytest.mark.parametrize("index", [0, -1], ids=["output", "state"])
 def test_h04_results_may_be_written_to(key, dtype, index):
-    """Where torch.nn raises (oneDNN's LSTM, RNNCell), raising is right too, wrong numbers never."""
+    """Where torch.nn raises (oneDNN's LSTM, RNNCell), ours may raise or be correct."""
     expected, actual = pair(key, dtype)
     args = arguments(actual, grad=True)
     wanted = gradients_after_writing(expected, args, index, lambda t: t.mul(2))
@@ -216,7 +216,7 @@ def test_h07_third_order(key):
 
 
 def dual(value):
-    """value with tangents, wherever it holds tensors."""
+    """value with a tangent for each of its tensors."""
     if isinstance(value, PackedSequence):
         return PackedSequence(dual(value.data), *value[1:])
     if isinstance(value, tuple):
@@ -225,7 +225,7 @@ def dual(value):
 
 
 def tangents(module, *args):
-    """Forward-mode derivative of all results along a fixed direction of input and states."""
+    """Forward-mode derivative of all results in a fixed direction of input and states."""
     with forward_ad.dual_level():
         results = tensors(module(*map(dual, args)))
         return [forward_ad.unpack_dual(t).tangent for t in results]
@@ -282,7 +282,7 @@ def test_h09_checkpoint(key, reentrant):
 
 
 def fired_hooks(module, *args):
-    """What fires, in which order, with which shapes, in one forward and backward."""
+    """The hooks that fire in one forward and backward pass, in order, with their shapes."""
     fired = []
 
     def note(name):
@@ -388,7 +388,7 @@ def test_h13_gradcheck_packed(key):
 
 
 def state_gradients(module, input_factor):
-    """With frozen weights, the input written to between forward and backward."""
+    """Gradients of the states with frozen weights, with a write to the input between forward and backward."""
     input, hx = arguments(module.requires_grad_(False))
     for h in tensors(hx):
         h.requires_grad_()

@@ -1,6 +1,6 @@
-"""Contract A, B, C: construction, attributes, repr; constructor errors; parameters and state.
+"""Contract A, B, C: construction, attributes, repr, constructor errors, parameters and state are torch.nn's.
 
-Each test constructs torch.nn's class and fused_rnn's with the same arguments and compares.
+Each test constructs torch.nn's class and fused_rnn's with the same arguments and compares them.
 """
 
 import inspect
@@ -56,7 +56,7 @@ def public(module):
 
 
 def description(module):
-    """All that the constructor's arguments decide about a module."""
+    """Everything that the constructor's arguments decide about a module."""
     shapes = [(name, p.shape, p.dtype, p.device) for name, p in module.named_parameters()]
     return public(module), shapes, repr(module)
 
@@ -291,7 +291,7 @@ def test_constructor_errors(name, case):
 
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_b13_order_of_checks(name):
-    """With everything wrong, then one thing after another put right, the next check speaks."""
+    """All arguments are wrong at first and corrected one by one; the same check raises at each stage."""
     wrong = {"proj_size": -1} if name == "LSTM" else {"proj_size": 0}
     wrong |= {"nonlinearity": "x"} if name == "RNN" else {}
     wrong |= {"dropout": "2", "bias": 1, "batch_first": 1}

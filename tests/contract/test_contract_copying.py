@@ -1,4 +1,4 @@
-"""Contract L: copies, pickles, checkpoints, replicas, and modules in other processes."""
+"""Contract L: copies, pickles, checkpoints, replicas, and modules in other processes behave as torch.nn's."""
 
 import copy
 import io
@@ -128,7 +128,7 @@ def test_l03_load_state_dict(key, options):
 
 
 class Results(Dataset):
-    """Item k: the module's first result for the k-th input, computed where it is asked for."""
+    """Item k is the module's first result for the k-th input, computed in the process that requests it."""
 
     def __init__(self, module):
         self.module = module

@@ -1,4 +1,4 @@
-"""Contract X06, X07, X10, X11: the subclasses and the patch, and what users' code does to them."""
+"""Contract X06, X07, X10, X11: subclasses, the patch, and user code that works on torch.nn's internals."""
 
 import io
 import pickle
@@ -33,7 +33,7 @@ rnn_functions = torch.nn.modules.rnn
 
 
 class Model(nn.Module):
-    """A sequence module between two others; takes (T, B, INPUT)."""
+    """A sequence module between two linear layers; takes (T, B, INPUT)."""
 
     def __init__(self, library, name="LSTM"):
         super().__init__()
@@ -126,7 +126,7 @@ def test_x07_patched(key, packed):
 
 @each_call
 def test_x07_fused_operators_run_in_patched(key, packed):
-    """Only fused_rnn passes."""
+    """Without this test, a patch without effect would pass."""
     module, _ = pair(key)
     args = arguments(module, packed=packed)
     with torch.no_grad():
@@ -236,7 +236,7 @@ def test_x10_flatten_parameters_patched_in_the_base_class(monkeypatch):
 
 @each_sequence
 def test_x10_low_rank_weights(key):
-    """A subclass that computes its flat weights in _init_flat_weights, before every forward."""
+    """A subclass that computes its flat weights in _init_flat_weights, before every forward pass."""
     name, options = MODULES[key]
     results = []
     for library in (nn, fused_rnn):
@@ -267,7 +267,7 @@ def test_x10_users_call_torchs_operators(key):
 
 
 class GraphCounter:
-    """A torch.compile backend that runs graphs as they are, and counts them."""
+    """A torch.compile backend that counts graphs and runs them unchanged."""
 
     def __init__(self):
         self.graphs = 0
@@ -279,7 +279,7 @@ class GraphCounter:
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_x11_compile_in_patched(name):
-    """Dynamo skips torch's rnn.py; the functions behind the patch must not become graphs."""
+    """Dynamo skips torch's rnn.py; the functions of the patch must not become graphs, either."""
     model = Model(nn, name)
     input = torch.randn(6, 4, INPUT)
     wanted, counters = model(input), (GraphCounter(), GraphCounter())

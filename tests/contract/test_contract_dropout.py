@@ -1,4 +1,4 @@
-"""Contract I: dropout between layers, and the random numbers that it draws."""
+"""Contract I: dropout between layers draws the same random numbers as in torch.nn."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seeded(call, *args):
-    """The call's result, and the generator's state after it."""
+    """The call's result, and the state of the generator after it."""
     torch.manual_seed(11)
     return call(*args), torch.get_rng_state()
 

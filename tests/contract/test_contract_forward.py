@@ -1,6 +1,6 @@
-"""Contract D, E: results of forward and its errors.
+"""Contract D, E: the results of forward and its errors are torch.nn's.
 
-Functions named *_in_a_process make calls that have crashed torch.nn itself; survives() runs them.
+Functions named *_in_a_process make calls that have crashed torch.nn itself; survives() runs them in another process.
 """
 
 import pytest
@@ -132,7 +132,7 @@ def test_d07_lstm_state_may_be_a_list():
 
 
 def overlapping(tensor):
-    """A view whose rows share memory, of the shape of the given tensor."""
+    """A tensor of the same shape whose rows share memory."""
     flat = torch.linspace(-1, 1, tensor.numel(), dtype=tensor.dtype)
     return flat.as_strided(tensor.shape, [1] * tensor.dim())
 
@@ -250,7 +250,7 @@ def test_e06_one_state_of_two(key, index):
 
 
 def test_e06_cell_promotes_its_memory():
-    """An accident of torch.nn that works: c may be of another dtype than the rest."""
+    """In torch.nn c may have another dtype than the other tensors, apparently by accident."""
     expected, actual = pair("lstm_cell")
     input, (h, c) = arguments(actual)
     same_outcome(expected, actual, input, (h, c.double()))
@@ -300,7 +300,7 @@ def test_e08_other_layouts_raise(key, layout):
 @one_of_each
 @pytest.mark.parametrize("layout", OTHER_LAYOUTS)
 def test_e08_other_layouts_of_the_state(key, layout):
-    """torch.nn takes some: then the result must be the same."""
+    """Where torch.nn accepts such a state, the results are equal."""
     expected, actual = pair(key)
     input, hx = arguments(actual)
     convert = OTHER_LAYOUTS[layout]
@@ -317,7 +317,7 @@ def test_e08_nested_input_raises(key):
 
 
 def wrong_weights_in_a_process():
-    """torch.nn's LSTM reads out of bounds here, so only fused_rnn's modules are called."""
+    """Only fused_rnn's modules are called, because torch.nn's LSTM reads out of bounds."""
     for key in ONE_OF_EACH:
         for packed in (False, True):
             _, module = pair(key)
@@ -334,7 +334,7 @@ def wrong_weights_in_a_process():
 
 
 def test_e09_fused_checks_weight_shapes():
-    """Only fused_rnn passes: torch.nn's float32 LSTM does not notice."""
+    """Stricter than torch.nn, whose float32 LSTM does not check them."""
     survives(wrong_weights_in_a_process)
 
 
@@ -342,7 +342,7 @@ def test_e09_fused_checks_weight_shapes():
 @each_precision
 @pytest.mark.parametrize("grad", [False, True])
 def test_fused_operators_run(key, packed, dtype, grad):
-    """Only fused_rnn passes: the other tests would mean little if torch's kernels ran. An RNNCell trains on them."""
+    """Otherwise the comparisons would compare torch.nn with itself. An RNNCell trains on torch.nn's operators."""
     _, module = pair(key, dtype)
     args = arguments(module, packed=packed, grad=grad)
     with fused_calls() as calls:

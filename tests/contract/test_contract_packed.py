@@ -1,6 +1,6 @@
-"""Contract F, G: packed sequences and cells.
+"""Contract F, G: packed sequences and cells give torch.nn's results and errors.
 
-Functions named *_in_a_process make calls that have crashed torch.nn itself; survives() runs them.
+Functions named *_in_a_process make calls that have crashed torch.nn itself; survives() runs them in another process.
 """
 
 import pytest
@@ -85,7 +85,7 @@ def test_f02_packed_data_of_any_strides(key, layout):
 
 @pytest.mark.parametrize("key", ["rnn_deep", "lstm_deep", "lstm_proj", "gru_deep"])
 def test_f03_reverse_starts_at_own_end(key):
-    """The reverse half of a row's output does not depend on what other rows hold."""
+    """The reverse direction's output of a row does not depend on the other rows."""
     _, actual = pair(key)
     rows = [torch.randn(n, INPUT) for n in LENGTHS]
     together = pad_packed_sequence(actual(pack_sequence(rows, enforce_sorted=False))[0])[0]
@@ -147,7 +147,7 @@ def test_f05_packed_lstm_checks_itself():
 
 
 def odd_batch_sizes_in_a_process():
-    """Any exception will do, but a result must be torch.nn's."""
+    """Any exception is accepted, but a result must equal torch.nn's."""
     for key in BASIC_SEQUENCES:
         for grad in (False, True):
             for sizes in ([1, 2], [2, 3, 1], [], [3, 3], [2, 1], [2, 0], [-1], [2, -1, 1]):
@@ -255,7 +255,7 @@ def mixed_ranks_in_a_process():
 
 
 def test_g04_fused_refuses_mixed_ranks():
-    """Only fused_rnn passes: torch.nn's LSTMCell crashes, its RNNCell gives a wrong result."""
+    """Stricter than torch.nn, whose LSTMCell crashes and whose RNNCell returns a wrong result."""
     survives(mixed_ranks_in_a_process)
 
 

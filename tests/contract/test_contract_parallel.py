@@ -1,7 +1,7 @@
-"""Contract N10: DDP, FSDP1 and FSDP2 on two gloo processes train as one process does.
+"""Contract N10: DDP, FSDP1 and FSDP2 on two gloo processes train like one process of torch.nn.
 
-The processes are started once; each rank writes its result of every variant to a file, and
-the tests read them.
+The processes are started once; each rank writes its result of every variant to a file, which the
+tests read.
 """
 
 import copy
@@ -49,7 +49,7 @@ def part(rank):
 
 
 def train(model, input):
-    """Three steps; then what the model makes of the same input."""
+    """Do three training steps; return the model's output for the same input after them."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for _ in range(3):
         optimizer.zero_grad()

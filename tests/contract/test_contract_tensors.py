@@ -1,4 +1,4 @@
-"""Contract J, K: dtypes, devices and modes; weights that change, are replaced, tied or computed."""
+"""Contract J, K: dtypes, devices, modes, and weights that change, are replaced, tied or computed, as in torch.nn."""
 
 import copy
 
@@ -125,7 +125,7 @@ def test_j02_fake_tensors(key):
 @each_call
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_j03_autocast(key, packed, dtype):
-    """torch.nn's dtypes; a float32 result, too, holds what bfloat16 products made. More of it in test_amp.py."""
+    """Dtypes equal torch.nn's; a float32 result comes from bfloat16 products, too. See also test_amp.py."""
     expected, actual = pair(key)
     input, hx = arguments(actual, packed=packed)
     input = input.to(dtype)
@@ -143,7 +143,7 @@ def test_j03_autocast(key, packed, dtype):
         wanted = call(expected)
         assert dtypes == wanted[0]
         close(results, wanted[1])
-        if "relu" not in key:  # on which side of its kink a value lies is a matter of rounding
+        if "relu" not in key:  # near relu's kink, rounding decides on which side a value lies
             close(grads, wanted[2], grad=True)
 
 
@@ -195,7 +195,7 @@ def test_j05_inference_mode(key):
 
 @each_module
 def test_j05_inference_tensor_outside(key):
-    """An inference tensor as input of a module that records: an error, or the right gradients."""
+    """An inference tensor as input of a module that records gradients: an error or correct gradients."""
     expected, actual = pair(key)
     with torch.inference_mode():
         args = arguments(actual)
@@ -234,7 +234,7 @@ def test_k01_new_parameter(key):
 
 @each_module
 def test_k01_computed_weight(key):
-    """A plain tensor in place of a deleted parameter is used, and gradient flows through it."""
+    """A plain tensor in place of a deleted parameter is used and receives a gradient."""
     results = []
     for module in pair(key):
         name = weight_name(module)

@@ -1,4 +1,4 @@
-"""Contract N: jit, fx, export, compile, ONNX, quantisation, functorch, optimisers."""
+"""Contract N: jit, fx, export, compile, ONNX, quantisation, functorch and optimisers work as with torch.nn."""
 
 import copy
 import io
@@ -39,7 +39,7 @@ each_sequence_name = pytest.mark.parametrize("name", SEQUENCES)
 
 
 class Tagger(nn.Module):
-    """A model as users write them: a linear layer, the module, another linear layer."""
+    """A typical user's model: a linear layer, the module, another linear layer."""
 
     def __init__(self, library, name, **options):
         super().__init__()
@@ -69,7 +69,7 @@ class PackedTagger(Tagger):
 
 
 def models(name, **options):
-    """torch.nn's model, ours, and an input for them."""
+    """torch.nn's model, ours, and an input for both."""
     cell = {"LSTMCell": LSTMCellTagger}.get(name, CellTagger)
     kind = cell if name in CELLS else Tagger
     shape = (4, INPUT) if name in CELLS else (6, 4, INPUT)
@@ -126,7 +126,7 @@ def test_n02_trace_records_one_operator(name, operator):
 
 @each_name
 def test_n03_fx_node(name):
-    """One call_module node: from outside it is a leaf like torch.nn's own."""
+    """One call_module node: the module is a leaf like torch.nn's."""
     expected, actual, input = models(name)
     traced = torch.fx.symbolic_trace(actual)
     assert ("call_module", "rnn") in [(node.op, node.target) for node in traced.graph.nodes]
@@ -158,7 +158,7 @@ def test_n05_compile(name):
 
 @each_sequence_name
 def test_n05_full_graph(name):
-    """Refused as for torch.nn, or right; with allow_rnn always right."""
+    """Raises as for torch.nn or gives correct results; with allow_rnn always correct results."""
     expected, actual, input = models(name)
     torch._dynamo.reset()
     whole = [torch.compile(m, backend="aot_eager", fullgraph=True) for m in (expected, actual)]
@@ -201,7 +201,7 @@ QUANTISABLE = ("LSTM", "GRU", *CELLS)
 
 @pytest.mark.parametrize("name", QUANTISABLE)
 def test_n07_dynamic_quantisation(name):
-    """The documented difference: it goes by exact class, so it needs to_torch() first."""
+    """A documented difference: it goes by exact class and so needs to_torch() first."""
     expected, actual, input = models(name)
     wanted = torch.ao.quantization.quantize_dynamic(expected, {nn.Linear, type(expected.rnn)})
     actual.rnn = actual.rnn.to_torch()
@@ -257,7 +257,7 @@ def test_n08_vmap_over_cells(key):
 @each_sequence
 @pytest.mark.parametrize("batched", [False, True])
 def test_n09_vmap_over_sequences(key, batched):
-    """torch.nn raises; a result must be that of a loop."""
+    """torch.nn raises; a result must equal a loop's."""
     expected, actual = pair(key)
     inputs = torch.stack([arguments(actual, seed=seed)[0] for seed in (1, 2, 3)])
     if not batched:

@@ -1,4 +1,4 @@
-"""Contract M, P, X01-X05: classes, subclassing, signatures; when torch's own operators must run."""
+"""Contract M, P, X01-X05: classes, subclassing, signatures, and the cases in which torch's own operators must run."""
 
 import inspect
 from contextlib import nullcontext, suppress
@@ -68,7 +68,7 @@ def test_m01_isinstance(name):
 
 @each_module
 def test_m02_fused_type_is_its_own(key):
-    """The documented difference: type(m) is not torch.nn's class. to_torch() has that class."""
+    """A documented difference: type(m) is not torch.nn's class; the result of to_torch() has that class."""
     name = MODULES[key][0]
     expected, actual = pair(key)
     assert type(actual) is getattr(fused_rnn, name) is not getattr(nn, name)
@@ -79,7 +79,7 @@ def test_m02_fused_type_is_its_own(key):
 
 
 def logging_subclass(base, calls):
-    """A user's subclass that overrides every hook of the base class, notes it, and calls it."""
+    """A subclass that overrides every hook of the base class, records its calls, and calls super()."""
 
     def override(name):
         def method(self, *args, **options):
@@ -117,7 +117,7 @@ def test_m03_overrides_are_called(key):
 
 
 def test_m03_override_that_changes_the_result():
-    """check_forward_args may be disabled, permute_hidden may do more than permute."""
+    """check_forward_args may be disabled, and permute_hidden may do more than permute."""
     results = []
     for library in (nn, fused_rnn):
 
@@ -164,7 +164,7 @@ def test_m05_signatures(name):
     expected, actual = getattr(nn, name), getattr(fused_rnn, name)
     for call in ("__init__", "forward"):
         found, wanted = (inspect.signature(getattr(c, call)) for c in (actual, expected))
-        # What torch.nn does not have can only be given by name.
+        # fused_rnn's additional arguments are keyword-only.
         positional = [p.name for p in found.parameters.values() if p.kind is not p.KEYWORD_ONLY]
         assert positional == list(wanted.parameters)
     same_outcome(
@@ -174,7 +174,7 @@ def test_m05_signatures(name):
 
 
 class Marked(torch.Tensor):
-    """A subclass with torch's default __torch_function__: results come back as Marked."""
+    """A tensor subclass with torch's default __torch_function__: results are Marked, too."""
 
 
 @each_call
@@ -263,7 +263,7 @@ def test_p02_batch_sizes(key):
 
 @each_sequence
 def test_p03_flatten_parameters_is_torchs(key):
-    """It must keep its effect for modules that are moved to CUDA."""
+    """Its effect on modules that are moved to CUDA must remain."""
     _, actual = pair(key)
     assert type(actual).flatten_parameters is nn.RNNBase.flatten_parameters
 
@@ -271,7 +271,7 @@ def test_p03_flatten_parameters_is_torchs(key):
 @each_sequence
 def test_x01_checks_are_torchs_own(key):
     expected, actual = pair(key)
-    # Not extra_repr and reset_parameters, which add what options there are (test_variant_modules.py).
+    # Except extra_repr and reset_parameters, which handle fused_rnn's options (test_variant_modules.py).
     for helper in (*HELPERS, "__setattr__", "_apply"):
         assert getattr(type(actual), helper) is getattr(type(expected), helper)
 
@@ -296,7 +296,7 @@ def test_x02_torchs_operators_run(key, reason):
 
 @each_module
 def test_x02_one_odd_weight(key):
-    """A single weight of another dtype, or a subclass, is enough to leave the fast path."""
+    """A single weight of another dtype or of a subclass prevents the fused kernels."""
     expected, actual = pair(key)
     name, weight = list(actual.named_parameters())[-1]
     args = arguments(actual)
@@ -347,7 +347,7 @@ def test_x04_gradient_penalty(key, packed):
 
 
 def no_python_checks_in_a_process():
-    """Sizes that only check_forward_args would have caught reach the kernels' own checks."""
+    """Sizes that only check_forward_args would reject reach the operators' own checks."""
     for name in SEQUENCES:
 
         class Unchecked(getattr(fused_rnn, name)):
@@ -365,7 +365,7 @@ def no_python_checks_in_a_process():
         gradients(module, good, hx)
 
 
-CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]  # as the operators number them
+CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]  # in the order of the operators' numbers
 
 
 def operator_arguments(cell, time, batch):
@@ -405,10 +405,10 @@ def raw_operator_in_a_process():
 
 
 def test_x05_fused_operator_checks_itself():
-    """Only fused_rnn passes: the operator can be called without any Python of ours."""
+    """The operator can be called without the package's Python, so it must check everything."""
     survives(raw_operator_in_a_process)
 
 
 def test_x05_fused_checks_what_python_did_not():
-    """Only fused_rnn passes: torch.nn's own operators broadcast, or read out of bounds."""
+    """Stricter than torch.nn's operators, which broadcast or read out of bounds."""
     survives(no_python_checks_in_a_process)

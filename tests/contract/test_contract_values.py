@@ -1,4 +1,4 @@
-"""Contract O, X08, X09: values, determinism, threads, processes, memory, extreme sizes."""
+"""Contract O, X08, X09: values, determinism, threads, processes, memory and extreme sizes, against torch.nn."""
 
 import copy
 import gc
@@ -38,10 +38,10 @@ from contract import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LARGE = {"sizes": (32, 128)}  # worth more than one thread
+LARGE = {"sizes": (32, 128)}  # enough work for more than one thread
 LARGE_INPUT = {"time": 12, "batch": 8}
 
-# (time, batch, input, hidden): single, odd, powers of two, one over, wide, tall
+# (time, batch, input, hidden): single, odd, powers of two, one more, wide, tall
 SHAPES = [(1, 1, 1, 2), (2, 3, 7, 9), (5, 1, 16, 64), (3, 17, 33, 65), (20, 8, 4, 32), (9, 2, 9, 3)]
 
 
@@ -60,7 +60,7 @@ def test_x09_values_and_gradients(key, packed, dtype, shape):
 @pytest.mark.parametrize("key", ["lstm", "lstm_proj"])
 @pytest.mark.filterwarnings("error")
 def test_x08_no_warning_from_the_kernels(key):
-    """torch.nn computes projections without oneDNN and says so once; a replacement has no cause."""
+    """torch.nn computes projections without oneDNN and warns once; our kernels have no reason to."""
     _, actual = pair(key)
     actual(*arguments(actual))
 
@@ -167,7 +167,7 @@ def test_o04_python_threads(key, threads):
 @each_call
 @pytest.mark.parametrize("backward", [False, True])
 def test_o05_graph_is_freed(key, packed, backward):
-    """Everything that is saved for backward goes with the results, without the collector."""
+    """All tensors saved for backward are freed with the results, without the garbage collector."""
     _, actual = pair(key)
     input, hx = arguments(actual, packed=packed, grad=True)
     kept = []
@@ -197,7 +197,7 @@ def test_o05_graph_is_freed(key, packed, backward):
 
 
 def results_in_a_child(keys, queue):
-    """On one thread, as DataLoader's workers: with more, GNU OpenMP waits for ever after a fork."""
+    """Results on one thread, like DataLoader's workers: with more, GNU OpenMP deadlocks after a fork."""
     torch.set_num_threads(1)
     for key in keys:
         _, module = pair(key, **LARGE)
@@ -207,7 +207,7 @@ def results_in_a_child(keys, queue):
 
 
 def forked_children():
-    """First with one thread in the parent, then after the parent has used two."""
+    """Fork first with one thread in the parent, then after the parent has used two."""
     context = multiprocessing.get_context("fork")
     for threads in (1, 2):
         torch.set_num_threads(threads)

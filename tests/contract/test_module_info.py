@@ -1,8 +1,8 @@
-"""PyTorch's own judgement: its ModuleInfo samples for the six classes, run as its test/test_modules.py runs them.
+"""PyTorch's ModuleInfo samples for the six classes, run as PyTorch's test/test_modules.py runs them.
 
-On the CPU torch.nn passes all of it: where a rule could be the driver's own (errors, modes, memory formats) it is run,
-too. What PyTorch marks as failing (cuDNN) needs a GPU. Not here: `inplace`, which no RNN has, and what moves modules
-between devices.
+On the CPU torch.nn passes all of them. Errors, modes and memory formats are tested on torch.nn as well, to check the
+tests themselves. Cases that PyTorch marks as failing (cuDNN) need a GPU. Left out: `inplace`, which no RNN has, and
+moves between devices.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @contextmanager
 def without_traces() -> Iterator[None]:
-    """Undoes what importing PyTorch's test utilities changes for the whole process."""
+    """Undo the process-wide changes made by importing PyTorch's test utilities."""
     flag, flags = "__allow_nonbracketed_mutation_flag", torch.backends.flags_frozen.__globals__
     allowed = flags[flag]
     calls = [(cls, cls.__call__) for cls in (torch._C.ScriptFunction, torch._C.ScriptMethod)]
@@ -83,12 +83,12 @@ def called(module: nn.Module, sample: Any) -> Any:
 @each_dtype
 @each_mode
 def test_forward(name: str, dtype: torch.dtype, training: bool) -> None:
-    """The sample's own reference, and torch.nn with the same seed: constructor, unbatched, packed."""
+    """Results equal the sample's own reference, and torch.nn's with the same seed: constructor, unbatched, packed."""
     for sample in samples(name, dtype, training):
         module = built(fused_rnn, name, sample, dtype, training)
         found, given = called(module, sample), sample.forward_input
         close(found, called(built(nn, name, sample, dtype, training), sample))
-        if isinstance(given.args[0], Tensor):  # the reference of a packed sample is no one's
+        if isinstance(given.args[0], Tensor):  # samples of packed sequences have no reference
             close(found, sample.reference_fn(module, *given.args, **given.kwargs))
 
 
@@ -145,7 +145,7 @@ def test_copies(copied: Any, name: str, training: bool) -> None:
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """Equal, not contiguous, a leaf."""
+    """An equal, non-contiguous leaf."""
     if tensor.dim() == 0 or tensor.numel() < 2:
         return tensor
     spread = torch.stack([tensor.detach(), torch.full_like(tensor, torch.nan)], dim=-1)[..., 0]
@@ -156,7 +156,7 @@ def strided(tensor: Tensor) -> Tensor:
 @each
 @each_dtype
 def test_non_contiguous_tensors(name: str, dtype: torch.dtype) -> None:
-    """Input, states and incoming gradients, alone and together as PyTorch does it; then the weights, too."""
+    """Input, states and incoming gradients, alone and together as in PyTorch's test; then also the weights."""
     for sample in samples(name, dtype, True, requires_grad=True, **without_packed(name)):
         module = built(fused_rnn, name, sample, dtype, True)
 
@@ -209,7 +209,7 @@ def test_grad(name: str, training: bool) -> None:
 @each
 def test_gradgrad(name: str) -> None:
     every = samples(name, torch.float64, True, requires_grad=True, **without_packed(name))
-    for sample in every[1::3]:  # every option in both positions, in a third of the time
+    for sample in every[1::3]:  # a third of the samples still has every option in both positions
         call, leaves = differentiable(built(fused_rnn, name, sample, torch.float64, True), sample)
         assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
@@ -217,7 +217,7 @@ def test_gradgrad(name: str) -> None:
 @each
 @each_library
 def test_memory_format(library: Any, name: str) -> None:
-    """A format changes 4-D tensors only; a module, its input and its parameters come through as they are."""
+    """A memory format changes only 4-D tensors; a module, its input and its parameters stay as they are."""
     for sample in samples(name, torch.float32, True):
         module = built(library, name, sample, torch.float32, True)
         expected = called(module, sample)
@@ -233,7 +233,7 @@ def test_memory_format(library: Any, name: str) -> None:
 @each
 @each_library
 def test_if_train_and_eval_modes_differ(library: Any, name: str) -> None:
-    """Whether forward asks for `training` at all is what PyTorch has written down."""
+    """Whether forward reads `training` is recorded in PyTorch's ModuleInfo."""
     for sample in samples(name, torch.float32, True):
         module = built(library, name, sample, torch.float32, True)
         del module.training
@@ -293,7 +293,7 @@ def test_to_empty(name: str) -> None:
 
 @each
 def test_state_dict_hooks(name: str) -> None:
-    """Each kind of hook is called once per state_dict and load_state_dict, and may change what it is given."""
+    """Each kind of hook is called once per state_dict and load_state_dict, and may change its argument."""
     for sample in samples(name, torch.float32, True):
         module = built(fused_rnn, name, sample, torch.float32, True)
         seen: list[str] = []

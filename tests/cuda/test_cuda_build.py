@@ -1,5 +1,8 @@
-"""What the built CUDA library promises without a GPU: every kernel is there, keeps its weights on the chip and spills
-nothing, and the library loads under any torch and tells its compilers the right shapes."""
+"""Properties of the built CUDA library that need no GPU: it has every kernel, no kernel spills registers, the time loop
+reads no weights from global memory, and the library loads under any torch and needs no other CUDA library.
+
+The machine code is disassembled (sass.py) and compared with numbers computed from the sources.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def constant(name: str, file: str) -> int:
 
 
 def policies() -> dict[str, str]:
-    """The cells' names in kernels, RnnCell<Tanh> as Tanh, and their names in Python."""
+    """The cells' template names in kernels (Tanh for RnnCell<Tanh>), and their names in Python."""
     entries = re.findall(r'X\(\w+, (\w+)(?:<(\w+)>)?, "(\w+)"\)', source("cells/cells.h"))
     return {inner or outer: label for outer, inner, label in entries}
 
@@ -52,7 +55,7 @@ def instances() -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    """Of each architecture. Disassembling them takes half a minute."""
+    """The kernels of each architecture. Disassembling them takes half a minute."""
     missing = [name for name in ("cuobjdump", "nvdisasm") if sass.find_tool(name) is None]
     if missing:
         pytest.skip(f"{' and '.join(missing)} not found: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
@@ -65,7 +68,7 @@ def exchanges() -> list[str]:
 
 
 def resident(kernels: Kernels) -> list[tuple[str, sass.Name, sass.Kernel]]:
-    """Those that keep the recurrent weights on the chip; before sm_90 there are no clusters, and nothing to look at."""
+    """The kernels that keep the recurrent weights on the chip, without those for clusters on sm_80, which has none."""
     return [
         (architecture, name, kernel)
         for architecture, found in kernels.items()
@@ -92,7 +95,7 @@ def test_every_kernel_is_there_for_every_architecture(kernels: Kernels) -> None:
 
 
 def test_no_kernel_spills(kernels: Kernels) -> None:
-    """What does not fit into registers would go to the GPU's memory and back at every step."""
+    """Spilled registers would go to the GPU's memory and back at every step."""
     for architecture, found in kernels.items():
         for name, kernel in found.items():
             assert kernel.instructions, (architecture, name)
@@ -101,7 +104,7 @@ def test_no_kernel_spills(kernels: Kernels) -> None:
 
 
 def test_a_block_of_every_kernel_can_be_launched(kernels: Kernels) -> None:
-    """A multiprocessor has 65536 registers, and gives every thread a multiple of eight."""
+    """A multiprocessor has 65536 registers and allocates them to threads in multiples of eight."""
     for architecture, found in kernels.items():
         for name, kernel in found.items():
             _, unit_warps, depth_warps, _ = name.shape or (0, 8, 1, 1)
@@ -111,11 +114,11 @@ def test_a_block_of_every_kernel_can_be_launched(kernels: Kernels) -> None:
 
 
 def weights(cell: str, function: str) -> tuple[int, int, int]:
-    """Of a tile: tensor-core instructions, how many take their weights from registers, and places where it loads rows.
+    """For one tile: tensor-core instructions, those with weights from registers, and places that load rows.
 
     A warp takes the columns of its weights in pairs of tensor-core steps, one instruction for each step and gate, and
-    the pairs in chunks of kChunk. Chunks that begin with pairs in registers are unrolled; one loop over chunks does
-    the rest, so its code is there once. Backward has one product, of all gates' gradients. An instruction takes four
+    the pairs in chunks of kChunk. Chunks that begin with pairs in registers are unrolled; the others share one loop,
+    whose code occurs once. Backward has one product, of all gates' gradients. An instruction takes four
     registers of weights, which gives the second number without counting pairs.
     """
     gates = reference.GATES[policies()[cell]] if function == "forward" else 1
@@ -127,35 +130,35 @@ def weights(cell: str, function: str) -> tuple[int, int, int]:
 
 @needs_sources
 def test_the_time_loop_multiplies_as_the_source_says(kernels: Kernels) -> None:
-    """Once for each step, and on the tensor cores' instruction for the element.
+    """The expected number of tensor-core instructions, of the right type for the element.
 
-    The loop over tiles of rows is not unrolled by the compilers known so far; where one does, the count is that many
-    times as large.
+    The compilers known so far do not unroll the loop over tiles of rows; if one does, the count is multiplied by
+    their number.
     """
     opcodes = {"Bf16": "HMMA.16816.F32.BF16", "Fp16": "HMMA.16816.F32", "Tf32": "HMMA.1688.F32.TF32"}
     for architecture, name, kernel in resident(kernels):
         products, _, _ = weights(name.cell, name.function)
         count = kernel.time_loop[opcodes[name.element]]
         assert count in (products, products * name.shape[3]), (architecture, name)
-        # None besides: not before or behind the loop, and none of another type.
+        # No others: neither outside of the loop nor of another type.
         assert count == matching(kernel.instructions, "[A-Z]*MMA"), (architecture, name)
 
 
 @needs_sources
 def test_the_time_loop_takes_weights_from_the_chip(kernels: Kernels) -> None:
-    """The weights are loaded before it, 16 bytes at once, as nothing else is but what blocks exchange.
+    """Weights are loaded before the loop, in 16-byte loads, which otherwise only the exchange between blocks uses.
 
-    The exchange through L2 is known by its memory order: relaxed, of the whole GPU. Others have it in shared memory.
+    The exchange through L2 is recognised by its memory order (relaxed, scope of the GPU); others use shared memory.
     """
     wide, exchange = r"LDG?\.\S*\b(64|128|256)\b", r"LDG?\.\S*\b128\.STRONG\.GPU"
     for architecture, name, kernel in resident(kernels):
         products, from_registers, rows = weights(name.cell, name.function)
         exchanged = matching(kernel.time_loop, exchange)
         assert matching(kernel.time_loop, wide) == exchanged, (architecture, name)
-        assert matching(kernel.instructions, wide) > exchanged, (architecture, name)  # so they were recognized
+        assert matching(kernel.instructions, wide) > exchanged, (architecture, name)  # proves that the pattern matches
         assert (exchanged > 0) == (exchanges()[name.shape[0]] == "kThroughL2"), (architecture, name)
 
-        # What a product does not take from registers lies in shared memory, and each such operand is one load.
+        # Operands that are not in registers are in shared memory, with one load each.
         tiles = kernel.time_loop["LDS.128"] - (0 if exchanged else rows)
         copies = matching(kernel.time_loop, "HMMA") // products
         assert tiles == copies * (products - from_registers), (architecture, name)
@@ -163,23 +166,23 @@ def test_the_time_loop_takes_weights_from_the_chip(kernels: Kernels) -> None:
 
 @needs_sources
 def test_the_time_loop_reads_no_more_than_its_data(kernels: Kernels) -> None:
-    """Forward: the input's share of each gate. Backward: what forward saved, dy. Both: lengths, resets, their states,
+    """The data of forward: input gates. Of backward: saved values and dy. Of both: lengths, resets with their states,
     dropout and zoneout.
 
-    The compiler may write a part of the loop twice, for two cases; weights would be far more.
+    The compiler may duplicate a part of the loop for two cases; reading weights would be far more loads.
     """
-    saved = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 5, "gru": 5}  # kSaved values, and c before the step or h
+    saved = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 5, "gru": 5}  # kSaved values, and c or h before the step
     units = constant("kTileUnits", "cuda/layout.h")
     rows_of_tile = constant("kTileRows", "cuda/layout.h")
     for architecture, name, kernel in resident(kernels):
         label = policies()[name.cell]
         _, unit_warps, depth_warps, row_tiles = name.shape
         row_step = 32 * unit_warps * depth_warps // (units * unit_warps)
-        rows = -(-rows_of_tile * row_tiles // row_step)  # of one thread
+        rows = -(-rows_of_tile * row_tiles // row_step)  # per thread
         values = rows * (reference.GATES[label] + 1 if name.function == "forward" else saved[label] + 2)
         loads = matching(kernel.time_loop, r"LDG?\.(?!.*STRONG)")
-        of_segments = 8 * rows  # ends and borders, twice looked at, and two states that come in
-        regularised = 8 * rows  # drop_h, two shares of zoneout, h before dropout; twice written
+        of_segments = 8 * rows  # row ends and resets, each read twice, and two reset states
+        regularised = 8 * rows  # drop_h, two zoneout masks, h before dropout; code emitted twice
         assert values <= loads <= 2 * values + of_segments + regularised, (architecture, name, loads, values)
 
 
@@ -190,7 +193,7 @@ def readelf(option: str) -> str:
 
 
 def test_the_library_needs_no_cuda_library() -> None:
-    """The CUDA runtime is linked statically, and torch's CUDA half looked up by name."""
+    """The CUDA runtime is linked statically, and torch's CUDA functions are looked up by name."""
     needed = re.findall(r"\(NEEDED\).*\[(.*)\.so", readelf("-d"))
     assert "libtorch_cpu" in needed
     system = {"libc", "libdl", "libgcc_s", "libm", "libpthread", "librt", "libstdc++"}
@@ -198,7 +201,7 @@ def test_the_library_needs_no_cuda_library() -> None:
 
 
 def test_the_library_uses_the_stable_abi_alone() -> None:
-    """C functions of torch's: it has no C++ symbol of a namespace that changes from version to version."""
+    """Only C functions of torch are undefined symbols, no C++ symbols, which change from version to version."""
     undefined = re.findall(r" UND (\S+)", readelf("--dyn-syms"))
     assert any(name.startswith("aoti_torch_") for name in undefined)
     assert [name for name in undefined if re.match(r"_ZN?[KVT]*[SN]?\d*(at|c10|caffe2|torch)\d", name)] == []
@@ -212,7 +215,7 @@ def run_python(code: str, *arguments: str | Path, cwd: Path) -> str:
 
 
 def test_libtorch_cpu_is_all_it_needs_of_torch(tmp_path: Path) -> None:
-    """RTLD_NOW looks for every symbol at once. `import torch` would load the CUDA half of a torch that has one."""
+    """RTLD_NOW resolves every symbol at once. `import torch` is avoided, since it may load torch's CUDA libraries."""
     torch_cpu = Path(find_spec("torch").origin).parent / "lib" / "libtorch_cpu.so"
     code = """
 import ctypes, os, sys
@@ -236,7 +239,7 @@ for name in ("forward", "backward"):
 
 @pytest.mark.parametrize("order", [("_cuda.so", "_cpu.so"), ("_cpu.so", "_cuda.so")], ids=" ".join)
 def test_it_registers_the_cpus_operators_for_cuda(order: tuple[str, str], tmp_path: Path) -> None:
-    """Without the package, under this torch, whether or not it has CUDA and the machine a GPU."""
+    """Without importing the package; independent of whether torch has CUDA and the machine a GPU."""
     found = run_python(LOAD, *(LIBRARY.with_name(name) for name in order), cwd=tmp_path)
     assert found.splitlines() == ["fused_rnn::forward CPU CUDA", "fused_rnn::backward CPU CUDA"]
 

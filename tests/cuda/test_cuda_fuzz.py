@@ -1,6 +1,6 @@
-"""The CUDA operators called with anything: an exception of Python or results, never a crash; under the emulator.
+"""The CUDA operators under the emulator, called with damaged arguments: a Python exception or results, never a crash.
 
-What the CPU's operators are called with, and why, is in test_fuzz.py.
+test_fuzz.py does the same with the CPU operators, and defines the kinds of damage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 CELLS = list(reference.CELLS)
-PLANNED, EVERY_STEP = -1, -2  # as `instance`; csrc/bindings/schemas.h
+PLANNED, EVERY_STEP = -1, -2  # values of `instance`; csrc/bindings/schemas.h
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def called(operator: str) -> Callable:
 def forward_arguments(
     cell: str, instance: int, D: int, dtype: torch.dtype, kind: str, more: bool, H: int = 8
 ) -> dict[str, Any]:
-    """Of a valid call, "padded", "packed" or "step"; with all options if `more`."""
+    """Arguments of a valid call with `kind` "padded", "packed" or "step", and with all options if `more`."""
     torch.manual_seed(0)
     T, B, size, G = 3, 2, 4, reference.GATES[cell]
     is_lstm, is_step = cell == "lstm", kind == "step"
@@ -82,7 +82,7 @@ def backward_arguments(given: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(1)
     y, h_n, c_n, reserve, c_sequence = called("forward")(**given)
     names = ("x", "w_ih", "w_hh", "w_ih_reverse", "w_hh_reverse", "cell", "tf32", "instance")
-    names += tuple(name for name in OPTIONS if name not in ("reset_h", "reset_c"))  # which backward does not read
+    names += tuple(name for name in OPTIONS if name not in ("reset_h", "reset_c"))  # backward does not read these
     needs = ("dx", "dstate", "dw_ih", "dw_hh", "db", "dw_hr")
     return {name: given[name] for name in names} | dict(
         dy=torch.randn_like(y),
@@ -116,7 +116,7 @@ def calls(draw: Callable, operator: str) -> dict[str, Any]:
 @given(data=st.data())
 def test_damaged_calls(operator: str, data: st.DataObject) -> None:
     call = called(operator)
-    # Behind a row's end, what forward keeps for backward is memory that nobody has written to.
+    # After the end of a row, the values saved by forward are uninitialised memory.
     check(call, damaged(data, data.draw(calls(operator), "call")), slice(3) if operator == "forward" else slice(1, 3))
 
 
@@ -135,7 +135,7 @@ def test_damaged_calls(operator: str, data: st.DataObject) -> None:
 def test_fake_kernels_give_what_the_operators_allocate(
     cell: str, instance: int, dtype: torch.dtype, kind: str, D: int, more: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shapes, strides and dtypes as torch's compilers are told, whichever kernels run."""
+    """Fake kernels and operators agree in shapes, strides and dtypes, for all kinds of kernels."""
     monkeypatch.setattr(policy, "on_cuda", lambda x: True)
     arguments = forward_arguments(cell, instance, D, dtype, kind, more, H=13)
     for train in (True, False):
@@ -158,7 +158,7 @@ def test_fake_kernels_give_what_the_operators_allocate(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cell", CELLS)
 def test_weights_that_begin_anywhere(cell: str, dtype: torch.dtype) -> None:
-    """A GPU loads them by 16 bytes from addresses that are multiples of 16; flat parameters lie as they come."""
+    """The kernels load weights in aligned words of 16 bytes, but flat parameters may start at any address."""
     arguments = forward_arguments(cell, 0, 1, dtype, "padded", False)
     moved = DISGUISES["later in a buffer"](arguments["w_hh"])
     assert moved.data_ptr() % 16 and moved.is_contiguous()
@@ -174,7 +174,7 @@ def test_weights_that_begin_anywhere(cell: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["padded", "packed"])
 @pytest.mark.parametrize("instance", [EVERY_STEP, 0])
 def test_autocast_around_a_call_changes_nothing(instance: int, kind: str) -> None:
-    """As when backward is called under it: torch's products inside would have another dtype than the kernels read."""
+    """backward may be called under autocast, which would change the dtype of torch's products inside it."""
     forward = forward_arguments("gru", instance, 2, torch.float32, kind, True)
     backward = backward_arguments(forward)
     for operator, arguments in (("forward", forward), ("backward", backward)):
@@ -190,7 +190,7 @@ def test_autocast_around_a_call_changes_nothing(instance: int, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", ["padded", "packed"])
 def test_parameters_are_taken_as_they_are(kind: str) -> None:
-    """Called directly, where torch would record gradients, the operators compute the same, as on the CPU."""
+    """Direct calls with tensors that require gradients compute the same, as on the CPU."""
     forward = forward_arguments("lstm", EVERY_STEP, 2, torch.float32, kind, True)
     backward = backward_arguments(forward)
     for operator, arguments in (("forward", forward), ("backward", backward)):
@@ -207,7 +207,7 @@ def test_parameters_are_taken_as_they_are(kind: str) -> None:
 @pytest.mark.parametrize("lengths", [[-1, 2], [2**31 - 1, -(2**31)], [4, 0]])
 @pytest.mark.parametrize("instance", [EVERY_STEP, 0])
 def test_lengths_outside_of_the_sequence(instance: int, lengths: list[int]) -> None:
-    """Nobody looks at them on the host: they count as 0 and T."""
+    """The host does not read the lengths; values outside of [0, T] are clamped."""
     forward = forward_arguments("lstm", instance, 2, torch.float32, "padded", True)
     inside = [min(max(length, 0), 3) for length in lengths]
     results = []
@@ -235,7 +235,7 @@ def test_memory_that_was_taken_away() -> None:
         forward = forward_arguments("lstm", instance, 2, torch.float32, "padded", True)
         for operator, arguments in (("forward", forward), ("backward", backward_arguments(forward))):
             for name in [name for name, value in arguments.items() if isinstance(value, Tensor)]:
-                # Of both directions' weights the message has one name.
+                # The message names the weights of both directions alike.
                 words = f"{name.removesuffix('_reverse')} reaches beyond the end of its storage"
                 with pytest.raises(RuntimeError, match=words):
                     call = called(operator)

@@ -1,8 +1,7 @@
-"""The CUDA kernels without a GPU: `cuda_check.cpp` runs them in the emulator against a plain loop, and every fault put
-into them on purpose must make it fail.
+"""The CUDA kernels without a GPU: `cuda_check.cpp` runs them in the emulator and compares them with a plain loop.
 
-The emulator judges races, barriers and the order in which words arrive; the comparison judges the numbers. What neither
-would notice is not tested, so the mutants at the end keep both honest.
+The emulator detects races, missing barriers and dependence on the order of messages; the comparison detects wrong
+numbers. Each mutant below is a fault in a kernel that the check must detect, which proves that both can fail.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 FLAGS = ["-std=c++17", "-DFUSED_RNN_EMULATOR", f"-I{EMULATOR}", f"-I{HERE}", "-x", "c++"]
 CELLS = {"lstm": "LstmCell", "gru": "GruCell", "rnn_tanh": "RnnCell<Tanh>", "rnn_relu": "RnnCell<Relu>"}
 ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "tf32": "Tf32"}
-# Of mutants, as in csrc/cuda/layout.h: what is compiled takes most of the time.
+# The instances for mutants, as in csrc/cuda/layout.h. Compilation takes most of the time, so they are few.
 INSTANCES = {
     "alone": "X(kAlone, 8, 1, 1)",
     "cluster": "X(kThroughCluster, 1, 8, 1)",
     "few": "X(kAlone, 8, 1, 1) X(kThroughL2, 1, 8, 1) X(kThroughL2, 2, 4, 2)",
 }
-# What sigmoid and tanh shift out of their constants' signs, every compiler that can build this defines.
+# sigmoid and tanh shift their constants' sign bits out, which every supported compiler defines.
 SANITIZER = ["-fsanitize=address,undefined", "-fno-sanitize=shift-base", "-fno-sanitize-recover=all"]
 PROCESSES = 2
-SECONDS = 300  # far more than anything takes here: a program that needs longer hangs
+SECONDS = 300  # far above any run time here: a longer run hangs
 
 pytestmark = [
     pytest.mark.slow("compiles the CUDA kernels for the emulator many times, each with a fault put in"),
@@ -67,7 +66,7 @@ def build(
     also: Iterable[Path] = (),
     processes: int = 2,
 ) -> Path:
-    """Compiles `sources` side by side and links them with the objects of `also`."""
+    """Compile `sources` in parallel and link them with the object files `also`."""
     folder = program.with_suffix(".objects")
     folder.mkdir()
     with ThreadPoolExecutor(processes) as pool:
@@ -93,13 +92,13 @@ def assert_passes(done: subprocess.CompletedProcess[str]) -> None:
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The emulator's object, the same for all programs without a sanitizer."""
+    """The emulator's object file, shared by all programs without a sanitizer."""
     return compiled(EMULATOR / "emulator.cpp", tmp_path_factory.mktemp("emulator") / "emulator.o", "-O2")
 
 
 @pytest.fixture(scope="module")
 def every_instance(tmp_path_factory: pytest.TempPathFactory, emulator: Path) -> Path:
-    """The program with all cells, elements and instances, those that a GPU would run."""
+    """The program with all cells, elements and the instances of the library."""
     kernels = [CSRC / "cuda" / f"{cell}.cu" for cell in CELLS]
     host = [HERE / "cuda_check.cpp", CSRC / "cuda" / "plan.cpp", CSRC / "cuda" / "recurrence.cpp"]
     return build(tmp_path_factory.mktemp("every_instance") / "cuda_check", [*kernels, *host], "-O1", also=[emulator])
@@ -114,7 +113,7 @@ def test_the_emulator_is_right(tmp_path: Path) -> None:
 def test_every_instance_agrees_with_the_reference(every_instance: Path) -> None:
     def check(cell_and_element: tuple[str, str]) -> subprocess.CompletedProcess[str]:
         cell, element = cell_and_element
-        seeds = 2 if cell == "lstm" else 1  # the others differ in the numbers, hardly in the order of events
+        seeds = 2 if cell == "lstm" else 1  # other cells have other numbers, but almost the same order of events
         return run(every_instance, "--cell", cell, "--element", element, "--seeds", seeds)
 
     with ThreadPoolExecutor(PROCESSES) as pool:
@@ -138,7 +137,7 @@ def test_no_access_beyond_memory_and_nothing_undefined(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: `old`, which occurs once in `file`, becomes `new`. `cell` and `element` are those that must notice."""
+    """A fault: replaces `old`, which occurs once in `file`, by `new`. Checking `cell` with `element` must detect it."""
 
     name: str
     file: str
@@ -146,22 +145,22 @@ class Mutant:
     new: str
     cell: str = "lstm"
     element: str = "bf16"
-    sanitized: bool = False  # only the address sanitizer notices it
-    exchange: str = "few"  # of the instances that must notice
+    sanitized: bool = False  # only the address sanitizer detects it
+    exchange: str = "few"  # the set of instances that must detect it
 
 
 _FORWARD, _BACKWARD, _PRODUCT, _EXCHANGE = "forward.cuh", "backward.cuh", "product.cuh", "exchange.cuh"
 _BLOCK, _ELEMENT, _REGULARISED = "block.cuh", "element.h", "regularised.cuh"
 _ALONE, _CLUSTER = {"exchange": "alone"}, {"exchange": "cluster"}
-# Not here, because nothing can notice them:
-# - Both sync_warp() of product.cuh: mma itself makes the emulator's warps meet, and a lane reads only those weights in
-#   shared memory that it wrote. They make a GPU's lanes converge; they order no memory.
+# Faults that cannot be detected and are left out:
+# - Both sync_warp() of product.cuh: mma itself synchronises the emulator's warps, and a lane reads only those weights
+#   in shared memory that it wrote. They make a GPU's lanes converge and do not order memory.
 # - The barrier before backward's steps: nothing shared is written before it.
-# - Forward's `is_unit ? h : 0.0f`: behind H all is zero, from the weights to the state.
-# - The rows' bound of a block that is alone: rows behind the tile have a place in its memory; nobody reads their sums.
+# - Forward's `is_unit ? h : 0.0f`: beyond H everything is zero, from the weights to the state.
+# - The bound of rows in a single block: rows beyond the tile have memory of their own, and their sums are unused.
 # - `last_row` in Block::tile: all launches but the last consist of whole tiles.
-# What a cluster does after one of its threads has given up needs a block that is late, and so a test of its own:
-# cuda_emulator/self_test_cluster.cpp. There: the barrier at the end, no pushes after giving up.
+# A cluster's behaviour after one of its threads has given up needs a delayed block, and so a test of its own,
+# cuda_emulator/self_test_cluster.cpp: the barrier at the end, no pushes after giving up.
 MUTANTS = [
     # Barriers.
     Mutant("forward: none before the steps", _FORWARD, "  }\n  sync_block();\n", "  }\n"),
@@ -169,7 +168,7 @@ MUTANTS = [
     Mutant("forward: none behind the cell", _FORWARD, "      sync_block();\n    }\n", "    }\n"),
     Mutant("backward: none behind the product", _BACKWARD, "      sync_block();\n\n", "\n"),
     Mutant("backward: none behind the cell", _BACKWARD, "      sync_block();\n    }\n", "    }\n"),
-    # What is exchanged through L2.
+    # The exchange through L2.
     Mutant("nothing is ever missing", _EXCHANGE, "return v.w[0] == kNotReady ||", "return false &&"),
     Mutant(
         "three words of four are looked at", _EXCHANGE, "v.w[2] == kNotReady || v.w[3]", "v.w[2] == kNotReady || v.w[2]"
@@ -201,7 +200,7 @@ MUTANTS = [
     Mutant("waits again after giving up", _EXCHANGE, "if (gave_up_) return false;", ""),
     Mutant("adds up all waits", _EXCHANGE, "{ turns_ = 0, since_ = 0; }", "{ turns_ += 0; }"),
     Mutant("does not say so", _EXCHANGE, "store_to_host(error_, 1);", ""),
-    # A block that is alone.
+    # A single block.
     Mutant("alone: columns behind the last", _EXCHANGE, " || column >= columns_", ""),
     Mutant("alone: all tiles in one slot", _EXCHANGE, "(tile.index * Shape::kRows + row)", "row"),
     Mutant("alone, GRU: keeps what nobody reads", _EXCHANGE, "if (column >= rows_.offset)", "if (true)", "gru"),
@@ -216,7 +215,7 @@ MUTANTS = [
     Mutant(
         "the next tile's rows too late", _PRODUCT, "start(source, tile + 1, 0, next)", "start(source, tile, 0, next)"
     ),
-    # Rows, units and what they carry.
+    # Rows, units and their states.
     Mutant("forward: rows never end", _FORWARD, "active = present && block.active(t, b)", "active = present"),
     Mutant(
         "backward: rows never end",
@@ -254,7 +253,7 @@ MUTANTS = [
     ),
     Mutant("dreset of this step", _BACKWARD, "after * d.dreset.step", "t * d.dreset.step", **_ALONE),
     Mutant("dreset of c is that of h", _BACKWARD, "d.dreset.c, at, dc)", "d.dreset.c, at, dh)", **_ALONE),
-    # c of every step.
+    # The sequence of c.
     Mutant("c_sequence behind a row's end", _FORWARD, "active ? c : 0.0f", "c", **_ALONE),
     Mutant("c_sequence in rows of H", _FORWARD, "(d.c_sequence, y_index,", "(d.c_sequence, at,", **_ALONE),
     Mutant("dc_sequence is not added", _BACKWARD, "dc += dc_sequence[i];", "", **_ALONE),
@@ -285,7 +284,7 @@ MUTANTS = [
     Mutant("forward: rows that ended are mixed", _FORWARD, "c = active ? mixed", "c = present ? mixed", **_ALONE),
     Mutant("backward: c loses what zoneout kept", _BACKWARD, "dc + dc_split.to_old", "dc", **_ALONE),
     Mutant("backward: h loses what zoneout kept", _BACKWARD, "dh_prev + dh_split.to_old", "dh_prev", **_ALONE),
-    # What is exchanged through a cluster.
+    # The exchange through a cluster.
     Mutant("cluster: nothing is expected again", _EXCHANGE, "gave_up()) expect(t, tile);", "gave_up()) {}", **_CLUSTER),
     Mutant("cluster: all expect", _EXCHANGE, "if (thread_index() == 0 && !watchdog_", "if (!watchdog_", **_CLUSTER),
     Mutant("cluster: nothing is expected at first", _EXCHANGE, "          expect(t, block.tile(j));\n", "", **_CLUSTER),
@@ -304,7 +303,7 @@ MUTANTS = [
 
 
 def outcome(mutant: Mutant, folder: Path, host: list[Path]) -> subprocess.CompletedProcess[str]:
-    """What the check says to a copy of the sources with the fault in it."""
+    """The result of the check on a copy of the sources with the fault."""
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc)
     target = csrc / "cuda" / mutant.file
@@ -329,7 +328,7 @@ def outcome(mutant: Mutant, folder: Path, host: list[Path]) -> subprocess.Comple
 def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, emulator: Path
 ) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """Of the mutants whose tests are to run: several at a time."""
+    """The results of the selected mutants, several at a time."""
     host = [emulator, compiled(CSRC / "cuda" / "plan.cpp", tmp_path_factory.mktemp("plan") / "plan.o", "-O1")]
     mutants = [item.callspec.params["mutant"] for item in request.session.items if "[mutant: " in item.name]
     with ThreadPoolExecutor(PROCESSES) as pool:
@@ -346,5 +345,5 @@ def test_a_fault_is_found(
     done = outcomes[mutant.name].result()
     print(done.stdout, done.stderr[:2000])
     assert done.returncode != 0, "nobody has noticed"
-    # Said by the check or by the sanitizer: a program that merely crashes has noticed nothing.
+    # Reported by the check or the sanitizer: a mere crash does not count as detected.
     assert "FAILED: " in done.stdout or "AddressSanitizer" in done.stderr

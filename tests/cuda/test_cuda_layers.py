@@ -1,7 +1,7 @@
-"""The CUDA path from the modules down to the kernels, on the CPU: the emulator stands for the GPU.
+"""The CUDA path from the modules to the kernels, on the CPU: the emulator replaces the GPU.
 
-Everything between is the real thing: bindings, planner, launchers, kernels, autograd, packing. What is left to a GPU is
-in test_gpu.py.
+Bindings, planner, launchers, kernels, autograd and packing are the real ones. Results are compared with torch.nn and
+the specification. test_gpu.py repeats the comparison on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.slow("compiles the CUDA kernels for the emulator, which is slow itself"),
 ]
 
-# Several blocks and teams, more rows than a launch's first tiles, columns beyond the registers', odd everything.
+# Several blocks and teams, more rows than the first launch takes, more columns than registers hold, odd sizes.
 _LARGER = [
     dict(T=4, B=1, I=5, H=300),
     dict(T=3, B=70, I=5, H=130),
@@ -41,7 +41,7 @@ EMULATED += [Case(**cell, **size) for cell in _CELLS for size in _LARGER]
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has every layer computed by the CUDA operators."""
+    """Run every layer on the CUDA operators."""
     emulated.use(monkeypatch)
 
 
@@ -61,12 +61,12 @@ def test_matches_torch(case: Case, precision: Precision, monkeypatch: pytest.Mon
     actual = results(case, ours, data, dtype)
     if precision.tf32:
         rounded = tf32_results(case, exact, data)
-    else:  # torch.nn's own operations: how near oneDNN's LSTM comes depends on the processor
+    else:  # torch.nn's own operations: the accuracy of oneDNN's LSTM depends on the processor
         with torch.backends.mkldnn.flags(enabled=False):
             rounded = results(case, theirs, data, dtype)
     for name, value in results(case, exact, [t.double() for t in data], dtype).items():
         if name.startswith("d") and case.nonlinearity == "relu" and (dtype.itemsize == 2 or precision.tf32):
-            continue  # on which side of relu's kink a value lies is a matter of rounding, and the gradient jumps
+            continue  # near relu's kink, rounding decides on which side a value lies, and the gradient jumps
         if dtype is torch.float64:
             torch.testing.assert_close(actual[name], value, rtol=1e-12, atol=1e-11, msg=name)
         else:
@@ -91,16 +91,16 @@ def test_gradcheck(cell: str, kind: str, D: int) -> None:
 
 
 def kernels() -> int:
-    """How many resident kernels there are."""
+    """The number of resident kernels."""
     return sum(line.startswith("  X(k") for line in (emulated.ROOT / "csrc/cuda/layout.h").read_text().splitlines())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "f16", "tf32"])
 @pytest.mark.parametrize("cell", reference.CELLS)
 def test_every_kernel(cell: str, dtype: torch.dtype) -> None:
-    """Each instance computes the same layer, also those that the planner would not take for it."""
+    """All instances compute the same layer, also those that the planner would not choose."""
     torch.manual_seed(0)
-    T, B, size, H, G = 3, 21, 6, 75, reference.GATES[cell]  # units of several blocks, and of one
+    T, B, size, H, G = 3, 21, 6, 75, reference.GATES[cell]  # units of several blocks, or of one
     weights = [
         w
         for _ in range(2)
@@ -115,7 +115,7 @@ def test_every_kernel(cell: str, dtype: torch.dtype) -> None:
     x, h0, c0 = torch.randn(T, B, size), torch.randn(2, B, H), torch.randn(2, B, H) if cell == "lstm" else None
     lengths = torch.randint(0, T + 1, (B,), dtype=torch.int32)
     x, h0, c0, *weights = [None if t is None else t.to(dtype) for t in (x, h0, c0, *weights)]
-    # Operands exactly as the matrix units read them, so that only sums differ.
+    # Round the operands as the tensor cores do, so that only sums differ.
     if dtype is torch.float32:
         weights = [None if w is None else rounded_to_tf32(w) for w in weights]
 
@@ -147,7 +147,7 @@ def test_every_kernel(cell: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "tf32"])
 @pytest.mark.parametrize("cell", reference.CELLS)
 def test_not_a_number(cell: str, dtype: torch.dtype) -> None:
-    """NaN comes out as NaN, in its row alone, and is not taken for a word that is still to come."""
+    """NaN stays NaN, affects only its row, and is not mistaken for a message that has not arrived."""
     torch.manual_seed(0)
     G, H = reference.GATES[cell], 150
     weights = [t.to(dtype) for t in (torch.randn(G * H, 4), torch.randn(G * H, H) / 12)] + [None] * 3
@@ -159,7 +159,7 @@ def test_not_a_number(cell: str, dtype: torch.dtype) -> None:
 
 
 def test_products_around_the_recurrence_are_in_tf32() -> None:
-    """Only while the operator runs: torch's switch is set back, also where it fails."""
+    """TF32 is switched on only while the operator runs, and is switched off again after errors, too."""
     backends = torch.backends
     before = backends.cuda.matmul.fp32_precision
     assert before != "tf32"
@@ -195,10 +195,10 @@ def test_bad_calls_raise() -> None:
         dict(w_hh=w_hh[:, :4]),
         dict(instance=99),  # no such kernel
         dict(instance=-3),
-        dict(h0=x[0]),  # of another shape
+        dict(h0=x[0]),  # wrong shape
         dict(w_hh=w_hh.float()),  # another dtype
-        dict(doubles, instance=0),  # no float64 in the resident kernels
-        dict(x=x.float(), w_ih=w_ih.float(), w_hh=w_hh.float(), instance=0, tf32=False),  # nor any other float32
+        dict(doubles, instance=0),  # the resident kernels have no float64
+        dict(x=x.float(), w_ih=w_ih.float(), w_hh=w_hh.float(), instance=0, tf32=False),  # nor float32 without TF32
         dict(lengths=torch.tensor([1.0, 2.0, 3.0])),
         dict(lengths=torch.tensor([1, 2])),
         dict(x=x[:0]),  # no steps
@@ -213,7 +213,7 @@ def test_bad_calls_raise() -> None:
 
 
 def test_autocast_casts_as_for_torch() -> None:
-    """Inputs, states and weights go to autocast's type, results are of it, gradients of the parameters' own."""
+    """Inputs, states and weights are cast to autocast's dtype, which results have; gradients keep the parameters'."""
     case = Case("LSTM", T=4, B=3, I=5, H=12, L=2)
     theirs, ours, exact = case.modules(torch.float32)
     ours.backend = "fused"
@@ -244,7 +244,7 @@ def parts_of(value: object) -> list[Tensor]:
 def test_segments(
     name: str, bidirectional: bool, H: int, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Resets, lengths and the states of every step, with all their gradients, are the specification's."""
+    """Resets, lengths and the states of every step, with all gradients, agree with the specification."""
     torch.manual_seed(0)
     T, B, D = 6, 11, 2 if bidirectional else 1
     module = getattr(fused_rnn, name)(5, H, bidirectional=bidirectional, dtype=dtype, backend="fused")

@@ -1,7 +1,7 @@
-"""Regularised variants on the CUDA path, on the emulator: recurrent dropout, zoneout and layer normalisation.
+"""Regularised variants on the CUDA path under the emulator: recurrent dropout, zoneout and layer normalisation.
 
-Against the specification with the same masks, in float64 and, as the measure of what is close enough, in the same
-dtype; with resets, lengths and packed rows, on the resident kernels and on those of a product for every step.
+They are compared with the specification with the same masks in float64; the specification's error in the same dtype
+sets the tolerance. Covers resets, lengths and packed rows, on resident kernels and those with one product per step.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Variant:
-    """What one layer is given. `zone` is "masks" or "expectation"; `rows` "padded", "segments", "packed" or "step"."""
+    """The options of one layer. `zone` is "masks" or "expectation"; `rows` "padded", "segments", "packed" or "step"."""
 
     drop: bool = False
     zone: str = ""
-    norms: str = ""  # of "ihc": of W_ih x, W_hh h, c
+    norms: str = ""  # letters of "ihc": norms of W_ih x, W_hh h, c
     rows: str = "padded"
     D: int = 1
     H: int = 20
@@ -67,21 +67,21 @@ VARIANTS = [
     Variant(drop=True, zone="masks", norms="ihc", rows="step"),
 ]
 CASES = [(cell, v) for cell in reference.CELLS for v in VARIANTS if cell == "lstm" or v.norms != "c"]
-# The two that differ from others only in how numbers are stored need fewer.
+# f16 and f32 differ from other precisions only in the number format and need fewer cases.
 EMULATED = [(*case, name) for name in PRECISIONS for case in (CASES[::3] if name in ("f16", "f32") else CASES)]
 T, B, SIZE = 4, 6, 5
-EVERY_STEP = -2  # as `instance`: kEveryStep of csrc/bindings/schemas.h
+EVERY_STEP = -2  # value of `instance`: kEveryStep of csrc/bindings/schemas.h
 
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has every layer computed by the CUDA operators."""
+    """Run every layer on the CUDA operators."""
     emulated.use(monkeypatch)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of one layer: what has a gradient by its name, and what steers it."""
+    """Inputs of one layer: differentiable tensors by name, and masks, resets and lengths."""
 
     cell: str
     tensors: dict[str, Tensor]
@@ -130,7 +130,7 @@ class Inputs:
         return Inputs(cell, tensors, steering)
 
     def on(self, device: str) -> Inputs:
-        def there(name: str, value: Any) -> Any:  # batch_sizes stay, as in a PackedSequence
+        def there(name: str, value: Any) -> Any:  # batch_sizes stay on the CPU, as in a PackedSequence
             return value.to(device) if isinstance(value, Tensor) and name != "batch_sizes" else value
 
         tensors = {name: t.to(device) for name, t in self.tensors.items()}
@@ -151,7 +151,7 @@ class Inputs:
         norms = {name: inputs[name] for name in NORMS if name in inputs}
         lengths = self.steering.get("lengths")
         x = inputs["x"]
-        if lengths is not None:  # as the modules do
+        if lengths is not None:  # padding is zeroed, as the modules do
             x = torch.where((torch.arange(T, device=x.device).unsqueeze(1) < lengths).unsqueeze(2), x, 0.0)
         options = LayerOptions(**norms, **states, **self.steering)
         outputs = layer(self.cell, x, inputs["h0"], inputs.get("c0"), weights, options)
@@ -169,7 +169,7 @@ class Inputs:
 
 
 def ways_taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of every call of an operator to come: whether it was for the resident kernels."""
+    """A list that each later call of an operator extends: True if a resident kernel ran."""
     found: list[bool] = []
 
     def noted(operator: Callable, *arguments: Any) -> Any:
@@ -198,13 +198,13 @@ def test_is_the_specification(cell: str, variant: Variant, name: str, monkeypatc
     for (
         output,
         value,
-    ) in inference.items():  # to a rounding: torch's products on the CPU may differ by where memory lies
+    ) in inference.items():  # within rounding: torch's CPU products may depend on the alignment of memory
         torch.testing.assert_close(value, actual[output], msg=output)
     assert_is_the_specification(inputs, actual, precision)
 
 
 def assert_is_the_specification(inputs: Inputs, actual: dict[str, Tensor], precision: Precision) -> None:
-    """`inputs` are on the CPU."""
+    """Compare `actual` with the specification on `inputs`, which are on the CPU."""
     cell, dtype = inputs.cell, precision.dtype
     expected = inputs.results(reference.layer, dtype)
     exact = inputs.mapped(Tensor.double, Tensor.double).results(reference.layer, dtype)
@@ -214,7 +214,7 @@ def assert_is_the_specification(inputs: Inputs, actual: dict[str, Tensor], preci
     assert actual.keys() == exact.keys()
     for name, value in exact.items():
         if name.startswith("d") and cell == "rnn_relu" and (dtype.itemsize == 2 or precision.tf32):
-            continue  # on which side of relu's kink a value lies is a matter of rounding, and the gradient jumps
+            continue  # near relu's kink, rounding decides on which side a value lies, and the gradient jumps
         if dtype is torch.float64:
             torch.testing.assert_close(actual[name], value, rtol=1e-12, atol=1e-11, msg=name)
         else:
@@ -236,7 +236,7 @@ def pieces(value: Any) -> list[Tensor]:
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options))
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_modules(name: str, options: dict[str, Any], training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the same seed a module draws the same masks on both ways; derivatives to the second order agree."""
+    """With the same seed, CPU and CUDA paths draw the same masks; first and second derivatives agree."""
     torch.manual_seed(0)
     module = getattr(fused_rnn, name)(SIZE, 12, **options, dtype=torch.float64, backend="fused").train(training)
     x = torch.randn(T, B, SIZE, dtype=torch.float64, requires_grad=True)
@@ -275,7 +275,7 @@ def test_autocast_casts_the_gains() -> None:
 @pytest.mark.parametrize("variant", [VARIANTS[2], VARIANTS[3], VARIANTS[-3]], ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_fake_kernels_agree(cell: str, variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes, strides and types as torch's compilers are told."""
+    """Fake kernels and operators agree in shapes, strides and dtypes."""
     calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     def noted(name: str) -> Callable:

@@ -1,4 +1,7 @@
-"""``python -m fused_rnn run`` reaches every process of the run that imports torch, and leaves the others alone."""
+"""``python -m fused_rnn run`` reaches every child process that imports torch, and does not affect the others.
+
+Programs are run as a user would start them; they print which operators computed their layers.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,7 @@ NAMES = re.findall(r'^    "([^"]+)": ', WAYS, flags=re.MULTILINE)
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """A folder with programs, and a package of one."""
+    """A folder with several programs, and a package with one."""
     (tmp_path / "helper.py").write_text(KERNELS)
     (tmp_path / "ways.py").write_text(WAYS)
     (tmp_path / "kernels.py").write_text("from helper import kernels\nkernels()\n")
@@ -92,7 +95,7 @@ def programs(tmp_path: Path) -> Path:
 
 
 def output(*args: str, cwd: Path, **environment: str) -> str:
-    """The output of a run that must succeed and report nothing."""
+    """The output of a run that must succeed without errors."""
     result = run(*args, cwd=cwd, **environment)
     assert result.returncode == 0 and "fused_rnn" not in result.stderr, result.stderr
     return result.stdout
@@ -113,7 +116,7 @@ def test_without_run_children_compute_with_torch(programs: Path) -> None:
 
 
 def test_a_child_of_a_module(programs: Path) -> None:
-    """multiprocessing imports the main module by its name, and the module imports from its package."""
+    """multiprocessing imports the main module by its name, and that module imports from its package."""
     package = programs / "package"
     package.mkdir()
     (package / "helper.py").write_text(KERNELS)
@@ -132,7 +135,7 @@ def test_a_child_of_a_module(programs: Path) -> None:
 
 
 def test_a_child_in_another_folder(programs: Path) -> None:
-    """The script has a relative path, and changes the working folder before it starts a child."""
+    """The script has a relative path and changes the working folder before it starts a child."""
     (programs / "elsewhere").mkdir()
     (programs / "moves.py").write_text(
         "import multiprocessing, os\n"
@@ -148,11 +151,11 @@ def test_a_child_in_another_folder(programs: Path) -> None:
     assert output("moves.py", cwd=programs) == FUSED
 
 
-# Processes that are not to be touched
+# Processes that must not be affected
 
 
 def child(programs: Path, *args: str, change: str = "") -> tuple[str, str]:
-    """Output and errors of a run of a program that starts Python with these arguments and a changed environment."""
+    """Output and errors of a program that starts Python with these arguments and a changed environment."""
     (programs / "starts.py").write_text(
         "import os, subprocess, sys\n"
         f"environment = dict(os.environ)\n{change}\n"
@@ -168,7 +171,7 @@ PATH = os.pathsep.join(filter(None, sys.path))
 
 @pytest.mark.parametrize("change", ["del environment['FUSED_RNN_RUN']", f"environment['PYTHONPATH'] = {PATH!r}"])
 def test_a_program_can_leave_a_child_out(programs: Path, change: str) -> None:
-    """It removes the run's variable, or sets a path of its own."""
+    """It removes the run's variable, or sets PYTHONPATH itself."""
     assert child(programs, "kernels.py", change=change)[0] == PLAIN
 
 
@@ -178,7 +181,7 @@ def test_children_without_site_or_environment_run_unharmed(programs: Path, optio
 
 
 def test_looking_for_torch_does_not_import_it(programs: Path) -> None:
-    """Libraries ask in this way whether torch is there; the answer must be the usual one."""
+    """Libraries test for torch with find_spec; the result must be the usual one."""
     (programs / "asks.py").write_text(
         "import importlib.util, sys\n"
         "spec = importlib.util.find_spec('torch')\n"
@@ -203,7 +206,7 @@ def test_a_program_that_imports_the_package_first(programs: Path) -> None:
 
 
 def test_the_package_of_the_working_folder(programs: Path) -> None:
-    """`python -m` finds the package there, a script's path does not have it; nor does the path of a child."""
+    """`python -m` finds the package there; a script's path and its child's path do not contain it."""
     (programs / "fused_rnn").symlink_to(Path(fused_rnn.__file__).parent)
     folder = programs / "elsewhere"
     folder.mkdir()
@@ -224,7 +227,7 @@ def test_the_package_of_the_working_folder(programs: Path) -> None:
 
 
 def test_an_environment_whose_torch_is_too_old(programs: Path) -> None:
-    """Its process runs, and says in one line that it computes with torch.nn."""
+    """The process runs on torch.nn and says so in one line."""
     folder = programs / "old"
     (folder / "torch").mkdir(parents=True)
     (folder / "torch" / "__init__.py").write_text("__version__ = '2.4.0'\n")
@@ -237,7 +240,7 @@ def test_an_environment_whose_torch_is_too_old(programs: Path) -> None:
 
 
 def test_an_import_of_torch_that_fails(programs: Path) -> None:
-    """The error is the program's own, and the next import is patched."""
+    """The error is the program's own, and a second import of torch is patched."""
     (programs / "broken").mkdir()
     (programs / "broken" / "torch.py").write_text("raise ImportError('no such device')\n")
     (programs / "tries.py").write_text(
@@ -266,7 +269,7 @@ LINE = re.compile(r"fused_rnn: process (\d+), torch.nn's recurrent modules: (.*)
 
 
 def test_every_process_reports_its_calls(programs: Path) -> None:
-    """Forked and spawned children count their own; a worker without calls says nothing; the script keeps its option."""
+    """Forked and spawned children count their own calls; workers without calls print nothing; scripts get --verbose."""
     (programs / "counts.py").write_text(
         "import multiprocessing, os, sys\n"
         "def work(times):\n"
@@ -301,7 +304,7 @@ def test_every_process_reports_its_calls(programs: Path) -> None:
 
 @pytest.fixture
 def tally() -> Iterator[Tally]:
-    """The tally of a patch that lasts as long as the test."""
+    """The tally of a patch for the duration of the test."""
     tally = Tally()
     functions, patch._fused = patch._fused, patch._build(tally)
     with fused_rnn.patched():
@@ -338,7 +341,7 @@ def test_threads_count(tally: Tally) -> None:
 
 
 def test_counting_does_not_stop_compilers(tally: Tally) -> None:
-    """TorchScript and torch.compile take the modules as without it; their graphs do not count."""
+    """TorchScript and torch.compile accept the counted modules; calls in their graphs are not counted."""
     module, x = nn.Sequential(nn.GRU(3, 5)), torch.ones(2, 1, 3)
     expected = module(x)
     before = str(tally)
@@ -348,5 +351,5 @@ def test_counting_does_not_stop_compilers(tally: Tally) -> None:
         close(torch.compile(module, backend="eager", fullgraph=True)(x), expected)
     assert str(tally) == before
     torch.compiler.reset()
-    close(torch.compile(module, backend="eager")(x), expected)  # breaks at the module, which runs eagerly
+    close(torch.compile(module, backend="eager")(x), expected)  # breaks the graph at the module, which runs eagerly
     assert str(tally) == "2 calls (2 GRU) ran fused, 0 calls ran on torch.nn"

@@ -1,4 +1,7 @@
-"""Tools that go by a module's exact class: per-sample gradients, counts of operations, quantisation."""
+"""Tools that look up a module's exact class: per-sample gradients (Opacus), counts of operations, quantisation.
+
+With fused_rnn's classes they must give the result of torch.nn's class or an error, never a wrong number.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def first(result: Any) -> Tensor:
 
 
 class Tagger(nn.Module):
-    """A recurrent layer, with a state where `state` says so, between linear ones; batch first."""
+    """A recurrent layer between linear ones, batch first; `state` makes it start from a given state."""
 
     def __init__(self, library: Any, name: str, state: bool = False) -> None:
         super().__init__()
@@ -54,7 +57,7 @@ class Tagger(nn.Module):
 
 
 def per_sample(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The gradients of the sum of squares, of each sample by itself."""
+    """The gradients of each sample's sum of squares."""
     parameters = list(model.parameters())
     samples = [torch.autograd.grad(model(x[i : i + 1]).square().sum(), parameters) for i in range(x.size(0))]
     return [torch.stack(of_parameter) for of_parameter in zip(*samples, strict=True)]
@@ -71,7 +74,7 @@ def opacus() -> Iterator[Any]:
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("force_functorch", [False, True])
 def test_opacus_never_gives_a_wrong_gradient(name: str, state: bool, force_functorch: bool, opacus: Any) -> None:
-    """It recomputes a layer from its first argument alone, and so would take a given state for zeros."""
+    """Opacus recomputes a layer from its first argument alone, and would take a given state for zeros."""
     for library in (nn, fused_rnn):
         with pytest.raises((NotImplementedError, RuntimeError, TypeError, AttributeError)) as caught:
             model = Tagger(library, name, state)
@@ -100,7 +103,7 @@ def test_opacus_replaces_ours_as_it_replaces_torchs(name: str, opacus: Any) -> N
     close(fixed(x), model(x))
     sampled = opacus.GradSampleModule(fixed, loss_reduction="sum")
     sampled(x).square().sum().backward()
-    names = [key for key, _ in model.named_parameters()]  # Opacus lists the same ones in another order
+    names = [key for key, _ in model.named_parameters()]  # Opacus lists them in another order
     found = {key: p.grad_sample for key, p in fixed.named_parameters()}
     close([found[key] for key in names], per_sample(model, x), grad=True)
 
@@ -124,7 +127,7 @@ def test_opacus_with_expanded_weights(name: str, opacus: Any) -> None:
 
 
 def test_only_opacus_hooks_are_refused() -> None:
-    """Without the package: the hook's module says where it comes from."""
+    """Without Opacus: the hook's module name identifies its origin."""
     seen = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -171,7 +174,7 @@ def test_layers_of_different_sizes_are_not_counted_wrong() -> None:
 
 @each_name
 def test_torchs_flop_counter(name: str) -> None:
-    """It counts operators. While it watches, ours runs torch.nn's; of a float32 LSTM it counts nothing."""
+    """It counts operators. Under it our modules run torch.nn's; it counts none of a float32 LSTM."""
     totals = []
     for library in (nn, fused_rnn):
         with FlopCounterMode(display=False) as counter:
@@ -185,7 +188,7 @@ def test_torchs_flop_counter(name: str) -> None:
 
 @pytest.fixture
 def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A tool with two tables by class."""
+    """A fake tool with two tables by class."""
     (tmp_path / "made_up_tool.py").write_text(
         "import torch\n"
         "class Tables:\n"
@@ -215,7 +218,7 @@ def test_a_tool_is_registered_with_its_import(made_up: str, imported_before: boo
     assert fused_rnn.GRU not in tool.Tables.rules and len(tool.Tables.rules) == 3
     assert tool.__loader__ is tool.__spec__.loader is not None
     assert type(tool.__loader__).__module__ == "_frozen_importlib_external"  # the tool's, not ours
-    mine = tool.Tables.rules[fused_rnn.LSTM] = lambda module: "mine"  # by the user: it stays
+    mine = tool.Tables.rules[fused_rnn.LSTM] = lambda module: "mine"  # a user's own entry must stay
     tool_tables.install()
     assert tool.Tables.rules[fused_rnn.LSTM] is mine
 

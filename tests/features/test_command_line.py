@@ -1,4 +1,7 @@
-"""``python -m fused_rnn``: a script runs as under Python itself, but for the kernels."""
+"""``python -m fused_rnn run``: a script runs as under Python itself, except that layers use the kernels.
+
+Most runs are repeated by plain Python; output, errors and exit status must be equal.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ print(json.dumps([sys.argv, main, names, sys.path, os.getcwd(), str(sys.flags), 
 
 @pytest.fixture
 def scripts(tmp_path: Path) -> Path:
-    """A folder with a folder of scripts, which is a package, too, and the same as a zip file."""
+    """A folder with scripts in a subfolder that is also a package, and the same as a zip file."""
     folder = tmp_path / "scripts"
     folder.mkdir()
     (folder / "show.py").write_text(SHOW)
@@ -47,7 +50,7 @@ def scripts(tmp_path: Path) -> Path:
 
 
 def same_as_python(*args: str, cwd: Path, options: tuple[str, ...] = (), **environment: str) -> str:
-    """The output, which must be equal with and without `run`, as must be the errors and the status."""
+    """The output, after checking that it, the errors and the status are equal with and without `run`."""
     expected = python(*options, *args, cwd=cwd, **environment)
     result = python(*options, "-m", "fused_rnn", "run", *args, cwd=cwd, **environment)
     assert (result.returncode, result.stdout, result.stderr) == (
@@ -77,7 +80,7 @@ TARGETS = (
 @pytest.mark.parametrize("args", ARGS, ids=str)
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_run_is_like_python(scripts: Path, target: list[str], args: list[str]) -> None:
-    """sys.argv, the module __main__ and its names, sys.path, options, imported modules (no torch), sitecustomize."""
+    """Equal sys.argv, __main__ and its names, sys.path, options, imported modules (without torch), sitecustomize."""
     assert same_as_python(*target, *args, cwd=scripts)
 
 
@@ -88,13 +91,13 @@ def test_run_keeps_the_options_of_python(scripts: Path, options: tuple[str, ...]
 
 @pytest.mark.parametrize("target", [["scripts/show.py"], ["scripts.zip"]], ids=str)
 def test_run_with_a_safe_path(scripts: Path, target: list[str]) -> None:
-    """The script's folder is not on sys.path then, where Python is new enough to know the variable."""
+    """The script's folder is not on sys.path; older versions of Python ignore the variable."""
     assert same_as_python(*target, cwd=scripts, PYTHONSAFEPATH="1")
 
 
 @pytest.mark.parametrize("start", [["-um", "fused_rnn"], ["-umfused_rnn"], ["-u", "-mfused_rnn"]], ids=str)
 def test_run_takes_options_joined_to_m(scripts: Path, start: list[str]) -> None:
-    """-u is seen in no flag, but in the buffer of stdout."""
+    """-u sets no flag in sys.flags, only the buffering of stdout."""
     (scripts / "buffer.py").write_text("import sys\nprint(sys.stdout.write_through, 'torch' in sys.modules)\n")
     assert python(*start, "run", "buffer.py", cwd=scripts).stdout == "True False\n"
     assert run("buffer.py", cwd=scripts).stdout == "False False\n" or os.environ.get("PYTHONUNBUFFERED")
@@ -102,7 +105,7 @@ def test_run_takes_options_joined_to_m(scripts: Path, start: list[str]) -> None:
 
 @pytest.mark.parametrize("option", ["-E", "-I", "-S"])
 def test_run_refuses_options_that_keep_it_out(scripts: Path, option: str) -> None:
-    """Such a Python may not find this package either, so the source is handed the path, and the command line."""
+    """Python with such an option may not find this package, so the test passes it the package's path."""
     source = (
         f"import sys; sys.path += {sys.path!r}; sys.argv = ['-m', 'run', 'scripts/show.py']; "
         "sys.orig_argv[1:] = ['-m', 'fused_rnn', 'run', 'scripts/show.py']; import fused_rnn"
@@ -113,7 +116,7 @@ def test_run_refuses_options_that_keep_it_out(scripts: Path, option: str) -> Non
 
 
 def test_run_with_a_sitecustomize(scripts: Path) -> None:
-    """The sitecustomize.py that Python would have imported is imported, once, and its errors are reported."""
+    """Python's usual sitecustomize.py is imported once, and its errors are reported."""
     folder = scripts / "site"
     folder.mkdir()
     file = folder / "sitecustomize.py"
@@ -134,7 +137,7 @@ def test_settings_that_torch_reads_on_import_are_the_scripts(scripts: Path) -> N
 
 
 def test_run_through_a_link(scripts: Path) -> None:
-    """Python follows it: what the script imports lies beside the file itself."""
+    """Python resolves the link: the script's imports are next to the file itself."""
     (scripts / "link.py").symlink_to(scripts / "scripts" / "show.py")
     assert same_as_python("link.py", cwd=scripts)
 
@@ -168,7 +171,7 @@ def test_run_of_a_module_with_relative_imports(scripts: Path) -> None:
     ],
 )
 def test_run_ends_as_python_does(scripts: Path, source: str, status: int) -> None:
-    """Exit status, traceback, message."""
+    """Equal exit status, traceback and message."""
     (scripts / "ends.py").write_text(source)
     same_as_python("ends.py", cwd=scripts)
     assert run("-m", "ends", cwd=scripts).returncode == status
@@ -182,7 +185,7 @@ def test_run_of_a_missing_script(scripts: Path, target: list[str]) -> None:
 
 
 def test_run_pickles_the_scripts_classes(scripts: Path) -> None:
-    """They are __main__'s, as when Python runs the script."""
+    """They belong to __main__, as under Python."""
     (scripts / "save.py").write_text(
         "import io, torch\n"
         "class Model(torch.nn.Module):\n"

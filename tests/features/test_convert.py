@@ -1,4 +1,7 @@
-"""from_torch, to_torch and replace: what is converted, what is shared, what is kept, and what is left alone."""
+"""from_torch, to_torch and replace: which modules are converted, which tensors are shared, and which state is kept.
+
+Converted models are compared with the originals: results, gradients, hooks, modes and checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ each_copy = pytest.mark.parametrize("way", COPIES)
 
 
 class Tagger(nn.Module):
-    """Everything to be converted, nested: a list, a dictionary, a sequence, one module twice, and others between."""
+    """Nested modules to convert: in a list, a dictionary, a sequence, one used twice, and others in between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,11 +79,11 @@ class Tagger(nn.Module):
         return self.out(self.norm(self.cells["b"](self.cells["a"](x[-1]))))
 
 
-CONVERTED = ["encoder", "blocks.1", "cells.a", "cells.b"]  # `again` is blocks.1
+CONVERTED = ["encoder", "blocks.1", "cells.a", "cells.b"]  # `again` is the same module as blocks.1
 
 
 class FlippingLSTM(nn.LSTM):
-    """A user's subclass that computes something else, and owns a module that may be converted."""
+    """A user's subclass of torch.nn.LSTM that computes something else and contains a convertible module."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -91,7 +94,7 @@ class FlippingLSTM(nn.LSTM):
 
 
 class DoublingLSTM(fused_rnn.LSTM):
-    """A user's subclass of ours with a forward of its own."""
+    """A user's subclass of fused_rnn.LSTM with its own forward."""
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         output, hidden = super().forward(input, hx)
@@ -99,7 +102,7 @@ class DoublingLSTM(fused_rnn.LSTM):
 
 
 class NamedLSTM(fused_rnn.LSTM):
-    """A user's subclass of ours that computes the same."""
+    """A user's subclass of fused_rnn.LSTM with no change."""
 
     def __init__(self, *args: Any, name: str = "none") -> None:
         super().__init__(*args)
@@ -130,7 +133,7 @@ def test_only_ours_calls_the_kernels(name: str) -> None:
     plain = make(nn, name)
     fused = fused_rnn.from_torch(plain)
     for module, expected in ((plain, False), (fused, True), (fused.to_torch(), False)):
-        with fused_calls() as calls, torch.no_grad():  # an RNNCell trains on torch.nn's
+        with fused_calls() as calls, torch.no_grad():  # an RNNCell trains on torch.nn's operators
             module(*arguments(module))
         assert bool(calls) == expected
 
@@ -180,7 +183,7 @@ def test_dtype(name: str, dtype: torch.dtype) -> None:
     fused = fused_rnn.from_torch(plain)
     assert {p.dtype for p in fused.parameters()} == {dtype}
     close(fused(*arguments(fused)), plain(*arguments(plain)))
-    fused.float()  # moves the parameters both have
+    fused.float()  # changes the parameters of both
     close(plain(*arguments(plain)), fused(*arguments(fused)))
 
 
@@ -266,7 +269,7 @@ def test_to_torch_of_a_users_subclass() -> None:
     assert type(fused_rnn.from_torch(plain)) is fused_rnn.LSTM
 
 
-# TorchScript, which takes modules of exact classes, through to_torch
+# TorchScript accepts only exact classes, so models go through to_torch
 
 
 @each_name
@@ -282,7 +285,7 @@ def test_script_of_to_torch(name: str) -> None:
 
 
 def test_scripting_a_model_keeps_its_results_and_parameters() -> None:
-    # torch.jit.script puts what it compiles, our to_torch(), into the eager model, too (docs/compatibility.md).
+    # torch.jit.script replaces modules of the eager model by their to_torch() (docs/compatibility.md).
     model = nn.Sequential(fused_rnn.GRU(3, 5))
     module, input = model[0], torch.ones(2, 1, 3)
     wanted = model(input)
@@ -317,7 +320,7 @@ def test_replace_returns_names_and_keeps_everything_else() -> None:
 
     assert fused_rnn.replace(model) == CONVERTED
     for name, module in model.named_modules():
-        assert module is modules[name]  # identity, so that every reference stays valid
+        assert module is modules[name]  # the same object, so that other references stay valid
         assert isinstance(module, (fused_rnn.LSTM, fused_rnn.GRU, fused_rnn.GRUCell, fused_rnn.RNNCell)) == (
             name in CONVERTED
         )
@@ -362,7 +365,7 @@ def test_replace_keeps_hooks() -> None:
 
 
 def test_replace_in_the_middle_of_a_training() -> None:
-    """The optimiser was made before, and goes on with its own state."""
+    """An optimiser created before `replace` continues with its state."""
     tokens = torch.arange(12).view(4, 3) % 7
     models, optimizers = [Tagger().double(), Tagger().double()], []
     for model in models:

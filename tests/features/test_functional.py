@@ -1,4 +1,4 @@
-"""rnn, lstm and gru as functions of plain tensors: the modules' results, with weights that are computed."""
+"""rnn, lstm and gru as functions of plain tensors: results equal the modules', also with computed weights."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_projection_and_relu() -> None:
 
 @each_name
 def test_weights_that_are_computed(name: str) -> None:
-    """Weight dropout and a hypernetwork: gradients go through the weights to what made them."""
+    """Weight dropout and a hypernetwork: gradients reach the tensors from which the weights are computed."""
     torch.manual_seed(0)
     module = getattr(nn, name)(3, 7, dtype=torch.float64)
     x, code = torch.randn(5, 4, 3).double(), torch.randn(2, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""A sequence without time steps, with the keywords that torch.nn does not have."""
+"""Sequences of length 0 with fused_rnn's keywords; torch.nn raises for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from test_segments import each_name, each_option
 @each_option
 @each_name
 def test_the_states_stay_as_they_are(name: str, options: dict[str, Any], batch_first: bool, keyword: str) -> None:
-    """Without a step the output is empty and the states stay; without our keywords that is torch.nn's error."""
+    """The output is empty and the states are unchanged; without keywords, torch.nn's error is raised."""
     module = getattr(fused_rnn, name)(3, 5, **options | {"batch_first": batch_first})
     x = torch.randn((2, 0, 3) if batch_first else (0, 2, 3))
     keywords = {

@@ -1,4 +1,4 @@
-"""`fused_rnn.patched()`: torch.nn's own classes on the fused kernels."""
+"""`fused_rnn.patched()` runs torch.nn's own classes on the fused kernels, with torch.nn's results, until it is left."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ TORCHS = rnn_functions._VF
 
 @pytest.fixture(autouse=True)
 def unpatched() -> Iterator[None]:
-    """A test that leaves the patch in place must not reach the next one."""
+    """Undo a patch that a test leaves in place."""
     yield
     rnn_functions._VF = TORCHS
 
 
 def is_patched() -> bool:
-    """Whether a module of torch.nn's own class runs on the kernels right now."""
+    """Whether a module of torch.nn's own class currently runs on the kernels."""
     module = nn.GRU(3, 5)
     with fused_calls() as calls:
         module(torch.ones(2, 1, 3))
@@ -35,7 +35,7 @@ def is_patched() -> bool:
 
 
 class Classifier(nn.Module):
-    """Embedding, a packed bidirectional LSTM, a cell: as a user's model that knows nothing of this package."""
+    """A typical user's model: embedding, packed bidirectional LSTM, cell."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def train(model: nn.Module, steps: int) -> list[float]:
 
 @each_call
 def test_models_built_before(key: str, packed: bool) -> None:
-    """All modules and cells, padded and packed: the class stays torch's, values and gradients are equal."""
+    """Modules and cells, padded and packed, keep torch's class; values and gradients are equal."""
     module, _ = pair(key)
     args = arguments(module, packed=packed, grad=True)
     wanted, wanted_gradients = module(*args), gradients(module, *args)
@@ -130,7 +130,7 @@ def test_nested_contexts() -> None:
 
 
 def test_contexts_that_overlap() -> None:
-    """As two threads make them: the one that began first ends first."""
+    """Two contexts, as from two threads: the one that began first ends first."""
     first, second = fused_rnn.patched(), fused_rnn.patched()
     first.__enter__()
     second.__enter__()
@@ -175,7 +175,7 @@ def test_it_holds_for_all_threads() -> None:
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_script_in_patched(name: str) -> None:
-    """TorchScript sees torch's operators; the program outlives the context."""
+    """TorchScript compiles torch's operators; the program works after the context has ended."""
     model = nn.Sequential(getattr(nn, name)(3, 5, 2, bidirectional=True))
     input = torch.randn(4, 2, 3)
     wanted = model(input)

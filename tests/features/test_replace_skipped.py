@@ -1,4 +1,7 @@
-"""The report of `replace`: every module that computes recurrent layers and was left alone, why, and another way."""
+"""The report of `replace`: every recurrent module that it left unchanged, the reason, and an alternative.
+
+Each reason is provoked by a small model; the alternatives that the texts name are tried.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class Flipping(nn.LSTM):
 
 
 class FromTheBase(nn.RNNBase):
-    """As TorchRL's LSTM in Python: torch.nn's parameters, and a loop of its own."""
+    """torch.nn's parameters with a loop of its own, as in TorchRL's Python LSTM."""
 
     def __init__(self) -> None:
         super().__init__("LSTM", 3, 5)
@@ -84,7 +87,7 @@ pytestmark = [
 
 
 def replaced(model: nn.Module) -> tuple[Replaced, list[str]]:
-    """What replace returns, and the texts of the warnings."""
+    """The result of replace, and the texts of its warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = fused_rnn.replace(model)
@@ -117,7 +120,7 @@ def test_no_warning_when_nothing_was_left_alone() -> None:
 
 
 def test_the_ways_that_the_reasons_name() -> None:
-    """patched() reaches a forward that calls torch.nn's; a lazy module and a parametrised one are converted in time."""
+    """patched() reaches forwards that call torch.nn's; a lazy module can be converted after its first call."""
     module = Flipping(3, 5)
     wanted = module(X)
     with fused_calls() as calls, fused_rnn.patched():
@@ -153,7 +156,7 @@ def test_many_of_one_reason_take_one_line() -> None:
 
 
 class PPOLoss(nn.Module):
-    """As TorchRL's ClipPPOLoss: the networks lie in __dict__, so that their parameters are listed once."""
+    """Networks stored in __dict__, so that parameters are listed once, as in TorchRL's ClipPPOLoss."""
 
     def __init__(self, actor: nn.Module, critic: nn.Module) -> None:
         super().__init__()
@@ -168,13 +171,13 @@ def test_networks_of_a_loss() -> None:
     result, (text,) = replaced(loss)
     assert result == [] and list(result.skipped) == ["actor_network.1"]
     assert "named_modules() does not see it: replace before the loss or agent that holds it is built" in text
-    assert type(actor[1]) is nn.LSTM  # looked at only
+    assert type(actor[1]) is nn.LSTM  # inspected, not changed
     assert replaced(loss.actor_network) == (["1"], [])
     assert replaced(loss) == ([], [])
 
 
 class Agent(nn.Module):
-    """Networks in a list, a dict, a tuple of them, an attribute of one of them; a cycle; and one that is also seen."""
+    """Networks in lists, dicts, tuples and attributes, a cycle, and one network that is also a submodule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,14 +194,14 @@ def test_networks_in_containers() -> None:
     agent = Agent()
     result, (_,) = replaced(agent)
     assert result == ["policy.0"]
-    # deepcopy put copies of owner and spares nowhere else: they were set later.
+    # owner and spares were set after the deepcopy, so no other network holds copies of them.
     assert set(result.skipped) == {"targets[0].0", "targets[1]", "heads['a'][0]", "targets[0].spares[0]"}
     for name in result.skipped:
         assert isinstance(eval(f"agent.{name}".replace("targets[0].0", "targets[0][0]")), (nn.RNNBase, nn.GRUCell))
 
 
 class Endless(list):  # type: ignore[type-arg]
-    """As a replay buffer: nobody wants all of it."""
+    """An unbounded list, such as a replay buffer, which must not be searched completely."""
 
     taken = 0
 
@@ -243,7 +246,7 @@ def test_a_sharded_module() -> None:
         with fused_calls() as calls, fused_rnn.patched():
             close(model(X), wanted)
         assert "fused_rnn::forward" in calls
-        root = nn.Sequential(nn.LSTM(3, 5))  # whose layer is sharded by the model around it
+        root = nn.Sequential(nn.LSTM(3, 5))  # its layer is sharded by the enclosing model
         wanted = root(X)
         fully_shard(root, mesh=mesh)
         assert replaced(root) == (["0"], [])

@@ -1,4 +1,7 @@
-"""Users' subclasses of torch.nn's classes: which `replace` converts, and that they stay the user's."""
+"""User subclasses of torch.nn's classes: which of them `replace` converts, and that they keep the user's class.
+
+Converted modules are compared with the originals; a subclass that overrides something relevant must be left alone.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,12 @@ from fused_rnn.convert import Replaced
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SUBCLASSES = {name: type(f"My{name}", (getattr(nn, name),), {"__module__": __name__}) for name in NAMES}
-globals().update({cls.__name__: cls for cls in SUBCLASSES.values()})  # where pickle looks for them
+globals().update({cls.__name__: cls for cls in SUBCLASSES.values()})  # where pickle looks them up
 each_name = pytest.mark.parametrize("name", NAMES)
 
 
 class Encoder(nn.LSTM):
-    """As a user writes it: arguments, initialisation and text of its own, and further methods and modules."""
+    """A typical subclass, with its own arguments, initialisation, repr, methods and submodules."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size, 5, batch_first=True)
@@ -49,7 +52,7 @@ class Encoder(nn.LSTM):
 
 
 class Restartable(abc.ABC, nn.RNNBase):
-    """An abstract base between torch.nn's classes, as forecasting packages have it."""
+    """An abstract base between torch.nn's class and the user's, as in forecasting packages."""
 
     @abc.abstractmethod
     def zeros(self, batch: int) -> Any: ...
@@ -61,14 +64,14 @@ class RestartableGRU(Restartable, nn.GRU):
 
 
 class Stepping(nn.GRU):
-    """Its step is another one than ours, and stays."""
+    """It has its own `step`, which must be kept."""
 
     def step(self, x: Tensor) -> str:
         return f"{x.dim()} dimensions"
 
 
 def replaced(model: nn.Module) -> Replaced:
-    """What replace returns; a warning is an error."""
+    """The result of replace; warnings become errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return fused_rnn.replace(model)
@@ -104,7 +107,7 @@ def test_a_subclass_that_adds_nothing(name: str) -> None:
 def test_there_and_back(name: str) -> None:
     plain = SUBCLASSES[name](3, 5)
     with pytest.raises(TypeError, match=f"got My{name}"):
-        fused_rnn.from_torch(plain)  # whose result would be another object, of a class that nobody named
+        fused_rnn.from_torch(plain)  # would return another object, of a class that the user did not name
     fused = converted(copy.copy(plain))
     back = fused.to_torch()
     assert isinstance(fused, getattr(fused_rnn, name)) and type(back) is type(plain) is SUBCLASSES[name]
@@ -125,7 +128,7 @@ def test_methods_arguments_and_text_stay_the_users() -> None:
     nn.init.zeros_(module.weight_hh_l0)
     module.reset_parameters()
     assert (module.weight_hh_l0 == 0.1).all()
-    output, states = module(x, lengths=torch.tensor([6, 2, 0, 3]))  # our own keywords
+    output, states = module(x, lengths=torch.tensor([6, 2, 0, 3]))  # fused_rnn's own keywords
     assert output.shape == (4, 6, 5) and not output[2].any() and len(states) == 2
 
 
@@ -149,7 +152,7 @@ def test_modules_of_one_class_share_the_new_one() -> None:
     replaced(model)
     assert type(model[0]) is type(model[1])
     assert type(converted(Encoder(4))) is type(model[0])
-    another = type(model[0])(4)  # as code writes it that makes a second module like the first
+    another = type(model[0])(4)  # user code that constructs a second module like the first
     with fused_calls() as calls:
         assert another.classify(torch.ones(2, 3, 4)).shape == (2, 2)
     assert "fused_rnn::forward" in calls
@@ -203,7 +206,7 @@ def test_torch_save_and_load_in_a_fresh_process(tmp_path: Path, monkeypatch: pyt
     done = subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
-    # Once the user's class has a forward of its own, the module is the user's alone.
+    # Once the class has a forward of its own, a loaded module runs only that.
     source.write_text(USERS_MODULE.replace("pass", "def forward(self, *args): return ('another',)"))
     users_tagger = importlib.reload(users_tagger)
     model, x, _ = torch.load(tmp_path / "model.pt", weights_only=False)
@@ -225,7 +228,7 @@ def test_parametrisations_fx_and_script() -> None:
     close(torch.jit.script(nn.Sequential(cell))(x[0]), cell(x[0]))
 
 
-# Left alone: something that a forward relies on is the user's own
+# Left alone: the user has overridden something that a forward relies on
 
 OVERRIDDEN = {
     "forward": lambda self, x: ("mine",),
@@ -236,7 +239,7 @@ OVERRIDDEN = {
     "permute_hidden": lambda self, hx, permutation: hx,
     "_update_flat_weights": lambda self: None,
     "_init_flat_weights": nn.RNNBase._init_flat_weights,
-    "backend": "gloo",  # one of our attributes
+    "backend": "gloo",  # an attribute of fused_rnn
     "_is_plain": lambda self, x: ("mine",),
     "__getattr__": lambda self, name: nn.Module.__getattr__(self, name),
     "__reduce__": lambda self: (type(self), (3, 5)),
@@ -296,8 +299,8 @@ def test_attributes_of_the_instance(cls: type[nn.GRU]) -> None:
     modules["forward"].forward = types.MethodType(wrapped, modules["forward"])
     modules["check_input"].check_input = lambda *_: None
     modules["backend"].backend = "gloo"
-    modules["step"].register_buffer("step", torch.zeros(1))  # which our method of that name would hide
-    modules["resets"].resets = 3  # of no concern
+    modules["step"].register_buffer("step", torch.zeros(1))  # would be hidden by our method of that name
+    modules["resets"].resets = 3  # harmless
     x = torch.ones(2, 2, 3)
     wanted = modules["forward"](x)
     with pytest.warns(UserWarning):

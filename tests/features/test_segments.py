@@ -1,4 +1,7 @@
-"""Resets inside a sequence, lengths, and the states of every step: against torch.nn on every piece alone."""
+"""Resets inside a sequence, lengths, and the states of every step, against torch.nn on each piece separately.
+
+Also against the specification, for all combinations and their gradients.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ pair = partial(twins, dtype=torch.float64)
 
 
 def draw_state(module: nn.Module, B: int, *first: int, requires_grad: bool = True) -> Any:
-    """hx, or with a leading dimension one for every step."""
+    """Random hx, or one for every step if there is a leading dimension."""
     rows = module.num_layers * (2 if module.bidirectional else 1)
     p = next(module.parameters())
     sizes = [module.proj_size or module.hidden_size] + [module.hidden_size] * (module.mode == "LSTM")
@@ -42,7 +45,7 @@ def listed(value: Any) -> list[Tensor]:
 
 
 def row_of(state: Any, b: int, t: int | None = None) -> Any:
-    """The state of one batch row, of the step t if there is one for each."""
+    """The state of one batch row, at step t if there is one for each."""
     if isinstance(state, tuple):
         return tuple(row_of(s, b, t) for s in state)
     state = state[t] if state.dim() == 4 else state
@@ -54,7 +57,7 @@ def directions_of(state: Any, rows: slice) -> Any:
 
 
 def in_pieces(module: nn.Module, x: Tensor, hx: Any, resets: Tensor, reset_state: Any) -> tuple[Tensor, Any]:
-    """What resets mean for one layer: torch.nn on every piece alone, x and resets time first."""
+    """The meaning of resets in one layer: torch.nn on each piece separately. x and resets are time first."""
     T, B, _ = x.shape
     zero = draw_state(module, B, requires_grad=False)
     zero = tuple(torch.zeros_like(s) for s in zero) if isinstance(zero, tuple) else torch.zeros_like(zero)
@@ -119,7 +122,7 @@ def test_resets_cut_the_sequence(name: str, B: int, H: int, rate: float, bidirec
 
 
 def of_reference(module: nn.Module, *args: Any, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> Any:
-    """The same call on the specification."""
+    """The same call, computed by the specification."""
     with monkeypatch.context() as patch:
         patch.setattr(policy, "fusible", lambda *tensors: False)
         return module(*args, **kwargs)
@@ -192,7 +195,7 @@ def test_lengths_with_a_state_for_every_step(name: str, monkeypatch: pytest.Monk
 @each_option
 @each_name
 def test_state_sequence_is_a_loop_of_steps(name: str, options: dict[str, Any]) -> None:
-    """The states of every step, with their gradients, are those of calls on longer and longer sequences."""
+    """The states of every step, with their gradients, equal those of calls on growing sequences."""
     theirs, ours = pair(name, 4, 9, **(options | {"bidirectional": False}))
     x = torch.randn(6, 3, 4, dtype=torch.float64, requires_grad=True)
     data = x.transpose(0, 1) if options.get("batch_first") else x
@@ -253,7 +256,7 @@ def test_resets_of_a_packed_sequence(
 
     inputs = [x, *listed(hx), *([] if reset_state is None else listed(reset_state))]
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "layer", None)  # the kernels take it
+        patch.setattr(reference, "layer", None)  # only the kernels may run
         assert_same(call(), expected, [*inputs, *ours.parameters()], [*inputs, *theirs.parameters()])
     with monkeypatch.context() as patch:
         patch.setattr(policy, "fusible", lambda *tensors: False)
@@ -305,7 +308,7 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("D", [1, 2])
 @pytest.mark.parametrize("lengths", [None, torch.tensor([2, 4])], ids=["whole", "ragged"])
 def test_gradcheck(cell: str, D: int, lengths: Tensor | None) -> None:
-    """First and second derivatives of a layer, its reset states among the inputs."""
+    """First and second derivatives of a layer, also by its reset states."""
     torch.manual_seed(3)
     T, B, size, H, G = 4, 2, 2, 3, reference.GATES[cell]
 
@@ -338,7 +341,7 @@ def test_gradcheck(cell: str, D: int, lengths: Tensor | None) -> None:
 
 
 def test_threads_and_sizes_agree() -> None:
-    """Every way to share the work gives the same, with resets in any row."""
+    """All ways of splitting the work agree, with resets in any row."""
     threads = torch.get_num_threads()
     try:
         for name, B, H in itertools.product(NAMES, (1, 2, 33), (20, 130)):
@@ -355,7 +358,7 @@ def test_threads_and_sizes_agree() -> None:
 
 
 def test_a_transform_falls_back() -> None:
-    """Where the kernels may not be used, plain torch computes the same."""
+    """Under a transform, plain torch computes the same."""
     _, ours = pair("GRU", 4, 9, dtype=torch.float32)
     x, resets = torch.randn(6, 3, 4), torch.rand(6, 3) < 0.3
     expected, _ = ours(x, resets=resets)
@@ -432,7 +435,7 @@ def test_a_rollout_of_steps_is_the_sequence(name: str, batch_first: bool) -> Non
 
 @each_name
 def test_weights_are_those_of_the_moment(name: str) -> None:
-    """Swapped, parametrised or replaced since the last call."""
+    """Weights that were swapped since the last call are used."""
     _, ours = pair(name, 4, 9)
     x, resets = torch.randn(6, 3, 4, dtype=torch.float64), torch.zeros(6, 3, dtype=torch.bool)
     ours(x, resets=resets)
@@ -454,7 +457,7 @@ def test_changed_before_backward(changed: str) -> None:
 
 
 def test_states_at_resets_of_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One step only, with a state for each; and of h one for all, of c one for each."""
+    """A single step with a state per step; h for all steps with c per step, and the reverse."""
     _, ours = pair("LSTM", 4, 9)
     for T, steps_h, steps_c in ((1, [1], [1]), (5, [], [5]), (5, [5], [])):
         x = torch.randn(T, 3, 4, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,7 @@
-"""module.step: one time step at a time gives what forward gives on the whole sequence, and on a sequence of one."""
+"""module.step, called for one time step after the other, gives the results of forward on the whole sequence.
+
+Also its keywords: resets, rows that wait, and results written into given tensors.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +55,9 @@ def test_a_step_is_a_sequence_of_one(
     x = torch.randn(size["B"], size["I"]).to(dtype)
     time_dim = 1 if module.batch_first else 0
     _, hx = module(x.unsqueeze(time_dim))
-    expected, final = module(x.unsqueeze(time_dim), hx)
-    y, stepped = module.step(x, hx)
+    with torch.no_grad():  # in training, torch.nn computes one step of an RNN
+        expected, final = module(x.unsqueeze(time_dim), hx)
+        y, stepped = module.step(x, hx)
     assert torch.equal(y, expected.squeeze(time_dim))
     for a, b in zip(tensors(stepped), tensors(final), strict=True):
         assert torch.equal(a, b)
@@ -104,7 +108,7 @@ def test_it_runs_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["weight_hh_l0", "weight_ih_l0", "bias_hh_l0"])
 def test_weights_written_in_place_are_seen(name: str) -> None:
-    """Nothing of the weights is kept between calls: neither `_version` nor numpy has to tell."""
+    """No copy of the weights is kept between calls, so changes that bypass `_version` (numpy) are seen."""
     for module, call in [
         (fused_rnn.LSTM(4, 5), lambda m, x: m.step(x)[0]),
         (fused_rnn.GRU(64, 64), lambda m, x: m.step(x.repeat(3, 16))[0]),
@@ -116,7 +120,7 @@ def test_weights_written_in_place_are_seen(name: str) -> None:
             changed = call(module, x)
             getattr(module, name).detach().numpy()[:] = 0
             zeroed = call(module, x)
-        if name != "weight_hh_l0":  # from a zero state, W_hh does not matter
+        if name != "weight_hh_l0":  # with a zero state, W_hh has no effect
             assert not torch.equal(before, changed)
             assert not torch.equal(changed, zeroed)
         _, hx = module.step(x if module.input_size == 4 else x.repeat(3, 16))
@@ -161,7 +165,7 @@ def test_a_subclass_may_check_more(name: str) -> None:
 
 
 def test_the_usual_call_needs_no_second_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What falls back silently would only be seen as slow."""
+    """A silent fallback would only show as slowness."""
     monkeypatch.setattr("fused_rnn.call.run", None)
     for cell, options in CELLS:
         for size in SIZES:
@@ -207,7 +211,7 @@ def test_out_holds_the_results(
         out = torch.full_like(expected, torch.nan), hx if in_place else copied(hx)
         y, state = module.step(x, hx, out=out)
     assert y is out[0] and state is out[1]
-    # On processors that multiply bfloat16, a step without `out` may be torch.nn's.
+    # On processors with bfloat16 products, a step without `out` may run on torch.nn.
     close = dict(rtol=0.02, atol=0.01) if dtype is torch.bfloat16 and policy.HAS_BF16_PRODUCTS else dict(rtol=0, atol=0)
     for a, b in zip((y, *tensors(state)), (expected, *tensors(final)), strict=True):
         torch.testing.assert_close(a, b, **close)
@@ -217,7 +221,7 @@ def test_out_holds_the_results(
 
 @each_module
 def test_a_loop_in_place_is_forward(cell: str, options: dict[str, Any]) -> None:
-    """Outputs go straight into a buffer of either layout, the state is updated where it lies."""
+    """Outputs are written into a buffer of either layout; the state is updated in place."""
     module = build(cell, options, SIZES[1])
     x = torch.randn(6, 3, 7, dtype=torch.float64)
     with torch.no_grad():
@@ -234,7 +238,7 @@ def test_a_loop_in_place_is_forward(cell: str, options: dict[str, Any]) -> None:
 
 
 def allocations(call: Any) -> int:
-    """How often torch takes memory on the CPU."""
+    """How often torch allocates memory on the CPU."""
     call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
@@ -262,7 +266,7 @@ def test_with_out_nothing_is_allocated(cell: str, H: int, num_layers: int, unbat
 
 
 def expected_of(module: Any, x: Tensor, hx: Any, active: Tensor, resets: Tensor, reset_state: Any) -> Any:
-    """By torch.nn, of the active rows alone."""
+    """torch.nn's result on the active rows only."""
     theirs = module.to_torch()
     zeros = [torch.zeros_like(h) for h in tensors(hx)]
     fresh = tensors(reset_state) if reset_state is not None else zeros
@@ -283,7 +287,7 @@ MASKS = [([True, False, True], [True, True, False]), ([False] * 3, [True] * 3), 
 def test_rows_that_wait(
     cell: str, options: dict[str, Any], active: list[bool], resets: list[bool], learned: bool
 ) -> None:
-    """They keep their state, whatever comes in; the others step as if they were alone. With all derivatives."""
+    """Inactive rows keep their state for any input; the others step as if alone. With all derivatives."""
     module = build(cell, options, SIZES[1])
     x, hx = torch.randn(3, 7, dtype=torch.float64), state_of(module, 3)
     reset_state = state_of(module, 1) if learned else None
@@ -311,7 +315,7 @@ def test_rows_that_wait(
 
 
 def test_what_the_operator_does_not_take_is_right() -> None:
-    """Strided states, torch.nn's own forward, an output in the input's memory: computed elsewhere, and copied."""
+    """Strided states, torch.nn's own forward, an output in the input's memory: computed elsewhere and copied."""
     hx = torch.randn(2, 3, 7)
     for module in (
         fused_rnn.GRU(7, 7, 2),
@@ -391,7 +395,7 @@ def test_the_usual_step_with_keywords_needs_no_second_attempt(monkeypatch: pytes
 
 
 def test_results_that_share_memory_with_inputs() -> None:
-    """A state may be its own result. Where another input shares memory with one, the result is right all the same."""
+    """A state may be its own result. Overlap with any other input gives correct results, too."""
     torch.manual_seed(0)
     gru, x, h = fused_rnn.GRU(5, 5), torch.randn(3, 5), torch.randn(1, 3, 5)
     resets = torch.tensor([True, False, True])
@@ -409,7 +413,7 @@ def test_results_that_share_memory_with_inputs() -> None:
 
 
 def test_own_checks_with_keywords() -> None:
-    """A class that overrides torch.nn's checks has them asked in every kind of step."""
+    """Overridden checks of torch.nn run in every kind of step."""
 
     def refuse(*args: Any) -> None:
         raise ValueError("refused")

@@ -1,7 +1,7 @@
 """Modules with layer normalisation, zoneout, dropout of states and weights, layers of different sizes, recomputation.
 
-They are tested by what the papers say of training and of evaluation; what the specification computes is itself compared
-with loops written out here. Single layers are in test_variants.py.
+They are tested against the papers' statements about training and evaluation, and the specification itself against loops
+written out here. Single layers are tested in test_variants.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ each_name = pytest.mark.parametrize("name", NAMES)
 
 
 def lstm_written_out(x: Tensor, m: fused_rnn.LSTM) -> Tensor:
-    """Layer normalisation as haste's LayerNormLSTM: its equations, one after the other."""
+    """The equations of layer normalisation as in haste's LayerNormLSTM."""
     h = c = x.new_zeros(x.size(1), m.hidden_size)
     outputs = []
     for x_t in x:
@@ -70,7 +70,7 @@ each_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join
 @each_option
 @each_name
 def test_kernels_and_specification_agree(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same module, the same generator: in training, in evaluation, with resets and with lengths."""
+    """The same module and generator: in training, in evaluation, with resets and with lengths."""
     module, x = module_and_input(
         name, **{"num_layers": 2, "bidirectional": True, **fitting(options)}, dtype=torch.float64
     )
@@ -93,7 +93,7 @@ def test_kernels_and_specification_agree(name: str, options: dict[str, Any], mon
 
 
 def fitting(options: dict[str, Any]) -> dict[str, Any]:
-    """A list of sizes says how many layers there are."""
+    """Add num_layers if hidden_size is a list."""
     return options | ({"num_layers": len(options["hidden_size"])} if "hidden_size" in options else {})
 
 
@@ -104,7 +104,7 @@ def flat(value: Any) -> list[Tensor]:
 @each_option
 @each_name
 def test_state_is_handed_on(name: str, options: dict[str, Any]) -> None:
-    """In evaluation a sequence in two parts, or step by step, is the sequence."""
+    """In evaluation, a sequence processed in two parts, or step by step, gives the same results."""
     module, x = module_and_input(name, **options)
     module.eval()
     whole, last = module(x)
@@ -124,7 +124,7 @@ def test_state_is_handed_on(name: str, options: dict[str, Any]) -> None:
 @each_option
 @each_name
 def test_lengths(name: str, options: dict[str, Any]) -> None:
-    """In evaluation every row is what it is alone."""
+    """In evaluation, every row gives the same results as alone."""
     module, x = module_and_input(name, **options, bidirectional=True, dtype=torch.float64)  # LN of few units magnifies
     x = x.double()
     module.eval()
@@ -151,7 +151,7 @@ def test_random_in_training_alone(name: str, option: str) -> None:
             results.append(module(x)[0])
         return results[0], results[1]
 
-    assert torch.equal(*twice((1, 1)))  # repeatable by torch's generator
+    assert torch.equal(*twice((1, 1)))  # reproducible by torch's generator
     assert not torch.equal(*twice((1, 2)))
     module.eval()
     assert torch.equal(*twice((1, 2)))
@@ -159,7 +159,7 @@ def test_random_in_training_alone(name: str, option: str) -> None:
 
 @each_name
 def test_zoneout_keeps_its_share(name: str) -> None:
-    """In training each unit of each step keeps its value with the given probability; in evaluation it moves so far."""
+    """In training each unit keeps its old value with the given probability; evaluation uses the expectation."""
     rates = (0.25, 0.6) if name == "LSTM" else (0.25,)
     torch.manual_seed(0)
     module = getattr(fused_rnn, name)(3, 40, zoneout=rates if name == "LSTM" else rates[0])
@@ -167,7 +167,7 @@ def test_zoneout_keeps_its_share(name: str) -> None:
     states = module(x, return_state_sequence=True)[2]
     for state, rate in zip(states if name == "LSTM" else (states,), rates, strict=True):
         kept = (state[1:] == state[:-1]).double().mean().item()
-        assert abs(kept - rate) < 0.01  # of 58,000 draws: five standard deviations are below
+        assert abs(kept - rate) < 0.01  # 58,000 draws: more than five standard deviations
     module.eval()
     plain = getattr(fused_rnn, name)(3, 40)
     plain.load_state_dict(module.state_dict())
@@ -180,7 +180,7 @@ def test_zoneout_keeps_its_share(name: str) -> None:
 
 @each_name
 def test_recurrent_dropout_drops_the_same_units_at_every_step(name: str) -> None:
-    """One mask for all steps, whose expectation is one."""
+    """One mask for all steps, with expectation one."""
     torch.manual_seed(0)
     module = getattr(fused_rnn, name)(3, 64, recurrent_dropout=0.4)
     x, spec = torch.zeros(9, 200, 3), module._spec()
@@ -210,12 +210,12 @@ def test_forget_bias() -> None:
     for layer, suffix in itertools.product((0, 1), ("", "_reverse")):
         both = [getattr(module, f"bias_{kind}_l{layer}{suffix}").chunk(4) for kind in ("ih", "hh")]
         assert (both[0][1] + both[1][1] == 2.0).all()
-        assert both[0][0].unique().numel() > 1  # the others are torch.nn's
+        assert both[0][0].unique().numel() > 1  # the other biases are torch.nn's
 
 
 @each_name
 def test_sizes_of_layers(name: str) -> None:
-    """Layers of their own sizes are single layers one behind the other; their states lie side by side."""
+    """Layers of different sizes equal single layers in sequence; their states are concatenated."""
     sizes = [6, 9, 4]
     module, x = module_and_input(name, hidden_size=sizes, bidirectional=True)
     single, width = [], 4
@@ -250,7 +250,7 @@ def test_recompute_keeps_no_gates(name: str, options: dict[str, Any]) -> None:
         results.append([p.grad for p in module.parameters()])
         saved.append(-1)
     first, second = saved[: saved.index(-1)], saved[saved.index(-1) + 1 : -1]
-    own = 7 * 5 * 6 * (2 if "bidirectional" in options else 1)  # a value for each step, row and unit
+    own = 7 * 5 * 6 * (2 if "bidirectional" in options else 1)  # one value for each step, row and unit
     assert max(first) > own >= max(second)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -307,7 +307,7 @@ def test_no_rates_are_no_variant() -> None:
 @pytest.mark.parametrize("before", [False, True])
 @each_name
 def test_layer_norm_is_the_constructors(name: str, before: bool) -> None:
-    """Its parameters are either there or not."""
+    """It cannot be changed later, because it determines the parameters."""
     module, x = module_and_input(name, layer_norm=before)
     module.layer_norm = before
     with pytest.raises(ValueError, match=r"layer_norm .*constructor"):
@@ -316,7 +316,7 @@ def test_layer_norm_is_the_constructors(name: str, before: bool) -> None:
 
 
 def test_norms_are_parameters_like_others() -> None:
-    """Parametrised, frozen, and in a checkpoint of a layer without them."""
+    """They can be parametrised and frozen, and a checkpoint without them is refused."""
     module, x = module_and_input("LSTM", layer_norm=True)
     expected = module(x)[0]
     nn.utils.parametrize.register_parametrization(module, "norm_hh_l0", Doubled())
@@ -398,7 +398,7 @@ def test_torch_nn_cannot_take_its_place(options: dict[str, Any]) -> None:
 
 
 def test_functional() -> None:
-    """The options as arguments of the functions; gains of layer normalisation as one more list of tensors."""
+    """The options as arguments of the functions; the gains of layer normalisation are a separate list of tensors."""
     module, x = module_and_input("GRU", layer_norm=True, zoneout=0.2, recurrent_dropout=0.3, num_layers=2)
     norms = [p for name, p in module.named_parameters() if name.startswith("norm")]
     for training in (True, False):
@@ -427,7 +427,7 @@ def test_functional_sizes_of_layers() -> None:
 
 
 def test_a_pickle_from_before_its_derived_attributes() -> None:
-    """The options decide; what the constructor derives from them is made anew."""
+    """Derived attributes are recomputed from the options."""
     module = fused_rnn.LSTM(3, 5, zoneout=0.5).eval()
     state = {name: value for name, value in module.__dict__.items() if name != "_regularisation"}
     again = object.__new__(fused_rnn.LSTM)
@@ -437,7 +437,7 @@ def test_a_pickle_from_before_its_derived_attributes() -> None:
 
 
 def test_weights_are_freed_with_the_results() -> None:
-    """Without waiting for the garbage collector: no call makes a cycle of references."""
+    """No call makes a reference cycle, so memory is freed without the garbage collector."""
     x, leaves = torch.randn(4, 2, 3), [torch.randn(20, 3, requires_grad=True), torch.randn(20, 5, requires_grad=True)]
     weights = [w * 1 for w in leaves]
     freed = weakref.ref(weights[1])

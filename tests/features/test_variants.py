@@ -1,6 +1,6 @@
 """One layer with layer normalisation, zoneout and recurrent dropout, against the specification with the same masks.
 
-The modules are in test_variant_modules.py.
+The modules are tested in test_variant_modules.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIZES = [(5, 3, 4, 7), (4, 17, 3, 33), (1, 2, 3, 5), (12, 1, 4, 40), (3, 26, 5, 
 def of_layer(
     cell: str, size: tuple[int, int, int, int], D: int, variant: set[str], P: int = 0, dtype: Any = torch.float64
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments of `reference.layer`: x, h0, c0, weights; and keywords. All that may have gradients requires them."""
+    """Arguments (x, h0, c0, weights) and keywords of `reference.layer`; differentiable tensors require gradients."""
     torch.manual_seed(0)
     T, B, input_size, H = size
     G, P = reference.GATES[cell], P or H
@@ -164,7 +164,7 @@ def in_double(arguments: list[Any], more: dict[str, Any]) -> tuple[list[Any], di
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @each_cell
 def test_gradcheck(cell: str, variant: set[str]) -> None:
-    """By finite differences, to the second order, with the masks fixed."""
+    """First and second derivatives by finite differences, with fixed masks."""
     (x, h0, c0, weights), more = of_layer(cell, (2, 2, 2, 2), 1, variant)
     inputs = differentiable([x, h0, c0, weights], more)
 
@@ -183,7 +183,7 @@ def test_gradcheck(cell: str, variant: set[str]) -> None:
 @pytest.mark.parametrize("D", [1, 2])
 @each_cell
 def test_gradients_of_some(cell: str, D: int, recompute: bool) -> None:
-    """Each gain, each weight and x alone, the others frozen: to the first and, through it, to the second order."""
+    """Each gain, each weight and x alone, with the others frozen: first and second derivatives."""
     arguments, more = of_layer(cell, (4, 3, 4, 7), D, {"norm"})
     inputs = differentiable(arguments, more)
     for only in inputs:
@@ -205,7 +205,7 @@ def test_gradients_of_some(cell: str, D: int, recompute: bool) -> None:
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @each_cell
 def test_inference(cell: str, variant: set[str]) -> None:
-    """Nothing is kept for backward there; a batch of no rows, too."""
+    """Nothing is saved for backward; also with an empty batch."""
     for size in [(5, 9, 4, 33), (5, 0, 4, 33), (1, 1, 1, 1)]:
         arguments, more = of_layer(cell, size, 2, variant)
         with torch.no_grad():
@@ -216,7 +216,7 @@ def test_inference(cell: str, variant: set[str]) -> None:
 
 @each_cell
 def test_masks_whose_strides_say_nothing(cell: str) -> None:
-    """With one row per step a tensor is contiguous whatever the stride between rows is."""
+    """With one row per step, a tensor is contiguous whatever its stride between rows."""
     arguments, more = of_layer(cell, (5, 1, 3, 4), 1, {"zone"})
     more = {name: zone.as_strided((5, 1, 4), (4, 1, 1)) for name, zone in more.items()}
     assert all(zone.is_contiguous() for zone in more.values())

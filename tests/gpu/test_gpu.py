@@ -1,7 +1,7 @@
-"""On a GPU: the same results, gradients and errors as torch.nn's, and what only a GPU has: streams, graphs, no waiting.
+"""The GPU kernels against torch.nn: results, gradients, errors, streams, CUDA graphs and calls without synchronisation.
 
-The cases and the rule of what is close enough are those of the CPU. The float64 reference is computed on the CPU, so no
-kernel under test, nor one of cuDNN, has a part in it.
+The cases and the tolerance are those of the CPU tests. The float64 reference is computed on the CPU, independently of
+the kernels under test and of cuDNN.
 """
 
 import copy
@@ -23,7 +23,7 @@ from tolerances import assert_as_accurate
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
 GPU = "cuda"
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuDNN's own results differ from run to run
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuDNN's results vary between runs
 
 each_sequence = pytest.mark.parametrize("name", SEQUENCES)
 each_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
@@ -62,7 +62,7 @@ GPU_CASES = [Case(cell, **size) for cell in SEQUENCES for size in _SIZES] + CASE
 
 @pytest.fixture(autouse=True)
 def errors_belong_to_their_test() -> Iterator[None]:
-    """What a kernel did wrong is reported late, and after some errors the process cannot use the GPU any more."""
+    """Report a kernel's error in its test: errors arrive late, and after some the process cannot use the GPU."""
     yield
     if not torch.cuda.is_available():
         return
@@ -74,13 +74,13 @@ def errors_belong_to_their_test() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def full_float32() -> Iterator[None]:
-    """Without TF32, which is on by default in cuDNN, but where a test asks for it."""
+    """Switch off TF32, which is on by default in cuDNN, unless a test switches it on."""
     with tf32_allowed(False):
         yield
 
 
 def pair(name: str, *sizes: int, dtype: torch.dtype = torch.float32, **options: object) -> tuple[nn.Module, nn.Module]:
-    """torch.nn's module on the GPU, and ours with the same weights, which does not leave small work to torch.nn."""
+    """torch.nn's module on the GPU, and ours with the same weights and backend="fused"."""
     return twins(name, *sizes, **options, dtype=dtype, device=GPU, backend="fused")
 
 
@@ -89,7 +89,7 @@ def draw(*sizes: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def step(module: nn.Module, x: Tensor) -> list[Tensor]:
-    """All results of one forward and backward: outputs, states, gradients of x and of the parameters."""
+    """All results of one forward and backward pass: outputs, states, gradients of x and of the parameters."""
     module.zero_grad(set_to_none=True)
     x = x.detach().requires_grad_()
     outputs = tensors(module(x))
@@ -98,12 +98,12 @@ def step(module: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def weigh(tensor: Tensor) -> Tensor:
-    """A different weight for every entry, so that each counts in the gradients."""
+    """A different weight for every entry, so that each affects the gradients."""
     return torch.linspace(-1, 2, tensor.numel(), device=tensor.device).reshape(tensor.shape)
 
 
 def results(case: Case, module: nn.Module, data: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Everything a user can see of one forward and one backward, on the CPU; backward starts from values of `dtype`."""
+    """All results of one forward and backward pass, on the CPU; backward starts from values of `dtype`."""
     data = [t.clone().requires_grad_() for t in data]
     outputs = case.run(module, data)
     generator = torch.Generator().manual_seed(2)
@@ -116,13 +116,13 @@ def results(case: Case, module: nn.Module, data: list[Tensor], dtype: torch.dtyp
 
 
 def rounded_to_tf32(tensor: Tensor) -> Tensor:
-    """To ten bits of mantissa, as the matrix units read float32."""
+    """Rounded to ten bits of mantissa, as the tensor cores read float32."""
     bits = tensor.detach().float().contiguous().view(torch.int32)
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def tf32_results(case: Case, exact: nn.Module, data: list[Tensor]) -> dict[str, Tensor]:
-    """What exact arithmetic makes of operands that TF32 has rounded: torch.nn need not use it wherever it may."""
+    """Exact results for operands rounded to TF32, since torch.nn may use TF32 less than it is allowed to."""
     rounded = copy.deepcopy(exact)
     rounded.load_state_dict({name: rounded_to_tf32(p) for name, p in exact.state_dict().items()})
     found = results(case, rounded, [rounded_to_tf32(t).double() for t in data], torch.float32)
@@ -137,7 +137,7 @@ def farther(first: Tensor, second: Tensor, reference: Tensor) -> Tensor:
 @each_precision
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_matches_torch(case: Case, precision: Precision) -> None:
-    """Forward and all gradients, and once more: the second time is the same to the last bit."""
+    """Forward and all gradients, twice: the second time is bitwise equal."""
     dtype = precision.dtype
     theirs, ours, exact = case.modules(dtype)
     ours.backend, data = "fused", case.data(dtype)
@@ -153,11 +153,11 @@ def test_matches_torch(case: Case, precision: Precision) -> None:
         yardstick = {name: farther(value, rounded[name], wanted[name]) for name, value in expected.items()}
     for name, value in wanted.items():
         if not torch.equal(actual[name], again[name]):
-            with tf32_allowed(precision.tf32):  # what the kernels do not take, torch.nn computes in its own way
+            with tf32_allowed(precision.tf32):  # torch.nn computes the remaining calls, with its own precision
                 theirs_again = results(case, theirs, on_gpu, dtype)
             assert not all(torch.equal(expected[key], theirs_again[key]) for key in wanted), f"{name}: varies by run"
         if name.startswith("d") and case.nonlinearity == "relu" and (dtype.itemsize == 2 or precision.tf32):
-            continue  # on which side of relu's kink a value lies is a matter of rounding, and the gradient jumps
+            continue  # near relu's kink, rounding decides on which side a value lies, and the gradient jumps
         if dtype == torch.float64:
             torch.testing.assert_close(actual[name], value, rtol=1e-10, atol=1e-11, msg=name)
         else:
@@ -167,7 +167,7 @@ def test_matches_torch(case: Case, precision: Precision) -> None:
 @each_sequence
 @each_half
 def test_the_fused_kernels_run(name: str, dtype: torch.dtype) -> None:
-    """The comparisons above would hold for torch.nn's own kernels, too."""
+    """Without this test, torch.nn's own kernels would pass the comparisons above."""
     _, ours = pair(name, 64, 256, dtype=dtype)
     with fused_calls() as calls:
         step(ours, draw(6, 16, 64, dtype=dtype))
@@ -178,7 +178,7 @@ def test_the_fused_kernels_run(name: str, dtype: torch.dtype) -> None:
 @each_half
 @pytest.mark.parametrize("sizes", [(64, 1, 128, 128), (100, 32, 64, 512), (50, 64, 64, 1024)], ids=str)
 def test_many_runs_agree(name: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
-    """Blocks that read too early, or too late, do so only now and then. Inputs and weights stay as they are."""
+    """Blocks that read too early or too late do so only rarely. Inputs and weights must not change."""
     T, B, I, H = sizes  # noqa: E741
     _, ours = pair(name, I, H, dtype=dtype)
     x = draw(T, B, I, dtype=dtype)
@@ -204,9 +204,9 @@ def test_backend_torch_is_torch(name: str, precision: Precision) -> None:
 
 @each_sequence
 def test_torchs_default_switches(name: str) -> None:
-    """TF32 in cuDNN, not in matrix products: set by the old names, which torch does not let mix with the new ones."""
+    """TF32 in cuDNN but not in matrix products, set by the old names, which torch forbids to mix with the new ones."""
     theirs, ours = pair(name, 64, 256)
-    torch.backends.cudnn.allow_tf32 = True  # the fixture sets it back
+    torch.backends.cudnn.allow_tf32 = True  # restored by the fixture
     for a, e in zip(step(ours, draw(6, 16, 64)), step(theirs, draw(6, 16, 64)), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-2, atol=1e-2 * max(e.abs().max().item(), 1.0))
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (True, False)
@@ -232,7 +232,7 @@ def test_unbatched(name: str) -> None:
 @each_sequence
 @pytest.mark.parametrize("sorted_by_user", [True, False])
 def test_packed(name: str, sorted_by_user: bool) -> None:
-    """The packed result keeps its bookkeeping; every row is what the row alone gives."""
+    """The packed result keeps batch_sizes and indices; every row equals the result of the row alone."""
     theirs, ours = pair(name, 16, 64, num_layers=2, bidirectional=True)
     x = draw(8, 4, 16)
     lengths = torch.tensor([8, 6, 6, 1] if sorted_by_user else [6, 1, 8, 6])
@@ -263,7 +263,7 @@ def test_zero_batch(name: str, batch_first: bool, training: bool) -> None:
 
 @each_sequence
 def test_on_a_stream_of_its_own(name: str) -> None:
-    """Kernels go to the current stream, behind what it has to do first."""
+    """Kernels run on the current stream, after its earlier work."""
     _, ours = pair(name, 64, 128)
     x = draw(40, 16, 64)
     wanted = step(ours, x)
@@ -271,7 +271,7 @@ def test_on_a_stream_of_its_own(name: str) -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)  # about ten milliseconds: on another stream, the call would read zeros
+        torch.cuda._sleep(20_000_000)  # about ten milliseconds; on another stream, the call would read zeros
         late.copy_(x)
         found = step(ours, late)
     torch.cuda.current_stream().wait_stream(stream)
@@ -281,7 +281,7 @@ def test_on_a_stream_of_its_own(name: str) -> None:
 
 @pytest.mark.parametrize("H", [128, 1024])
 def test_two_streams_at_once(H: int) -> None:
-    """Blocks that wait for each other must not wait for blocks for which the other stream left no room."""
+    """Blocks that wait for each other must not wait for blocks that cannot start because of the other stream."""
     modules = [pair(name, 64, H, dtype=torch.bfloat16)[1] for name in ("LSTM", "GRU")]
     x = draw(60, 32, 64, dtype=torch.bfloat16)
     wanted = [step(module, x) for module in modules]
@@ -301,7 +301,7 @@ def test_two_streams_at_once(H: int) -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("sizes", [(12, 16, 64, 256), (7, 3, 20, 33)], ids=str)
 def test_cuda_graph(name: str, training: bool, sizes: tuple[int, ...]) -> None:
-    """Captured once, replayed on inputs that were not there at capture, several times in a row."""
+    """Captured once and replayed several times on new inputs."""
     T, B, I, H = sizes  # noqa: E741
     _, ours = pair(name, I, H, dtype=torch.bfloat16)
     x = draw(T, B, I, dtype=torch.bfloat16)
@@ -344,14 +344,14 @@ def test_autocast(name: str, dtype: torch.dtype, input_is_half: bool) -> None:
 
     actual, expected = call(ours), call(theirs)
     assert [t.dtype for t in actual] == [t.dtype for t in expected]
-    for a, e in zip(actual, expected, strict=True):  # computed in `dtype`, also where the result is float32
+    for a, e in zip(actual, expected, strict=True):  # computed in `dtype`, even if the result is float32
         limit = 8 * torch.finfo(dtype).eps * max(e.abs().max().item(), 0.1)
         torch.testing.assert_close(a, e, rtol=0, atol=limit)
 
 
 @each_sequence
 def test_grad_scaler(name: str) -> None:
-    """Three steps of mixed-precision training; the last one overflows and is skipped on both sides."""
+    """Three mixed-precision training steps; the last one overflows and is skipped with both libraries."""
     trained = []
     for module in pair(name, 16, 64):
         optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -431,7 +431,7 @@ def with_a_weight(module: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.M
 @each_sequence
 @pytest.mark.parametrize("misfit", MISFITS)
 def test_what_does_not_fit(name: str, misfit: str) -> None:
-    """The same type of exception as torch.nn's; where torch.nn computes something, the same result."""
+    """The same type of exception as torch.nn's, or the same result where torch.nn has one."""
 
     def call(module: nn.Module) -> list[Tensor]:
         changed, x, h = MISFITS[misfit](module, draw(4, 3, 8), draw(1, 3, 24, seed=2))
@@ -448,7 +448,7 @@ def test_what_does_not_fit(name: str, misfit: str) -> None:
 
 @each_sequence
 def test_double_backward(name: str) -> None:
-    """Gradients of a gradient penalty, against torch.nn on the CPU: cuDNN has none."""
+    """A gradient penalty, against torch.nn on the CPU, because cuDNN has no second derivative."""
     theirs, ours = pair(name, 6, 20, dtype=torch.float64)
     found = []
     for module, device in ((theirs.cpu(), "cpu"), (ours, GPU)):
@@ -465,7 +465,7 @@ def test_double_backward(name: str) -> None:
 def test_the_cpu_never_waits(name: str, dtype: torch.dtype, options: dict) -> None:
     _, ours = pair(name, 64, 256, dtype=dtype, **options)
     x = draw(10, 16, 64, dtype=dtype)
-    step(ours, x)  # what happens once may wait
+    step(ours, x)  # one-time work may synchronise
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -478,7 +478,7 @@ def test_the_cpu_never_waits(name: str, dtype: torch.dtype, options: dict) -> No
 
 @each_sequence
 def test_peak_memory(name: str, record_property: Callable[[str, object], None]) -> None:
-    """Reported, not limited: what a training step allocates at its peak, ours and torch.nn's."""
+    """Peak memory of a training step for both libraries; printed, not limited."""
     x = draw(128, 64, 256, dtype=torch.bfloat16)
     peaks = {}
     for side, module in zip(("torch.nn", "fused_rnn"), pair(name, 256, 512, dtype=torch.bfloat16), strict=True):

@@ -1,6 +1,6 @@
 """Regularised variants on a GPU: layers against the specification with the same masks, in every precision.
 
-The cases are those of the emulator. The reference is computed on the CPU.
+The cases are those of the emulator tests. The reference is computed on the CPU.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from test_gpu import (
     draw,
     each_precision,
     each_sequence,
-    errors_belong_to_their_test,  # noqa: F401 - for every test here, too
+    errors_belong_to_their_test,  # noqa: F401 - fixtures for every test here
     full_float32,  # noqa: F401
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
-# And sizes of a whole GPU: several blocks, a cluster, weights that do not fit.
+# Larger sizes: several blocks, a cluster, weights that do not fit on the chip.
 _LARGER = [replace(VARIANTS[2], H=H, D=D) for H, D in ((128, 1), (512, 2), (1024, 1))]
 _LARGER += [replace(VARIANTS[-3], H=H, D=1) for H in (512, 1024)]
 
@@ -41,7 +41,7 @@ _LARGER += [replace(VARIANTS[-3], H=H, D=1) for H in (512, 1024)]
 def test_is_the_specification(
     cell: str, variant: Variant, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And once more: the second time is the same to the last bit."""
+    """Computed twice: the second time is bitwise equal."""
     if not variant.resident:
         each = (partial(o, instance=EVERY_STEP) for o in (operators.forward_operator, operators.backward_operator))
         patch_operators(monkeypatch, *each)
@@ -61,7 +61,7 @@ def test_is_the_specification(
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_modules(name: str, layer_norm: bool, training: bool) -> None:
-    """The fused kernels run; without masks of chance, the results are those of torch's operations."""
+    """The fused kernels run; without random masks, the results equal those of torch's operations."""
     torch.manual_seed(0)
     options = dict(zoneout=0.2, recurrent_dropout=0.3, layer_norm=layer_norm, bidirectional=True, num_layers=2)
     module = getattr(fused_rnn, name)(16, 64, **options, device=GPU, backend="fused").train(training)
@@ -80,7 +80,7 @@ def test_modules(name: str, layer_norm: bool, training: bool) -> None:
 @each_sequence
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_cuda_graph(name: str, layer_norm: bool) -> None:
-    """Masks are drawn anew at every replay; without any, a replay is the call."""
+    """Masks are drawn anew at every replay; without masks, a replay equals the call."""
     torch.manual_seed(0)
     options = dict(zoneout=0.2, recurrent_dropout=0.3, layer_norm=layer_norm)
     module = getattr(fused_rnn, name)(16, 64, **options, device=GPU, dtype=torch.bfloat16, backend="fused")

@@ -1,4 +1,4 @@
-"""Lightning trains the same with the callback of `fused_rnn.integrations.lightning`, in one process and in two."""
+"""Training with Lightning is the same with and without fused_rnn's callback, in one process and in two."""
 
 from __future__ import annotations
 

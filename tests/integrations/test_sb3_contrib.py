@@ -1,4 +1,4 @@
-"""sb3-contrib's RecurrentPPO learns the same with `fused_rnn.integrations.sb3_contrib`, in one call for a minibatch."""
+"""sb3-contrib's RecurrentPPO learns the same with fused_rnn's adapter, which makes one call per minibatch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POLICIES = {
 
 
 def make_agent(fused: bool, policy: dict[str, Any]) -> Any:
-    """CartPole's first episodes are short: every rollout has several in a row."""
+    """An agent for CartPole, whose first episodes are short: every rollout has several in a row."""
     options = {"lstm_hidden_size": 16, **policy}
     agent = sb3_contrib.RecurrentPPO(
         "MlpLstmPolicy",

@@ -1,4 +1,4 @@
-"""TorchRL's modules give the same results, states and gradients with `fused_rnn.integrations.torchrl`."""
+"""TorchRL's modules give the same results, states and gradients after conversion by fused_rnn's adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ each_cell = pytest.mark.parametrize("cell", MODULES)
 
 
 def make(cell: str, **options: Any) -> tuple[Any, Any]:
-    """A module and a converted copy of it, with the same keys."""
+    """A module and a converted copy with the same keys."""
     hidden = ["h", "c"] if cell == "lstm" else ["h"]
     keys = {"in_keys": ["x", *hidden], "out_keys": ["y", *(("next", key) for key in hidden)]}
     theirs = MODULES[cell](input_size=3, hidden_size=5, num_layers=2, **keys, **options)
@@ -61,7 +61,7 @@ def test_single_steps(cell: str) -> None:
 @each_cell
 @pytest.mark.parametrize("options", [{"python_based": True}, {"bidirectional": True}], ids=["python", "bidirectional"])
 def test_other_forms(cell: str, options: dict[str, Any]) -> None:
-    """A loop in Python is replaced; bidirectional modules keep TorchRL's way, on the fused kernels."""
+    """A Python loop is replaced; bidirectional modules keep TorchRL's handling and use the fused kernels."""
     outputs = []
     for module in make(cell, **options):
         with rl.set_recurrent_mode(True):

@@ -1,15 +1,15 @@
-// Checks the kernel tables against a plain reference in double precision, without torch or Python: so that the kernels
-// can also run under the thread sanitizer, which knows nothing of libgomp, and on another processor in an emulator.
+// Checks the kernel tables against a plain reference in double precision, without torch or Python, so that the kernels
+// can also run under the thread sanitizer, which does not understand libgomp, and in an emulator of another processor.
 //
 //   kernel_check [--quick] [--without-barrier] [table...]
 //
-// Every case runs on one thread and on teams of two and three that split rows or units. --quick leaves out the large
-// cases, and all but two threads. --without-barrier takes the teams' barrier away, to show that it is missed. Buffers
-// have their exact size (workspaces: whole cache lines) and hold NaN where a kernel is to write first. Prints each
-// table's largest error; exits with 1, having named the cases, if one is above the tolerance.
+// Every case runs on one thread and on teams of two and three that split rows or units. --quick runs only small cases,
+// on two threads. --without-barrier removes the teams' barrier, to prove that the check detects that. Buffers have
+// their exact size (workspaces: whole cache lines) and hold NaN wherever a kernel must write before it reads. Prints
+// each table's largest error; prints the cases above the tolerance and then exits with 1.
 //
-// Besides, denormal numbers must count as zeros on every thread, and every kernel must leave the floating-point control
-// register as it was.
+// Also checks that denormal numbers count as zeros on every thread, and that every kernel restores the floating-point
+// control register.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -30,7 +30,7 @@ using namespace fused_rnn;
 using namespace fused_rnn::check;
 
 const Case kCases[] = {
-    // Fewer than 8 rows in all: weights as they lie.
+    // Fewer than 8 rows in all: weights are read without packing.
     {"trlg", 1, 1, 1, 1, 0, "bsq"},
     {"trlg", 1, 7, 33, 20, 0, "bq"},
     {"trlg", 2, 3, 5, 7, 0, "2bsq"},
@@ -38,26 +38,26 @@ const Case kCases[] = {
     {"trlg", 7, 1, 20, 33, 0, "2bfsq"},
     {"l", 2, 2, 3, 8, 7, "2bsq"},
     {"l", 1, 1, 5, 70, 33, "bs"},
-    // One row per step: W_hh as it lies, several blocks at once.
+    // One row per step: W_hh is read without packing, several blocks at once.
     {"trlg", 20, 1, 17, 70, 0, "2bsq"},
     {"trlg", 9, 1, 30, 130, 0, "s"},
     {"trlg", 8, 1, 5, 400, 0, "bs"},
     {"tr", 8, 1, 5, 790, 0, "2b"},
     {"l", 9, 1, 7, 70, 33, "2bsq"},
-    // A handful of rows: x times W_ih before the first step.
+    // Few rows: x times W_ih is computed before the first step.
     {"trlg", 4, 2, 10, 65, 0, "2bsp"},
     {"trlg", 5, 5, 18, 77, 0, "2bspq"},
     {"trlg", 6, 7, 64, 64, 0, ""},
     {"trlg", 3, 3, 0, 5, 0, "2bs"},
     {"l", 5, 3, 7, 20, 9, "2bspq"},
-    // More, up to several chunks of 24.
+    // More rows, up to several chunks of 24.
     {"trlg", 6, 8, 12, 96, 0, "bfsq"},
     {"trlg", 3, 13, 9, 50, 0, "2bspq"},
     {"trlg", 1, 16, 16, 32, 0, "2bs"},
     {"trlg", 5, 25, 34, 40, 0, "2bs"},
     {"trlg", 4, 60, 20, 30, 0, "2bspq"},
     {"l", 4, 26, 8, 66, 40, "2bsp"},
-    // Long sums: more than 128, and more than 1024, products or rows.
+    // Long sums: more than 128, and more than 1024, terms or rows.
     {"trlg", 2, 9, 10, 300, 0, "2bs"},
     {"lg", 2, 2, 3, 400, 0, "bs"},
     {"trlg", 1, 9, 1100, 24, 0, "bs"},
@@ -68,7 +68,7 @@ const Case kCases[] = {
     {"l", 2, 8, 3, 1030, 5, "bs"},
 };
 
-// The thread's floating-point control register, with one setting for denormal numbers or the other.
+// The thread's floating-point control register, which has a setting for denormal numbers.
 
 #if defined(__x86_64__)
 constexpr uint64_t kDenormalsAsZeros = 0x8040;
@@ -88,17 +88,17 @@ uint64_t control() { return 0; }
 void set_control(uint64_t) {}
 #endif
 
-std::atomic<int> changed_controls{0};  // calls that did not leave the register as it was
+std::atomic<int> changed_controls{0};  // calls that did not restore the register
 
 // The kernels, called as csrc/bindings/ops.cpp and csrc/cpu/dispatch.cpp call them.
 
 struct Team {
   int64_t workers;
-  bool splits_units, both_directions;  // at the same time, each with a team of its own
+  bool splits_units, both_directions;  // both_directions: at the same time, each with a team of its own
 };
 
-// Calls work(direction, worker) for all directions and workers. Every other thread has denormal numbers as zeros
-// already.
+// Calls work(direction, worker) for all directions and workers. On every second thread denormal numbers already count
+// as zeros.
 template <class Work>
 void run(int64_t directions, const Team& team, bool with_barrier, const Work& work) {
   const int64_t W = team.workers, teams = team.both_directions ? 2 : 1;
@@ -136,7 +136,7 @@ Data<T> kernel_results(const cpu::Kernels& k, const Layer& layer, const Data<T>&
   out.of[kDcN] = in.of[kC0], out.of[kC0] = in.of[kDcN];
 
   std::vector<std::vector<Line>> workspaces;
-  const auto workspace = [&](int64_t elements) {  // of NaN, too
+  const auto workspace = [&](int64_t elements) {  // filled with NaN
     workspaces.emplace_back((elements * sizeof(T) + sizeof(Line) - 1) / sizeof(Line));
     std::memset(workspaces.back().data(), 0xff, workspaces.back().size() * sizeof(Line));
     return workspaces.back().data();
@@ -214,7 +214,8 @@ double relative_error(const std::vector<T>& found, const Vector& expected) {
   return difference == 0 ? 0 : difference / magnitude;
 }
 
-// Roundings of a sum of n terms add up like a random walk, to about sqrt(n) eps; gates and steps stand for the factor.
+// The rounding errors of a sum of n terms add up like a random walk, to about sqrt(n) eps; gates and steps justify the
+// factor 8.
 template <class T>
 double tolerance(const LayerShape& s, int64_t G) {
   const int64_t terms = std::max({s.I + s.P, G * s.H, s.N});
@@ -271,13 +272,13 @@ int check_values(const cpu::Kernels& k, const Layer& layer, const Options& optio
   return failures;
 }
 
-// Without states and biases, so that without the kernels' setting the results would be denormal themselves.
+// Without states and biases, so that the results would be denormal if the kernels did not change the setting.
 const Case kDenormalCases[] = {
     {"trlg", 1, 1, 9, 20, 0, "q"},    {"trlg", 7, 1, 9, 40, 0, "q"}, {"trlg", 3, 12, 9, 40, 0, "2"},
     {"trlg", 3, 20, 40, 65, 0, "pq"}, {"l", 3, 9, 5, 40, 17, "2q"},
 };
 
-// Denormal numbers in place of x, the weights or dy give the results of zeros; returns the number of failures.
+// Checks that a denormal x, weights or dy give the same results as zeros; returns the number of failures.
 template <class T>
 int check_denormals(const cpu::Kernels& k, const Layer& layer, const Options& options) {
   int failures = 0;

@@ -1,4 +1,4 @@
-// The layers of kernel_check.cpp, all that one reads and gives, and the plain reference in double precision.
+// The layers of kernel_check.cpp, their inputs and results, and the plain reference in double precision.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +17,8 @@ enum : int { kWih, kWhh, kBih, kBhh, kWhr, kWeights };
 const char* const kResultNames[] = {"dx", "dh0", "dc0", "y", "h_n", "c_n"};
 const char* const kGradientNames[] = {"dw_ih", "dw_hh", "db_ih", "db_hh", "dw_hr"};
 
-// flags: '2' directions, 'b'iases, 's'tates given and their gradients wanted, 'p'acked rows, gradients from the 'f'inal
-// states only, 'q'uick enough for --quick.
+// flags: '2' directions, 'b'iases, initial 's'tates and their gradients, 'p'acked rows, gradients from the 'f'inal
+// states only, included in --'q'uick.
 struct Case {
   const char* cells;  // 't'anh, 'r'elu, 'l'stm, 'g'ru
   int64_t T, B, I, H, projection;
@@ -74,8 +74,8 @@ struct Layer {
   static bool has_c(int i) { return i == kC0 || i == kDcN; }
 };
 
-// What a layer reads, zeros where nothing is given; or what it gives, each result at the place of its counterpart: dx
-// at kX, y at kDy.
+// The inputs of a layer, with zeros for those that are not given; or its results, each at the index of its counterpart:
+// dx at kX, y at kDy.
 template <class V>
 struct Data {
   std::vector<V> of[kStates], w[2][kWeights];
@@ -84,7 +84,7 @@ struct Data {
     for (int i = 0; i < kStates; ++i) of[i].assign(layer.size(i), fill);
     for (int i = 0; i < 2 * kWeights; ++i) w[i / kWeights][i % kWeights].assign(layer.weight_size(i % kWeights), fill);
   }
-  // Calls f(scale, vector) for each part that is given.
+  // Calls f(scale, vector) for each input that is given.
   template <class F>
   void each_given(const Layer& layer, const F& f) {
     for (int i = 0; i < kStates; ++i) {
@@ -122,9 +122,9 @@ inline void add_gradients(double* x_grad, Vector& w_grad, const Vector& W, const
 
 struct Step {
   int64_t row;
-  Vector h, c;               // as the step consumes them
+  Vector h, c;               // the states before the step
   Vector a, q;               // pre-activations from x and from h
-  Vector v, c_next, hidden;  // gates after their activations; the new c; what is projected, or h itself
+  Vector v, c_next, hidden;  // gates after their activations; the new c; h before the projection, if any
 };
 
 inline void cell_forward(const Layer& layer, Step& s) {
@@ -146,7 +146,8 @@ inline void cell_forward(const Layer& layer, Step& s) {
   }
 }
 
-// From the gradients of hidden and of the new c: those of a, of q, of c (in dc) and of h as far as it does not pass q.
+// Computes da, dq, dc and the part of dh that does not pass through q, from dhidden and the gradient of the new c,
+// which dc holds at first.
 inline void cell_backward(const Layer& layer, const Step& s, const Vector& dhidden, Vector& dc, Vector& da, Vector& dq,
                           Vector& dh) {
   const int64_t H = layer.shape.H;

@@ -1,9 +1,9 @@
-"""A busy machine: with other processes computing on every core, a layer on all threads takes its fair share of time.
+"""On a busy machine, with a computing process on every core, a layer on all threads slows down only by its fair share.
 
-Where threads wait for one another after every step, one that has lost its processor holds up the others; how they wait
-then decides between twice the time and hundreds of times. torch.nn's GRU spins and takes the latter.
+Where threads wait for one another after every step, one that has lost its processor delays the others. Depending on how
+they wait, a call takes twice or hundreds of times as long; torch.nn's GRU spins and takes hundreds.
 
-Marked `timing`, and so only run where it is asked for (`pytest -m timing`): a time is the measure here.
+Marked `timing`, because it measures a time, and so run only by `pytest -m timing`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ LIMIT = 10
 are also seldom on their processors at the same moment: 2 to 4 were seen, on idle cores and on loaded ones. A thread
 that hands its processor back without sleeping gets it again after a time slice, at every step: 10 to 100 were seen."""
 
-LAYERS = [  # few rows: the units are split, with a barrier after every step; many: the rows are, without
+LAYERS = [  # few rows: the units are split, with a barrier after every step; many: the rows are split, without barriers
     (cell, T, B) for cell in ("GRU", "LSTM") for T, B in ((500, 1), (50, 32))
 ]
 
 
 @contextmanager
 def busy_cores() -> Iterator[None]:
-    """A process on every core, which ends by itself should this one not live to end it."""
+    """Run a process on every core; each ends by itself if this process dies."""
     loop = "import time\nend = time.monotonic() + 60\nwhile time.monotonic() < end: pass"
     others = [subprocess.Popen([sys.executable, "-S", "-c", loop]) for _ in range(CORES)]
     try:
@@ -50,7 +50,7 @@ def busy_cores() -> Iterator[None]:
 
 
 def mean_seconds(call: Callable[[], object], seconds: float) -> float:
-    """Of the calls of so long a time: the median would be that of the moments in which the threads happen to run."""
+    """The mean over the given time. The median would ignore the calls during which threads wait."""
     call()
     begin, calls = time.perf_counter(), 0
     while calls < 3 or time.perf_counter() < begin + seconds:
@@ -60,7 +60,7 @@ def mean_seconds(call: Callable[[], object], seconds: float) -> float:
 
 
 def measure(path: str, library: str = "fused_rnn") -> None:
-    """Writes [idle, busy] seconds of a call for every layer, on as many threads as there are cores."""
+    """Write [idle, busy] seconds per call for every layer, on as many threads as there are cores."""
     torch.set_num_threads(CORES)
     calls = {}
     for cell, T, B in LAYERS:
@@ -81,7 +81,7 @@ def test_busy_cores_cost_a_fair_share(policy: str | None, tmp_path: Path, monkey
         monkeypatch.setenv("OMP_WAIT_POLICY", policy)
     else:
         monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    for _attempt in range(3):  # what else the machine does may fall into the busy half of one
+    for _attempt in range(3):  # other load may start during the busy half of an attempt
         survives(measure, str(tmp_path / "seconds"))
         found = json.loads((tmp_path / "seconds").read_text())
         print({name: f"{idle * 1e3:.2f} -> {busy * 1e3:.2f} ms" for name, (idle, busy) in found.items()})

@@ -1,4 +1,4 @@
-"""Backward takes a long sequence in chunks of steps: the gradients are those of the specification, which does not.
+"""Backward of a long sequence, which is split into chunks of steps, has the gradients of the specification.
 
 At these sizes every cell has two chunks (`chunks` in csrc/cpu/dispatch.cpp).
 """
@@ -52,7 +52,7 @@ def test_resets_and_states_of_every_step(cell: str, per_step: bool) -> None:
 
 @pytest.mark.parametrize("size", [(31, 104, 3, 132), (5650, 1, 2, 70)], ids=["several rows", "one row"])
 def test_three_chunks(size: tuple[int, int, int, int]) -> None:
-    """A chunk between two others, and weights that are read as they lie."""
+    """A chunk between two others, with weights that are read without packing."""
     assert_as_specified("rnn_tanh", *of_layer("rnn_tanh", size, 1, set()))
 
 

@@ -1,6 +1,8 @@
-"""Denormal numbers count as zeros inside the kernels, and nowhere else: on some processors an operation on one takes a
-hundred times as long (`benchmarks/denormals.py` measures it). `kernel_check.cpp` looks at the processor's register
-itself, on every instruction set.
+"""Denormal numbers count as zeros inside the kernels, and only there.
+
+On some processors an operation on a denormal number takes a hundred times as long (`benchmarks/denormals.py` measures
+it). Results with denormal numbers must equal those with zeros, and torch's setting must be unchanged afterwards.
+`kernel_check.cpp` checks the processor's control register itself, on every instruction set.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ SIZES = {"rows": (16, 24, 64, 128), "units": (16, 1, 64, 256), "step": (1, 40, 6
 
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[None]:
-    """Leaves the number of threads and torch's setting as they were."""
+    """Restore the number of threads and torch's setting."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -29,7 +31,7 @@ def settings() -> Iterator[None]:
 
 
 def keeps_denormals(numbers: int) -> bool:
-    """Whether torch computes with denormal numbers: with few of them this thread does, with many all threads do."""
+    """Whether torch computes with denormal numbers, on this thread (few `numbers`) or on all threads (many)."""
     return bool((torch.full((numbers,), 2e-39) * 0.5).bool().all())
 
 
@@ -47,7 +49,7 @@ def results(module: torch.nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("cell", CELLS)
 def test_denormal_numbers_give_the_results_of_zeros(cell: str, dtype: torch.dtype, size: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    T, B, I, H = SIZES[size]  # noqa: E741 - the field's letter
+    T, B, I, H = SIZES[size]  # noqa: E741 - the field's symbol
     torch.manual_seed(0)
     theirs = getattr(torch.nn, cell)(I, H, bias=False, dtype=dtype)
     module = fused_rnn.from_torch(theirs)
@@ -57,7 +59,7 @@ def test_denormal_numbers_give_the_results_of_zeros(cell: str, dtype: torch.dtyp
         for found, expected in zip(results(module, *a), results(module, *b), strict=True):
             assert torch.equal(found, expected)
     with torch.no_grad():
-        assert theirs(scale * x)[0].any()  # which are results of zeros in our module alone
+        assert theirs(scale * x)[0].any()  # in torch.nn, denormal input has non-zero results
         assert not module(scale * x)[0].any()
         assert not module.step(scale * x[0])[0].any()
         for weight in module.parameters():

@@ -1,7 +1,7 @@
-"""Bit for bit the same: from run to run always; under torch.use_deterministic_algorithms(True) also whatever rows stand
-beside a row in the batch, and on any number of threads. Without the switch, those two may change the rounding.
+"""Results are bitwise equal from run to run. Under torch.use_deterministic_algorithms(True) they also do not depend on
+the other rows of the batch or on the number of threads; without it, both may change the rounding.
 
-A weight's gradient is a sum over the batch: of it only the number of threads is asked.
+The gradient of a weight is a sum over the batch, so for it only the number of threads is varied.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 
-# Alone, every row is below each limit from which forward packs weights or multiplies x beforehand; in the batches some
-# are above. More than 128 inputs or units: sums of several runs.
+# A row alone is below every limit from which forward packs weights or multiplies x beforehand; some of the batches are
+# above. With more than 128 inputs or units, sums consist of several parts.
 _SIZES = [
     dict(T=1, B=3, I=4, H=7),
     dict(T=1, B=17, I=20, H=33),
@@ -56,7 +56,7 @@ def of_row(case: Case, data: list[Tensor], row: int) -> list[Tensor]:
 
 
 def run(case: Case, module: torch.nn.Module, data: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Outputs (padded) and states, the gradients of the inputs, those of the weights; every row has the same loss."""
+    """Outputs (padded) and states, gradients of the inputs, gradients of the weights; every row has the same loss."""
     data = [t.detach().requires_grad_() for t in data]
     x, *states = data
     output, finals = padded(case, module, x, states)
@@ -67,7 +67,7 @@ def run(case: Case, module: torch.nn.Module, data: list[Tensor]) -> tuple[list[T
 
 
 def alone_and_in_the_batch(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, states and gradients of the inputs of every row."""
+    """Outputs, states and gradients of the inputs, of every row alone and in the batch."""
     _, module, _ = case.modules(dtype)
     data = case.data(dtype)
     results, grads, _ = run(case, module, data)
@@ -99,7 +99,7 @@ def test_without_the_switch_a_batch_changes_the_rounding_only(case: Case, dtype:
     assert_same_rounding(*alone_and_in_the_batch(case, DTYPES[dtype]))
 
 
-# Enough work for several threads: by rows, by units, by directions.
+# Enough work for several threads, split by rows, by units, or by directions.
 LARGE = [
     dict(T=4, B=33, I=20, H=96),
     dict(T=9, B=34, I=20, H=96, lengths=tuple(1 + b % 9 for b in range(34))),
@@ -115,7 +115,7 @@ LARGE_CASES += [Case("LSTM", T=9, B=33, I=20, H=96, proj_size=40), Case("LSTM", 
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
 @pytest.mark.parametrize("case", LARGE_CASES, ids=str)
 def test_any_number_of_threads(case: Case, dtype: str, deterministic: None) -> None:
-    """Outputs, states and every gradient, of the weights, too."""
+    """Outputs, states and every gradient, including those of the weights."""
     _, module, _ = case.modules(DTYPES[dtype])
     data = case.data(DTYPES[dtype])
     first: list[Tensor] = []
@@ -152,7 +152,7 @@ def test_a_row_of_a_cell(name: str, grad: bool, deterministic: None) -> None:
 
 @pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
 def test_one_step_is_the_first_of_a_sequence(cell: str, deterministic: None) -> None:
-    """`step`, a rollout's, computes bit for bit what forward, the learner's, does."""
+    """`step` in a rollout is bitwise equal to forward in training."""
     torch.manual_seed(0)
     module, x = getattr(fused_rnn, cell)(20, 33, 2), torch.randn(4, 3, 20)
     with torch.no_grad():

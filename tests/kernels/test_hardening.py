@@ -1,7 +1,8 @@
-"""Long and hard use: many threads, thousands of calls, NaN and infinity anywhere.
+"""Stress tests: many Python threads, thousands of calls, NaN and infinity at any place.
 
-Each value on its own is in test_contract_values.py; denormal numbers in test_denormals.py; what hostile arguments do in
-test_fuzz.py; forks in test_isa.py.
+Concurrent calls must equal the same calls one after the other, memory must not grow, and special values must spread as
+in torch.nn and within their row. Denormal numbers are tested in test_denormals.py, hostile arguments in test_fuzz.py,
+forks in test_isa.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CELLS = ["RNN", "LSTM", "GRU"]
 
 
 def pair(cell: str, *args: int, **options: bool) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """torch.nn's module and ours, of the same weights."""
+    """torch.nn's module and ours, with the same weights."""
     torch.manual_seed(0)
     theirs = getattr(torch.nn, cell)(*args, **options)
     return theirs, fused_rnn.from_torch(theirs)
@@ -35,7 +36,7 @@ def pair(cell: str, *args: int, **options: bool) -> tuple[torch.nn.Module, torch
 
 @pytest.mark.parametrize("threads_of_torch", [1, 2])
 def test_python_threads_through_one_module_and_many(threads_of_torch: int) -> None:
-    """Forward, backward, packed, steps and cells at once, large and small, sharing a module and not."""
+    """Forward, backward, packed input, steps and cells at once, large and small, on shared and separate modules."""
     torch.set_num_threads(threads_of_torch)
     shared = [getattr(fused_rnn, cell)(16, 96, bidirectional=True) for cell in CELLS]
     shared_cell = fused_rnn.GRUCell(16, 32)
@@ -74,7 +75,7 @@ def resident_kilobytes() -> int:
 
 
 def leaks_nothing() -> None:
-    """10,000 rounds of inference, training, resets and lengths, steps and refusals in a process of their own."""
+    """10,000 rounds of inference, training, resets and lengths, steps and errors, in a process of their own."""
     torch.set_num_threads(1)
     x, h, done, lengths = torch.randn(4, 3, 5), torch.zeros(2, 3, 7), torch.rand(4, 3) < 0.3, torch.tensor([4, 0, 2])
     modules = [(getattr(fused_rnn, c)(5, 7, bidirectional=True), getattr(fused_rnn, c)(5, 7)) for c in CELLS]
@@ -96,7 +97,7 @@ def leaks_nothing() -> None:
         call(number)
         if number in (2_000, 10_000):
             sizes.append(resident_kilobytes())
-    assert sizes[1] - sizes[0] < 800, f"{sizes[0]} KB, then {sizes[1]} KB"  # 100 bytes a round
+    assert sizes[1] - sizes[0] < 800, f"{sizes[0]} KB, then {sizes[1]} KB"  # 100 bytes per round
 
 
 def test_no_leak() -> None:
@@ -136,7 +137,7 @@ def test_special_values_in_a_cells_weights(cell: str) -> None:
 @pytest.mark.parametrize("B", [3, 30])
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_row_with_special_values_leaves_the_others_alone(cell: str, B: int, what: str, value: float) -> None:
-    """Outputs, states and the gradients of inputs of the other rows are bit for bit what they were."""
+    """Outputs, states and input gradients of the other rows are bitwise unchanged."""
     _, module = pair(cell, 6, 20, bidirectional=True)
     x, h, dy = torch.randn(5, B, 6), torch.randn(2, B, 20), torch.randn(5, B, 40)
     tensors = {"x": x, "h": h, "dy": dy}

@@ -1,4 +1,4 @@
-"""Every instruction set, and every way to have threads, computes the same."""
+"""All instruction sets and numbers of threads agree up to rounding, also in forked children and concurrent calls."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ def assert_same_rounding(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=32 * torch.finfo(b.dtype).eps * scale)
 
 
-# Instruction sets: one process each, which chooses at its first call.
+# Instruction sets: each in its own process, which chooses at its first call.
 
 
 def save_results(isa: str, path: str) -> None:
-    """All cases in both dtypes, to be compared by the process that started this one."""
+    """Save the results of all cases in all dtypes, for the parent process to compare."""
     torch.set_num_threads(1)
     assert _C.cpu_isa() == isa
     torch.save({f"{case}-{name}": results(case, dtype) for case in CASES for name, dtype in DTYPES.items()}, path)
 
 
 def fails_at_first_use() -> None:
-    """With an instruction set that no machine has."""
+    """Every use raises an error if the requested instruction set does not exist."""
     wanted = f"FUSED_RNN_CPU_ISA=mmx2 is not supported on this machine; choose one of: {', '.join(ISAS)}"
     module, input = fused_rnn.LSTM(3, 5), torch.ones(2, 1, 3)
-    for use in (lambda: module(input), lambda: module(input), _C.cpu_isa):  # not only the first time
+    for use in (lambda: module(input), lambda: module(input), _C.cpu_isa):  # every time, not only the first
         with pytest.raises(RuntimeError, match=wanted):
             use()
     torch.nn.LSTM(3, 5)(input)
@@ -103,7 +103,7 @@ def chooses_the_best() -> None:
 
 # Threads
 
-LARGE = [  # enough work for more than one thread, split over the batch, over the units, or over the directions
+LARGE = [  # enough work for several threads, split by rows, by units, or by directions
     dict(T=9, B=33, I=20, H=96),
     dict(T=6, B=32, I=64, H=128, L=2),
     dict(T=9, B=34, I=20, H=96, lengths=tuple(1 + b % 9 for b in range(34))),
@@ -124,7 +124,7 @@ def test_one_thread_and_two_agree(case: Case, dtype: str) -> None:
     for count in (1, 2):
         torch.set_num_threads(count)
         found.append(results(case, DTYPES[dtype]))
-    if case.B >= 16:  # each thread has rows or a direction of its own
+    if case.B >= 16:  # each thread has whole rows or a direction
         for one, two in zip(*found, strict=True):
             assert torch.equal(one, two)
     assert_same_rounding(*found)
@@ -132,7 +132,7 @@ def test_one_thread_and_two_agree(case: Case, dtype: str) -> None:
 
 @pytest.mark.parametrize("case", [LARGE_CASES[0], Case("GRU", T=20, B=2, I=9, H=200)], ids=str)
 def test_calls_from_four_threads_at_once(case: Case) -> None:
-    """All through one module, each with its own input; forward and backward."""
+    """All use one module, each with its own input; forward and backward."""
     torch.set_num_threads(2)
     _, module, _ = case.modules(torch.float32)
     weight = module.weight_hh_l0
@@ -150,7 +150,7 @@ def test_calls_from_four_threads_at_once(case: Case) -> None:
 
 
 def test_the_interpreter_runs_on_during_a_call() -> None:
-    """The lock is released: while it is not, and threads are not made to take turns, no other Python thread runs."""
+    """The GIL is released: with an infinite switch interval, another Python thread runs only if a call releases it."""
     torch.set_num_threads(1)
     module, x = fused_rnn.LSTM(64, 256), torch.randn(50, 32, 64)
     calling, seen = False, False
@@ -171,7 +171,7 @@ def test_the_interpreter_runs_on_during_a_call() -> None:
     try:
         thread.start()
         while thread.is_alive() and not seen:
-            time.sleep(0)  # hands the lock over; back behind it, the other thread has released it or ended
+            time.sleep(0)  # passes the GIL on; when it returns, the other thread has released it or ended
             seen = calling
         thread.join()
     finally:
@@ -179,11 +179,11 @@ def test_the_interpreter_runs_on_during_a_call() -> None:
     assert seen
 
 
-# Child processes. OpenMP's threads do not survive a fork: whoever waits for them waits for ever.
+# Child processes. OpenMP's threads do not survive a fork: waiting for them never ends.
 
 
 def in_forked_children(sizes: dict[str, int], like_the_data_loader: bool) -> None:
-    """For each cell: this process computes with two threads, then its child does."""
+    """For each cell: compute in this process with two threads, then in its child."""
     children = multiprocessing.get_context("fork")
     for cell in ("RNN", "LSTM", "GRU"):
         case = Case(cell, **sizes)
@@ -219,14 +219,14 @@ needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_meth
 
 @needs_fork
 def test_forked_children_compute() -> None:
-    """Forward and backward, with one thread for torch: so torch's data loader starts its workers."""
+    """Forward and backward with torch.set_num_threads(1), as in workers of torch's data loader."""
     survives(in_forked_children, dict(T=12, B=32, I=64, H=128), True)
 
 
 @needs_fork
 def test_forked_children_that_set_nothing() -> None:
-    """Two threads are still asked for, and the kernels do not wait for them.
+    """The child still requests two threads, and the kernels do not wait for them.
 
-    Torch itself does: in such a child its own large operations hang, so there is none in this case.
+    Torch's own large operations would hang in such a child, so this case contains none.
     """
     survives(in_forked_children, dict(T=20, B=1, I=1, H=256), False)

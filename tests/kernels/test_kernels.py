@@ -1,9 +1,9 @@
-"""The kernels without torch: `kernel_check.cpp` against its own reference, natively, under the thread sanitizer and for
-64-bit Arm in an emulator.
+"""The CPU kernels without torch: `kernel_check.cpp` compares them with its own reference, natively, under the thread
+sanitizer, and for 64-bit Arm in an emulator.
 
-The instruction sets that torch's tests see are those of this machine, and libgomp hides from the thread sanitizer what
-orders its threads. Here the kernels run on std::thread and their own barrier, which it understands, and the portable
-ones on NEON.
+Tests with torch see only this machine's instruction sets, and the thread sanitizer does not understand libgomp's
+synchronisation. Here the kernels run on std::thread with their own barrier, which it does understand, and the portable
+ones on NEON. Two tests remove the barrier, to prove that the check and the sanitizer can fail.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 SOURCES = [HERE / "kernel_check.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]
-FLAGS = [  # setup.py's, short of -O3 (it compiles for longer) and of the warnings that a build of the package shows
+FLAGS = [  # as in setup.py, with -O2 because it compiles faster, and without warnings
     *("-std=c++17", "-O2", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w"),
 ]
 NATIVE = shlex.split(os.environ.get("CXX", "g++"))
@@ -43,7 +43,7 @@ def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]
 
 
 def build(folder: Path, compiler: list[str], *flags: str) -> Path:
-    """The program, its files compiled side by side."""
+    """Compile the program's files in parallel and link them."""
 
     def compiled(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
@@ -79,7 +79,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (folder / "empty.cpp").write_text("int main() {}")
     if run(*NATIVE, "-fsanitize=thread", folder / "empty.cpp", "-o", folder / "empty").returncode:
         pytest.skip(f"{NATIVE[0]} has no thread sanitizer (Debian, Ubuntu: it comes with g++; Fedora: libtsan)")
-    # The sanitizer's map of the memory does not bear every system's random addresses.
+    # The sanitizer does not support every system's address-space randomisation.
     for prefix in ([], ["setarch", platform.machine(), "-R"]):
         if (not prefix or shutil.which("setarch")) and run(*prefix, folder / "empty").returncode == 0:
             return [*prefix, str(build(folder, NATIVE, "-fsanitize=thread", "-g1"))]
@@ -91,7 +91,7 @@ def test_every_instruction_set_agrees_with_the_reference(native: Path) -> None:
 
 
 def test_the_check_sees_a_missing_barrier(native: Path) -> None:
-    """The proof that the check can fail: without a barrier, workers read what is still the buffers' NaN."""
+    """Proves that the check can fail: without a barrier, workers read buffers that still hold NaN."""
     done = run(native, "--quick", "--without-barrier", "portable")
     assert done.returncode == 1
     assert "FAILED: portable float32" in done.stdout

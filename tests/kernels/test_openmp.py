@@ -1,7 +1,7 @@
-"""OpenMP may give fewer threads than torch asks for: the kernels share the work among those that come.
+"""OpenMP may start fewer threads than torch requests: the kernels divide the work among those that start.
 
-oneDNN's LSTM leaves out a part of it, without an error: in such a process torch.nn.LSTM returns wrong numbers in
-training, and no call is handed to it.
+oneDNN's LSTM then silently skips a part of the work: in such a process torch.nn.LSTM returns wrong numbers in
+training, so no call may be given to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contract import fused_calls, survives
 from fused_rnn import _C, policy
 
 THREADS = 4
-SIZES = [  # the rows are shared, the units, the directions and the rows of each, and the units of a single step
+SIZES = [  # split by rows, by units, by directions and their rows, and by the units of a single step
     dict(T=9, B=33, I=20, H=96),
     dict(T=20, B=1, I=64, H=300),
     dict(T=9, B=40, I=20, H=65, bidirectional=True),
@@ -25,7 +25,7 @@ ENVIRONMENTS = [
     {"OMP_THREAD_LIMIT": "2"},
     {"OMP_THREAD_LIMIT": "3"},
     {"OMP_DYNAMIC": "true"},
-    {"OMP_MAX_ACTIVE_LEVELS": "0"},  # gives one
+    {"OMP_MAX_ACTIVE_LEVELS": "0"},  # allows one thread
 ]
 
 
@@ -47,7 +47,7 @@ def the_kernels_are_right() -> None:
 
 
 def no_lstm_is_handed_to_torch() -> None:
-    """Calls that torch.nn would compute faster, with all of its threads."""
+    """Calls that the policy would otherwise give to torch.nn."""
     policy.HAS_BF16_PRODUCTS = True
     policy.bf16_unit = lambda: ""  # as if the kernels did not use them
     for threads, lacks in ((_C.openmp_threads() + 1, True), (_C.openmp_threads(), False)):
@@ -60,7 +60,7 @@ def no_lstm_is_handed_to_torch() -> None:
                     for cell, H in (("lstm", 256), ("gru", 512))
                 )
             assert lstm.backend == ("fused" if lacks else "torch")
-            assert gru.backend == "torch"  # oneDNN has no part in it
+            assert gru.backend == "torch"  # does not use oneDNN
     torch.set_num_threads(_C.openmp_threads() + 1)
     case = Case("LSTM", T=9, B=33, I=20, H=96)
     for dtype, half in ((torch.bfloat16, False), (torch.float32, True)):
@@ -85,5 +85,5 @@ def test_fewer_threads_than_asked_for(environment: dict[str, str], monkeypatch: 
 
 
 def test_all_threads_come() -> None:
-    """The usual case: without those variables."""
+    """The usual case, without those environment variables."""
     assert _C.openmp_threads() >= torch.get_num_threads() and not policy.lacks_threads()

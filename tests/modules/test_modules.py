@@ -11,7 +11,7 @@ from tolerances import assert_as_accurate
 
 
 def _results(case: Case, module: torch.nn.Module, data: list[Tensor]) -> dict[str, Tensor]:
-    """Everything a user can see of one forward and one backward with fixed random weights on the outputs."""
+    """All results of one forward and backward pass, with fixed random weights on the outputs."""
     data = [t.clone().requires_grad_() for t in data]
     outputs = case.run(module, data)
     generator = torch.Generator().manual_seed(2)
@@ -33,11 +33,11 @@ def test_matches_torch(case: Case, dtype: torch.dtype) -> None:
     data = case.data(dtype)
     expected = _results(case, theirs, data)
     actual = _results(case, ours, data)
-    # In float64 torch.nn's error is zero by this measure: one more unit per step stands in for it.
+    # In float64 torch.nn's measured error is zero; allow one unit in the last place per step instead.
     slack = 1e-12 if dtype == torch.float64 else 0.0
     for name, value in _results(case, exact, [t.double() for t in data]).items():
         if name.startswith("d") and case.nonlinearity == "relu" and dtype.itemsize == 2:
-            continue  # on which side of relu's kink a value lies is a matter of rounding, and the gradient jumps
+            continue  # near relu's kink, rounding decides on which side a value lies, and the gradient jumps
         if slack:
             torch.testing.assert_close(actual[name], value, rtol=slack, atol=slack * 10, msg=name)
         else:
@@ -57,7 +57,6 @@ def test_inference_equals_training(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference_is_torch(case: Case) -> None:
-    """The specification computes what torch.nn computes."""
     theirs, _, _ = case.modules(torch.float64)
     data = case.data(torch.float64)
     x, *states = data
@@ -130,7 +129,7 @@ def test_gradcheck(cell: str, kind: str, D: int) -> None:
 def test_bfloat16_where_torch_is_faster(
     cell: str, B: int, H: int, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever computes it, the result is as accurate; on a processor that multiplies bfloat16, torch does."""
+    """Accurate whether computed by the kernels or by torch.nn, which is chosen on processors with bfloat16 products."""
     monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", not kernels)
     if not kernels:
         monkeypatch.setattr(policy, "bf16_unit", lambda: "")  # as if the kernels did not use them

@@ -1,4 +1,4 @@
-"""The planners: what they choose must be possible on the device, at any size, and a user can see and override it."""
+"""The planners: their choices are possible on the device at any size, and a user can see and override them."""
 
 import itertools
 import random
@@ -15,12 +15,12 @@ DEVICES = {
     "b200": (148, 232448, 100),
     "small": (16, 101376, 89),
 }
-REGISTERS = 65536  # of a multiprocessor; the kernels use at most 255 per thread
+REGISTERS = 65536  # per multiprocessor; the kernels use at most 255 per thread
 
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_plan_is_possible(name: str) -> None:
-    """Thousands of shapes: never more shared memory, threads or blocks than the device has, and all work is done."""
+    """Thousands of shapes: no plan exceeds the device's shared memory, threads or blocks, or leaves work undone."""
     sms, shared_bytes, _ = DEVICES[name]
     draw = random.Random(0)
     sizes = [1, 2, 7, 8, 15, 16, 17, 31, 64, 100, 128, 129, 200, 256, 511, 512, 768, 1024, 1500, 2048, 4096, 10000]
@@ -37,10 +37,10 @@ def test_every_plan_is_possible(name: str) -> None:
                 assert p["threads"] == 32 * p["unit_warps"] * p["depth_warps"]
                 assert p["threads"] * 255 <= REGISTERS
                 assert 0 < p["shared_bytes"] <= shared_bytes
-                assert p["blocks"] == D * p["parts"] * p["teams"] <= sms  # all run at the same time
+                assert p["blocks"] == D * p["parts"] * p["teams"] <= sms  # all blocks run at the same time
                 assert (p["parts"] - 1) * units < H <= p["parts"] * units
                 assert p["rows"] == p["teams"] * p["tiles"] * tile_rows
-                assert (p["teams"] - 1) * tile_rows < B  # no team without rows
+                assert (p["teams"] - 1) * tile_rows < B  # every team has rows
                 assert p["kernel"] != "alone" or p["parts"] == 1
                 assert p["microseconds"] > 0
     assert found > 1000
@@ -90,7 +90,7 @@ def test_plan_for_a_device_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> 
     plan = fused_rnn.plan("lstm", torch.bfloat16, **shape)
     assert (plan.backend, plan.way) == ("fused", "resident")
     assert plan.forward["parts"] > 1 and plan.backward["parts"] > 1
-    # The one corner in which cuDNN keeps the weights on the chip, too.
+    # The only case in which cuDNN, too, keeps the weights on the chip.
     assert fused_rnn.plan("lstm", torch.float16, **shape).backend == "torch"
     assert fused_rnn.plan("lstm", torch.float16, **shape, backend="fused").way == "resident"
     assert fused_rnn.plan("lstm", torch.float16, **shape, num_layers=2).way == "resident"
@@ -107,7 +107,7 @@ def test_bad_arguments() -> None:
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_backend_of_a_module(name: str) -> None:
-    """The same weights, the same results; who computes is the user's choice, and does not show in the module."""
+    """Any backend has the same weights and results, and does not change repr or state_dict."""
     torch.manual_seed(0)
     theirs = getattr(torch.nn, name)(3, 4)
     x = torch.randn(5, 2, 3)

@@ -1,4 +1,4 @@
-"""Who computes a call: `plan` names what really runs, at thousands of calls, and each rule does what it says."""
+"""The choice between kernels and torch.nn: `plan` predicts it for thousands of calls, and each rule has its effect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEED_COUNT, CALLS = 4, 600
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The operators that ran, as they run."""
+    """The names of the operators that ran so far."""
     names: list[str] = []
 
     def counted(name: str, operator: Any) -> Any:
@@ -40,7 +40,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def drawn_call(draw: random.Random) -> tuple[dict[str, Any], Any]:
-    """The arguments of `plan`, and the call that it is about; sizes lie on both sides of every rule's limits."""
+    """Random arguments of `plan`, and the matching call; sizes lie on both sides of every rule's limits."""
     name, kind = draw.choice(("RNN", "LSTM", "GRU")), draw.choice(("sequence", "packed", "step", "cell"))
     dtype = draw.choice((torch.float32, torch.float32, torch.float64, BF16, BF16, F16))
     T = 1 if kind in ("step", "cell") else draw.choice((1, 2, 4, 9))
@@ -80,7 +80,7 @@ def test_plan_names_what_runs(seed: int, ran: list[str], monkeypatch: pytest.Mon
             ):
                 plan = fused_rnn.plan(**question)
                 ran.clear()
-                with suppress(RuntimeError):  # of torch.nn: oneDNN does not take every dtype on every processor
+                with suppress(RuntimeError):  # from torch.nn: oneDNN does not support every dtype on every processor
                     call()
         finally:
             torch.use_deterministic_algorithms(False)
@@ -88,12 +88,12 @@ def test_plan_names_what_runs(seed: int, ran: list[str], monkeypatch: pytest.Mon
         assert (plan.backend == "fused") == bool(ran), context
         assert plan.reason, context
         seen.add((question["kind"], half is None, plan.backend))
-    assert len([case for case in seen if case[1]]) == 8  # without autocast, each kind on both
+    assert len([case for case in seen if case[1]]) == 8  # without autocast, each kind ran on both
     assert any(backend == "torch" for _, plain, backend in seen if not plain)
 
 
 def test_a_profiler_sees_the_same() -> None:
-    """The counted handles of the test above are all there are."""
+    """The operators that the test above counts are all that exist."""
     draw = random.Random(9)
     for _ in range(40):
         question, call = drawn_call(draw)
@@ -104,7 +104,7 @@ def test_a_profiler_sees_the_same() -> None:
 
 
 def test_rules_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the processor multiplies bfloat16 itself and the kernels do not use it, torch.nn computes large layers."""
+    """On processors with bfloat16 products that the kernels do not use, torch.nn computes large layers."""
 
     def backend(cell: str, T: int, B: int, H: int, **options: Any) -> str:
         return fused_rnn.plan(cell, torch.float32, T, B, 8, H, device="cpu", **options).backend

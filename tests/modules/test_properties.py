@@ -1,4 +1,4 @@
-"""Properties that hold for every shape and flag: agreement with torch.nn, and how results relate to each other."""
+"""Properties for random shapes and flags: agreement with torch.nn, and relations between results."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def ours(case: Case) -> torch.nn.Module:
 
 
 def gradients(case: Case, module: torch.nn.Module, data: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Results, and the gradients of a weighted sum of them by every tensor that requires one, else None."""
+    """Results, and the gradients of their weighted sum: None for tensors that require none."""
     results = case.run(module, data)
     weights = [torch.linspace(-1, 2, r.numel(), dtype=r.dtype).view(r.shape) for r in results]
     leaves = [*data, *module.parameters()]
@@ -78,7 +78,7 @@ def padded(case: Case, module: torch.nn.Module, x: Tensor, states: list[Tensor])
 @example(Case("LSTM", 6, 5, 9, 19, 3, True, lengths=(3, 6, 1, 6, 2), proj_size=7), torch.float64)
 @example(Case("GRU", 1, 1, 1, 1), torch.float64)
 def test_equal_to_torch(case: Case, dtype: torch.dtype) -> None:
-    """Outputs, states and gradients; exactly in shape and dtype."""
+    """Equal outputs, states and gradients, with equal shapes and dtypes."""
     theirs, fused, _ = case.modules(dtype)
     data = [t.requires_grad_() for t in case.data(dtype)]
     tolerance = TOLERANCE if dtype == torch.float64 else dict(rtol=4e-4, atol=8e-5)
@@ -90,7 +90,7 @@ def test_equal_to_torch(case: Case, dtype: torch.dtype) -> None:
 @searched
 @given(case=cases(), data=st.data())
 def test_any_subset_of_gradients(case: Case, data: st.DataObject) -> None:
-    """What else requires a gradient changes neither a result nor any other gradient."""
+    """Results and gradients do not depend on which other tensors require gradients."""
     fused, inputs = ours(case), case.data(torch.float64)
     leaves = [*inputs, *fused.parameters()]
     for leaf in leaves:
@@ -133,7 +133,7 @@ def _hx(case: Case, states: list[Tensor]) -> Tensor | tuple[Tensor, ...] | None:
 @searched
 @given(case=cases(directions=(False,)), data=st.data())
 def test_a_sequence_cut_in_two_equals_the_whole(case: Case, data: st.DataObject) -> None:
-    """The state is handed over, and with it the gradient. Cut at 0 or T, one part is not there."""
+    """State and gradient are passed on. With a cut at 0 or T, one part is empty and left out."""
     fused, (x, *states) = ours(case), case.data(torch.float64)
     whole = Case(case.cell, case.T, case.B, case.I, case.H, batch_first=case.batch_first)
     x.requires_grad_()
@@ -157,7 +157,7 @@ def test_a_sequence_cut_in_two_equals_the_whole(case: Case, data: st.DataObject)
 @searched
 @given(case=cases(most_layers=1, directions=(True,)))
 def test_the_reverse_direction_is_time_reversal(case: Case) -> None:
-    """Half of a bidirectional layer is the other direction's layer on the sequence (each its own length) turned."""
+    """The reverse half of a bidirectional layer equals a forward layer on the reversed sequence, row by row."""
     fused, (x, *states) = ours(case), case.data(torch.float64)
     output, finals = padded(case, fused, x, states)
     options = case.options() | dict(bidirectional=False)
@@ -171,7 +171,7 @@ def test_the_reverse_direction_is_time_reversal(case: Case) -> None:
 
 
 def turned(case: Case, x: Tensor) -> Tensor:
-    """Every row of a padded batch backwards, up to its own length."""
+    """A padded batch with each row reversed up to its own length."""
     rows = x.unbind(batch_dim(case))
     lengths = case.lengths or [case.T] * case.B
     return torch.stack([torch.cat([r[:n].flip(0), r[n:]]) for r, n in zip(rows, lengths, strict=True)], batch_dim(case))
@@ -196,7 +196,7 @@ def test_the_order_of_the_batch_does_not_matter(case: Case, data: st.DataObject)
 @searched
 @given(case=cases())
 def test_packed_equals_each_length_of_the_padded(case: Case) -> None:
-    """Sequences of one length, packed, are the padded batch."""
+    """Packing sequences of one length changes nothing."""
     fused, (x, *states) = ours(case), case.data(torch.float64)
     lengths = torch.full((case.B,), case.T)
     packed = pack_padded_sequence(x, lengths, batch_first=case.batch_first)

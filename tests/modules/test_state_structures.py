@@ -1,7 +1,7 @@
 """Every structure of states, for every class and every way into the kernels: torch.nn's result or type of error.
 
-torch.nn's own cells read out of bounds where an input is unbatched and a state is not. There it cannot be asked, and an
-error is all that is demanded.
+torch.nn's own cells read out of bounds where an input is unbatched and a state is not. There torch.nn is not called,
+and only an error is required.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 import fused_rnn
 from contract import survives
 
-INPUT, HIDDEN = 3, 3  # equal, so that a wrong rank does not fail by its sizes
+INPUT, HIDDEN = 3, 3  # equal, so that a wrong rank is not detected by its sizes
 WAYS = ("class", "replace", "patched")
 RANKS = {
     "RNNCell": (1, 2),
@@ -34,7 +34,7 @@ TORCHS_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError
 
 
 def structures(state: Callable[[int], Any], ranks: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
-    """States of each rank in 0 to 4, alone and in every container."""
+    """States of ranks 0 to 4, alone and in every container."""
     lowest, highest = ranks
     a, b, c = (state(rank) for rank in (lowest, highest, highest + 1))
     for rank in range(5):
@@ -77,7 +77,7 @@ def outcome(call: Callable[[], Any]) -> Any:
     """The tensors of a result, or the exception."""
     try:
         result = call()
-    except Exception as error:  # which one is the question
+    except Exception as error:  # which type it has is compared
         return error
     return [t.detach() for t in tensors(result)]
 
@@ -87,7 +87,7 @@ def tensors(result: Any) -> list[torch.Tensor]:
 
 
 def is_ours(name: str, x: torch.Tensor, hx: Any) -> bool:
-    """Whether the error is our own: torch.nn's cells read out of bounds with these ranks, or the container is odd."""
+    """Whether to expect our own error: torch.nn's cells would read out of bounds, or the container is unusual."""
     if not name.endswith("Cell"):
         return False
     if name != "LSTMCell":
@@ -161,7 +161,7 @@ def check_functional() -> None:
                 expected = outcome(partial(theirs, x, hx))
                 actual = outcome(partial(call, x, list(theirs.parameters()), hx, **options))
                 if isinstance(actual, TORCHS_ERRORS):
-                    continue  # torch.nn's LSTM also takes three states, or stacked ones, and ignores the third
+                    continue  # torch.nn's LSTM also accepts three states, or stacked ones, and ignores the third
                 compare(actual, expected, True, f"functional.{name.lower()}, input {list(x.shape)}, hx {structure}")
 
 
@@ -170,7 +170,7 @@ def test_structures_of_functional() -> None:
 
 
 def check_random_structures(seed: int) -> None:
-    """Structures drawn at random, two levels deep, into every cell: no crash."""
+    """Random structures, two levels deep, as states of every cell: no crash."""
     draw = random.Random(seed)
     torch.set_num_threads(1)
     leaves: list[Callable[[int], Any]] = [partial(state_of, batch) for batch in (1, 2, 4)]

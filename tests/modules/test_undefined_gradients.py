@@ -1,6 +1,6 @@
-"""An output that nobody uses has no gradient, not one of zero, which times a NaN would be NaN in other gradients.
+"""An unused output has no gradient, rather than a zero one, which times NaN would put NaN into other gradients.
 
-torch.nn in float64 records every operation for autograd, so its NaNs are those that the chain rule gives.
+torch.nn in float64 records every operation for autograd, so its NaNs are those of the chain rule.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def flat(result: Any) -> list[torch.Tensor]:
 
 
 def nan_gradients(call: Any, inputs: list[torch.Tensor], used: tuple[int, ...]) -> list[torch.Tensor | None]:
-    """Where each gradient is NaN; None where there is none."""
+    """Where each gradient is NaN; None where there is no gradient."""
     outputs = flat(call(*inputs))
     loss = sum(outputs[index].sum() for index in used)
     grads = torch.autograd.grad(loss, inputs, allow_unused=True)
@@ -47,10 +47,10 @@ def nan_gradients(call: Any, inputs: list[torch.Tensor], used: tuple[int, ...]) 
 
 
 def check(ours: Any, theirs: Any, inputs: list[torch.Tensor], count: int, packed: bool = False) -> None:
-    """`ours` and `theirs` take the inputs; `count` outputs are used in every combination.
+    """Compare `ours` and `theirs` with every combination of their `count` outputs used.
 
-    torch.nn's packed layers slice and concatenate, and so turn some absent gradients into zeros: there may be fewer
-    NaNs than it has. A NaN in a weight is no row's own, and left out there.
+    torch.nn's packed layers slice and concatenate, which turns some missing gradients into zeros: ours may have fewer
+    NaNs. A NaN in a weight belongs to no row and is not tested there.
     """
     for place in range(count if packed else len(inputs)):
         given = [t.detach().clone() for t in inputs]

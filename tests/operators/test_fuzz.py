@@ -1,8 +1,8 @@
-"""Whatever the operators are called with: an exception of Python, or what plain copies of the arguments give; no crash.
+"""The operators called with damaged arguments: an exception, or the same results as for plain copies of them; no crash.
 
-A valid call is damaged in a few places and made; FUSED_RNN_FUZZ_EXAMPLES says how often. Under the address and
+A valid call is damaged in a few places and made; FUSED_RNN_FUZZ_EXAMPLES is the number of calls. Under the address and
 undefined-behaviour sanitizers (.ci/run) this also proves that no damaged call reads or writes outside of a tensor.
-Hostile calls one by one are in test_ops.py.
+Specific hostile calls are in test_ops.py.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ searched = settings(max_examples=EXAMPLES, deadline=None, database=None, suppres
 
 
 def shrunk(fresh: Tensor, share: float = 0.0) -> Tensor:
-    """Its memory taken away, but for a share."""
+    """The tensor with only a share of its memory left."""
     storage = fresh.untyped_storage()
     storage.resize_(int(storage.nbytes() * share))
     return fresh
 
 
 def of_bits(t: Tensor) -> Tensor:
-    """A tensor of truth values that are neither 0 nor 1."""
+    """A bool tensor whose bytes are neither 0 nor 1."""
     return torch.full(t.shape, 255, dtype=torch.uint8).view(torch.bool)
 
 
 def negated_view(t: Tensor) -> Tensor:
-    """Its values are negative only by a bit beside the data."""
+    """A view that is negative only by torch's negation bit."""
     real = t.float() if t.dtype is torch.bfloat16 else t
     return torch.complex(real, real).conj().imag
 
@@ -54,13 +54,13 @@ def first_element(t: Tensor) -> Tensor:
 
 
 def huge(t: Tensor) -> Tensor:
-    """So many rows that the size of the memory for them overflows; or rows of nothing."""
+    """So many rows that their size in bytes overflows, or that many empty rows."""
     rest = t.shape[1:]
     width = max(torch.Size(rest).numel(), 1)
     return first_element(t).expand(2**62 // width, *rest)
 
 
-# The same values, differently kept: computed with, or refused.
+# Equal values in another representation: accepted or refused.
 DISGUISES: dict[str, Callable[[Tensor], Any]] = {
     "every second": lambda t: t.repeat_interleave(2, -1)[..., ::2],
     "column-major": lambda t: t.mT.contiguous().mT,
@@ -73,7 +73,7 @@ DISGUISES: dict[str, Callable[[Tensor], Any]] = {
     "nested": lambda t: torch.nested.as_nested_tensor(t, layout=torch.jagged),
     "fake": lambda t: torch._subclasses.FakeTensorMode().from_tensor(t),
 }
-# Other values or sizes, or no tensor at all.
+# Other values or sizes, or no tensor.
 DAMAGES: dict[str, Callable[[Tensor], Any]] = {
     "none": lambda t: None,
     "number": lambda t: 1.0,
@@ -127,7 +127,7 @@ def valid(operator: str) -> dict[str, Any]:
 
 
 def with_options(arguments: dict[str, Any], kind: str, D: int, draw: Callable) -> dict[str, Any]:
-    """Now and then with what torch.nn does not have."""
+    """Sometimes add options that torch.nn does not have."""
     arguments["deterministic"] = draw(st.booleans())
     if kind == "step" or not draw(st.booleans()):
         return arguments
@@ -144,7 +144,7 @@ def with_options(arguments: dict[str, Any], kind: str, D: int, draw: Callable) -
 
 
 def regularised(arguments: dict[str, Any], D: int, draw: Callable) -> dict[str, Tensor]:
-    """Now and then dropout of h and zoneout."""
+    """Sometimes dropout of h and zoneout."""
     x, w_hh = arguments["x"], arguments["w_hh"]
     H, P = w_hh.size(0) // reference.GATES[CELLS[arguments["cell"]]], w_hh.size(1)
     is_step = x.dim() == 2 and arguments["batch_sizes"] is None
@@ -199,7 +199,7 @@ def damaged(data: st.DataObject, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_readable(value: Any) -> bool:
-    """Whether it can be copied: a dense tensor of some size whose memory is there."""
+    """Whether it can be copied: a dense tensor of moderate size whose memory exists."""
     if not isinstance(value, Tensor) or type(value) not in (Tensor, torch.nn.Parameter):
         return False
     if value.layout is not torch.strided or not value.is_cpu or value.is_quantized or value.is_nested:
@@ -217,7 +217,7 @@ def _bytes(t: Tensor) -> int:
 
 
 def check(operator: Any, arguments: dict[str, Any], which: slice = slice(None)) -> None:
-    """Refused, or (these of the results) the same as of plain copies; and nothing was written to."""
+    """Assert an error, or equal results (those in `which`) for plain copies, and no writes to the arguments."""
     before = {n: v.detach().clone() for n, v in arguments.items() if is_readable(v)}
     try:
         results = operator(**arguments)
@@ -230,7 +230,7 @@ def check(operator: Any, arguments: dict[str, Any], which: slice = slice(None)) 
         return
     plain = {name: value.contiguous().resolve_neg() for name, value in before.items()}
     for found, expected in zip(results[which], operator(**arguments | plain)[which], strict=True):
-        if found is None or found.numel() < 2**20:  # None: a gradient that is not asked for
+        if found is None or found.numel() < 2**20:  # None: a gradient that was not requested
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
         else:
             assert found.shape == expected.shape
@@ -247,7 +247,7 @@ def test_damaged_calls(operator: str, data: st.DataObject) -> None:
 @searched
 @given(data=st.data())
 def test_disguised_calls(operator: str, data: st.DataObject) -> None:
-    """All tensors at once, each kept in a way that has a meaning: these compute."""
+    """All tensors in valid but unusual representations: every call computes."""
     arguments = data.draw(calls(operator), "call")
     kept = ["every second", "column-major", "later in a buffer", "parameter", "requires grad"]
     for name, value in arguments.items():
@@ -263,7 +263,7 @@ def test_disguised_calls(operator: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("operator", ["forward", "backward", "step"])
 @pytest.mark.parametrize("how", ["no storage", "half a storage", "strided without storage"])
 def test_memory_that_was_taken_away(operator: str, how: str) -> None:
-    """torch itself crashes; sharded training resizes storages."""
+    """torch itself crashes on such tensors, which sharded training makes by resizing storages."""
     arguments = valid(operator)
     names = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.numel()]
     assert len(names) > 5
@@ -274,7 +274,7 @@ def test_memory_that_was_taken_away(operator: str, how: str) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_any_number_of_steps_of_nothing(cell: str) -> None:
-    """An empty batch or layer takes no time for steps that hold nothing."""
+    """An empty batch or layer takes no time, whatever the number of steps."""
     G, steps = reference.GATES[cell], 2**45
     number, weights = CELLS.index(cell), [torch.randn(G * 5, 4), torch.randn(G * 5, 5)]
     for x, (w_ih, w_hh) in [
@@ -295,7 +295,7 @@ def test_any_number_of_steps_of_nothing(cell: str) -> None:
 
 
 def test_the_gains_of_an_empty_batch_have_no_gradient() -> None:
-    """Written to, and not memory as it was found."""
+    """Their gradients are zero and not uninitialised memory."""
     garbage = [torch.full((2, 5), float("nan")) for _ in range(64)]
     lstm = fused_rnn.LSTM(4, 5, layer_norm=True)
     del garbage
@@ -305,7 +305,7 @@ def test_the_gains_of_an_empty_batch_have_no_gradient() -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_sizes_beyond_32_bits_have_shapes(cell: str) -> None:
-    """On the meta device."""
+    """Shapes are computed on the meta device."""
     G, T, B, H = reference.GATES[cell], 2**20, 2**8, 2**10
     x, w_ih, w_hh = (torch.empty(s, device="meta") for s in ((T, B, 3), (G * H, 3), (G * H, H)))
     number = CELLS.index(cell)
@@ -321,7 +321,7 @@ def test_sizes_beyond_32_bits_have_shapes(cell: str) -> None:
 
 @pytest.mark.parametrize("operator", ["forward", "backward", "step"])
 def test_one_tensor_on_another_device(operator: str) -> None:
-    """A fake kernel that answered for a real tensor would return memory that nobody has written to."""
+    """A fake kernel that ran with a real tensor among its arguments would return uninitialised memory."""
     arguments = valid(operator)
     for name, value in arguments.items():
         if isinstance(value, Tensor):
@@ -330,7 +330,7 @@ def test_one_tensor_on_another_device(operator: str) -> None:
 
 
 def test_batch_sizes_that_change_during_the_call() -> None:
-    """Another Python thread writes to them while the kernels run: what was checked is what is used."""
+    """Another Python thread writes to them while the kernels run: the checked values must be the ones used."""
     T, B = 200, 8
     sizes = torch.full((T,), B)
     x, w_ih, w_hh = torch.randn(T * B, 4), torch.randn(20, 4), torch.randn(20, 5)

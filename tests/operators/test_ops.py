@@ -1,4 +1,4 @@
-"""The operators themselves: schemas and fake kernels, and hostile direct calls, which must raise and touch nothing."""
+"""The operators called directly: schemas, fake kernels, and hostile arguments, which must raise without any write."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_hostile_backward(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_any_strides(cell: str) -> None:
-    """Non-contiguous and expanded tensors mean what their elements say."""
+    """Non-contiguous and expanded tensors give the results of contiguous ones."""
     arguments = forward_arguments(cell)
     expected = forward(**arguments)
     strided = {
@@ -200,7 +200,7 @@ def test_any_strides(cell: str) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_needs_decide_what_is_computed(cell: str) -> None:
-    """Every gradient is the same whichever others are asked for, and None when it is not."""
+    """A gradient is None unless requested, and does not depend on which others are."""
     arguments = backward_arguments(forward_arguments(cell, D=2))
     needs = [name for name in arguments if name.startswith("need_")]
     everything = backward(**arguments)
@@ -209,14 +209,14 @@ def test_needs_decide_what_is_computed(cell: str) -> None:
     for need in needs:
         only = arguments | {name: name == need for name in needs}
         for whose, alone, together in zip(owner, backward(**only), everything, strict=True):
-            if whose == need and together is not None:  # there is no projection
+            if whose == need and together is not None:  # None without a projection
                 assert torch.equal(alone, together)
             else:
                 assert alone is None
 
 
 def test_large_sizes_are_refused_not_attempted() -> None:
-    """Expanded tensors can claim any size: the buffers they would need must fail to be had, not overflow."""
+    """Expanded tensors can have any size: allocating the buffers must fail without an overflow."""
     one = torch.randn(1)
     arguments = forward_arguments("lstm") | dict(
         x=one.expand(2**30, 2**30, 4), h0=None, c0=None, w_ih=torch.randn(20, 4), w_hh=torch.randn(20, 5)

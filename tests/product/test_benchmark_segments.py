@@ -1,4 +1,4 @@
-"""The suites `rl`, `ragged` and `variants` of benchmarks/run.py: their ways agree, and a small run of each."""
+"""The suites `rl`, `ragged` and `variants` of benchmarks/run.py: their ways agree, and a small run of each succeeds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ METHOD = Method(quick=True, competitors=(), ceilings={})
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 def test_ways_to_reset_agree(cell: str, layers: int, rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The measurement itself compares outputs and gradients."""
+    """The measurement itself compares outputs and gradients and raises if they differ."""
     monkeypatch.setitem(rl.RATES, "10%", rate)
     measurement = rl.measure(replace(ROW, cell=cell, shape=replace(SHAPE, L=layers)), METHOD)
     assert list(measurement.samples) == ["loop", "cuts", "pad", "packed", FUSED, rl.WITHOUT]

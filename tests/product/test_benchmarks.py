@@ -1,6 +1,6 @@
 """The suites of benchmarks/run.py that measure: their arithmetic, their options, and a small run of each.
 
-The suite that trains the examples is in test_examples.py.
+Arithmetic is compared with numbers worked out by hand. test_examples.py tests the suite that trains the examples.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def measured(theirs: list[float], ours: list[float], row: Row = ROW, **fields: o
     return Measurement(row, "s", {TORCH: theirs, FUSED: ours}, **fields)
 
 
-# What comes out of samples
+# Statistics of samples
 
 
 def test_quartiles_are_those_of_the_pairs() -> None:
@@ -80,7 +80,7 @@ def test_amounts_have_three_digits() -> None:
     assert report.amount(3 * 2**20, "B") == "3.00 MiB"
 
 
-# The samples themselves
+# Sampling
 
 
 def test_sides_are_sampled_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ def test_sides_are_sampled_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_sample_of_short_calls_is_the_mean_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = chain.from_iterable(repeat((0.0, 1e-4)))  # every pair of readings is 0.1 ms apart
+    clock = chain.from_iterable(repeat((0.0, 1e-4)))  # successive readings differ by 0.1 ms
     monkeypatch.setattr(timing, "perf_counter", lambda: next(clock))
     calls = []
     monkeypatch.setattr(timing, "seconds_per_call", lambda call, batch: calls.append(batch) or 1e-4)
@@ -131,7 +131,7 @@ def test_work_by_hand() -> None:
     # A GRU of T=3, B=2, I=4, H=5 from zero states: W_ih is 15x4 for 3 steps, W_hh is 15x5 for 2.
     of_x, of_h = 2 * 2 * 15 * 4, 2 * 2 * 15 * 5
     assert roofline.work(replace(ROW, mode="inference")) == roofline.Work(3 * of_x, 2 * of_h, 4 * 2 * 75)
-    # Backward: the weights' gradients alike; the gradient of x is not needed, that of h for 2 steps.
+    # The weights' gradients need the same in backward; x needs no gradient, h needs one for 2 steps.
     assert roofline.work(ROW) == roofline.Work(2 * 3 * of_x + 2 * of_h, 4 * of_h, 4 * 4 * 75)
 
 
@@ -160,7 +160,7 @@ def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     ceilings = roofline.measure_ceilings(torch.float32, threads=2, seconds=0.02)
     assert ceilings.flops == pytest.approx(2 * 1024**3 / 0.001)
     assert ceilings.large_bandwidth == pytest.approx(16 * 2**20 / 0.001)
-    assert ceilings.small_bandwidth == pytest.approx(ceilings.large_bandwidth)  # two cores' 1 MiB are less
+    assert ceilings.small_bandwidth == pytest.approx(ceilings.large_bandwidth)  # 1 MiB on two cores is slower here
     with monkeypatch.context() as smaller:
         smaller.setattr(roofline, "LARGE", 2**20)
         assert roofline.measure_ceilings(torch.float32, 2, 0.02).small_bandwidth == pytest.approx(2 * 2**20 / 0.001)
@@ -169,7 +169,7 @@ def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_denormal_numbers_that_cost_too_much(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both libraries' calls run; their times are made up."""
+    """Both libraries are called; the times are fake."""
     times = {"torch.nn x": 9.0, "fused_rnn x": 1.3}
 
     def sample(sides: dict[str, Callable[[], None]], pace: timing.Pace, shuffled: bool) -> dict[str, list[float]]:
@@ -222,7 +222,10 @@ def test_rows_are_all_combinations() -> None:
         ("--suite grid --shape 1,2,3,4", "expected five positive numbers T,B,I,H,L and perhaps ,bi; got 1,2,3,4"),
         ("--suite grid --shape 1,2,3,0,1", "expected five positive numbers"),
         ("--suite grid --threads 0", "expected a positive number, got 0"),
-        ("--suite grid --compare tensorflow", "expected a list of torch, onnxruntime, compile; got tensorflow"),
+        (
+            "--suite grid --compare tensorflow",
+            "expected a list of torch, onnxruntime, onnxruntime_int8, torch_int8, compile",
+        ),
         ("--suite cells --compare compile", "--compare does not apply to --suite cells"),
         ("--suite cells --shape 1,2,3,4,2", "a cell has one layer and one direction"),
         ("--suite memory --mode inference", "--mode does not apply to --suite memory"),
@@ -267,6 +270,21 @@ def test_the_grid_writes_its_table_and_its_picture(tmp_path: Path, capsys: pytes
     assert max(map(len, output.split("Written:")[0].splitlines())) <= 100
 
 
+def test_streams_are_compared_with_rounded_weights(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="a competitor is ONNX Runtime")
+    competitors = "onnxruntime,onnxruntime_int8,torch_int8"
+    arguments = (
+        f"--suite stream --quick --shape 1,1,4,5,1 --shape 6,2,4,5,2 --cell lstm --threads 1 --compare {competitors}"
+    )
+    run.main([*arguments.split(), "--output", str(tmp_path)])
+    rows = csv_lines(tmp_path / "stream.csv")
+    assert [row["row"].split()[1] for row in rows] == ["float32", "bfloat16", "int8"] * 2
+    for row in rows:
+        assert all(float(row[f"{name} ratio"]) > 0 for name in ("torch.nn", *competitors.split(",")))
+        assert bool(row["step ratio"]) == (row["T"] == "1")
+        assert bool(row["floor"]) == ("float32" in row["row"])
+
+
 def test_check_fails_on_a_row_that_is_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow_in_training(row: Row, method: Method) -> Measurement:
         ours = 2e-3 if row.mode == "training" else 5e-4
@@ -285,7 +303,7 @@ def test_check_fails_on_a_row_that_is_behind(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("call", cells.SUITE.calls)
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_loops_over_cells_compute_the_same(cell: str, call: str, mode: str) -> None:
-    """The measurement itself compares the results."""
+    """The measurement itself compares the results and raises if they differ."""
     measurement = cells.measure(Row(SHAPE, call, cell, mode, 1, "float64"), METHOD)
     assert measurement.ratio(TORCH).median > 0
 
@@ -310,7 +328,7 @@ def test_a_step_takes_at_least_its_output() -> None:
     assert output < peak < 20 * output
 
 
-# The table and the picture with everything in them
+# The table and the picture with all optional parts
 
 
 @pytest.fixture
@@ -330,7 +348,7 @@ def test_the_table_fits_100_columns(full: list[Measurement], capsys: pytest.Capt
     report.print_table(full, console)
     report.print_means(full, "time", console)
     output = capsys.readouterr().out
-    assert sum("shapes_tour_lstm" in line for line in output.splitlines()) >= 11  # no name is broken
+    assert sum("shapes_tour_lstm" in line for line in output.splitlines()) >= 11  # no name is wrapped
     assert "torch.nn left out of 1 row (shapes_tour_lstm, gru, training, 16 threads): RuntimeError: no" in output
     assert "…" not in output
 

@@ -1,4 +1,4 @@
-"""The tests that `pytest` runs by default have every option, cell and dtype that all of them have."""
+"""The default set of `pytest` contains every word of every case's name: every option, cell and dtype."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_every_word_is_kept_and_most_cases_are_not() -> None:
     kept = covering(cases)
     assert {word for case in kept for word in words(case)} == {*cells, *options, *dtypes}
     assert kept < set(cases) and len(kept) <= len(cells) + len(options) + len(dtypes)
-    assert kept == covering(reversed(cases))  # wherever a table has its entries
+    assert kept == covering(reversed(cases))  # independent of the order of a table
 
 
 def test_a_new_word_is_never_left_out() -> None:
@@ -25,7 +25,7 @@ def test_a_new_word_is_never_left_out() -> None:
 
 
 def test_each_function_is_in_the_default_set_with_every_word(collected: list[pytest.Item]) -> None:
-    """Of those collected: all of them where no file is named."""
+    """Checks the collected tests, which are all tests unless a file is named."""
     chosen = by_function(default_set(collected))
     for function, items in by_function(collected).items():
         usual = [item for item in items if not item.get_closest_marker("slow")]

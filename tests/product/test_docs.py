@@ -1,6 +1,6 @@
-"""The documentation is true: examples run, links and commands exist, speed tables are the committed results.
+"""The documentation is correct: examples run, links and commands exist, speed tables are the committed results.
 
-The examples of a page run one after the other in an empty namespace, as a reader would type them. torch.nn's own
+The examples of a page run one after the other in one namespace, as a reader would type them. torch.nn's own
 examples, which are part of our classes' docstrings, run with `nn` meaning fused_rnn.
 """
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULES = [fused_rnn] + [
     importlib.import_module(f"fused_rnn.{module.name}")
     for module in pkgutil.iter_modules(fused_rnn.__path__)
-    if module.name not in ("_C", "_cpu", "_cuda")
+    if module.name not in ("_C", "_cpu", "_cuda", "_stream")
 ]
 CLASSES = [getattr(fused_rnn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")]
 FUNCTIONS = [getattr(fused_rnn, name) for name in fused_rnn.__all__ if name.islower()]
@@ -40,13 +40,13 @@ each_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: modu
 DOCS = ROOT / "docs"
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(DOCS.rglob("*.md"))
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-OPTIONAL = {"lightning", "sb3_contrib", "torchrl"}  # packages that examples use and pages say how to install
+OPTIONAL = {"lightning", "sb3_contrib", "torchrl"}  # used in examples on pages that say how to install them
 SLOW = {"deployment.md": "compiles C++"}
 needs_docs = pytest.mark.skipif(not DOCS.is_dir(), reason=f"the documentation's sources are not in {DOCS}")
 
 
 def failures(text: str, names: dict[str, Any]) -> tuple[int, str]:
-    """How many examples `text` holds, and a report of those that do not print what it says."""
+    """The number of examples in `text`, and a report of those whose output differs from the text."""
     test = doctest.DocTestParser().get_doctest(text, names, "documentation", None, None)
     report: list[str] = []
     doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS).run(test, out=report.append, clear_globs=False)
@@ -62,12 +62,12 @@ def test_examples_of_docstrings(module: Any) -> None:
 def test_examples_are_looked_at() -> None:
     assert failures(">>> 1 + 1\n3\n", {})[1] and failures(">>> nothing\n", {})[1]
     found = {test.name: len(test.examples) for module in MODULES for test in doctest.DocTestFinder().find(module)}
-    assert all(found[f"{cls.__module__}.{cls.__name__}"] >= 4 for cls in CLASSES)  # torch.nn's, and ours
+    assert all(found[f"{cls.__module__}.{cls.__name__}"] >= 4 for cls in CLASSES)  # torch.nn's and ours
     assert all(found[f"{f.__module__}.{f.__name__}"] for f in [*FUNCTIONS[:4], functional.lstm, reference.layer])
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a page that are in this language."""
+    """The fenced blocks of a page in this language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
@@ -79,7 +79,7 @@ def blocks(page: Path, language: str) -> list[str]:
 def test_examples_of_pages(page: Path) -> None:
     names: dict[str, Any] = {}
     missing: set[str] = set()
-    with torch._dynamo.config.patch(allow_rnn=False):  # and back, if a page sets it
+    with torch._dynamo.config.patch(allow_rnn=False):  # restored if a page sets it
         for block in blocks(page, "python"):
             imported = re.findall(r"^(?:from|import) (\w+)", block, flags=re.MULTILINE)
             absent = {name for name in OPTIONAL & {*imported} if find_spec(name) is None}
@@ -106,7 +106,7 @@ def test_examples_of_pages_are_looked_at() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that code hosts and Sphinx make of a page's headings."""
+    """The anchors that code hosts and Sphinx make from a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -139,7 +139,7 @@ def test_commands_of_pages_are_accepted() -> None:
     }
     assert len(commands) >= 8
     for command in commands:
-        run.command_line().parse_args(shlex.split(command))  # exits if an option is unknown
+        run.command_line().parse_args(shlex.split(command))  # exits on unknown options
 
 
 def results(suite: str) -> list[dict[str, str]]:
@@ -193,7 +193,7 @@ def test_all_that_is_public_has_a_docstring(module: Any) -> None:
 def test_every_argument_is_explained(function: Any) -> None:
     text = function.__doc__
     if function in (functional.rnn, functional.gru):
-        text += functional.lstm.__doc__  # to which they refer
+        text += functional.lstm.__doc__  # to which the other docstrings refer
     for name in inspect.signature(function).parameters.keys() - {"self"}:
         assert re.search(rf"^ *(\w+, )*{name}(, \w+)*:|`{name}`", text, flags=re.MULTILINE), name
 

@@ -1,7 +1,7 @@
 """The examples in benchmarks/: every model trains on fused_rnn as it does on torch.nn.
 
-Also the machinery that the comparison rests on: the rule of agreement, the interleaved timing, the
-data of the examples, and the two command lines. The other suites are in test_benchmarks.py.
+Also tests the tools of that comparison: the rule of agreement, the interleaved timing, the data of the examples, and
+the two command lines. The other suites are tested in test_benchmarks.py.
 """
 
 import csv
@@ -9,6 +9,7 @@ import gzip
 import os
 import subprocess
 import sys
+import wave
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 BY_NAME = {example.name: example for example in EXAMPLES}
-LONG, SHORTENED = 100, 15  # an example of more than LONG steps is stopped after SHORTENED
+LONG, SHORTENED = 100, 15  # examples of more than LONG steps are stopped after SHORTENED
 
 by_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 by_tour = pytest.mark.parametrize("tour", TOURS, ids=lambda tour: tour.name)
@@ -62,7 +63,7 @@ def test_losses_and_predictions_agree(example: Example) -> None:
 
     agreement = compare(torch_losses, fused_losses, torch_predictions, fused_predictions)
     assert agreement.holds, str(agreement)
-    # The rule lets predictions differ for long trainings; after so few steps none may.
+    # The rule allows a few different predictions after long trainings; after so few steps there may be none.
     assert torch.equal(torch_predictions, fused_predictions)
     assert len(fused_losses) == steps
     assert fused_losses[-1] < fused_losses[0]
@@ -214,6 +215,21 @@ def test_an_example_runs_alone(backend: str) -> None:
     assert finished.returncode == 0, finished.stderr
     assert "heelo -> ohlol" in finished.stdout
     assert ("agree:" in finished.stdout) == (backend == "both")
+
+
+def test_the_stream_runs_alone(tmp_path: Path) -> None:
+    """It trains, streams in every format, listens to a recording and draws its picture."""
+    recording, picture = tmp_path / "noise.wav", tmp_path / "picture.png"
+    with wave.open(str(recording), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes((torch.randn(16_000) * 1000).short().numpy().tobytes())
+    options = ["--steps", "2", "--frames", "50", "--wav", str(recording), "--picture", str(picture)]
+    finished = run_script("examples/streaming.py", *options)
+    assert finished.returncode == 0, finished.stderr
+    assert all(word in finished.stdout for word in ("float32", "bfloat16", "int8", "real-time", "speech:"))
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_tour_runs_alone() -> None:

@@ -1,4 +1,4 @@
-"""How many Python functions of the package a call goes through: each costs time, and a reader has to follow it."""
+"""An upper limit on the package's Python functions per call: each takes time, and a reader must follow it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def frames(call: Callable[[], Any]) -> list[str]:
 
     def note(frame: FrameType, event: str, argument: object) -> None:
         code = frame.f_code
-        # Comprehensions and generators are frames of their own in some versions of Python, but no functions.
+        # Comprehensions and generators have frames in some versions of Python, but are not functions.
         if event == "call" and code.co_filename.startswith(PACKAGE) and not code.co_name.startswith("<"):
             entered.append(f"{Path(code.co_filename).name}:{code.co_name}")
 
-    call()  # what is cached, is
+    call()  # fills caches
     sys.setprofile(note)
     try:
         call()
@@ -39,7 +39,7 @@ def frames(call: Callable[[], Any]) -> list[str]:
 
 
 def calls() -> dict[str, tuple[Callable[[], Any], int, int]]:
-    """Of each kind of call: what it is, the most functions, the most files."""
+    """By kind of call: the call, its limit on functions, its limit on files."""
     lstm = fused_rnn.LSTM(SIZE, HIDDEN)
     zoneout = fused_rnn.LSTM(SIZE, HIDDEN, zoneout=0.1)
     x, resets = torch.randn(T, B, SIZE), torch.zeros(T, B, dtype=torch.bool)

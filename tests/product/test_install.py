@@ -1,6 +1,6 @@
-"""Installation: the environment's own torch is built with, no second one is asked for, and a failure says what to do.
+"""Installation builds with the environment's own torch, installs no second one, and explains failures.
 
-`.ci/run` makes a source distribution, a wheel of that, and runs it under another torch. Here is what takes seconds.
+`.ci/run` tests the slow parts: a source distribution, a wheel built from it, and that wheel under another torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = [
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    """A copy of the sources: some of these commands write into them."""
+    """A copy of the sources, because some of these commands write into them."""
     ignored = shutil.ignore_patterns(
         ".git", "build", "tests", "benchmarks", "docs", "*.so", "*.egg-info", "__pycache__"
     )

@@ -1,4 +1,7 @@
-"""What the source tree promises: kernels without torch, every cell written down once, no drawer for odds and ends."""
+"""The structure of the source tree: kernels do not depend on torch, imports run one way, every equation occurs once.
+
+The rules are those of CONTRIBUTING.md; the sources are read, and where they name cells, compiled.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from fused_rnn import reference
 PACKAGE = Path(fused_rnn.__file__).parent
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
-# What each folder may use beside itself; csrc/rnn_params.h is everyone's.
+# The folders that each folder may use besides itself; all may use csrc/rnn_params.h.
 LAYERS = {"cells": [], "cpu": ["cells"], "cuda": ["cells"], "bindings": ["cells", "cpu", "cuda"]}
 
 needs_sources = pytest.mark.skipif(not CSRC.is_dir(), reason=f"the C++ sources are not beside the tests, in {CSRC}")
@@ -42,7 +45,7 @@ def includes(path: Path) -> list[str]:
 # The Python modules from the bottom up: each imports only from lines above its own.
 PYTHON = [
     {"_C", "options", "spec", "tally", "launch"},
-    {"reference", "cell_info", "input_gates"},
+    {"reference", "cell_info", "input_gates", "stream"},
     {"constructor", "cuda"},
     {"policy", "operators"},
     {"autocast", "layers", "fakes", "lowering"},
@@ -52,7 +55,7 @@ PYTHON = [
     {"survey", "tool_tables"},
     {"convert"},
     {"modules", "cells"},
-    {"functional"},
+    {"functional", "frozen"},
     {"__init__"},
     {"__main__"},
 ]
@@ -82,7 +85,7 @@ def test_the_sources_are_found() -> None:
 
 @needs_sources
 def test_kernels_know_nothing_of_torch() -> None:
-    """They could be built, tested and ported without it."""
+    """So that they can be built, tested and ported without torch."""
     foreign = re.compile(r"torch|aten|c10|caffe2|pybind|python", re.IGNORECASE)
     for path in [*cpp_files("cells", "cpu", "cuda"), CSRC / "rnn_params.h"]:
         assert not [name for name in includes(path) if foreign.search(name)], path
@@ -95,12 +98,13 @@ def test_a_layer_uses_only_those_below_it(layer: str) -> None:
     allowed = [CSRC / name for name in (layer, *LAYERS[layer])]
     for path in cpp_files(layer):
         for name in includes(path):
-            if name == '"emulator.h"':  # what stands for the GPU in tests
+            if name == '"emulator.h"':  # replaces the GPU in tests
                 assert path == CSRC / "cuda" / "device.h"
             elif name.startswith('"'):
                 target = (path.parent / name.strip('"')).resolve()
                 assert target.is_file(), (path, name)
-                assert target.parent in allowed or target == CSRC / "rnn_params.h", (path, name)
+                contracts = (CSRC / "rnn_params.h", CSRC.parent / "fused_rnn" / "stream.h")
+                assert target.parent in allowed or target in contracts, (path, name)
 
 
 @needs_sources
@@ -139,7 +143,7 @@ def test_every_cells_equations_occur_once() -> None:
 
 @needs_sources
 def test_nothing_else_computes_activations() -> None:
-    """But for the function that hands sigmoid and tanh to Python, for the tests of their accuracy."""
+    """Except the function that exports sigmoid and tanh to Python, for the tests of their accuracy."""
     users = []
     for path in cpp_files("cpu", "bindings"):
         users += [path.name] * len(re.findall(r"\bmath::(?:sigmoid|tanh|relu)|\bstd::(?:exp|tanh)", code(path)))
@@ -152,7 +156,7 @@ def test_python_has_the_equations_once() -> None:
 
 
 def test_the_specification_stands_alone() -> None:
-    """It imports nothing of the package but the names of options: it cannot agree with the kernels by using them."""
+    """It imports only the names of options from the package, and so agrees with the kernels independently."""
     imported = set()
     for node in ast.walk(ast.parse((PACKAGE / "reference.py").read_text())):
         if isinstance(node, ast.Import):
@@ -170,7 +174,7 @@ def test_no_file_for_odds_and_ends() -> None:
 
 
 def test_the_specification_has_the_constants_of_the_kernels() -> None:
-    """It states them itself: it stands alone."""
+    """The specification defines these constants itself, so they are compared."""
     assert {cell["name"]: cell["gates"] for cell in fused_rnn._C.cells()} == reference.GATES
     assert [cell["name"] for cell in fused_rnn._C.cells()] == list(reference.CELLS)
     assert fused_rnn._C.NORM_EPS == reference.NORM_EPS
@@ -180,7 +184,7 @@ def test_the_specification_has_the_constants_of_the_kernels() -> None:
 @pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"there is no C++ compiler ({COMPILER[0]})")
 @pytest.mark.parametrize("source", ["cpu/isa_portable.cpp", "cuda/plan.cpp", "cuda/recurrence.cpp"])
 def test_a_cell_that_a_switch_leaves_out_does_not_compile(source: str, tmp_path: Path) -> None:
-    """Of all switches over cells: with the options of the build, a CellKind that FUSED_RNN_CELLS lacks is an error."""
+    """With the build's options, a CellKind that FUSED_RNN_CELLS lacks is an error in every switch over cells."""
     (options,) = re.findall(
         r"^EXHAUSTIVE_SWITCHES = (.*?)  #", (CSRC.parent / "setup_cuda.py").read_text(), re.MULTILINE
     )
@@ -195,7 +199,7 @@ def test_a_cell_that_a_switch_leaves_out_does_not_compile(source: str, tmp_path:
 
 @needs_sources
 def test_every_switch_over_cells_is_generated() -> None:
-    """So the files compiled above are all that have one."""
+    """So no other file than those compiled above has such a switch."""
     users = {path.name for path in cpp_files(*LAYERS) if re.search(r"\bcase CellKind::\w+", code(path))}
     assert users == {"kernels.inc", "cell_info.h", "recurrence.cpp"}
     for path in cpp_files(*LAYERS):

@@ -1,4 +1,4 @@
-"""The recipe "Add a cell" of CONTRIBUTING.md, followed to the letter in a copy of the sources.
+"""The recipe "Add a cell" of CONTRIBUTING.md, followed step by step in a copy of the sources.
 
 The cell is the minimal gated unit (Zhou et al. 2016), its gate after the recurrent product as in torch.nn.GRU. After
 the recipe's fourth step the kernels compute it in every instruction set, with its gradients and all options.
@@ -128,7 +128,7 @@ print(_C.cpu_isa(), *_C.supported_cpu_isas())
 
 
 def sources(folder: Path) -> Path:
-    """A copy of what the package is built from."""
+    """A copy of the files from which the package is built."""
     for name in ("csrc", "fused_rnn"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for path in [*ROOT.glob("*.py"), *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE"))]:

@@ -1,4 +1,7 @@
-"""The example of reinforcement learning: what the learner recomputes is what the player did."""
+"""The reinforcement-learning example: the learner recomputes the player's actions and states.
+
+Loop and fused backends agree, episodes start where the environments say, and advantages are those of the definition.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def recomputed(policy: Policy, rollout: Rollout) -> torch.Tensor:
 @by_backend
 @by_cell
 def test_the_learner_recomputes_the_log_probabilities_of_the_rollout(backend: str, cell: str) -> None:
-    """In later rollouts, too: they begin in the middle of episodes, with the state that these have reached."""
+    """Also in later rollouts, which begin in the middle of episodes with the state reached there."""
     player = new_player(backend, cell)
     for index in range(3):
         rollout = player.play(STEPS)
@@ -54,7 +57,7 @@ def test_the_learner_recomputes_the_log_probabilities_of_the_rollout(backend: st
 
 
 def test_starts_are_where_the_environments_start() -> None:
-    """CartPole starts within 0.05 of upright, and a step that ends its episode early lies beyond the limits."""
+    """CartPole starts within 0.05 of upright, and a step that ends an episode early lies outside of the limits."""
     player = new_player("fused")
     rollouts = [player.play(STEPS) for _ in range(3)]
     starts = torch.cat([rollout.starts for rollout in rollouts])
@@ -77,13 +80,13 @@ def test_an_episode_cut_off_at_the_time_limit_counts_the_value_of_its_last_obser
     import gymnasium
 
     make = gymnasium.make
-    monkeypatch.setattr(gymnasium, "make", lambda name: make(name, max_episode_steps=5))  # nothing falls so soon
-    monkeypatch.setattr(recurrent_ppo, "GAE_LAMBDA", 0.0)  # advantages are one step's errors
+    monkeypatch.setattr(gymnasium, "make", lambda name: make(name, max_episode_steps=5))  # the pole falls later
+    monkeypatch.setattr(recurrent_ppo, "GAE_LAMBDA", 0.0)  # advantages become one-step errors
     player = new_player("fused")
     rollout = player.play(9)
     assert rollout.starts.nonzero()[:, 0].unique().tolist() == [0, 5]
 
-    # Going on over the cut, without a reset, up to the observation that the rollout does not hold: played again.
+    # Replay past the cut, without a reset, up to the observation that the rollout does not contain.
     again = recurrent_ppo.make_environments(ENVIRONMENTS)
     again.reset(seed=1)
     for action in rollout.actions[:5]:
@@ -116,7 +119,7 @@ def test_loop_and_fused_give_the_same_loss_and_gradients(cell: str) -> None:
     assert all(map(torch.equal, loop.state_dict().values(), player.policy.state_dict().values()))
     player.play(STEPS)
     rollout = player.play(STEPS)  # begins in the middle of episodes
-    Learner(player.policy).update(rollout)  # else the ratios are 1
+    Learner(player.policy).update(rollout)  # otherwise the ratios are 1
     loop.load_state_dict(player.policy.state_dict())
 
     losses = [recurrent_ppo.loss_of(policy, rollout) for policy in (loop, player.policy)]

@@ -1,4 +1,4 @@
-"""Other people's tutorials, unchanged, on the fused kernels: every code block prints what it prints on torch.nn.
+"""Published tutorials run unchanged on the fused kernels: every code block prints the same as on torch.nn.
 
 The texts are not part of this repository. FUSED_RNN_TUTORIALS names a folder of them: `*.txt` or `*.md`, markdown with
 fenced code or notebooks flattened to text (`In [n]:`, code, output, prose). The blocks of a text share a namespace.
@@ -44,9 +44,9 @@ def code_blocks(text: str) -> list[str]:
 
 
 def longest_code(cell: str) -> str:
-    """A cell's first paragraphs that are Python together: behind them is what it printed, and prose."""
+    """The longest prefix of a cell's paragraphs that is valid Python; output and prose follow it."""
     cell = re.sub(r"^%.*$", "", cell, flags=re.MULTILINE)  # a notebook's own commands
-    cell = re.split(r"^tensor\(|^torch\.Size\(", cell, flags=re.MULTILINE)[0]  # printed, but would parse
+    cell = re.split(r"^tensor\(|^torch\.Size\(", cell, flags=re.MULTILINE)[0]  # output that would parse as code
     paragraphs = cell.split("\n\n")
     for count in range(len(paragraphs), 0, -1):
         code = "\n\n".join(paragraphs[:count]).strip()
@@ -57,7 +57,7 @@ def longest_code(cell: str) -> str:
 
 
 def run(code: str, namespace: dict[str, Any]) -> tuple[str, str]:
-    """What a notebook would show of the code, and the name of the error it ends with."""
+    """The output that a notebook would show, and the name of the error that ends the code."""
     program = compile(ast.Interactive(ast.parse(code).body), "<tutorial>", "single")
     printed, error = io.StringIO(), ""
     torch.manual_seed(0)
@@ -71,12 +71,12 @@ def run(code: str, namespace: dict[str, Any]) -> tuple[str, str]:
 
 
 def new_namespace() -> dict[str, Any]:
-    # The usual imports, which may stand in a block that is left out.
+    # The usual imports, in case their block was left out.
     return {"__name__": "__main__", "torch": torch, "nn": torch.nn}
 
 
 def assert_same_output(found: str, expected: str) -> None:
-    """The same text but for spaces; a number with a fraction may differ by a unit of its last digit, or by rounding."""
+    """Equal texts up to spaces; numbers with a fraction may differ by a unit of the last digit, or by rounding."""
     found, expected = (re.sub(r",?\s*grad_fn=<\w+>", "", text) for text in (found, expected))
     texts = [re.sub(r"\s+", "", NUMBER.sub("#", text)) for text in (found, expected)]
     assert texts[0] == texts[1]
@@ -161,7 +161,7 @@ def test_tutorial(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         expected, error = run(code, plain)
         with fused_calls() as calls, fused_rnn.patched():
             found, found_error = run(code, patched)
-        assert found_error == error, code  # a block may be broken, but not in another way
+        assert found_error == error, code  # a block may fail, but with the same error
         if error:
             continue
         assert_same_output(found, expected)

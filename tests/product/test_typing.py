@@ -1,6 +1,6 @@
-"""The package's types as a user's type checker sees them: `mypy` reads this file, too, and pytest runs it.
+"""The package's types as a user's type checker sees them: checked by `mypy` and run by pytest.
 
-Where a line says `type: ignore`, mypy has to find fault with it: it refuses comments that are not needed.
+mypy reports unneeded `type: ignore` comments, so each such line proves that mypy rejects it.
 """
 
 from __future__ import annotations

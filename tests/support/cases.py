@@ -1,4 +1,4 @@
-"""The one table of cases: cells x sizes x flags. Odd sizes, because every tail of every vector has to be right."""
+"""The shared table of cases: cells x sizes x flags. Many sizes are odd, to test the remainder of every vector loop."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import fused_rnn
 
 @dataclass(frozen=True)
 class Case:
-    """One module and one input for it. `lengths` makes the input a packed sequence (unsorted if they are)."""
+    """A module's options and its input's sizes. `lengths` makes the input a packed sequence (unsorted if they are)."""
 
     cell: str
     T: int
     B: int
-    I: int  # noqa: E741 - the field's letter
+    I: int  # noqa: E741 - the field's symbol
     H: int
     L: int = 1
     bidirectional: bool = False

@@ -1,7 +1,8 @@
-"""What the contract tests share: the table of modules, their inputs, and the comparisons.
+"""Shared by the contract tests: the table of modules, their inputs, and the comparisons.
 
 Every test builds torch.nn's class and fused_rnn's class of the same name with the same parameters
-and demands the same results, gradients and errors. MODULES names the variants under test.
+and requires the same results, gradients and errors. MODULES names the variants under test. The tests
+are numbered by section (A, B, ...) and clause (h03, x07).
 """
 
 import inspect
@@ -23,7 +24,7 @@ CELLS = ("RNNCell", "LSTMCell", "GRUCell")
 NAMES = SEQUENCES + CELLS
 
 TIME, BATCH, INPUT, HIDDEN = 6, 4, 3, 5
-LENGTHS = (3, 6, 1, 4)  # of the packed batch: unsorted, and one sequence of a single step
+LENGTHS = (3, 6, 1, 4)  # the lengths of the packed batch: unsorted, with one sequence of a single step
 
 DEEP = {"num_layers": 2, "bidirectional": True}
 SEQUENCE_MODULES = {
@@ -48,7 +49,7 @@ MODULES = {**SEQUENCE_MODULES, **CELL_MODULES}
 BASIC_SEQUENCES = ("rnn_tanh", "lstm", "gru")
 ONE_OF_EACH = ("rnn_tanh", "lstm", "gru", "rnn_tanh_cell", "lstm_cell", "gru_cell")
 
-# Contract X09, relative and absolute. The 16-bit types, a few ulp, serve mixed precision only.
+# Contract X09: relative and absolute. The 16-bit types (a few ulp) are for mixed precision only.
 TOLERANCES = {
     torch.float64: (1e-8, 1e-9),
     torch.float32: (1e-4, 2e-5),
@@ -69,7 +70,7 @@ each_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64]
 
 
 def twins(name, *sizes, backend=None, **options):
-    """torch.nn's module of this class and fused_rnn's, with the same parameters; `backend` is fused_rnn's alone."""
+    """torch.nn's module of this class and fused_rnn's with the same parameters; only the latter takes `backend`."""
     torch.manual_seed(0)
     expected = getattr(nn, name)(*sizes, **options)
     actual = getattr(fused_rnn, name)(*sizes, **options, **({"backend": backend} if backend else {}))
@@ -84,7 +85,7 @@ def pair(key, dtype=torch.float32, sizes=(INPUT, HIDDEN), **changes):
 
 
 def arguments(module, time=TIME, batch=BATCH, packed=False, grad=False, seed=1):
-    """(input, hx) that fit the module, in its dtype and on its device, all leaves."""
+    """Leaf tensors (input, hx) that fit the module, with its dtype and device."""
     generator = torch.Generator().manual_seed(seed)
     like = next(module.parameters())
 
@@ -113,7 +114,7 @@ def arguments(module, time=TIME, batch=BATCH, packed=False, grad=False, seed=1):
 
 
 def zero_state(module, *shape):
-    """One state of this shape, a pair of them for the LSTM classes."""
+    """A zero state of this shape; a pair for the LSTM classes."""
     state = torch.zeros(shape)
     return (state, state.clone()) if isinstance(module, (nn.LSTM, nn.LSTMCell)) else state
 
@@ -130,12 +131,12 @@ def tensors(value):
 
 
 def leaves(module, *args):
-    """Everything a result of module(*args) can be differentiated by."""
+    """All tensors by which a result of module(*args) can be differentiated."""
     return [t for t in (*tensors(args), *module.parameters()) if t.requires_grad]
 
 
 def ramp(tensor):
-    """From -1 to 2 in even steps, like the given tensor."""
+    """Values from -1 to 2 in even steps, with the tensor's shape and dtype."""
     return torch.linspace(-1, 2, tensor.numel()).to(tensor.dtype).reshape(tensor.shape)
 
 
@@ -145,7 +146,7 @@ def loss(results):
 
 
 def derivative(value, module, args, **options):
-    """Of a value computed by module(*args) by the leaves of that call; zeros where unused."""
+    """Gradients of a value computed by module(*args), by the leaves of that call; zeros for unused leaves."""
     options |= {"allow_unused": True, "materialize_grads": True}
     return torch.autograd.grad(value, leaves(module, *args), **options)
 
@@ -165,7 +166,7 @@ def higher_gradients(module, args, order):
 
 
 def checkpointed(module, args, reentrant):
-    """module(*args) under checkpoint, which wants all tensors at the top level."""
+    """module(*args) under checkpoint, which requires all tensors at the top level."""
 
     def call(input, *hx):
         return tuple(tensors(module(input, hx if len(hx) == 2 else hx[0])))
@@ -174,7 +175,7 @@ def checkpointed(module, args, reentrant):
 
 
 def close(actual, expected, grad=False):
-    """Same structure, dtypes and shapes, values within X09 (gradients: four times that)."""
+    """Assert equal structure, dtypes and shapes, and values within X09 (gradients: four times that)."""
     actual, expected = tensors(actual), tensors(expected)
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
@@ -183,21 +184,21 @@ def close(actual, expected, grad=False):
 
 
 def error_of(call, *args, **options):
-    """(type, text) of the exception that the call raises."""
+    """(type, text) of the exception that the call must raise."""
     with pytest.raises(Exception) as caught:
         call(*args, **options)
     return caught.type, str(caught.value)
 
 
 def same_error(expected, actual, kind, text, *args, **options):
-    """Both callables raise the same exception, of the given kind, with the quoted text in it."""
+    """Assert that both callables raise the same exception, of the given kind and containing the text."""
     wanted = error_of(expected, *args, **options)
     assert issubclass(wanted[0], kind) and text in wanted[1], wanted
     assert error_of(actual, *args, **options) == wanted
 
 
 def allowed_error(call, *args):
-    """A context that lets pass the type of exception that this call raises, if it does."""
+    """A context that suppresses the type of exception that this call raises, if it raises one."""
     try:
         call(*args)
     except Exception as error:
@@ -206,14 +207,14 @@ def allowed_error(call, *args):
 
 
 def same_outcome(expected, actual, *args):
-    """Equal results; where torch.nn raises, the same type of exception or a result."""
+    """Assert equal results; where torch.nn raises, ours may raise the same type of exception or return a result."""
     with allowed_error(expected, *args):
         close(actual(*args), expected(*args))
 
 
 @contextmanager
 def unchanged(*owners):
-    """The block must not write to these tensors, nor to these modules' parameters."""
+    """Assert that the block does not write to these tensors, nor to these modules' parameters."""
     watched = []
     for owner in owners:
         watched += owner.parameters() if isinstance(owner, nn.Module) else tensors(owner)
@@ -225,7 +226,7 @@ def unchanged(*owners):
 
 
 def same_call_error(key, args, kind, text="", **changes):
-    """Both modules of pair() raise the same error for these arguments and write to nothing."""
+    """Assert that both modules of pair() raise the same error for these arguments, and write to nothing."""
     expected, actual = pair(key, **changes)
     with unchanged(actual, args):
         same_error(expected, actual, kind, text, *args)
@@ -233,7 +234,7 @@ def same_call_error(key, args, kind, text="", **changes):
 
 @contextmanager
 def fused_calls():
-    """A list, filled on leaving the block, of the fused_rnn operators that ran in it."""
+    """A list of the fused_rnn operators that ran in the block, filled at its end."""
     calls = []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         yield calls
@@ -250,6 +251,6 @@ def survives(function, *args):
         cwd=os.path.dirname(source),
         capture_output=True,
         text=True,
-        timeout=600,  # only against hanging: a busy machine takes its time
+        timeout=600,  # only against deadlocks, since a busy machine is slow
     )
     assert run.returncode == 0, f"exit status {run.returncode}\n{run.stderr}"

@@ -1,4 +1,4 @@
-"""Which cases `pytest` runs when no file is named: a few minutes' worth that still has every option, cell and dtype."""
+"""Selects the cases that `pytest` runs when no file is named: a few minutes, with every option, cell and dtype."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def words(case: str) -> set[str]:
 
 
 def covering(cases: Iterable[str]) -> set[str]:
-    """Enough of these names that every word of any of them occurs in one that is kept.
+    """A subset of these names that contains every word of all of them.
 
-    A name is kept if it has a word that no name before it has. They are taken in the order of a checksum: in the order
-    of a table, all combinations would be kept of its first entries, and none of the others.
+    A name is kept if it has a word that no name before it has. The names are taken in the order of a checksum: in the
+    order of a table, all combinations with its first entries would be kept, and none with the others.
     """
     seen: set[str] = set()
     kept = set()
@@ -44,7 +44,7 @@ def by_function(items: Iterable[pytest.Item]) -> dict[str, list[pytest.Item]]:
 
 
 def default_set(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """Of every test function enough cases by `covering`, and none of those that are marked slow."""
+    """For every test function, the cases selected by `covering`; none that are marked slow."""
     chosen: set[pytest.Item] = set()
     for cases in by_function(item for item in items if not item.get_closest_marker("slow")).values():
         kept = covering(map(case_of, cases))

@@ -1,4 +1,4 @@
-"""The CUDA operators on tensors of the CPU: bindings and kernels compiled for the emulator, as torch operators.
+"""The CUDA operators on CPU tensors: bindings and kernels compiled for the emulator, as torch operators.
 
 They have the schemas of ``fused_rnn::forward`` and ``backward``, in a namespace of their own.
 """
@@ -21,18 +21,18 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from fused_rnn import cuda, fakes, layers, operators, policy
 
 ROOT = Path(__file__).resolve().parents[2]
-H200 = (132, 232448, 90)  # what the emulator says it is; see cuda.device_properties
+H200 = (132, 232448, 90)  # the device that the emulator reports; see cuda.device_properties
 
 
 def missing() -> str | None:
-    """What the emulator lacks here."""
+    """The reason why the emulator cannot be built, or None."""
     if not (ROOT / "csrc" / "cuda").is_dir():
         return "the C++ sources are not beside the tests"
     return None if shutil.which("g++") else "no C++ compiler (g++)"
 
 
 def build(folder: Path, *options: str) -> Path:
-    """Compiles the library; `options` go to every call of the compiler."""
+    """Compile the library; `options` are passed to every call of the compiler."""
     flags = ["-std=c++17", "-O1", "-fPIC", "-DFUSED_RNN_EMULATOR", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
     flags += [f"-I{path}" for path in (ROOT / "csrc/cuda", ROOT / "tests/cuda/cuda_emulator", *include_paths())]
     sources = [*(ROOT / "csrc/cuda").glob("*.c*"), *(ROOT / "csrc/bindings").glob("cuda_*.cpp")]
@@ -54,7 +54,7 @@ def build(folder: Path, *options: str) -> Path:
 
 @functools.cache
 def load_once() -> ctypes.CDLL:
-    """Builds and loads it for all tests of this process."""
+    """Build and load the library, once for all tests of this process."""
     with tempfile.TemporaryDirectory() as folder:
         return load(build(Path(folder)))
 
@@ -66,12 +66,12 @@ def load(library: Path) -> ctypes.CDLL:
 
 
 def operator(name: str, **options: Any) -> Any:
-    """The emulated ``fused_rnn::{name}``, with arguments of the test's own."""
+    """The emulated ``fused_rnn::{name}``, with additional arguments."""
     return functools.partial(getattr(torch.ops.fused_rnn_emulator, name).default, **options)
 
 
 def use(patch: pytest.MonkeyPatch, *, tf32: bool = True, **options: Any) -> None:
-    """Has every layer computed by the CUDA operators, with these options in each call."""
+    """Run every layer on the CUDA operators, with these options in each call."""
     load_once()
     patch.setattr(policy, "on_cuda", lambda x: True)
     patch.setattr(cuda, "tf32_allowed", lambda: tf32)
@@ -79,12 +79,12 @@ def use(patch: pytest.MonkeyPatch, *, tf32: bool = True, **options: Any) -> None
 
 
 def patch_operators(patch: pytest.MonkeyPatch, forward: Any, backward: Any) -> None:
-    """Has every layer computed by these in place of ``fused_rnn::forward`` and ``backward``."""
+    """Run every layer on these operators in place of ``fused_rnn::forward`` and ``backward``."""
     patch.setattr(layers, "forward_operator", forward)
     patch.setattr(operators, "forward_operator", forward)
     patch.setattr(operators, "backward_operator", backward)
 
 
 def last_was_resident() -> bool:
-    """Whether the last kernel is one of those that keep the recurrent weights on the chip."""
+    """Whether the last kernel was one that keeps the recurrent weights on the chip."""
     return load_once().fused_rnn_emulated_shared_bytes() >= 4096

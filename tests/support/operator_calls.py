@@ -1,4 +1,4 @@
-"""Calls of the operators in which every option has its name, so that a test can vary one at a time."""
+"""Calls of the operators with every option as a named argument, so that a test can vary one at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OPTIONS = operator_tensors_of(LayerOptions._fields)
 
 
 def folded(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The operator's own arguments: those of OPTIONS become its one list."""
+    """The operator's own arguments, with those in OPTIONS folded into its one list."""
     options = [arguments.get(name) for name in OPTIONS]
     others = {name: value for name, value in arguments.items() if name not in OPTIONS}
     return others | ({} if all(option is None for option in options) else {"options": options})

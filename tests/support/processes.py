@@ -1,4 +1,4 @@
-"""Starting Python, and ``python -m fused_rnn run``, as a user does, in a process of its own."""
+"""Starts Python, and ``python -m fused_rnn run``, as a user does, in another process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FUSED, PLAIN = "['fused_rnn::forward']\n", "[]\n"  # printed by kernels()
 
 
 def python(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs this Python with these arguments and additional environment variables."""
+    """Run this Python with these arguments and additional environment variables."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     return subprocess.run(
         [sys.executable, *args], cwd=cwd, env=env | environment, capture_output=True, text=True, timeout=120
@@ -30,10 +30,10 @@ def python(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
 
 
 def run(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``python -m fused_rnn run`` with these arguments."""
+    """Run ``python -m fused_rnn run`` with these arguments."""
     return python("-m", "fused_rnn", "run", *args, cwd=cwd, **environment)
 
 
 def python_path(*folders: Path) -> str:
-    """PYTHONPATH with these folders before the present ones."""
+    """PYTHONPATH with these folders in front of the present ones."""
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])

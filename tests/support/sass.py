@@ -1,4 +1,4 @@
-"""The machine code in a built CUDA library: its kernels, what each of them needs, and what its loop over time does.
+"""The machine code of a built CUDA library: its kernels, their resources, and the instructions of their time loops.
 
 NVIDIA's cuobjdump and nvdisasm read it. They come with the CUDA toolkit, with triton, and as the packages
 nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
@@ -20,8 +20,8 @@ from pathlib import Path
 _LABEL = re.compile(r"(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
 _TARGET = re.compile(r"\.L_x_\d+")
-# A mangled name of ours: which function, then its template arguments. A cell that is itself a template, RnnCell<Tanh>,
-# is known by its last word.
+# A mangled kernel name: the function, then its template arguments. A cell that is itself a template, RnnCell<Tanh>,
+# is named by its argument.
 _NAME = re.compile(
     r"_ZN9fused_rnn4cuda\d+(?P<function>(?:(?:step|normalised)_)?(?:forward|backward))I"
     r"NS_\d+(?:RnnCellINS_\d+)?(?P<cell>[A-Za-z]+?)E+NS0_\d+(?P<element>[A-Z][a-z]+\d+)E"
@@ -31,7 +31,7 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class Name:
-    """A kernel of the library; `shape` is that of FUSED_RNN_INSTANCES with the exchange as its number."""
+    """A kernel of the library; `shape` is its entry in FUSED_RNN_INSTANCES, with the exchange as a number."""
 
     function: str
     cell: str
@@ -51,11 +51,11 @@ class Kernel:
     name: Name
     resources: dict[str, int] = field(default_factory=dict)  # REG, STACK, LOCAL and others
     instructions: Counter[str] = field(default_factory=Counter)  # by opcode with its modifiers
-    time_loop: Counter[str] = field(default_factory=Counter)  # those in the loop with the tensor cores' instructions
+    time_loop: Counter[str] = field(default_factory=Counter)  # only those in the loop with the tensor-core instructions
 
 
 def find_tool(name: str) -> str | None:
-    """A program of the toolkit's: on PATH, in CUDA_HOME, or in a package of this environment."""
+    """The path of a CUDA tool on PATH, in CUDA_HOME, or in a package of this environment."""
     homes = [os.environ[key] for key in ("CUDA_HOME", "CUDA_PATH") if key in os.environ]
     folders = [Path(home) / "bin" for home in (*homes, "/usr/local/cuda")]
     for entry in sys.path:
@@ -64,7 +64,7 @@ def find_tool(name: str) -> str | None:
 
 
 def kernels(library: Path, folder: Path) -> dict[str, dict[Name, Kernel]]:
-    """The kernels of each architecture; `folder` is for files."""
+    """The kernels of each architecture; temporary files go to `folder`."""
     cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
     assert cuobjdump and nvdisasm
     subprocess.run([cuobjdump, "-xelf", "all", library], cwd=folder, check=True, capture_output=True)
@@ -73,7 +73,7 @@ def kernels(library: Path, folder: Path) -> dict[str, dict[Name, Kernel]]:
         found = {
             mangled: Kernel(Name.parse(mangled), usage)
             for mangled, usage in _resources(cuobjdump, cubin)
-            if "any_kernel" not in mangled  # of launch.cu: it is only asked what it was compiled for
+            if "any_kernel" not in mangled  # in launch.cu, only used to query the architecture
         }
         for mangled, code in _functions(_output(nvdisasm, "-c", cubin) if found else ""):
             if mangled not in found:
@@ -104,9 +104,9 @@ def _functions(assembly: str) -> Iterator[tuple[str, str]]:
 
 
 def _counts(code: str) -> tuple[Counter[str], Counter[str]]:
-    """How often each opcode occurs in a function, and in the outermost loop around its tensor-core instructions.
+    """Counts of each opcode in a function, and in the outermost loop around its tensor-core instructions.
 
-    That loop is everything that lies on a way through the function from such an instruction back to itself.
+    The loop consists of all instructions on a path from a tensor-core instruction back to itself.
     """
     opcodes: list[str] = []
     targets: list[list[str]] = []
@@ -117,8 +117,8 @@ def _counts(code: str) -> tuple[Counter[str], Counter[str]]:
             guard, opcode, operands = match.groups()
             opcodes.append(opcode)
             targets.append(_TARGET.findall(operands))
-            # A branch with more operands than its target has a condition. A subroutine comes back. BSYNC, where the
-            # threads of a warp that went different ways meet, stands right before the place it continues at.
+            # A branch with further operands besides its target is conditional. A subroutine returns. BSYNC, where the
+            # threads of a diverged warp meet, stands directly before the place where it continues.
             leaves = opcode.split(".")[0] in ("BRA", "BRX", "EXIT", "RET")
             falls_through.append(not leaves or guard is not None or "," in operands)
         elif match := _LABEL.match(line.strip()):
@@ -137,7 +137,7 @@ def _counts(code: str) -> tuple[Counter[str], Counter[str]]:
 
 
 def _reached(start: int, neighbours: list[list[int]]) -> set[int]:
-    """What one step or more from `start` leads to."""
+    """All instructions that can be reached from `start` in one step or more."""
     found: set[int] = set()
     left = [start]
     while left:

@@ -1,9 +1,9 @@
-"""The one rule of how close is close enough: measured against torch.nn's own error, not guessed.
+"""The common tolerance: a result's error may be at most a multiple of torch.nn's own error.
 
 A result passes if its distance from a float64 reference is at most twice that of torch.nn's result in the same dtype,
-plus what one round trip through the scale of the arithmetic costs: torch.nn may happen to be nearly exact, and both
-compute with gates and states of size one, however small the result. A gradient may be four times as far: it is the end
-of a long chain of sums whose order differs, and the largest of a few thousand errors varies (seen: up to 2.5 times).
+plus one rounding at the scale of the arithmetic: torch.nn's result may happen to be nearly exact, and both libraries
+compute with gates and states of size one, however small the result. A gradient may be four times as far: it comes from
+long chains of sums in different orders, and the largest of a few thousand errors varies (by up to 2.5 times so far).
 """
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def assert_as_accurate(actual: Tensor, expected: Tensor, reference: Tensor, what: str) -> None:
-    """`actual` (ours) against `expected` (torch.nn, the same dtype) and `reference` (float64).
+    """Assert that `actual` (ours) is as near to `reference` (float64) as `expected` (torch.nn's, in the same dtype).
 
-    `what` names the result; a name that begins with d is a gradient's.
+    `what` names the result; names of gradients begin with d.
     """
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, torch.nn {expected.shape}"
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, torch.nn {expected.dtype}"

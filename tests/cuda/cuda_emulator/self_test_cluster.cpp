@@ -142,8 +142,7 @@ void test_ring() {
   set_current_device(device);
 }
 
-// ---- Mbarriers and words, one event after another
-// ---------------------------------------------------------------------
+// ---- Mbarriers and words, one event after another -------------------------------------------------------------------
 
 void test_inbox() {
   using emulation::Inbox;

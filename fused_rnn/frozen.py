@@ -1,0 +1,398 @@
+"""Frozen modules: weights rounded and packed once, for inference on a CPU.
+
+A frozen module keeps its weights as the bytes of a model file, whose layout csrc/cpu/frozen_model.h describes. The
+library packs them for the machine it runs on when it first meets them; every copy and stream of a module shares what it
+packed.
+"""
+
+from __future__ import annotations
+
+import copy
+import struct
+from collections.abc import Iterable, Iterator
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from fused_rnn import _C, policy, survey
+from fused_rnn.call import Call, batch_major
+from fused_rnn.cell_info import NUMBER
+from fused_rnn.cells import check_ranks
+from fused_rnn.convert import TorchConvertible
+from fused_rnn.spec import Spec
+from fused_rnn.stream import Stream
+from fused_rnn.subclasses import NAMES, obstacle, torch_class
+
+WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+"""The formats of weights, in the order of their numbers in a file, from 1 on."""
+
+_HEADER = struct.Struct("<8s2I2Q2I4Q")
+_MAGIC, _VERSION, _BIAS, _BIDIRECTIONAL = b"frnn\r\n\x1a\n", 1, 1, 2
+_CHECKSUM_AT = 24
+_operator = torch.ops.fused_rnn.frozen.default
+
+
+def freeze(module: Module, weights: str = "float32") -> Any:
+    """Return an inference module whose weights are fixed, and packed once instead of at every call.
+
+    Args:
+        module: an RNN, LSTM, GRU or cell, torch.nn's or ours; or a model that holds some. It is not changed, and later
+            changes of its weights do not reach the result: freeze again.
+        weights: "float32", with the results of the deterministic kernels bit for bit; "bfloat16", weights rounded to
+            that, arithmetic in float32; or "int8", weights rounded to 8-bit integers with a scale for each row and
+            inputs and states to 16-bit integers at every step.
+
+    Returns:
+        A `FrozenRNN` or `FrozenCell`. For a model, a deep copy in which every such module is frozen, in eval mode and
+        without gradients of parameters; its attribute `frozen` is the list of their names.
+
+    Raises:
+        TypeError: a module has an option, or a forward of its own, that no frozen module computes. All are named.
+        ValueError: weights is something else; or the model has no such module; or weights are not float32 on the CPU,
+            or for "int8" not finite.
+
+    Example:
+        >>> import torch, fused_rnn
+        >>> frozen = fused_rnn.freeze(torch.nn.GRU(3, 5), weights="int8")
+        >>> frozen
+        FrozenRNN(GRU(3, 5), weights='int8')
+        >>> output, h_n = frozen(torch.randn(7, 2, 3))
+        >>> stream = frozen.stream()
+        >>> stream(torch.randn(3)).shape
+        torch.Size([5])
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"freeze: expected weights to be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
+    if torch_class(type(module)) is not None:
+        if why := _obstacle(module):
+            raise TypeError(f"freeze: cannot freeze this {type(module).__name__}: {why}")
+        return _frozen(module, weights)
+    names, refused, memo = [], {}, {}
+    for name, part in module.named_modules():
+        if torch_class(type(part)) is None:
+            why = survey.reason(part)
+        elif not (why := _obstacle(part)):
+            names.append(name)
+            memo[id(part)] = _frozen(part, weights)
+        if why:
+            refused[name] = why
+    refused |= {name: survey.OUTSIDE for name, part in survey.held_outside(module) if torch_class(type(part))}
+    if refused:
+        raise TypeError("\n  ".join(["freeze: cannot freeze", *(f"{name}: {why}" for name, why in refused.items())]))
+    if not names:
+        raise ValueError(f"freeze: expected a model with an {', '.join(NAMES[:-1])} or {NAMES[-1]}, found none")
+    # Which takes the frozen modules for the copies of the others.
+    model: Any = copy.deepcopy(module, memo).eval().requires_grad_(False)
+    model.frozen = names
+    return model
+
+
+def _obstacle(module: Any) -> str | None:
+    """Why a module of one of the six classes, or derived from one, cannot be frozen; None if it can."""
+    if isinstance(module, TorchConvertible):
+        if getattr(module, "_varied", False):
+            return "frozen modules have no layer_norm, zoneout, recurrent_dropout, weight_dropout or sizes by layer"
+        import fused_rnn
+
+        ours: Any = getattr(fused_rnn, torch_class(type(module)).__name__)  # type: ignore[union-attr]
+        return None if type(module).forward is ours.forward else f"{type(module).__qualname__} has a forward of its own"
+    return None if torch.nn.utils.parametrize.is_parametrized(module) else obstacle(module)
+
+
+def _frozen(module: Any, weights: str) -> FrozenRNN | FrozenCell:
+    is_cell = isinstance(module, torch.nn.RNNCellBase)
+    base = torch_class(type(module))
+    assert base is not None
+    mode = base.__name__.removesuffix("Cell").upper()
+    if mode == "RNN":
+        mode = f"RNN_{module.nonlinearity.upper()}" if is_cell else module.mode
+    names = [[*_CELL_WEIGHTS[: 4 if module.bias else 2]]] if is_cell else module._all_weights
+    parts: list[tuple[str, Tensor]] = []
+    for name in (name for of_direction in names for name in of_direction):
+        parts += _rounded(name, getattr(module, name), weights)
+    cls = FrozenCell if is_cell else FrozenRNN
+    return cls(
+        base.__name__,
+        mode,
+        module.input_size,
+        module.hidden_size,
+        weights,
+        parts,
+        num_layers=getattr(module, "num_layers", 1),
+        bias=bool(module.bias),
+        batch_first=getattr(module, "batch_first", False),
+        bidirectional=getattr(module, "bidirectional", False),
+        proj_size=getattr(module, "proj_size", 0),
+    ).eval()
+
+
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def _rounded(name: str, weight: Any, weights: str) -> Iterator[tuple[str, Tensor]]:
+    """A weight as it is stored, with its scales behind it; biases stay as they are."""
+    if not isinstance(weight, Tensor) or weight.dtype is not torch.float32 or not weight.is_cpu or weight.numel() == 0:
+        got = f"{weight.dtype} {list(weight.shape)} on {weight.device}" if isinstance(weight, Tensor) else weight
+        raise ValueError(f"freeze: expected {name} to be float32 on the CPU and not empty, got {got}")
+    weight = weight.detach()
+    if name.startswith("bias") or weights != "int8":
+        yield name, weight.float() if name.startswith("bias") else weight.to(WEIGHTS[weights])
+        return
+    if not weight.isfinite().all():
+        raise ValueError(f"freeze: expected {name} to be finite for weights='int8'")
+    scale = weight.abs().amax(1) / 127
+    yield name, (weight / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)).round_().to(torch.int8)
+    yield f"{name}_scale", scale
+
+
+class _Frozen(Module):
+    """The weights of a frozen module."""
+
+    def __init__(
+        self,
+        name: str,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        weights: str,
+        parts: Iterable[tuple[str, Tensor]],
+        *,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        bidirectional: bool,
+        proj_size: int,
+    ) -> None:
+        super().__init__()
+        self.mode, self.input_size, self.hidden_size, self.weights = mode, input_size, hidden_size, weights
+        self.num_layers, self.bias, self.batch_first = num_layers, bias, batch_first
+        self.bidirectional, self.proj_size = bidirectional, proj_size
+        self._name = name
+        self._sizes = (NUMBER[mode.lower()], num_layers, 2 if bidirectional else 1, hidden_size, proj_size)
+        self._spec = Spec(
+            f"Frozen{name}", mode, input_size, hidden_size, num_layers, bias, batch_first, 0.0, bidirectional,
+            proj_size, _flat_weights=(torch.empty(0),),  # whose dtype torch.nn's checks look at
+        )  # fmt: skip
+        self._layout: list[tuple[str, torch.dtype, tuple[int, ...], int]] = []
+        size = _HEADER.size
+        parts = list(parts)
+        for part, tensor in parts:
+            self._layout.append((part, tensor.dtype, tuple(tensor.shape), size))
+            size += -(-tensor.nbytes // 8) * 8
+        self.register_buffer("_model", self._written(size, dict(parts)), persistent=False)
+
+    _model: Tensor
+
+    def _written(self, size: int, parts: dict[str, Tensor]) -> Tensor:
+        """The bytes of a model with these weights."""
+        flags = _BIAS * self.bias + _BIDIRECTIONAL * self.bidirectional
+        numbers = (self._sizes[0], list(WEIGHTS).index(self.weights) + 1, self.num_layers, self.input_size,
+                   self.hidden_size, self.proj_size)  # fmt: skip
+        header = bytearray(_HEADER.pack(_MAGIC, _VERSION, flags, size, 0, *numbers))
+        model = torch.zeros(size, dtype=torch.uint8)
+        model[: len(header)] = torch.frombuffer(header, dtype=torch.uint8)
+        for name, view in self._parts(model):
+            view.copy_(parts[name])
+        checksum = bytearray(_C.frozen_checksum(model.numpy()).to_bytes(8, "little"))
+        model[_CHECKSUM_AT : _CHECKSUM_AT + 8] = torch.frombuffer(checksum, dtype=torch.uint8)
+        return model
+
+    def _parts(self, model: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Each weight, by name, as a view of a model's bytes."""
+        for name, dtype, shape, begin in self._layout:
+            end = begin + torch.Size(shape).numel() * dtype.itemsize
+            yield name, model[begin:end].view(dtype).view(shape)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, view in self._parts(self._model):
+            destination[prefix + name] = view.clone()  # torch.save refuses views of several dtypes
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        parts = {}
+        for name, view in self._parts(self._model):
+            given = state_dict.get(prefix + name)
+            if given is None:
+                missing_keys.append(prefix + name)
+            elif given.shape != view.shape or given.dtype is not view.dtype:
+                error_msgs.append(
+                    f"expected {prefix}{name} to be {view.dtype} of shape {list(view.shape)}, as weights="
+                    f"{self.weights!r} has it, got {given.dtype} of shape {list(given.shape)}"
+                )
+            parts[name] = view if given is None else given
+        known = {prefix + name for name, *_ in self._layout}
+        if strict:
+            unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in known]
+        if not error_msgs:
+            self._model = self._written(self._model.numel(), parts)
+
+    def train(self, mode: bool = True) -> Any:
+        """Refuses training mode.
+
+        Raises:
+            RuntimeError: mode is True.
+        """
+        if mode:
+            raise RuntimeError(
+                f"{self._spec.name}: frozen weights cannot be trained; train the module and freeze again"
+            )
+        return super().train(False)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the model to a file for `fused_rnn/stream.h`, which needs neither Python nor torch to run it."""
+        with open(path, "wb") as file:
+            file.write(self._model.numpy().data)
+
+    def stream(self, batch: int = 1, threads: int = 1) -> Stream:
+        """Return a new stream, which owns a state and advances it step by step.
+
+        Args:
+            batch: the number of rows.
+            threads: that share a step. One is best unless the weights exceed the cache of a core.
+
+        Raises:
+            RuntimeError: the module is bidirectional, or a number is below 1.
+        """
+        return Stream(self, batch, threads)
+
+    def extra_repr(self) -> str:
+        options = [str(self.input_size), str(self.hidden_size)]
+        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "bidirectional": False, "proj_size": 0}
+        if self.mode == "RNN_RELU":
+            options.append("nonlinearity='relu'")
+        options += [f"{key}={getattr(self, key)}" for key, default in defaults.items() if getattr(self, key) != default]
+        return f"{self._name}({', '.join(options)}), weights={self.weights!r}"
+
+    def _run(self, x: Tensor, h0: Any = None, c0: Any = None, *more: Any) -> Any:
+        """The operator; y, h_n and c_n.
+
+        Raises:
+            RuntimeError: a tensor does not fit, or requires a gradient.
+        """
+        if torch.is_grad_enabled() and policy.any_requires_grad((x, h0, c0, *more)):
+            raise RuntimeError(
+                f"{self._spec.name}: frozen modules have no gradient; call it under torch.no_grad(), or with tensors "
+                "that do not require one"
+            )
+        return _operator(self._model, *self._sizes, x, h0, c0, *more)
+
+
+class FrozenRNN(_Frozen):
+    """A frozen RNN, LSTM or GRU; `freeze` makes it. Its attributes are those of the module that it was made from."""
+
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        resets: Tensor | None = None,
+        reset_state: Any = None,
+        lengths: Tensor | None = None,
+    ) -> Any:
+        """Compute all time steps.
+
+        Args:
+            input: ``(T, B, input_size)``, or ``(B, T, input_size)`` with ``batch_first``, or ``(T, input_size)``
+                unbatched, or a PackedSequence; float32, on the CPU.
+            hx, resets, reset_state, lengths: as in `fused_rnn.LSTM.forward`.
+
+        Returns:
+            The output and the final state(s), as `fused_rnn.LSTM.forward`.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: an argument does not fit, or requires a gradient.
+        """
+        if resets is None and reset_state is None and lengths is None and self._is_plain(input, hx):
+            h0, c0 = hx if isinstance(hx, tuple) else (hx, None)
+            x = input.transpose(0, 1) if self.batch_first else input
+            y, h_n, c_n = self._run(x, h0, c0)
+            return batch_major(y) if self.batch_first else y, (h_n, c_n) if self.mode == "LSTM" else h_n
+        call = Call(self._spec, input, hx)
+        call.take_keywords(resets, reset_state, lengths, False)
+        if call.T == 0:
+            if lengths is None and resets is None:
+                raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # as torch.nn
+            return call.empty_results()
+        y, h_n, c_n = self._run(call.x, *call.states, call.batch_sizes, call.lengths, call.resets, *call.reset_states)
+        return call.results((y, h_n, c_n) if self.mode == "LSTM" else (y, h_n), None)
+
+    def step(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        """Compute one time step from a given state; `stream` is faster, and keeps the state itself.
+
+        Args:
+            input: ``(B, input_size)``, or ``(input_size,)`` unbatched.
+            hx: the state(s), as in `forward`. None means zeros.
+
+        Returns:
+            The output and the state(s), as `fused_rnn.LSTM.step`.
+
+        Raises:
+            ValueError, RuntimeError: the module is bidirectional, or an argument does not fit.
+        """
+        name = f"{self._spec.name}.step"
+        if self.bidirectional:
+            raise ValueError(f"{name}: expected bidirectional=False, got {self.bidirectional}")
+        if not isinstance(input, Tensor) or input.dim() not in (1, 2):
+            got = f"{input.dim()}-D tensor" if isinstance(input, Tensor) else type(input).__name__
+            raise RuntimeError(f"{name}: expected input to be 1-D or 2-D, got {got}")
+        time_dim = 1 if self.batch_first and input.dim() == 2 else 0
+        y, hidden = self.forward(input.unsqueeze(time_dim), hx)
+        return y.squeeze(time_dim), hidden
+
+    def _is_plain(self, input: Any, hx: Any) -> bool:
+        """Whether the operator finds all that may be wrong with the arguments, or a compiler has seen them."""
+        if type(input) not in policy.COMPILERS_TYPES or input.dim() != 3:
+            return False
+        states = () if hx is None else hx if self.mode == "LSTM" else (hx,)
+        if hx is not None and self.mode == "LSTM" and (type(hx) is not tuple or len(hx) != 2):
+            return False
+        T, B = (input.size(1), input.size(0)) if self.batch_first else (input.size(0), input.size(1))
+        rows = self.num_layers * self._sizes[2]
+        shapes = [(rows, B, size) for size in self._spec.state_sizes]
+        return (
+            input.dtype is torch.float32
+            and input.size(2) == self.input_size
+            and (torch.compiler.is_compiling() or T > 0)
+            and all(type(s) in policy.COMPILERS_TYPES for s in states)
+            and all(s.dtype is torch.float32 and s.shape == shape for s, shape in zip(states, shapes, strict=False))
+        )
+
+
+class FrozenCell(_Frozen):
+    """A frozen RNNCell, LSTMCell or GRUCell; `freeze` makes it."""
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """Compute one time step.
+
+        Args:
+            input: ``(B, input_size)``, or ``(input_size,)`` unbatched; float32, on the CPU.
+            hx: the state h, or for the LSTMCell the pair (h, c), as torch.nn's cell takes them. None means zeros.
+
+        Returns:
+            The new state h', or the pair (h', c').
+
+        Raises:
+            RuntimeError, TypeError: an argument does not fit, or requires a gradient.
+        """
+        states = self._spec.states(hx)
+        if states is None or not all(isinstance(s, Tensor) for s in states):
+            expected = "a pair (h, c)" if self._spec.has_c else "a tensor"
+            raise TypeError(f"{self._spec.name}: expected hx to be None or {expected}, got {type(hx).__name__}")
+        if not isinstance(input, Tensor) or input.dim() not in (1, 2) or input.size(-1) != self.input_size:
+            got = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
+            raise RuntimeError(
+                f"{self._spec.name}: expected input of shape [B, {self.input_size}] or [{self.input_size}], got {got}"
+            )
+        check_ranks(self._spec.name, input, states)
+        shape = (*input.shape[:-1], self.hidden_size)
+        for state in states:
+            if state.shape != shape:
+                raise RuntimeError(f"{self._spec.name}: expected hx of shape {list(shape)}, got {list(state.shape)}")
+        x = input.view(1, -1, self.input_size)
+        _, h, c = self._run(x, *(s.view(1, -1, self.hidden_size) for s in states))
+        return (h.view(shape), c.view(shape)) if self._spec.has_c else h.view(shape)

@@ -1,0 +1,314 @@
+"""Frozen modules: every argument of forward, the three formats of weights, errors, copies and files of weights."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fused_rnn
+from cases import CASES, Case
+from contract import MODULES, arguments, pair, tensors
+
+pytestmark = pytest.mark.usefixtures("deterministic")
+
+FORMATS = ("float32", "bfloat16", "int8")
+
+
+@pytest.fixture
+def deterministic() -> Any:
+    torch.use_deterministic_algorithms(True)
+    with torch.no_grad():
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    for a, b in zip(tensors(found), tensors(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def rounded(module: nn.Module, weights: str) -> nn.Module:
+    """A copy of the module whose weights have the values that freezing gives them."""
+    result = copy.deepcopy(module)
+    state = fused_rnn.freeze(module, weights).state_dict()
+    for name, parameter in result.named_parameters():
+        value = state[name].float()
+        if f"{name}_scale" in state:
+            value *= state[f"{name}_scale"].unsqueeze(1)
+        parameter.copy_(value)
+    return result
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_are_those_of_the_deterministic_kernels(case: Case, weights: str) -> None:
+    """Bit for bit, with the weights rounded as the format says."""
+    _, module, _ = case.modules(torch.float32)
+    frozen = fused_rnn.freeze(module, weights)
+    inputs = case.data(torch.float32)
+    assert_equal(case.run(frozen, inputs), case.run(rounded(module, weights), inputs))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_int8_is_near(case: Case) -> None:
+    """Against the same weights in float32, what is left is the rounding of inputs and states, 2^-16 of the largest."""
+    _, module, _ = case.modules(torch.float32)
+    frozen = fused_rnn.freeze(module, "int8")
+    inputs = case.data(torch.float32)
+    for found, expected in zip(
+        tensors(case.run(frozen, inputs)), tensors(case.run(rounded(module, "int8"), inputs)), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * max(1.0, expected.abs().max().item()))
+
+
+KEYWORDS = ["resets", "reset_state", "reset_state_per_step", "lengths", "resets+lengths"]
+
+
+@pytest.mark.parametrize("keywords", KEYWORDS)
+@pytest.mark.parametrize("key", ["rnn_relu", "lstm_deep", "lstm_proj", "gru_deep", "lstm_batch_first"])
+def test_keywords(key: str, keywords: str) -> None:
+    torch.manual_seed(0)
+    name, options = MODULES[key]
+    module = getattr(fused_rnn, name)(3, 5, **options)
+    frozen = fused_rnn.freeze(module)
+    T, B = 7, 4
+    x = torch.randn(T, B, 3)
+    given: dict[str, Any] = {}
+    if "lengths" in keywords:
+        given["lengths"] = torch.tensor([3, 7, 0, 5])
+    if "reset" in keywords:
+        given["resets"] = torch.rand(T, B) < 0.3
+    if "state" in keywords:
+        sizes = [(module.proj_size or 5) if name == "LSTM" else 5, 5][: 2 if name == "LSTM" else 1]
+        rows = module.num_layers * (2 if module.bidirectional else 1)
+        first = (T,) if "step" in keywords else ()
+        states = tuple(torch.randn(*first, rows, B, size) for size in sizes)
+        given["reset_state"] = states if name == "LSTM" else states[0]
+    if module.batch_first:
+        x = x.transpose(0, 1)
+        given |= {"resets": given["resets"].t()} if "resets" in given else {}
+    assert_equal(frozen(x, **given), module(x, **given))
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("batch", [None, 1, 5])
+def test_cells(name: str, batch: int | None, weights: str) -> None:
+    torch.manual_seed(0)
+    cell = getattr(fused_rnn, name)(3, 20)
+    frozen, rows = fused_rnn.freeze(cell, weights), () if batch is None else (batch,)
+    x, h = torch.randn(*rows, 3), torch.randn(*rows, 20)
+    hx = (h, torch.randn(*rows, 20)) if name == "LSTMCell" else h
+    for found, expected in zip(tensors(frozen(x, hx)), tensors(cell(x, hx)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0 if weights == "float32" else 2e-2)
+    assert tensors(frozen(x))[0].shape == (*rows, 20)
+
+
+def test_step_is_forward_of_one_step() -> None:
+    module = fused_rnn.LSTM(3, 5, 2)
+    frozen, hx = fused_rnn.freeze(module), (torch.randn(2, 4, 5), torch.randn(2, 4, 5))
+    x = torch.randn(4, 3)
+    assert_equal(frozen.step(x, hx), module.step(x, hx))
+    assert_equal(frozen.step(x[0]), module.step(x[0]))
+    with pytest.raises(ValueError, match="bidirectional=False"):
+        fused_rnn.freeze(nn.GRU(3, 5, bidirectional=True)).step(x)
+
+
+def test_threads_compute_the_same() -> None:
+    module = nn.LSTM(64, 320, 2)
+    x = torch.randn(5, 2, 64)
+    for weights in FORMATS:
+        frozen = fused_rnn.freeze(module, weights)
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(frozen(x))
+        assert_equal(*results)
+
+
+def test_not_finite_inputs() -> None:
+    """A NaN stays in its row. int8 also makes NaN of an infinity."""
+    module = nn.GRU(3, 5)
+    x = torch.randn(4, 3, 3)
+    x[1, 1, 0] = torch.nan
+    for weights in FORMATS:
+        y, _ = fused_rnn.freeze(module, weights)(x)
+        assert y[1:, 1].isnan().all() and y[:, [0, 2]].isfinite().all() and y[0].isfinite().all()
+    x[1, 1, 0] = torch.inf
+    assert_equal(fused_rnn.freeze(module)(x), fused_rnn.from_torch(module)(x))
+    assert fused_rnn.freeze(module, "int8")(x)[0][1:, 1].isnan().all()
+
+
+def test_weights_of_zero_rows() -> None:
+    module = nn.RNN(3, 5)
+    module.weight_ih_l0.data[2] = 0
+    module.weight_hh_l0.data.zero_()
+    for weights in FORMATS:
+        y, _ = fused_rnn.freeze(module, weights)(torch.zeros(2, 1, 3))
+        torch.testing.assert_close(y, module(torch.zeros(2, 1, 3))[0])
+
+
+# Models
+
+
+def model() -> nn.Module:
+    parts = {"rnn": nn.GRU(3, 5), "cells": nn.ModuleList([nn.LSTMCell(3, 5), fused_rnn.RNNCell(3, 5)])}
+    return nn.ModuleDict({**parts, "head": nn.Linear(5, 2), "again": parts["rnn"]})
+
+
+def test_a_model_is_copied() -> None:
+    original = model().train()
+    frozen = fused_rnn.freeze(original, "bfloat16")
+    assert frozen.frozen == ["rnn", "cells.0", "cells.1"]
+    assert [type(frozen["rnn"]), type(frozen["cells"][0])] == [fused_rnn.FrozenRNN, fused_rnn.FrozenCell]
+    assert frozen["again"] is frozen["rnn"] and not frozen.training
+    assert original.training and type(original["rnn"]) is nn.GRU
+    assert frozen["head"].weight is not original["head"].weight
+    assert [name for name, _ in frozen.named_parameters()] == ["head.weight", "head.bias"]
+    assert not frozen["head"].weight.requires_grad and original["head"].weight.requires_grad
+
+
+def test_later_changes_do_not_reach_it() -> None:
+    module, x = nn.GRU(3, 5), torch.randn(2, 1, 3)
+    frozen = fused_rnn.freeze(module)
+    before = frozen(x)
+    module.weight_hh_l0.data.add_(1)
+    assert_equal(frozen(x), before)
+    assert not torch.equal(fused_rnn.freeze(module)(x)[0], before[0])
+
+
+class WithForward(fused_rnn.LSTM):
+    def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
+        return super().forward(input * 2, hx, **options)
+
+
+@pytest.mark.parametrize(
+    "module, reason",
+    [
+        (lambda: fused_rnn.LSTM(3, 5, layer_norm=True), "no layer_norm"),
+        (lambda: fused_rnn.LSTM(3, (5, 6), 2), "sizes by layer"),
+        (lambda: WithForward(3, 5), "a forward of its own"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), WithForward(3, 5)), "1: WithForward has a forward of its own"),
+    ],
+)
+def test_what_cannot_be_frozen(module: Any, reason: str) -> None:
+    with pytest.raises(TypeError, match=reason):
+        fused_rnn.freeze(module())
+
+
+def test_wrong_arguments_of_freeze() -> None:
+    with pytest.raises(ValueError, match=r"weights to be one of 'float32', 'bfloat16', 'int8', got 'int4'"):
+        fused_rnn.freeze(nn.GRU(3, 5), "int4")
+    with pytest.raises(ValueError, match="found none"):
+        fused_rnn.freeze(nn.Linear(3, 5))
+    with pytest.raises(ValueError, match=r"weight_ih_l0 to be float32 on the CPU.*float64"):
+        fused_rnn.freeze(nn.GRU(3, 5).double())
+    broken = nn.GRU(3, 5)
+    broken.weight_hh_l0.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="weight_hh_l0 to be finite"):
+        fused_rnn.freeze(broken, "int8")
+    assert fused_rnn.freeze(broken)(torch.zeros(1, 1, 3))[0].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda f: f(torch.randn(2, 1, 4)), RuntimeError, "must be equal to input_size"),
+        (lambda f: f(torch.randn(2, 1, 3).double()), ValueError, "does not match weight dtype"),
+        (lambda f: f(torch.randn(2, 1, 3), torch.randn(1, 2, 5)), RuntimeError, "Expected hidden size"),
+        (lambda f: f(torch.randn(0, 1, 3)), RuntimeError, "sequence length to be larger than 0"),
+        (lambda f: f(torch.randn(2, 1, 3, device="meta")), Exception, "device"),
+        (lambda f: f.train(), RuntimeError, "cannot be trained"),
+        (lambda f: f(torch.randn(2, 1, 3), lengths=torch.tensor([3])), ValueError, "between 0 and 2"),
+        (lambda f: f("x"), TypeError, "expected input to be a Tensor"),
+    ],
+)
+def test_wrong_arguments_of_forward(call: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(fused_rnn.freeze(nn.GRU(3, 5)))
+
+
+def test_there_is_no_gradient() -> None:
+    frozen = fused_rnn.freeze(nn.GRU(3, 5))
+    with torch.enable_grad():
+        with pytest.raises(RuntimeError, match="frozen modules have no gradient"):
+            frozen(torch.randn(2, 1, 3, requires_grad=True))
+        assert not frozen(torch.randn(2, 1, 3))[0].requires_grad
+    assert list(frozen.parameters()) == []
+
+
+# Copies
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "save"])
+@pytest.mark.parametrize("key", MODULES)
+def test_copies(key: str, way: str, weights: str) -> None:
+    _, ours = pair(key)
+    frozen = fused_rnn.freeze(ours, weights)
+    if way == "deepcopy":
+        other = copy.deepcopy(frozen)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(frozen))
+    else:
+        file = io.BytesIO()
+        torch.save(frozen, file)
+        other = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    given = arguments(ours)
+    assert_equal(other(*given), frozen(*given))
+    assert repr(other) == repr(frozen)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_state_dict(weights: str) -> None:
+    module, other = nn.LSTM(3, 5, 2, proj_size=2), nn.LSTM(3, 5, 2, proj_size=2)
+    frozen, target = fused_rnn.freeze(module, weights), fused_rnn.freeze(other, weights)
+    state = frozen.state_dict()
+    names = set(module.state_dict())
+    matrices = {f"{name}_scale" for name in names if name.startswith("weight")}
+    assert set(state) == names | (matrices if weights == "int8" else set())
+    assert state["weight_hr_l1"].shape == (2, 5) and state["weight_hr_l1"].dtype is getattr(torch, weights)
+    file = io.BytesIO()
+    torch.save(state, file)
+    target.load_state_dict(torch.load(io.BytesIO(file.getvalue())))
+    x = torch.randn(4, 1, 3)
+    assert_equal(target(x), frozen(x))
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight_ih_l0"):
+        target.load_state_dict({name: value for name, value in state.items() if name != "weight_ih_l0"})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*more"):
+        target.load_state_dict({**state, "more": x})
+    with pytest.raises(RuntimeError, match=r"expected bias_ih_l0 to be torch\.float32 of shape"):
+        target.load_state_dict({**state, "bias_ih_l0": x})
+    assert_equal(target(x), frozen(x))
+
+
+def test_int8_rounds_each_row() -> None:
+    module = nn.GRU(30, 5)
+    state = fused_rnn.freeze(module, "int8").state_dict()
+    weight, scale = state["weight_ih_l0"], state["weight_ih_l0_scale"].unsqueeze(1)
+    assert weight.abs().amax(1).eq(127).all()
+    assert ((weight * scale - module.weight_ih_l0).abs() <= scale / 2 * 1.001).all()
+
+
+def test_threads_share_a_module() -> None:
+    frozen, x = fused_rnn.freeze(nn.LSTM(16, 64), "int8"), torch.randn(20, 3, 16)
+    expected, wrong = frozen(x), []
+
+    def work() -> None:
+        for _ in range(20):
+            if not torch.equal(frozen(x)[0], expected[0]):
+                wrong.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
