@@ -39,17 +39,7 @@ class Forward {
         bf16_(shape.bf16) {
     T* workspace = static_cast<T*>(d_.workspace);
     const ForwardWorkspace<Cell, T> part(shape);
-    if constexpr (kSplits) {
-      const int64_t rows = part.rows_of_x(s_, products_);
-      const bool own = products_.x_beforehand && !owns_blocks();  // rows of x of all steps
-      split_x_ = SplitRows(workspace + part.split_x, rows, own ? worker.begin(rows) : row_begin_,
-                           own                      ? worker.end(rows)
-                           : products_.x_beforehand ? rows
-                                                    : row_end_,
-                           s_.I, s_.parts);
-      split_h_ = SplitRows(workspace + part.split_h, s_.B, row_begin_, row_end_, s_.P, s_.parts);
-      split_hidden_ = SplitRows(workspace + part.split_hidden, s_.B, row_begin_, row_end_, s_.H, s_.parts);
-    }
+    if constexpr (kSplits) split_ = {s_, products_, part, workspace, worker_};
     recurrent_ = workspace + part.recurrent;
     input_ = workspace + part.input;
     bias_ = workspace + part.bias;
@@ -209,7 +199,7 @@ class Forward {
       for (int r = 0; r < part.rows; ++r) rows[r] = at(d_.x) + s_.place(part.row + r) * s_.I;
       Sums<T, C> sums;
       load_biases(sums, part, 0);
-      add_product<G>(sums, part, rows, split_x_, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
+      add_product<G>(sums, part, rows, split_.x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
       each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) {
         T* out = x_product_ + part.row_of(slot) * x_product_stride_ + units.unit;
         for (int g = 0; g < G; ++g) store(out + g * s_.H, sums[slot][g * U + u], units.count);
@@ -217,11 +207,11 @@ class Forward {
     };
     const int64_t blocks = ceil_div(s_.H, kBlock);
     const bool all = owns_blocks();
-    split(products_.packed_x, split_x_, all ? s_.N : worker_.end(s_.N),
+    split(products_.packed_x, split_.x, all ? s_.N : worker_.end(s_.N),
           [&](int64_t n) { return at(d_.x) + s_.place(n) * s_.I; });
     wait_for_splits();
     cover<C>(all ? 0 : worker_.begin(s_.N), all ? s_.N : worker_.end(s_.N), first(blocks), last(blocks), narrow_end(),
-             false, multiply_part, products_.packed_x ? tiles(split_x_) : 0);
+             false, multiply_part, products_.packed_x ? tiles(split_.x) : 0);
   }
 
   // Sets the current step. Its rows below started_rows_ took part in the previous step, in the order of the direction,
@@ -264,23 +254,23 @@ class Forward {
     const int64_t row_end = least(row_end_, rows_);
     const int64_t blocks = ceil_div(s_.H, kBlock);
     if (s_.drops_h) drop(row_end);
-    split(products_.packed_x && !products_.x_beforehand, split_x_, row_end, [&](int64_t b) { return x_row(b); });
-    split(products_.packed_h, split_h_, row_end, [&](int64_t b) { return recurrent_input(b); });
+    split(products_.packed_x && !products_.x_beforehand, split_.x, row_end, [&](int64_t b) { return x_row(b); });
+    split(products_.packed_h, split_.h, row_end, [&](int64_t b) { return recurrent_input(b); });
     wait_for_splits();
     cover<C>(
         row_begin_, row_end, first(blocks), last(blocks), narrow_end(), backwards(),
-        [&](const Part& part) { gates(part); }, tiles(split_h_));
+        [&](const Part& part) { gates(part); }, tiles(split_.h));
     for (int64_t b = row_begin_; s_.normalised && b < row_end; ++b) normalised_cell(b);
     if (s_.train && !s_.drops_h && !(s_.chains_h(Cell::kSavesH) && started_rows_ > 0)) keep_h_prev(row_end);
     if (s_.projected) {
       if (worker_.splits_units) worker_.wait();
-      split(products_.packed_h, split_hidden_, row_end, [&](int64_t b) { return hidden(b); });
+      split(products_.packed_h, split_.hidden, row_end, [&](int64_t b) { return hidden(b); });
       wait_for_splits();
       const int64_t outputs = ceil_div(s_.P, kProjectionBlock);
       const bool narrow = s_.P % kProjectionBlock != 0;
       cover<UP>(
           row_begin_, row_end, first(outputs), last(outputs), narrow, backwards(),
-          [&](const Part& part) { project(part); }, tiles(split_hidden_));
+          [&](const Part& part) { project(part); }, tiles(split_.hidden));
     }
     if (row_end > row_begin_) first_use_ = false;
     if (worker_.splits_units) worker_.wait();
@@ -340,7 +330,7 @@ class Forward {
     }
     if (!products_.x_beforehand || s_.gates_given) load_biases(from_x, part, 0);
     if (!products_.x_beforehand) {
-      add_product<G>(from_x, part, x, split_x_, products_.packed_x, input_, d_.w_ih, s_.H, s_.I,
+      add_product<G>(from_x, part, x, split_.x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I,
                      after_input(part.block));
     }
     load_biases(from_h, part, 1);
@@ -351,7 +341,7 @@ class Forward {
     // skipped, because it is NaN where W_hh has a NaN or an infinity.
     Part h_part = part;
     if (started_rows_ == 0 && !d_.h0 && !d_.reset.h) h_part.rows = 1;
-    add_product<G>(from_h, h_part, h, split_h_, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P,
+    add_product<G>(from_h, h_part, h, split_.h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P,
                    after_recurrent(part.block));
     for (int r = h_part.rows; r < part.rows; ++r) {
       for (int c = 0; c < C; ++c) from_h[r][c] = from_h[0][c];
@@ -482,7 +472,7 @@ class Forward {
     for (int slot = 0; slot < part.slots(); ++slot) {
       for (int u = 0; u < UP; ++u) sums[slot][u] = Vec<T>{};
     }
-    add_product<1>(sums, part, rows, split_hidden_, products_.packed_h, projection_, d_.w_hr, s_.P, s_.H);
+    add_product<1>(sums, part, rows, split_.hidden, products_.packed_h, projection_, d_.w_hr, s_.P, s_.H);
     each_vector<T, UP>(part, s_.P, [&](int slot, int u, Units units) {
       const int64_t b = part.row_of(slot);
       store_y(sums[slot][u], s_.zones_h ? h_prev(b) : nullptr, b, units);
@@ -496,7 +486,7 @@ class Forward {
   const cpu::Worker& worker_;
   const int64_t row_begin_, row_end_;
   const Bf16Products bf16_;
-  SplitRows split_x_, split_h_, split_hidden_;  // with LayerShape::parts
+  SplitOperands split_;  // with LayerShape::parts
   T *recurrent_, *input_, *bias_, *projection_, *scratch_hidden_, *zeros_, *x_product_;
   T *dropped_, *scratch_products_, *outputs_;
   const T* x_gates_;  // [N, G*H] W_ih x where x_beforehand: x_product_, or the given x

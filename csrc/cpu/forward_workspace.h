@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bf16_operands.h"
+#include "worker.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
@@ -64,6 +65,29 @@ struct ForwardWorkspace {
     if (!s.parts) return G * in_vectors<T>(H) * K;
     constexpr int64_t units = kUnitVectors<G> * kLanes<T>;
     return ceil_div(H, units) * SplitPanel::size(K, G * units, s.parts);
+  }
+};
+
+// The rows that a worker splits into parts before it multiplies them: of x, all at once or step by step; of h; and of
+// what the projection multiplies.
+struct SplitOperands {
+  SplitRows x, h, hidden;
+
+  SplitOperands() = default;
+  template <class Workspace>
+  SplitOperands(const LayerShape& s, const ForwardProducts& products, const Workspace& part, float* workspace,
+                const cpu::Worker& worker) {
+    const int64_t begin = worker.splits_units ? 0 : worker.begin(s.B),
+                  end = worker.splits_units ? s.B : worker.end(s.B);
+    const int64_t rows = part.rows_of_x(s, products);
+    const bool shares = products.x_beforehand && !worker.splits_units && worker.count > 1;
+    x = SplitRows(workspace + part.split_x, rows, shares ? worker.begin(rows) : begin,
+                  shares                  ? worker.end(rows)
+                  : products.x_beforehand ? rows
+                                          : end,
+                  s.I, s.parts);
+    h = SplitRows(workspace + part.split_h, s.B, begin, end, s.P, s.parts);
+    hidden = SplitRows(workspace + part.split_hidden, s.B, begin, end, s.H, s.parts);
   }
 };
 
