@@ -20,13 +20,13 @@ _library = torch.library.Library("fused_rnn", "FRAGMENT")
 # Arguments and results are those of `fused_rnn.layers.layer`, except that a result it leaves out is empty here.
 _library.define(
     "layer(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor?[] weights, Tensor?[] options, bool c_sequence, "
-    "bool recompute) -> Tensor[]"
+    "int precision, bool recompute) -> Tensor[]"
 )
 
 
-def _options(tensors: Sequence[Any], c_sequence: bool, recompute: bool) -> LayerOptions:
+def _options(tensors: Sequence[Any], c_sequence: bool, precision: int, recompute: bool) -> LayerOptions:
     """The options from the operator's arguments behind the weights."""
-    return LayerOptions(*tensors)._replace(c_sequence=c_sequence, recompute=recompute)
+    return LayerOptions(*tensors)._replace(c_sequence=c_sequence, precision=precision, recompute=recompute)
 
 
 def _layer(

@@ -82,6 +82,8 @@ def freeze(module: Module, weights: str = "float32") -> Any:
     refused |= {name: survey.OUTSIDE for name, part in survey.held_outside(module) if torch_class(type(part))}
     if refused:
         raise TypeError("\n  ".join(["freeze: cannot freeze", *(f"{name}: {why}" for name, why in refused.items())]))
+    if hasattr(module, "frozen"):
+        raise ValueError("freeze: the model has an attribute named 'frozen' of its own")
     if not names:
         raise ValueError(f"freeze: expected a model with an {', '.join(NAMES[:-1])} or {NAMES[-1]}, found none")
     # Which takes the frozen modules for the copies of the others.
@@ -92,7 +94,11 @@ def freeze(module: Module, weights: str = "float32") -> Any:
 
 def _obstacle(module: Any) -> str | None:
     """Why a module of one of the six classes, or derived from one, cannot be frozen; None if it can."""
+    if module._forward_pre_hooks or module._forward_hooks:
+        return "it has forward hooks, which a frozen module would not call"
     if isinstance(module, TorchConvertible):
+        if "forward" in vars(module):
+            return "it has a forward of its own"
         if getattr(module, "_varied", False):
             return "frozen modules have no layer_norm, zoneout, recurrent_dropout, weight_dropout or sizes by layer"
         import fused_rnn
@@ -174,7 +180,8 @@ class _Frozen(Module):
         self._sizes = (NUMBER[mode.lower()], num_layers, 2 if bidirectional else 1, hidden_size, proj_size)
         self._spec = Spec(
             f"Frozen{name}", mode, input_size, hidden_size, num_layers, bias, batch_first, 0.0, bidirectional,
-            proj_size, _flat_weights=(torch.empty(0),),  # whose dtype torch.nn's checks look at
+            proj_size,
+            _flat_weights=(torch.empty(0, dtype=torch.float32, device="cpu"),),  # torch.nn's checks look at its dtype
         )  # fmt: skip
         self._layout: list[tuple[str, torch.dtype, tuple[int, ...], int]] = []
         size = _HEADER.size
@@ -192,7 +199,7 @@ class _Frozen(Module):
         numbers = (self._sizes[0], list(WEIGHTS).index(self.weights) + 1, self.num_layers, self.input_size,
                    self.hidden_size, self.proj_size)  # fmt: skip
         header = bytearray(_HEADER.pack(_MAGIC, _VERSION, flags, size, 0, *numbers))
-        model = torch.zeros(size, dtype=torch.uint8)
+        model = torch.zeros(size, dtype=torch.uint8, device="cpu")
         model[: len(header)] = torch.frombuffer(header, dtype=torch.uint8)
         for name, view in self._parts(model):
             view.copy_(parts[name])
@@ -283,7 +290,10 @@ class _Frozen(Module):
 
 
 class FrozenRNN(_Frozen):
-    """A frozen RNN, LSTM or GRU; `freeze` makes it. Its attributes are those of the module that it was made from."""
+    """A frozen RNN, LSTM or GRU; `freeze` makes it. Its sizes are those of the module that it was made from."""
+
+    def flatten_parameters(self) -> None:
+        """Do nothing, as torch.nn's does on a CPU."""
 
     def forward(
         self,

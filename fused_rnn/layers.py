@@ -136,7 +136,7 @@ def layer(
     """
     if torch.compiler.is_compiling():  # one operator, defined in fused_rnn/compiled.py
         y, h_n, c_n, *more = torch.ops.fused_rnn.layer.default(
-            cell, x, h0, c0, weights, tensors_of(options), options.c_sequence, options.recompute
+            cell, x, h0, c0, weights, tensors_of(options), options.c_sequence, options.precision, options.recompute
         )
     elif options is not NO_OPTIONS or deterministic() or policy.on_cuda(x) or policy.precision(x):
         y, h_n, c_n, *more = layer_of_operators(cell, x, h0, c0, weights, options)

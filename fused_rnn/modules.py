@@ -217,7 +217,8 @@ class FusedRNNBase(TorchConvertible, Variants):
             if (
                 type(state) not in policy.PLAIN_TYPES
                 or not state.is_cpu
-                or state.layout is not torch.strided  # torch.nn takes some other layouts
+                or state.dtype is not input.dtype  # torch.nn takes some others, and some other layouts
+                or state.layout is not torch.strided
                 or state.dim() != 3
                 or state.size(0) != rows
             ):

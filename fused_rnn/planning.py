@@ -130,6 +130,6 @@ def _precision(dtype: torch.dtype, kind: policy.Kind) -> int:
     if dtype is torch.bfloat16:
         return policy.MEDIUM
     under_autocast = policy.autocast_precision(policy.autocast_dtype(policy.CPU))
-    if under_autocast != policy.HIGHEST or kind == "step":
+    if under_autocast != policy.HIGHEST or kind in ("step", "cell"):
         return under_autocast
     return policy.precision(torch.empty(0, dtype=dtype))

@@ -130,23 +130,25 @@ def precision(x: Tensor) -> int:
     """How accurately torch's switches want float32 multiplied, if the kernels have a choice for such an input.
 
     torch's own switch for recurrent layers on oneDNN counts, ``torch.backends.mkldnn.rnn.fp32_precision``, and where it
-    says nothing ``torch.set_float32_matmul_precision``.
+    says nothing that for products, which ``torch.set_float32_matmul_precision`` sets, too.
     """
     if x.dtype is not torch.float32 or not x.is_cpu or not bf16_unit():
         return HIGHEST
     # What the switch's property asks, at a tenth of its time.
     own = torch._C._get_fp32_precision_getter("mkldnn", "rnn")
     if own == "none":
-        own = torch._C._get_float32_matmul_precision()
+        own = torch._C._get_fp32_precision_getter("mkldnn", "matmul")
     return _PRECISIONS.get(own, HIGHEST)
 
 
-_PRECISIONS = {"tf32": HIGH, "high": HIGH, "bf16": MEDIUM, "medium": MEDIUM}
+_PRECISIONS = {"tf32": HIGH, "bf16": MEDIUM}
 
 
 def autocast_precision(half: torch.dtype | None) -> int:
     """The precision of a call's products under autocast to `half`."""
-    return MEDIUM if half is torch.bfloat16 and bf16_unit() else HIGHEST
+    if half is not torch.bfloat16:
+        return HIGHEST
+    return MEDIUM if torch.compiler.is_compiling() or bf16_unit() else HIGHEST  # a graph may run on another processor
 
 
 def torch_trains_step(cell: str, dtype: torch.dtype) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fused_rnn import _C
 
@@ -57,10 +58,10 @@ class Stream:
         Raises:
             RuntimeError: shape, dtype, device or layout do not fit.
         """
-        if out is None:
-            out = _empty(x, (*x.shape[:-1], self._width))
-        self._run(x, out, False)
-        return out
+        result = _empty(x, (*x.shape[:-1], self._width)) if out is None else out
+        self._run(x, result, False)
+        _note_written(out)
+        return result
 
     def chunk(self, x: Any, *, out: Any = None) -> Any:
         """Compute several time steps; the result is that of single steps, and comes sooner.
@@ -76,10 +77,10 @@ class Stream:
         Raises:
             RuntimeError: shape, dtype, device or layout do not fit.
         """
-        if out is None:
-            out = _empty(x, (*x.shape[:-1], self._width))
-        self._run(x, out, True)
-        return out
+        result = _empty(x, (*x.shape[:-1], self._width)) if out is None else out
+        self._run(x, result, True)
+        _note_written(out)
+        return result
 
     @property
     def state(self) -> Any:
@@ -91,8 +92,8 @@ class Stream:
             TypeError, RuntimeError: what it is set to has another structure, shape or dtype.
         """
         layers, hidden_size = self.module.num_layers, self.module.hidden_size
-        h = torch.empty(layers, self.batch, self._width)
-        c = torch.empty(layers, self.batch, hidden_size) if self._has_c else None
+        h = torch.empty(layers, self.batch, self._width, **_FLOAT32)
+        c = torch.empty(layers, self.batch, hidden_size, **_FLOAT32) if self._has_c else None
         self._stream.get_state(h, c)
         return (h, c) if self._has_c else h
 
@@ -131,6 +132,15 @@ class Stream:
         return _restored, (self.module, self.batch, self.threads, self.state)
 
 
+_FLOAT32: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+
+
+def _note_written(out: Any) -> None:
+    """Tells autograd, which may have saved `out` for a derivative, that its values changed."""
+    if isinstance(out, Tensor) and torch.is_grad_enabled() and not out.is_inference():
+        increment_version(out)
+
+
 def _restored(module: Any, batch: int, threads: int, state: Any) -> Stream:
     stream = Stream(module, batch, threads)
     stream.state = state
@@ -139,7 +149,7 @@ def _restored(module: Any, batch: int, threads: int, state: Any) -> Stream:
 
 def _empty(like: Any, shape: tuple[int, ...]) -> Any:
     if isinstance(like, Tensor):
-        return torch.empty(shape)
+        return torch.empty(shape, **_FLOAT32)
     import numpy
 
     return numpy.empty(shape, numpy.float32)

@@ -4,9 +4,11 @@
 // tell where the numbers lie in some tens of nanoseconds, and take no part of torch's or numpy's own interface.
 #include "../cpu/stream.h"
 
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 
 #include <cstring>
+#include <optional>
 #include <string>
 
 #include "check.h"
@@ -42,7 +44,8 @@ class Numbers {
   int dim = 0;
 
   Numbers(py::handle from, const char* name, bool written) {
-    static const TensorClass tensor;
+    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<TensorClass> storage;
+    const TensorClass& tensor = storage.call_once_and_store_result([] { return TensorClass(); }).get_stored();
     if (PyObject_TypeCheck(from.ptr(), tensor.type)) {
       of_tensor(*tensor.api, from, name);
     } else {
@@ -74,6 +77,7 @@ class Numbers {
       FUSED_RNN_CHECK(!t.strides || sizes[i] == 1 || t.strides[i] == stride, name, " must be contiguous");
       stride *= sizes[i];
     }
+    FUSED_RNN_CHECK(t.data || count() == 0, name, " has no storage");
     data = reinterpret_cast<float*>(static_cast<char*>(t.data) + t.byte_offset);
   }
   void of_buffer(py::handle from, const char* name, bool written) {
@@ -176,15 +180,21 @@ class Stream {
   void each_state(py::handle h, py::handle c, bool written, const F& f) {
     const Use use(*this);
     const cpu::FrozenModel& m = stream_.model();
-    const auto take = [&](py::handle given, const char* name, float* own, int64_t width) {
-      const Numbers n(given, name, written);
+    const auto check = [&](const Numbers& n, const char* name, int64_t width) {
       const bool fits = n.dim == 3 && n.sizes[0] == m.layers && n.sizes[1] == stream_.batch() && n.sizes[2] == width;
       FUSED_RNN_CHECK(fits, "expected ", name, " of shape [", m.layers, ", ", stream_.batch(), ", ", width, "], got ",
                       n.shape());
-      f(own, n.data, n.count() * static_cast<int64_t>(sizeof(float)));
     };
-    take(h, "h", stream_.h(), m.state_size);
-    if (m.has_c) take(c, "c", stream_.c(), m.hidden_size);
+    const auto bytes = [](const Numbers& n) { return n.count() * static_cast<int64_t>(sizeof(float)); };
+    const Numbers new_h(h, "h", written);
+    check(new_h, "h", m.state_size);
+    std::optional<Numbers> new_c;
+    if (m.has_c) {
+      new_c.emplace(c, "c", written);
+      check(*new_c, "c", m.hidden_size);
+    }
+    f(stream_.h(), new_h.data, bytes(new_h));
+    if (new_c) f(stream_.c(), new_c->data, bytes(*new_c));
   }
 
   cpu::Stream stream_;

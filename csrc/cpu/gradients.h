@@ -227,7 +227,7 @@ class Gradients {
   // Elements of workspace for each thread.
   static int64_t workspace(const LayerShape& s) {
     const int64_t widest = s.I > s.P ? s.I : s.P;
-    const int64_t dx = Products<T>::rows_workspace(s.I, Cell::kGates * s.H, s.parts);
+    const int64_t dx = Products<T>::rows_workspace(s.gates_given ? 0 : s.I, Cell::kGates * s.H, s.parts);
     const int64_t dw = Products<T>::transposed_workspace(s.projected && s.H > widest ? s.H : widest, s.N, s.parts);
     return ceil_div(dx > dw ? dx : dw, 16) * 16;
   }

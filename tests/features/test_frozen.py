@@ -312,3 +312,34 @@ def test_threads_share_a_module() -> None:
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+def test_modules_with_hooks_or_a_forward_of_their_own_are_refused() -> None:
+    """weight_norm sets its weight in a hook: frozen, it would be stale."""
+    normed = nn.utils.weight_norm(nn.GRU(3, 5), "weight_hh_l0")
+    hooked, patched = fused_rnn.GRU(3, 5), fused_rnn.GRU(3, 5)
+    hooked.register_forward_hook(lambda module, given, result: result)
+    patched.forward = lambda x: x
+    for module, reason in ((normed, "forward hooks"), (hooked, "forward hooks"), (patched, "a forward of its own")):
+        with pytest.raises(TypeError, match=reason):
+            fused_rnn.freeze(module)
+
+
+def test_a_model_keeps_its_own_attributes() -> None:
+    model = nn.Sequential(nn.GRU(3, 5))
+    model.frozen = True
+    with pytest.raises(ValueError, match="an attribute named 'frozen' of its own"):
+        fused_rnn.freeze(model)
+
+
+def test_torchs_default_dtype_has_no_influence() -> None:
+    module = nn.LSTM(3, 5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        frozen = fused_rnn.freeze(module)
+        stream = frozen.stream()
+        y = stream(torch.ones(3, dtype=torch.float32))
+        assert y.dtype is torch.float32 and stream.state[0].dtype is torch.float32
+        assert frozen(torch.ones(1, 3, dtype=torch.float32))[0].dtype is torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -246,3 +246,25 @@ def test_a_step_allocates_nothing_takes_no_lock_and_makes_no_system_call(weights
 
 def test_the_header_is_in_the_package() -> None:
     assert (Path(fused_rnn.INCLUDE) / "fused_rnn" / "stream.h").is_file()
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    stream = fused_rnn.freeze(nn.LSTM(3, 5)).stream()
+    with pytest.raises(RuntimeError, match="expected c of shape"):
+        stream.state = torch.ones(1, 1, 5), torch.ones(1, 1, 4)
+    assert not stream.state[0].any()
+
+
+def test_memory_that_was_taken_away() -> None:
+    stream, x = fused_rnn.freeze(nn.GRU(3, 5)).stream(), torch.ones(3)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="x has no storage"):
+        stream(x)
+
+
+def test_autograd_sees_that_out_was_written_to() -> None:
+    stream, out, w = fused_rnn.freeze(nn.GRU(3, 5)).stream(), torch.zeros(5), torch.ones(5, requires_grad=True)
+    loss = (w * out).sum()
+    stream(torch.ones(3), out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -304,6 +304,11 @@ def follows_torchs_switches() -> None:
             assert torch.equal(module(x)[0], outputs[own])
     assert len({tuple(y.flatten().tolist()) for y in outputs.values()}) == 3
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # torch then refuses get_float32_matmul_precision()
+    assert torch.equal(module(x)[0], outputs["ieee"])
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    assert torch.equal(module(x)[0], outputs["bf16"])
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
     for dtype, expected in ((torch.bfloat16, "bfloat16"), (torch.float64, "float64"), (torch.float16, "bfloat16x6")):
         assert fused_rnn.plan("gru", dtype, 4, 8, 8, 16, device="cpu").forward["products"] == expected
     with torch.autocast("cpu", torch.bfloat16):

@@ -146,3 +146,13 @@ def test_bfloat16_where_torch_is_faster(
         for expected, actual, value in zip(*results, case.run(exact, [t.double() for t in data]), strict=True):
             assert_as_accurate(actual, expected, value, "result")
     assert bool(calls) == kernels
+
+
+def test_a_state_of_another_dtype_is_left_to_torch() -> None:
+    """torch.nn's float64 LSTM takes a float32 c_0; so does a module of ours, with the same result."""
+    torch.manual_seed(0)
+    theirs = torch.nn.LSTM(8, 8).double()
+    ours = fused_rnn.from_torch(theirs)
+    x, hx = torch.randn(5, 2, 8).double(), (torch.randn(1, 2, 8).double(), torch.randn(1, 2, 8))
+    for a, b in zip((ours(x, hx)[0], *ours(x, hx)[1]), (theirs(x, hx)[0], *theirs(x, hx)[1]), strict=True):
+        assert torch.equal(a, b)
