@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fused_rnn
 from cases import CASES, Case
 from fused_rnn import layers, policy, reference
 from fused_rnn.options import LayerOptions
