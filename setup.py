@@ -77,10 +77,7 @@ def extension() -> Extension:
         include_dirs=[*pybind11_include(), *include_paths()],
         library_dirs=library_paths(),
         libraries=["torch_cpu"],
-        define_macros=[
-            STABLE_ABI,
-            ("FUSED_RNN_BUILT_WITH_TORCH", f'"{torch.__version__}"'),
-        ],
+        define_macros=[STABLE_ABI, ("FUSED_RNN_BUILT_WITH_TORCH", f'"{torch.__version__}"')],
         extra_compile_args=flags,
         extra_link_args=link,
         language="c++",
