@@ -49,11 +49,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         h0, c0 = (*states, None, None)[:2]
         if (self.bias and (weights[2] is None or weights[3] is None)) or not policy.plain_step(input, h0, c0, weights):
             return self._run_any(cell, input, hx, states)
-        if (
-            policy.torch_trains_step(cell, input.dtype)
-            and torch.is_grad_enabled()
-            and policy.any_requires_grad((input, h0, c0, *weights))
-        ):
+        if policy.torch_trains(cell, input, (h0, *weights)):
             return super().forward(input, hx)
         try:
             return layers.step(cell, input, h0, c0, (*weights, None))

@@ -24,7 +24,7 @@ from fused_rnn.cells import check_ranks
 from fused_rnn.convert import TorchConvertible
 from fused_rnn.spec import Spec
 from fused_rnn.stream import Stream
-from fused_rnn.subclasses import NAMES, obstacle, torch_class
+from fused_rnn.subclasses import NAMES, fused_class, obstacle, torch_class
 
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """The formats of weights, in the order of their numbers in a file, from 1 on."""
@@ -101,9 +101,7 @@ def _obstacle(module: Any) -> str | None:
             return "it has a forward of its own"
         if getattr(module, "_varied", False):
             return "frozen modules have no layer_norm, zoneout, recurrent_dropout, weight_dropout or sizes by layer"
-        import fused_rnn
-
-        ours: Any = getattr(fused_rnn, torch_class(type(module)).__name__)  # type: ignore[union-attr]
+        ours: Any = fused_class(torch_class(type(module)))  # type: ignore[arg-type]  # never None here
         return None if type(module).forward is ours.forward else f"{type(module).__qualname__} has a forward of its own"
     return None if torch.nn.utils.parametrize.is_parametrized(module) else obstacle(module)
 

@@ -98,7 +98,12 @@ class FusedRNNBase(TorchConvertible, Variants):
         ):
             return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
         if self._is_plain(input, 3, hx):
-            if self._torch_trains_step(input):
+            one_step = input.size(1 if self.batch_first else 0) == 1
+            if (
+                one_step
+                and self.backend == "auto"
+                and policy.torch_trains(self.mode.lower(), input, (hx, *self._flat_weights))
+            ):
                 return self._torchs(input, hx)
             h0, c0 = (None, None) if hx is None else hx if self.mode == "LSTM" else (hx, None)
             try:
@@ -224,17 +229,6 @@ class FusedRNNBase(TorchConvertible, Variants):
             ):
                 return False
         return True
-
-    @policy.runs_eagerly
-    def _torch_trains_step(self, input: Tensor) -> bool:
-        """`fused_rnn.policy.torch_trains_step` of a plain call, which may have any number of steps."""
-        return (
-            torch.is_grad_enabled()
-            and self.backend == "auto"
-            and input.size(1 if self.batch_first else 0) == 1
-            and policy.torch_trains_step(self.mode.lower(), input.dtype)
-            and policy.any_requires_grad((input, *self._flat_weights))
-        )
 
     @policy.runs_eagerly
     def _spec(self) -> Spec:

@@ -89,7 +89,8 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         one_step = isinstance(input, Tensor) and input.dim() == 3 and input.size(1 if batch_first else 0) == 1
         states = _states(cell, hx)
-        if one_step and _torch_trains(cell, input, (*states, *weights)):
+        compiling = torch.compiler.is_compiling()
+        if one_step and not compiling and policy.torch_trains(cell, input, (*states, *weights)):
             return None
         if not _regular(cell, input, states, weights, bidirectional) or input.dim() != 3:
             return None
@@ -130,16 +131,6 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
     return fused
 
 
-def _torch_trains(cell: str, x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
-    """`fused_rnn.policy.torch_trains_step` of a call with one step."""
-    return (
-        policy.torch_trains_step(cell, x.dtype)
-        and torch.is_grad_enabled()
-        and policy.any_requires_grad((x, *tensors))
-        and not torch.compiler.is_compiling()
-    )
-
-
 def _states(cell: str, hx: Any) -> Sequence[Any]:
     """The states in hx; none where torch's function refuses hx (an LSTM's as one tensor)."""
     if cell != "lstm":
@@ -166,7 +157,8 @@ def _cell(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def fused(input: Any, hx: Any, *weights: Tensor | None) -> Any:
         states = _states(cell, hx)
         h0, c0 = (*states, None, None)[:2]
-        if isinstance(h0, Tensor) and h0.dim() == 2 and _torch_trains(cell, input, (h0, *weights)):
+        batched = isinstance(h0, Tensor) and h0.dim() == 2 and not torch.compiler.is_compiling()
+        if batched and policy.torch_trains(cell, input, (h0, *weights)):
             return original(input, hx, *weights)
         if len(states) == count and policy.plain_step(input, h0, c0, weights):
             try:
@@ -183,8 +175,8 @@ def _cell(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
                     f"got an unbatched input and hidden of sizes {[list(state.shape) for state in states]}"
                 )
             return original(input, hx, *weights)
-        h, _, c_or_none, *_ = layers.layer(cell, input, h0, c0, (*(*weights, None, None)[:4], None))
-        return h if c_or_none is None else (h, c_or_none)
+        new_h, _, new_c, *_ = layers.layer(cell, input, h0, c0, (*(*weights, None, None)[:4], None))
+        return new_h if new_c is None else (new_h, new_c)
 
     return fused
 

@@ -156,6 +156,11 @@ def torch_trains_step(cell: str, dtype: torch.dtype) -> bool:
     return cell.startswith("rnn") and dtype in KERNEL_DTYPES and not deterministic()
 
 
+def torch_trains(cell: str, x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """`torch_trains_step` of a call with one step, of x and these tensors, that nothing observes."""
+    return torch_trains_step(cell, x.dtype) and torch.is_grad_enabled() and any_requires_grad((x, *tensors))
+
+
 def lacks_threads() -> bool:
     """Whether OpenMP may give fewer threads than torch asks for: OMP_DYNAMIC, OMP_THREAD_LIMIT, OMP_MAX_ACTIVE_LEVELS.
 

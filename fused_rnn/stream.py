@@ -58,10 +58,7 @@ class Stream:
         Raises:
             RuntimeError: shape, dtype, device or layout do not fit.
         """
-        result = _empty(x, (*x.shape[:-1], self._width)) if out is None else out
-        self._run(x, result, False)
-        _note_written(out)
-        return result
+        return self._advanced(x, out, False)
 
     def chunk(self, x: Any, *, out: Any = None) -> Any:
         """Compute several time steps; the result is that of single steps, and comes sooner.
@@ -77,9 +74,13 @@ class Stream:
         Raises:
             RuntimeError: shape, dtype, device or layout do not fit.
         """
+        return self._advanced(x, out, True)
+
+    def _advanced(self, x: Any, out: Any, chunk: bool) -> Any:
         result = _empty(x, (*x.shape[:-1], self._width)) if out is None else out
-        self._run(x, result, True)
-        _note_written(out)
+        self._run(x, result, chunk)
+        if isinstance(out, Tensor) and torch.is_grad_enabled() and not out.is_inference():
+            increment_version(out)  # autograd may have saved it for a derivative
         return result
 
     @property
@@ -133,12 +134,6 @@ class Stream:
 
 
 _FLOAT32: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
-
-
-def _note_written(out: Any) -> None:
-    """Tells autograd, which may have saved `out` for a derivative, that its values changed."""
-    if isinstance(out, Tensor) and torch.is_grad_enabled() and not out.is_inference():
-        increment_version(out)
 
 
 def _restored(module: Any, batch: int, threads: int, state: Any) -> Stream:

@@ -49,59 +49,33 @@ void multiply_rows(const Bf16Product& p, float* sums, const Bf16* a) {
   }
 }
 
+// Rows whose sums leave registers for a row and for N vectors of columns.
 template <int N>
+constexpr int kRows = 24 / N < 8 ? 24 / N : 8;
+
+template <int N, int R = kRows<N>>
+void multiply_group(int rows, const Bf16Product& p, float* sums, const Bf16* a) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_group<N, R - 1>(rows, p, sums, a);
+  }
+  multiply_rows<R, N>(p, sums, a);
+}
+
+template <int N = 4>
 void multiply_tile(const Bf16Product& p, float* sums, const Bf16* a) {
-  constexpr int kMost = 24 / N < 8 ? 24 / N : 8;  // rows whose sums leave registers for a row and the columns
-  const int groups = (p.rows + kMost - 1) / kMost;
+  if constexpr (N > 1) {
+    if (p.columns < N * kTileWidth) return multiply_tile<N - 1>(p, sums, a);
+  }
+  const int groups = (p.rows + kRows<N> - 1) / kRows<N>;
   for (int i = 0; i < groups; ++i) {  // of similar height
     const int begin = p.rows * i / groups, rows = p.rows * (i + 1) / groups - begin;
-    float* const to = sums + begin * p.stride;
-    const Bf16* const from = a + begin * kTileDepth;
-    switch (rows) {
-      case 1:
-        multiply_rows<1, N>(p, to, from);
-        break;
-      case 2:
-        multiply_rows<2, N>(p, to, from);
-        break;
-      case 3:
-        multiply_rows<3, N>(p, to, from);
-        break;
-      case 4:
-        multiply_rows<4, N>(p, to, from);
-        break;
-      case 5:
-        multiply_rows<5, N>(p, to, from);
-        break;
-      case 6:
-        multiply_rows<6, N>(p, to, from);
-        break;
-      case 7:
-        multiply_rows < kMost<7 ? 1 : 7, N>(p, to, from);
-        break;
-      default:
-        multiply_rows < kMost<8 ? 1 : 8, N>(p, to, from);
-    }
+    multiply_group<N>(rows, p, sums + begin * p.stride, a + begin * kTileDepth);
   }
 }
 
 void multiply(const Bf16Product& p, Bf16State&) {
   for (int tile = 0; tile < p.tiles; ++tile) {
-    float* const sums = p.sums + tile * p.rows * p.stride;
-    const Bf16* const a = p.a + tile * p.depth() * p.rows * kTileDepth;
-    switch (p.columns / kTileWidth) {
-      case 1:
-        multiply_tile<1>(p, sums, a);
-        break;
-      case 2:
-        multiply_tile<2>(p, sums, a);
-        break;
-      case 3:
-        multiply_tile<3>(p, sums, a);
-        break;
-      default:
-        multiply_tile<4>(p, sums, a);
-    }
+    multiply_tile(p, p.sums + tile * p.rows * p.stride, p.a + tile * p.depth() * p.rows * kTileDepth);
   }
 }
 

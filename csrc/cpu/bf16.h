@@ -29,7 +29,7 @@ struct Bf16Product {
   int columns;      // at most 4 * kTileWidth
   int tiles, rows;  // of a: one or two, of at most kTileHeight rows
   const Bf16* a;    // [tiles][depth()][parts][rows][kTileDepth]
-  const Bf16* b;    // [depth()][parts][tiles of columns][kTileSize]; columns and k beyond the matrix are zeros
+  const Bf16* b;    // [depth()][parts][tiles of columns][kTileSize]; zeros from k = K on
   int64_t K;
   int parts;  // at most kMostParts
 

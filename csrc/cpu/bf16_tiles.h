@@ -68,32 +68,19 @@ void multiply(Tiles& tiles, const Bf16Product& p, int64_t column) {
       [&](auto i) { tiles.template store<i>(sums + i / N * p.rows * p.stride + i % N * kTileWidth, across); });
 }
 
-template <class Tiles, int P>
+// R tiles of rows. Two by four would leave no registers for the operands: they are multiplied in halves.
+template <class Tiles, int R, int P, int N = 4>
 void multiply_columns(Tiles& tiles, const Bf16Product& p) {
-  const int columns = p.columns / kTileWidth;
-  if (p.tiles == 1) {
-    switch (columns) {
-      case 1:
-        return multiply<Tiles, 1, 1, P>(tiles, p, 0);
-      case 2:
-        return multiply<Tiles, 1, 2, P>(tiles, p, 0);
-      case 3:
-        return multiply<Tiles, 1, 3, P>(tiles, p, 0);
-      default:
-        return multiply<Tiles, 1, 4, P>(tiles, p, 0);
-    }
+  if constexpr (N > 1) {
+    if (p.columns < N * kTileWidth) return multiply_columns<Tiles, R, P, N - 1>(tiles, p);
   }
-  switch (columns) {
-    case 1:
-      return multiply<Tiles, 2, 1, P>(tiles, p, 0);
-    case 2:
-      return multiply<Tiles, 2, 2, P>(tiles, p, 0);
-    case 3:
-      return multiply<Tiles, 2, 3, P>(tiles, p, 0);
-    default:
-      multiply<Tiles, 2, 2, P>(tiles, p, 0);
-      multiply<Tiles, 2, 2, P>(tiles, p, 2 * kTileWidth);
-  }
+  constexpr int kAtOnce = R * N < 8 ? N : N / 2;
+  for (int n = 0; n < N; n += kAtOnce) multiply<Tiles, R, kAtOnce, P>(tiles, p, n * kTileWidth);
+}
+
+template <class Tiles, int P>
+void multiply_rows(Tiles& tiles, const Bf16Product& p) {
+  p.tiles == 1 ? multiply_columns<Tiles, 1, P>(tiles, p) : multiply_columns<Tiles, 2, P>(tiles, p);
 }
 
 // Any product whose columns fill their tiles.
@@ -101,11 +88,11 @@ template <class Tiles>
 void multiply_tiles(Tiles& tiles, const Bf16Product& p) {
   switch (p.parts) {
     case 1:
-      return multiply_columns<Tiles, 1>(tiles, p);
+      return multiply_rows<Tiles, 1>(tiles, p);
     case 2:
-      return multiply_columns<Tiles, 2>(tiles, p);
+      return multiply_rows<Tiles, 2>(tiles, p);
     default:
-      return multiply_columns<Tiles, 3>(tiles, p);
+      return multiply_rows<Tiles, 3>(tiles, p);
   }
 }
 

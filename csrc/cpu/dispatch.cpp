@@ -96,10 +96,6 @@ bool has_amx() {
 }
 #endif
 
-}  // namespace
-
-namespace {
-
 // The instruction set that the user asks for; empty: none in particular.
 std::string wanted_isa() {
   const char* wanted = std::getenv("FUSED_RNN_CPU_ISA");

@@ -30,12 +30,10 @@ constexpr int kRowBlocks = FUSED_RNN_VECTOR_REGISTERS * 3 / 4 / C;
 // Rows that are multiplied by the same part of a panel before the next part, and the k of such a part: chosen so that
 // the part stays in the second-level cache.
 constexpr int kChunk = 24;
+constexpr int64_t kDepth = 1024;
 // The most rows of a part: two tiles of AMX.
 constexpr int kMostRows = 32;
-constexpr int64_t kDepth = 1024;
 constexpr int64_t kLine = 64;  // bytes of a cache line, on most processors
-// The rows, over all steps, from which weights are worth copying into panels.
-constexpr int64_t kRowsWorthCopying = 32;
 
 // Inlines a lambda, so that the values it captures stay in registers from one vector to the next.
 #define FUSED_RNN_INLINED __attribute__((always_inline))
@@ -43,8 +41,10 @@ constexpr int64_t kRowsWorthCopying = 32;
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The same for panels that transpose rows of K weights. The unpacked product sums the lanes of every result, which
-// costs less per weight the larger K is; measured for 8 and for 16 lanes.
+// The rows, over all steps, from which weights are worth copying into panels.
+constexpr int64_t kRowsWorthCopying = 32;
+// The rows, over all steps, from which panels that transpose rows of K weights are worth packing. The product without
+// them sums the lanes of every result, which costs less per weight the larger K is; measured for 8 and for 16 lanes.
 template <class T>
 constexpr int64_t rows_worth_transposing(int64_t K) {
   const int64_t rows = 2 * K / kLanes<T>;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -299,19 +299,9 @@ def test_int8_rounds_each_row() -> None:
 
 def test_threads_share_a_module() -> None:
     frozen, x = fused_rnn.freeze(nn.LSTM(16, 64), "int8"), torch.randn(20, 3, 16)
-    expected, wrong = frozen(x), []
-
-    def work() -> None:
-        for _ in range(20):
-            if not torch.equal(frozen(x)[0], expected[0]):
-                wrong.append(1)
-
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
+    expected = frozen(x)[0]
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(lambda _: torch.equal(frozen(x)[0], expected), range(80)))
 
 
 def test_modules_with_hooks_or_a_forward_of_their_own_are_refused() -> None:

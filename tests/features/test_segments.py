@@ -326,14 +326,8 @@ def test_gradcheck(cell: str, D: int, lengths: Tensor | None) -> None:
     def call(*given: Tensor) -> tuple[Tensor, ...]:
         left = iter(given)
         x, h0, c0, *rest = (None if t is None else next(left) for t in inputs)
-        outputs = layers.layer(
-            cell,
-            x,
-            h0,
-            c0,
-            rest[:-2],
-            LayerOptions(resets=resets, lengths=lengths, reset_h=rest[-2], reset_c=rest[-1], c_sequence=has_c),
-        )
+        options = LayerOptions(resets=resets, lengths=lengths, reset_h=rest[-2], reset_c=rest[-1], c_sequence=has_c)
+        outputs = layers.layer(cell, x, h0, c0, rest[:-2], options)
         return tuple(o for o in outputs if o is not None)
 
     assert torch.autograd.gradcheck(call, present, fast_mode=True)

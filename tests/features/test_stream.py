@@ -6,7 +6,7 @@ import copy
 import pickle
 import shutil
 import subprocess
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -177,21 +177,12 @@ def test_copies_have_a_state_of_their_own(way: str) -> None:
 def test_threads_have_streams_of_their_own() -> None:
     frozen, x = fused_rnn.freeze(nn.LSTM(64, 256), "int8"), torch.randn(40, 1, 64)
     expected = frozen.stream().chunk(x)
-    wrong = []
 
-    def work() -> None:
-        stream = frozen.stream()
-        for _ in range(20):
-            stream.reset()
-            if not torch.equal(stream.chunk(x), expected):
-                wrong.append(1)
+    def agrees(stream: fused_rnn.Stream) -> bool:
+        return all(torch.equal(stream.chunk(x), expected) for _ in range(20) if stream.reset() is None)
 
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(agrees, [frozen.stream() for _ in range(4)]))
 
 
 def test_two_threads_of_a_step() -> None:
