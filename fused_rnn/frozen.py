@@ -8,6 +8,7 @@ packed.
 from __future__ import annotations
 
 import copy
+import ctypes
 import struct
 from collections.abc import Iterable, Iterator
 from os import PathLike
@@ -152,6 +153,18 @@ def _rounded(name: str, weight: Any, weights: str) -> Iterator[tuple[str, Tensor
     yield f"{name}_scale", scale
 
 
+def _buffer(model: Tensor) -> Any:
+    """A model's bytes as a buffer, to be used while the tensor lives. torch's own way needs numpy, which it may lack.
+
+    Raises:
+        RuntimeError: the bytes are not there.
+    """
+    if not model.is_cpu or model.untyped_storage().nbytes() < model.nbytes:
+        where = "without storage" if model.is_cpu else f"on {model.device}"
+        raise RuntimeError(f"frozen modules run on the CPU, got weights {where}")
+    return (ctypes.c_ubyte * model.nbytes).from_address(model.data_ptr())
+
+
 class _Frozen(Module):
     """The weights of a frozen module."""
 
@@ -201,7 +214,7 @@ class _Frozen(Module):
         model[: len(header)] = torch.frombuffer(header, dtype=torch.uint8)
         for name, view in self._parts(model):
             view.copy_(parts[name])
-        checksum = bytearray(_C.frozen_checksum(model.numpy()).to_bytes(8, "little"))
+        checksum = bytearray(_C.frozen_checksum(_buffer(model)).to_bytes(8, "little"))
         model[_CHECKSUM_AT : _CHECKSUM_AT + 8] = torch.frombuffer(checksum, dtype=torch.uint8)
         return model
 
@@ -251,7 +264,7 @@ class _Frozen(Module):
     def save(self, path: str | PathLike[str]) -> None:
         """Write the model to a file for `fused_rnn/stream.h`, which needs neither Python nor torch to run it."""
         with open(path, "wb") as file:
-            file.write(self._model.numpy().data)
+            file.write(_buffer(self._model))
 
     def stream(self, batch: int = 1, threads: int = 1) -> Stream:
         """Return a new stream, which owns a state and advances it step by step.
@@ -264,6 +277,10 @@ class _Frozen(Module):
             RuntimeError: the module is bidirectional, or a number is below 1.
         """
         return Stream(self, batch, threads)
+
+    def _new_stream(self, batch: int, threads: int) -> _C.Stream:
+        """What `Stream` wraps."""
+        return _C.Stream(_buffer(self._model), batch, threads)
 
     def extra_repr(self) -> str:
         options = [str(self.input_size), str(self.hidden_size)]

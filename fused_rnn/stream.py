@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fused_rnn import _C
-
 
 class Stream:
     """Steps of a frozen module one after another; the `stream` method of a frozen module makes it.
@@ -40,7 +38,7 @@ class Stream:
 
     def __init__(self, module: Any, batch: int = 1, threads: int = 1) -> None:
         self.module, self.batch, self.threads = module, batch, threads
-        self._stream = _C.Stream(module._model.numpy(), batch, threads)
+        self._stream = module._new_stream(batch, threads)
         self._run = self._stream.run
         self._width = module.proj_size or module.hidden_size
         self._has_c = module.mode == "LSTM"
@@ -127,7 +125,7 @@ class Stream:
                 f"Stream.reset: expected rows to be bool of shape [{self.batch}], got {mask.dtype} of shape "
                 f"{list(mask.shape)}"
             )
-        self._stream.reset(mask.contiguous().numpy().tobytes())
+        self._stream.reset(bytes(mask.tolist()))
 
     def __reduce__(self) -> tuple[Callable[..., Stream], tuple[Any, ...]]:
         return _restored, (self.module, self.batch, self.threads, self.state)

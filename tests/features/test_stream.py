@@ -6,6 +6,7 @@ import copy
 import pickle
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,31 @@ def test_autograd_sees_that_out_was_written_to() -> None:
         stream(torch.ones(3), out=out)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+WITHOUT_NUMPY = """
+import sys
+sys.modules["numpy"] = None
+import torch, fused_rnn
+frozen = fused_rnn.freeze(torch.nn.LSTM(3, 5))
+stream, x = frozen.stream(batch=2), torch.randn(4, 2, 3)
+steps = torch.stack([stream(x_t) for x_t in x])
+stream.reset([True, False])
+frozen.save(sys.argv[1])
+h, c = stream.state
+print(torch.equal(steps, frozen(x)[0].detach()), h[0, 0].any().item(), h[0, 1].any().item())
+"""
+
+
+def test_without_numpy(tmp_path: Path) -> None:
+    """Neither torch nor this package requires it."""
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_NUMPY, str(tmp_path / "model.frnn")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "True False True\n", done.stderr
+    assert (tmp_path / "model.frnn").stat().st_size > 0
+
+
+def test_weights_elsewhere() -> None:
+    frozen = fused_rnn.freeze(nn.GRU(3, 5)).to("meta")
+    with pytest.raises(RuntimeError, match="frozen modules run on the CPU, got weights on meta"):
+        frozen.stream()
