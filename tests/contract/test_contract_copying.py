@@ -145,7 +145,8 @@ class Results(Dataset):
 def test_l03_data_loader_workers(key):
     expected, actual = pair(key)
     actual(*arguments(actual))
-    loader = DataLoader(Results(actual), batch_size=None, num_workers=1, timeout=600)
+    # Importing TorchRL, as another test does, makes "spawn" the default.
+    loader = DataLoader(Results(actual), batch_size=None, num_workers=1, timeout=600, multiprocessing_context="fork")
     for result, index in zip(loader, range(2), strict=True):
         close(result, tensors(expected(*arguments(expected, seed=index)))[0])
 

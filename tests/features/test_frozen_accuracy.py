@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import fused_rnn
 from examples import char_lm, image_rows
 
-pytestmark = pytest.mark.slow("trains")
+pytestmark = pytest.mark.slow("trains models")
 
 # The largest difference of h from float32's in 1,000 steps on a text, of values between -1 and 1.
 DRIFT = {"bfloat16": 0.02, "int8": 0.06}

@@ -218,7 +218,7 @@ def test_the_example_in_c(weights: str, tmp_path: Path) -> None:
     assert done.stdout.startswith(f"{T} steps, ")
     assert_equal(torch.from_numpy(numpy.fromfile(tmp_path / "y", numpy.float32)).view(T, 1, 5), frozen(x)[0])
     needed = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=True).stdout
-    assert "_stream.so" in needed and "torch" not in needed and "python" not in needed
+    assert "_stream.so" in needed and "libtorch" not in needed and "libpython" not in needed
     for damaged in (b"", (tmp_path / "model.frnn").read_bytes()[:-8]):
         (tmp_path / "damaged").write_bytes(damaged)
         done = subprocess.run([program, "damaged", "x", "y"], cwd=tmp_path, capture_output=True, text=True)
