@@ -20,6 +20,9 @@ class CellInfo(TypedDict):
     uses_h: bool
     saves_h: bool
 
+class FrozenModel:
+    """A frozen model with its packed weights, which live as long as this object; csrc/cpu/frozen_model.h."""
+
 class Stream:
     """A stream of a frozen model, whose bytes are a buffer; csrc/bindings/stream.cpp."""
 
@@ -32,6 +35,7 @@ class Stream:
 NORM_EPS: float
 
 def frozen_checksum(model: Any, /) -> int: ...
+def frozen_model(model: Any, /) -> FrozenModel: ...
 def cpu_isa() -> str: ...
 def supported_cpu_isas() -> list[str]: ...
 def build_info() -> BuildInfo: ...

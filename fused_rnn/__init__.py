@@ -35,7 +35,7 @@ from fused_rnn import functional as functional
 from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
 from fused_rnn.compiled import operator_decompositions
 from fused_rnn.convert import from_torch, replace
-from fused_rnn.frozen import FrozenCell, FrozenRNN, freeze
+from fused_rnn.frozen import FrozenCell, FrozenRNN, freeze, load_frozen
 from fused_rnn.modules import GRU, LSTM, RNN
 from fused_rnn.patch import patched
 from fused_rnn.planning import plan
@@ -73,6 +73,7 @@ __all__ = [
     "Stream",
     "freeze",
     "from_torch",
+    "load_frozen",
     "operator_decompositions",
     "patched",
     "plan",

@@ -1,16 +1,14 @@
 """Frozen modules: weights rounded and packed once, for inference on a CPU.
 
-A frozen module keeps its weights as the bytes of a model file, whose layout csrc/cpu/frozen_model.h describes. The
-library packs them for the machine it runs on when it first meets them; every copy and stream of a module shares what it
-packed.
+A frozen module keeps its weights twice: as the bytes of a model file (frozen_file.py), and as the library packed them
+for the machine it runs on. Copies and streams of a module share what was packed, which is freed with the last of them.
 """
 
 from __future__ import annotations
 
 import copy
-import ctypes
-import struct
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterator
 from os import PathLike
 from typing import Any
 
@@ -23,16 +21,11 @@ from fused_rnn.call import Call, batch_major
 from fused_rnn.cell_info import NUMBER
 from fused_rnn.cells import check_ranks
 from fused_rnn.convert import TorchConvertible
+from fused_rnn.frozen_file import WEIGHTS, Layout, buffer
 from fused_rnn.spec import Spec
 from fused_rnn.stream import Stream
 from fused_rnn.subclasses import NAMES, fused_class, obstacle, torch_class
 
-WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-"""The formats of weights, in the order of their numbers in a file, from 1 on."""
-
-_HEADER = struct.Struct("<8s2I2Q2I4Q")
-_MAGIC, _VERSION, _BIAS, _BIDIRECTIONAL = b"frnn\r\n\x1a\n", 1, 1, 2
-_CHECKSUM_AT = 24
 _operator = torch.ops.fused_rnn.frozen.default
 
 
@@ -42,9 +35,9 @@ def freeze(module: Module, weights: str = "float32") -> Any:
     Args:
         module: an RNN, LSTM, GRU or cell, torch.nn's or ours; or a model that holds some. It is not changed, and later
             changes of its weights do not reach the result: freeze again.
-        weights: "float32", with the results of the deterministic kernels bit for bit; "bfloat16", weights rounded to
-            that, arithmetic in float32; or "int8", weights rounded to 8-bit integers with a scale for each row and
-            inputs and states to 16-bit integers at every step.
+        weights: "float32", with the results of the deterministic kernels bit for bit, if those multiply in float32, as
+            they do by default; "bfloat16", weights rounded to that, arithmetic in float32; or "int8", weights rounded
+            to 8-bit integers with a scale for each row and inputs and states to 16-bit integers at every step.
 
     Returns:
         A `FrozenRNN` or `FrozenCell`. For a model, a deep copy in which every such module is frozen, in eval mode and
@@ -107,6 +100,38 @@ def _obstacle(module: Any) -> str | None:
     return None if torch.nn.utils.parametrize.is_parametrized(module) else obstacle(module)
 
 
+def load_frozen(path: str | PathLike[str]) -> Any:
+    """Read a file that the `save` of a frozen module has written.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A `FrozenRNN` or `FrozenCell`, equal to the saved one bit for bit.
+
+    Raises:
+        OSError: the file cannot be read.
+        RuntimeError: the file is damaged, or of another kind or version. The message names it and says what is wrong.
+
+    Example:
+        >>> import tempfile, torch, fused_rnn
+        >>> file = tempfile.NamedTemporaryFile(suffix=".frnn")
+        >>> fused_rnn.freeze(torch.nn.LSTM(3, 5)).save(file.name)
+        >>> fused_rnn.load_frozen(file.name)
+        FrozenRNN(LSTM(3, 5), weights='float32')
+    """
+    with open(path, "rb") as file:
+        model = torch.zeros(os.fstat(file.fileno()).st_size, dtype=torch.uint8, device="cpu")
+        file.readinto(buffer(model))
+    try:
+        packed = _C.frozen_model(buffer(model))
+    except RuntimeError as error:
+        reason = str(error).removeprefix("fused_rnn: ")
+        raise RuntimeError(f"load_frozen: cannot load {os.fspath(path)}: {reason}") from None
+    layout = Layout.of(model)
+    return (FrozenCell if layout.is_cell else FrozenRNN)(layout, model, packed).eval()
+
+
 def _frozen(module: Any, weights: str) -> FrozenRNN | FrozenCell:
     is_cell = isinstance(module, torch.nn.RNNCellBase)
     base = torch_class(type(module))
@@ -114,37 +139,34 @@ def _frozen(module: Any, weights: str) -> FrozenRNN | FrozenCell:
     mode = base.__name__.removesuffix("Cell").upper()
     if mode == "RNN":
         mode = f"RNN_{module.nonlinearity.upper()}" if is_cell else module.mode
-    names = [[*_CELL_WEIGHTS[: 4 if module.bias else 2]]] if is_cell else module._all_weights
-    parts: list[tuple[str, Tensor]] = []
-    for name in (name for of_direction in names for name in of_direction):
-        parts += _rounded(name, getattr(module, name), weights)
-    cls = FrozenCell if is_cell else FrozenRNN
-    return cls(
-        base.__name__,
+    layout = Layout(
         mode,
+        weights,
         module.input_size,
         module.hidden_size,
-        weights,
-        parts,
         num_layers=getattr(module, "num_layers", 1),
-        bias=bool(module.bias),
-        batch_first=getattr(module, "batch_first", False),
-        bidirectional=getattr(module, "bidirectional", False),
         proj_size=getattr(module, "proj_size", 0),
-    ).eval()
+        bias=bool(module.bias),
+        bidirectional=getattr(module, "bidirectional", False),
+        batch_first=getattr(module, "batch_first", False),
+        is_cell=is_cell,
+    )
+    parts: dict[str, Tensor] = {}
+    for name, shape in layout.shapes():
+        parts.update(_rounded(name, getattr(module, name), shape, weights))
+    model = layout.written(parts)
+    return (FrozenCell if is_cell else FrozenRNN)(layout, model, _C.frozen_model(buffer(model))).eval()
 
 
-_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
-
-def _rounded(name: str, weight: Any, weights: str) -> Iterator[tuple[str, Tensor]]:
+def _rounded(name: str, weight: Any, shape: tuple[int, ...], weights: str) -> Iterator[tuple[str, Tensor]]:
     """A weight as it is stored, with its scales behind it; biases stay as they are."""
-    if not isinstance(weight, Tensor) or weight.dtype is not torch.float32 or not weight.is_cpu or weight.numel() == 0:
+    fits = isinstance(weight, Tensor) and weight.dtype is torch.float32 and weight.is_cpu
+    if not fits or weight.shape != shape or weight.numel() == 0:
         got = f"{weight.dtype} {list(weight.shape)} on {weight.device}" if isinstance(weight, Tensor) else weight
-        raise ValueError(f"freeze: expected {name} to be float32 on the CPU and not empty, got {got}")
+        raise ValueError(f"freeze: expected {name} to be float32 on the CPU, {list(shape)} and not empty, got {got}")
     weight = weight.detach()
-    if name.startswith("bias") or weights != "int8":
-        yield name, weight.float() if name.startswith("bias") else weight.to(WEIGHTS[weights])
+    if len(shape) == 1 or weights != "int8":
+        yield name, weight if len(shape) == 1 else weight.to(WEIGHTS[weights])
         return
     if not weight.isfinite().all():
         raise ValueError(f"freeze: expected {name} to be finite for weights='int8'")
@@ -153,79 +175,36 @@ def _rounded(name: str, weight: Any, weights: str) -> Iterator[tuple[str, Tensor
     yield f"{name}_scale", scale
 
 
-def _buffer(model: Tensor) -> Any:
-    """A model's bytes as a buffer, to be used while the tensor lives. torch's own way needs numpy, which it may lack.
-
-    Raises:
-        RuntimeError: the bytes are not there.
-    """
-    if not model.is_cpu or model.untyped_storage().nbytes() < model.nbytes:
-        where = "without storage" if model.is_cpu else f"on {model.device}"
-        raise RuntimeError(f"frozen modules run on the CPU, got weights {where}")
-    return (ctypes.c_ubyte * model.nbytes).from_address(model.data_ptr())
-
-
 class _Frozen(Module):
-    """The weights of a frozen module."""
-
-    def __init__(
-        self,
-        name: str,
-        mode: str,
-        input_size: int,
-        hidden_size: int,
-        weights: str,
-        parts: Iterable[tuple[str, Tensor]],
-        *,
-        num_layers: int,
-        bias: bool,
-        batch_first: bool,
-        bidirectional: bool,
-        proj_size: int,
-    ) -> None:
-        super().__init__()
-        self.mode, self.input_size, self.hidden_size, self.weights = mode, input_size, hidden_size, weights
-        self.num_layers, self.bias, self.batch_first = num_layers, bias, batch_first
-        self.bidirectional, self.proj_size = bidirectional, proj_size
-        self._name = name
-        self._sizes = (NUMBER[mode.lower()], num_layers, 2 if bidirectional else 1, hidden_size, proj_size)
-        self._spec = Spec(
-            f"Frozen{name}", mode, input_size, hidden_size, num_layers, bias, batch_first, 0.0, bidirectional,
-            proj_size,
-            _flat_weights=(torch.empty(0, dtype=torch.float32, device="cpu"),),  # torch.nn's checks look at its dtype
-        )  # fmt: skip
-        self._layout: list[tuple[str, torch.dtype, tuple[int, ...], int]] = []
-        size = _HEADER.size
-        parts = list(parts)
-        for part, tensor in parts:
-            self._layout.append((part, tensor.dtype, tuple(tensor.shape), size))
-            size += -(-tensor.nbytes // 8) * 8
-        self.register_buffer("_model", self._written(size, dict(parts)), persistent=False)
+    """The weights of a frozen module: the bytes of a model, and what the library made of them."""
 
     _model: Tensor
+    _packed: list[Any]  # [the packed weights], which live as long; streams share the list, and see when they change
 
-    def _written(self, size: int, parts: dict[str, Tensor]) -> Tensor:
-        """The bytes of a model with these weights."""
-        flags = _BIAS * self.bias + _BIDIRECTIONAL * self.bidirectional
-        numbers = (self._sizes[0], list(WEIGHTS).index(self.weights) + 1, self.num_layers, self.input_size,
-                   self.hidden_size, self.proj_size)  # fmt: skip
-        header = bytearray(_HEADER.pack(_MAGIC, _VERSION, flags, size, 0, *numbers))
-        model = torch.zeros(size, dtype=torch.uint8, device="cpu")
-        model[: len(header)] = torch.frombuffer(header, dtype=torch.uint8)
-        for name, view in self._parts(model):
-            view.copy_(parts[name])
-        checksum = bytearray(_C.frozen_checksum(_buffer(model)).to_bytes(8, "little"))
-        model[_CHECKSUM_AT : _CHECKSUM_AT + 8] = torch.frombuffer(checksum, dtype=torch.uint8)
-        return model
+    def __init__(self, layout: Layout, model: Tensor, packed: Any) -> None:
+        super().__init__()
+        self._layout, self._packed = layout, [packed]
+        self.mode, self.input_size, self.hidden_size = layout.mode, layout.input_size, layout.hidden_size
+        self.num_layers, self.bias, self.batch_first = layout.num_layers, layout.bias, layout.batch_first
+        self.bidirectional, self.proj_size, self.weights = layout.bidirectional, layout.proj_size, layout.weights
+        directions = 2 if layout.bidirectional else 1
+        self._sizes = (NUMBER[self.mode.lower()], self.num_layers, directions, self.hidden_size, self.proj_size)
+        self._spec = Spec(
+            f"Frozen{layout.name}", self.mode, self.input_size, self.hidden_size, self.num_layers, self.bias,
+            self.batch_first, 0.0, self.bidirectional, self.proj_size,
+            _flat_weights=(torch.empty(0, dtype=torch.float32, device="cpu"),),  # torch.nn's checks look at its dtype
+        )  # fmt: skip
+        self.register_buffer("_model", model, persistent=False)
 
-    def _parts(self, model: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Each weight, by name, as a view of a model's bytes."""
-        for name, dtype, shape, begin in self._layout:
-            end = begin + torch.Size(shape).numel() * dtype.itemsize
-            yield name, model[begin:end].view(dtype).view(shape)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_packed"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch.nn's
+        self._packed = [_C.frozen_model(buffer(self._model)) if self._model.is_cpu else None]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name, view in self._parts(self._model):
+        for name, view in self._layout.parts(self._model):
             destination[prefix + name] = view.clone()  # torch.save refuses views of several dtypes
 
     def _load_from_state_dict(
@@ -233,7 +212,7 @@ class _Frozen(Module):
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         parts = {}
-        for name, view in self._parts(self._model):
+        for name, view in self._layout.parts(self._model):
             given = state_dict.get(prefix + name)
             if given is None:
                 missing_keys.append(prefix + name)
@@ -243,28 +222,28 @@ class _Frozen(Module):
                     f"{self.weights!r} has it, got {given.dtype} of shape {list(given.shape)}"
                 )
             parts[name] = view if given is None else given
-        known = {prefix + name for name, *_ in self._layout}
         if strict:
+            known = {prefix + name for name in parts}
             unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in known]
         if not error_msgs:
-            self._model = self._written(self._model.numel(), parts)
+            model = self._layout.written(parts)
+            self._model, self._packed[0] = model, _C.frozen_model(buffer(model))
 
     def train(self, mode: bool = True) -> Any:
-        """Refuses training mode.
+        """Stay in evaluation mode, whatever `mode` is: a frozen module has nothing to train.
 
-        Raises:
-            RuntimeError: mode is True.
+        A model with a frozen part can thus be trained; the part is fixed.
         """
-        if mode:
-            raise RuntimeError(
-                f"{self._spec.name}: frozen weights cannot be trained; train the module and freeze again"
-            )
         return super().train(False)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the model to a file for `fused_rnn/stream.h`, which needs neither Python nor torch to run it."""
+        """Write a file for `load_frozen`, and for `fused_rnn/stream.h`, which needs neither Python nor torch.
+
+        Args:
+            path: the file, which is overwritten.
+        """
         with open(path, "wb") as file:
-            file.write(_buffer(self._model))
+            file.write(buffer(self._model))
 
     def stream(self, batch: int = 1, threads: int = 1) -> Stream:
         """Return a new stream, which owns a state and advances it step by step.
@@ -274,13 +253,13 @@ class _Frozen(Module):
             threads: that share a step. One is best unless the weights exceed the cache of a core.
 
         Raises:
-            RuntimeError: the module is bidirectional, or a number is below 1.
+            RuntimeError: the module is bidirectional, or a number is out of range.
         """
         return Stream(self, batch, threads)
 
     def _new_stream(self, batch: int, threads: int) -> _C.Stream:
         """What `Stream` wraps."""
-        return _C.Stream(_buffer(self._model), batch, threads)
+        return _C.Stream(buffer(self._model), batch, threads)
 
     def extra_repr(self) -> str:
         options = [str(self.input_size), str(self.hidden_size)]
@@ -288,7 +267,7 @@ class _Frozen(Module):
         if self.mode == "RNN_RELU":
             options.append("nonlinearity='relu'")
         options += [f"{key}={getattr(self, key)}" for key, default in defaults.items() if getattr(self, key) != default]
-        return f"{self._name}({', '.join(options)}), weights={self.weights!r}"
+        return f"{self._layout.name}({', '.join(options)}), weights={self.weights!r}"
 
     def _run(self, x: Tensor, h0: Any = None, c0: Any = None, *more: Any) -> Any:
         """The operator; y, h_n and c_n.

@@ -47,7 +47,7 @@ FUSED_RNN_API int64_t fused_rnn_model_input_size(const fused_rnn_model* model); 
 FUSED_RNN_API int64_t fused_rnn_model_output_size(const fused_rnn_model* model); /* P */
 
 /* A new stream whose state is zero. `threads` share a step: one is best unless the weights exceed the cache of a core.
- * NULL if the model is bidirectional, batch or threads are below 1, or memory is lacking. */
+ * NULL if the model is bidirectional, batch or threads (up to 1024) are out of range, or memory is lacking. */
 FUSED_RNN_API fused_rnn_stream* fused_rnn_stream_create(const fused_rnn_model* model, int64_t batch, int64_t threads);
 FUSED_RNN_API void fused_rnn_stream_destroy(fused_rnn_stream* stream);
 

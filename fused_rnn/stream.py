@@ -15,7 +15,7 @@ class Stream:
 
     Inputs are float32 tensors on the CPU or float32 numpy arrays, contiguous, and results are of the same kind. With
     `out` a step allocates nothing. Nothing records a gradient. Give each thread a stream of its own; streams share the
-    weights.
+    weights. After `load_state_dict` of the module, a stream goes on from its state with the new weights.
 
     Args:
         module: a `FrozenRNN` of one direction, or a `FrozenCell`.
@@ -23,7 +23,7 @@ class Stream:
         threads: that share a step.
 
     Raises:
-        RuntimeError: the module is bidirectional, or a number is below 1.
+        RuntimeError: the module is bidirectional, or a number is out of range.
 
     Example:
         >>> import torch, fused_rnn
@@ -38,10 +38,15 @@ class Stream:
 
     def __init__(self, module: Any, batch: int = 1, threads: int = 1) -> None:
         self.module, self.batch, self.threads = module, batch, threads
-        self._stream = module._new_stream(batch, threads)
-        self._run = self._stream.run
+        self._packed = module._packed
+        self._take_weights()
         self._width = module.proj_size or module.hidden_size
         self._has_c = module.mode == "LSTM"
+
+    def _take_weights(self) -> None:
+        self._weights = self._packed[0]
+        self._stream = self.module._new_stream(self.batch, self.threads)
+        self._run = self._stream.run
 
     def __call__(self, x: Any, *, out: Any = None) -> Any:
         """Compute one time step.
@@ -75,6 +80,10 @@ class Stream:
         return self._advanced(x, out, True)
 
     def _advanced(self, x: Any, out: Any, chunk: bool) -> Any:
+        if self._packed[0] is not self._weights:  # the module has loaded others
+            state = self.state
+            self._take_weights()
+            self.state = state
         result = _empty(x, (*x.shape[:-1], self._width)) if out is None else out
         self._run(x, result, chunk)
         if isinstance(out, Tensor) and torch.is_grad_enabled() and not out.is_inference():
@@ -103,8 +112,7 @@ class Stream:
             return
         if self._has_c and (not isinstance(state, (tuple, list)) or len(state) != 2):
             raise TypeError(f"Stream.state: expected a pair (h, c) or None, got {type(state).__name__}")
-        h, c = (torch.as_tensor(s).detach().contiguous() for s in state) if self._has_c else (
-            torch.as_tensor(state).detach().contiguous(), None)  # fmt: skip
+        h, c = map(_plain, state) if self._has_c else (_plain(state), None)
         self._stream.set_state(h, c)
 
     def reset(self, rows: Any = None) -> None:
@@ -138,6 +146,10 @@ def _restored(module: Any, batch: int, threads: int, state: Any) -> Stream:
     stream = Stream(module, batch, threads)
     stream.state = state
     return stream
+
+
+def _plain(state: Any) -> Tensor:
+    return torch.as_tensor(state).detach().resolve_neg().contiguous()
 
 
 def _empty(like: Any, shape: tuple[int, ...]) -> Any:

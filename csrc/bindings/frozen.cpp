@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor> frozen(Tensor model, int64_t cell, int64_t la
                                           OptionalTensor resets, OptionalTensor reset_h, OptionalTensor reset_c) {
   require(model, "model", {model.numel()}, ScalarType::Byte, Place(), "a frozen model, uint8");
   model = contiguous(model, "model");
-  const auto frozen = cpu::frozen_model(model.data_ptr(), model.numel());
+  const auto frozen = cpu::frozen_model(model.data_ptr(), model.numel(), true);
   const cpu::FrozenModel& m = *frozen;
   FUSED_RNN_CHECK(cell_by_number(cell).kind == m.cell && layers == m.layers && directions == m.directions &&
                       hidden_size == m.hidden_size && (proj_size ? proj_size : hidden_size) == m.state_size,

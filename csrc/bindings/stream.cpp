@@ -78,6 +78,10 @@ class Numbers {
       stride *= sizes[i];
     }
     FUSED_RNN_CHECK(t.data || count() == 0, name, " has no storage");
+    // DLPack does not tell of tensors that are the negatives of what lies in memory, imaginary parts of conjugates.
+    // With more than one number they are not contiguous.
+    FUSED_RNN_CHECK(count() != 1 || !py::cast<bool>(from.attr("is_neg")()), name,
+                    " must not be a negated view: call resolve_neg()");
     data = reinterpret_cast<float*>(static_cast<char*>(t.data) + t.byte_offset);
   }
   void of_buffer(py::handle from, const char* name, bool written) {
@@ -106,6 +110,11 @@ class Numbers {
   };
   Buffer buffer_;
 };
+
+std::shared_ptr<const cpu::FrozenModel> shared(const py::buffer& model) {
+  const py::buffer_info bytes = model.request();
+  return cpu::frozen_model(bytes.ptr, bytes.size * bytes.itemsize);
+}
 
 class Stream {
  public:
@@ -158,11 +167,6 @@ class Stream {
     bool& in_use_;
   };
 
-  static std::shared_ptr<const cpu::FrozenModel> shared(const py::buffer& model) {
-    const py::buffer_info bytes = model.request();
-    return cpu::frozen_model(bytes.ptr, bytes.size * bytes.itemsize);
-  }
-
   // x or y of `steps` steps: [B, width], or [width] of a single row, with the steps before. Returns steps.
   int64_t check(const Numbers& n, const char* name, bool chunk, int64_t steps, int64_t width) const {
     const int64_t B = stream_.batch(), *size = n.sizes + chunk;
@@ -206,12 +210,20 @@ class Stream {
 }  // namespace
 
 void bind_stream(py::module_& m) {
+  py::class_<cpu::FrozenModel, std::shared_ptr<cpu::FrozenModel>>(
+      m, "FrozenModel", "A frozen model with its packed weights, which live as long as this object.");
   py::class_<Stream>(m, "Stream", "A stream of a frozen model; fused_rnn.stream has its documentation.")
       .def(py::init<const py::buffer&, int64_t, int64_t>())
       .def("run", &Stream::run)
       .def("reset", &Stream::reset)
       .def("get_state", &Stream::get_state)
       .def("set_state", &Stream::set_state);
+  m.def(
+      "frozen_model",
+      [](const py::buffer& model) {
+        return std::const_pointer_cast<cpu::FrozenModel>(shared(model));  // pybind11 holds nothing const
+      },
+      "The model of these bytes, checked and packed; the same object as long as it lives.");
   m.def(
       "frozen_checksum",
       [](const py::buffer& model) {

@@ -9,7 +9,7 @@
 // `deterministic` layers, whose rows must not depend on the batch around them, always pack. A worker packs a block that
 // no other one needs just before it first multiplies by it, and the others before the first step. Packed products of
 // float32 may be computed from bfloat16 parts (LayerShape::parts): the rows that a step multiplies are then split
-// before its products.
+// before its products, as they are rounded for int8 weights.
 //
 // With a projection, the cell's output is stored in `hidden` and a second product gives h. With layer normalisation,
 // the products of a step are stored first, because a row's mean needs all of its units; the cell then runs row by row.
@@ -137,35 +137,36 @@ class Forward {
   }
 
   // Rows of a part for cover(): two tiles.
-  int tiles(const SplitRows& split) const { return s_.parts ? 2 * split.height() : 0; }
+  int tiles(const typename Weights::Rows& split) const { return s_.parts ? 2 * split.height() : 0; }
 
-  // Splits the rows up to `end` of a product's operand, if it is computed from parts; row(b) points to row b. If the
-  // team shares the work, a wait must follow.
+  bool splits() const { return Weights::kRoundsRows || s_.parts; }
+  // Splits into parts, or rounds, the rows up to `end` of a product's operand, if it needs that; row(b) points to row
+  // b. If the team shares the work, a wait must follow.
   template <class Row>
-  void split(bool is_packed, const SplitRows& rows, int64_t end, const Row& row) const {
+  void split(bool is_packed, const typename Weights::Rows& rows, int64_t end, const Row& row) const {
     if constexpr (kSplits) {
-      if (s_.parts && is_packed) rows.split(end, worker_, worker_.splits_units, row);
+      if (splits() && is_packed) rows.split(end, worker_, worker_.splits_units, row);
     }
   }
   void wait_for_splits() const {
-    if (s_.parts && worker_.splits_units) worker_.wait();
+    if (splits() && worker_.splits_units) worker_.wait();
   }
 
   // sums += rows x W^T for a part; reads W from `packed` if is_packed, else from W itself. `split` has the rows' parts,
   // `next` is the panel that is read after this one; null: none.
   template <int Gates>
   void add_product(Sums<T, Gates * kUnitVectors<Gates>>& sums, const Part& part, const T* const* rows,
-                   const SplitRows& split, bool is_packed, T* packed, const void* W, int64_t H, int64_t K,
+                   const typename Weights::Rows& split, bool is_packed, T* packed, const void* W, int64_t H, int64_t K,
                    const T* next = nullptr) const {
     constexpr int64_t kVectors = kUnitVectors<Gates>, kColumns = Gates * kVectors;
     if constexpr (Weights::kNarrow) {
-      return Weights::template multiply<Gates>(sums, part, rows, reinterpret_cast<const char*>(packed), K);
+      return Weights::template multiply<Gates>(sums, part, rows, split, reinterpret_cast<const char*>(packed), K);
     }
     if (is_packed && first_use_ && owns_blocks() && part.row == row_begin_) {
       pack_blocks<Gates>(packed, W, H, K, part.block, part.block + part.blocks);
     }
     if (is_packed && s_.parts) {
-      if constexpr (kSplits) {
+      if constexpr (kSplits && !Weights::kNarrow) {
         const int64_t unit = part.block * kVectors * kLanes<T>;
         bf16_.add(sums, block_vectors<T, Gates>(H, unit), split, part.row, part.rows,
                   split_panel<Gates>(packed, part.block, H, K),
@@ -486,7 +487,7 @@ class Forward {
   const cpu::Worker& worker_;
   const int64_t row_begin_, row_end_;
   const Bf16Products bf16_;
-  SplitOperands split_;  // with LayerShape::parts
+  SplitOperands<typename Weights::Rows> split_;  // if splits()
   T *recurrent_, *input_, *bias_, *projection_, *scratch_hidden_, *zeros_, *x_product_;
   T *dropped_, *scratch_products_, *outputs_;
   const T* x_gates_;  // [N, G*H] W_ih x where x_beforehand: x_product_, or the given x

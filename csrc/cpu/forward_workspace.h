@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bf16_operands.h"
+#include "rounded_rows.h"
 #include "worker.h"
 
 namespace fused_rnn {
@@ -49,14 +50,19 @@ struct ForwardWorkspace {
     x_product = outputs + (s.normalised && Cell::kHasC ? s.B * 2 * s.H : 0);
     split_x = x_product + (products.x_beforehand && !s.gates_given && !s.train ? s.N * Cell::kGates * s.H : 0);
     split_x = ceil_div(split_x, 16) * 16;
-    split_h = split_x + (s.parts && products.packed_x ? SplitRows::size(rows_of_x(s, products), s.I, s.parts) : 0);
-    split_hidden = split_h + (s.parts && products.packed_h ? SplitRows::size(s.B, s.P, s.parts) : 0);
-    size = split_hidden + (s.parts && products.packed_h && s.projected ? SplitRows::size(s.B, s.H, s.parts) : 0);
+    split_h = split_x + (products.packed_x ? operand(s, rows_of_x(s, products), s.I) : 0);
+    split_hidden = split_h + (products.packed_h ? operand(s, s.B, s.P) : 0);
+    size = split_hidden + (products.packed_h && s.projected ? operand(s, s.B, s.H) : 0);
   }
 
   // Rows of x that are multiplied at once.
   static int64_t rows_of_x(const LayerShape& s, const ForwardProducts& products) {
     return products.x_beforehand ? s.N : s.B;
+  }
+  // Elements of rows that are split or rounded before a product.
+  static int64_t operand(const LayerShape& s, int64_t rows, int64_t K) {
+    if (s.weights == WeightFormat::kInt8) return RoundedRows::size(rows, K);
+    return s.parts ? SplitRows::size(rows, K, s.parts) : 0;
   }
   // Elements of W [G * H, K], packed; none if it comes packed.
   template <int G>
@@ -68,10 +74,11 @@ struct ForwardWorkspace {
   }
 };
 
-// The rows that a worker splits into parts before it multiplies them: of x, all at once or step by step; of h; and of
-// what the projection multiplies.
+// The rows that a worker splits into parts, or rounds, before it multiplies them: of x, all at once or step by step; of
+// h; and of what the projection multiplies.
+template <class Rows>
 struct SplitOperands {
-  SplitRows x, h, hidden;
+  Rows x, h, hidden;
 
   SplitOperands() = default;
   template <class Workspace>
@@ -81,13 +88,13 @@ struct SplitOperands {
                   end = worker.splits_units ? s.B : worker.end(s.B);
     const int64_t rows = part.rows_of_x(s, products);
     const bool shares = products.x_beforehand && !worker.splits_units && worker.count > 1;
-    x = SplitRows(workspace + part.split_x, rows, shares ? worker.begin(rows) : begin,
-                  shares                  ? worker.end(rows)
-                  : products.x_beforehand ? rows
-                                          : end,
-                  s.I, s.parts);
-    h = SplitRows(workspace + part.split_h, s.B, begin, end, s.P, s.parts);
-    hidden = SplitRows(workspace + part.split_hidden, s.B, begin, end, s.H, s.parts);
+    x = Rows(workspace + part.split_x, rows, shares ? worker.begin(rows) : begin,
+             shares                  ? worker.end(rows)
+             : products.x_beforehand ? rows
+                                     : end,
+             s.I, s.parts);
+    h = Rows(workspace + part.split_h, s.B, begin, end, s.P, s.parts);
+    hidden = Rows(workspace + part.split_hidden, s.B, begin, end, s.H, s.parts);
   }
 };
 

@@ -6,40 +6,25 @@
 // consecutive k share a 32-bit lane: vector c of a group holds those of the units of column c.
 //   bfloat16: a value is widened to the float32 with the same leading bits. The sums run over k as in tile.h, so that
 //             the result is, bit for bit, that of float32 weights rounded to bfloat16.
-//   int8:     W = scale * integer. A row of x is rounded to 16-bit integers, its largest magnitude to kLevels. Integer
-//             sums over kDepth8 values cannot overflow and are exact, hence the same for every instruction set. A row
-//             with a NaN or an infinity gives NaN.
+//   int8:     W = scale * integer, and rows of x are rounded to 16-bit integers (rounded_rows.h). Integer sums over
+//             kDepth8 values cannot overflow and are exact, hence the same for every instruction set.
+//
+// A format has multiply(), which adds the product of a part's rows, and names the class of Rows that it reads them
+// from.
 #pragma once
 
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
+#include "bf16_operands.h"
 #include "kernels.h"
 #include "layer_norm.h"
+#include "rounded_rows.h"
 #include "tile.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
-
-typedef int32_t Ints __attribute__((vector_size(FUSED_RNN_VEC_BYTES)));
-typedef int16_t Shorts __attribute__((vector_size(FUSED_RNN_VEC_BYTES)));
-typedef int8_t HalfBytes __attribute__((vector_size(FUSED_RNN_VEC_BYTES / 2)));
-typedef int16_t HalfShorts __attribute__((vector_size(FUSED_RNN_VEC_BYTES / 2)));
-typedef uint8_t QuarterBytes __attribute__((vector_size(FUSED_RNN_VEC_BYTES / 4)));
-
-template <class V>
-FUSED_RNN_INLINE V load_as(const void* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-template <class V>
-FUSED_RNN_INLINE void store_as(void* p, const V& v) {
-  __builtin_memcpy(p, &v, sizeof(v));
-}
-// The 32 bits at p in every lane.
-FUSED_RNN_INLINE Ints broadcast(const void* p) { return load_as<int32_t>(p) - Ints{}; }
 
 // A matrix as the caller has it: W [gates * H, K], and for int8 the scale of each row.
 struct PlainMatrix {
@@ -61,7 +46,8 @@ void each_weight(const PlainMatrix& m, int64_t unit, const F& f) {
 }
 
 struct Float32 {
-  static constexpr bool kNarrow = false;
+  using Rows = SplitRows;  // if products are computed from parts
+  static constexpr bool kNarrow = false, kRoundsRows = false;
 
   template <int G>
   static int64_t panel_bytes(int64_t K) {
@@ -97,7 +83,8 @@ FUSED_RNN_INLINE void each_tile(const Part& part, const F& f) {
 }
 
 struct Bfloat16 {
-  static constexpr bool kNarrow = true;
+  using Rows = SplitRows;  // never made
+  static constexpr bool kNarrow = true, kRoundsRows = false;
   template <int C>
   static constexpr int kSlots = kRowBlocks<C> < 8 ? kRowBlocks<C> : 8;
 
@@ -116,7 +103,7 @@ struct Bfloat16 {
   }
 
   template <int G>
-  static void multiply(Sums<float, G * kUnitVectors<G>>& sums, const Part& part, const float* const* rows,
+  static void multiply(Sums<float, G * kUnitVectors<G>>& sums, const Part& part, const float* const* rows, const Rows&,
                        const char* panels, int64_t K) {
     constexpr int C = G * kUnitVectors<G>;
     const int64_t distance = panel_bytes<G>(K);
@@ -172,41 +159,9 @@ struct Bfloat16 {
   }
 };
 
-constexpr int64_t kDepth8 = 512;
-constexpr float kLevels = 32767;  // 127 * kLevels * kDepth8 < 2^31
-static_assert(127.0 * kLevels * kDepth8 < 2147483648.0, "integer sums must not overflow");
-
-// The scale of a row of x, and its inverse: x = scale * integer. NaN if the row has a NaN or an infinity.
-struct RowScale {
-  float scale, inverse;
-
-  void measure(const float* x, int64_t K) {
-    Ints largest{};  // the bits of magnitudes have their order, and those of infinities and NaN are the largest
-    for (int64_t k = 0; k < K; k += kLanes<float>) {
-      const Ints bits = (Ints)load(x + k, least(K - k, kLanes<float>)) & INT32_MAX;
-      largest = bits > largest ? bits : largest;
-    }
-    int32_t lanes[kLanes<float>];
-    store_as(lanes, largest);
-    for (int half = kLanes<float> / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    }
-    const float most = math::bits<float>(lanes[0]);
-    constexpr float kLeast = kLevels * 1.2e-38f;  // below it the inverse would overflow: the row counts as zeros
-    const bool counts = most > kLeast;            // not if it is NaN
-    inverse = counts ? kLevels / most : 0;
-    scale = most - most + (counts ? most / kLevels : 0);  // most - most is NaN if it is not finite
-  }
-  // Of one vector of the row, by the bits of a float that is so large that its unit is 1.
-  FUSED_RNN_INLINE Ints integers(const Vec<float>& x) const {
-    constexpr float kRound = math::Ieee<float>::kRound;
-    return (Ints)(x * inverse + kRound) - (Ints)(Vec<float>{} + kRound);
-  }
-};
-
 // sums += scale of the row * scale of the weights * integer sum.
 template <int NB, int R, int C>
-FUSED_RNN_INLINE void add_scaled(Vec<float> (*sums)[C], const Ints (&acc)[NB][R][C], const RowScale* scales,
+FUSED_RNN_INLINE void add_scaled(Vec<float> (*sums)[C], const Ints (&acc)[NB][R][C], const float* scales,
                                  const char* panel, int64_t distance) {
 #pragma GCC unroll 8
   for (int nb = 0; nb < NB; ++nb) {
@@ -215,7 +170,7 @@ FUSED_RNN_INLINE void add_scaled(Vec<float> (*sums)[C], const Ints (&acc)[NB][R]
       const auto scale = load_as<Vec<float>>(panel + nb * distance + c * FUSED_RNN_VEC_BYTES);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        sums[nb + r][c] += __builtin_convertvector(acc[nb][r][c], Vec<float>) * (scale * scales[r].scale);
+        sums[nb + r][c] += __builtin_convertvector(acc[nb][r][c], Vec<float>) * (scale * scales[r]);
       }
     }
   }
@@ -224,16 +179,11 @@ FUSED_RNN_INLINE void add_scaled(Vec<float> (*sums)[C], const Ints (&acc)[NB][R]
 // Products of 16-bit integers, two at a time.
 struct Pairs {
   static constexpr int kGroup = 2, kOffsets = 0;
-  static constexpr int64_t kRowBytes = kDepth8 * 2;
   template <int C>
   static constexpr int kSlots = kRowBlocks<C> < 8 ? kRowBlocks<C> : 8;
 
-  static FUSED_RNN_INLINE void store_integers(int8_t* row, int64_t k, const Ints& integers) {
-    store_as(row + 2 * k, __builtin_convertvector(integers, HalfShorts));
-  }
-
   template <int NB, int R, int C>
-  static __attribute__((noinline)) void tile(Vec<float> (*sums)[C], const int8_t* const* rows, const RowScale* scales,
+  static __attribute__((noinline)) void tile(Vec<float> (*sums)[C], const int8_t* const* rows, const float* scales,
                                              const char* panel, int64_t chunk, int64_t distance, int64_t depth) {
     Ints acc[NB][R][C] = {};
     const char* w = panel + chunk;
@@ -268,22 +218,15 @@ struct Pairs {
 };
 
 #if FUSED_RNN_VEC_BYTES == 64
-// Products of bytes, four at a time, with AVX-512 VNNI, whose first factor has no sign: a 16-bit integer, plus 2^15, is
-// two bytes, multiplied one by one. The panel of a chunk begins with 2^15 times the sums of its weights.
+// Products of bytes, four at a time, with AVX-512 VNNI, whose first factor has no sign: the two bytes of an integer
+// plus 2^15 are multiplied one by one. The panel of a chunk begins with 2^15 times the sums of its weights.
 struct Quads {
   static constexpr int kGroup = 4, kOffsets = 1;
-  static constexpr int64_t kRowBytes = kDepth8 * 2;  // first the high bytes, then the low ones
   template <int C>
   static constexpr int kSlots = kRowBlocks<C> / 2;
 
-  static FUSED_RNN_INLINE void store_integers(int8_t* row, int64_t k, const Ints& integers) {
-    const Ints positive = integers + 32768;
-    store_as(row + k, __builtin_convertvector(positive >> 8, QuarterBytes));
-    store_as(row + kDepth8 + k, __builtin_convertvector(positive, QuarterBytes));
-  }
-
   template <int NB, int R, int C>
-  static __attribute__((noinline)) void tile(Vec<float> (*sums)[C], const int8_t* const* rows, const RowScale* scales,
+  static __attribute__((noinline)) void tile(Vec<float> (*sums)[C], const int8_t* const* rows, const float* scales,
                                              const char* panel, int64_t chunk, int64_t distance, int64_t depth) {
     Ints acc[NB][R][C] = {}, low[NB][R][C] = {};
     const char* w = panel + chunk + C * FUSED_RNN_VEC_BYTES;
@@ -355,28 +298,21 @@ struct Int8Panels {
   }
 
   template <int C>
-  static void multiply(Vec<float> (*sums)[C], const Part& part, const float* const* rows, const char* panels,
+  static void multiply(Vec<float> (*sums)[C], const Part& part, const RoundedRows& rows, const char* panels,
                        int64_t K) {
     const int64_t distance = panel_bytes<C>(K);
     const char* const panel = panels + part.block * distance;
     const bool of_rows = part.blocks == 1;
-    RowScale scales[kChunk];
-    for (int r = 0; r < part.rows; ++r) scales[r].measure(rows[r], K);
-    alignas(64) int8_t integers[kChunk][Step::kRowBytes];
-    const int8_t* integer_rows[kChunk];
-    for (int r = 0; r < part.rows; ++r) integer_rows[r] = integers[r];
+    float scales[kChunk];
+    for (int r = 0; r < part.rows; ++r) scales[r] = rows.scale(part.row + r);
     int64_t chunk = C * FUSED_RNN_VEC_BYTES;
     for (int64_t begin = 0; begin < K; begin += kDepth8, chunk += chunk_bytes<C>(kDepth8)) {
-      const int64_t depth = least(kDepth8, K - begin);
-      for (int r = 0; r < part.rows; ++r) {
-        each_lanes<float>(depth, [&](int64_t k, int64_t n) {
-          Step::store_integers(integers[r], k, scales[r].integers(load(rows[r] + begin + k, n)));
-        });
-      }
+      const int8_t* integers[kChunk];
+      for (int r = 0; r < part.rows; ++r) integers[r] = rows.integers(part.row + r, begin);
       each_tile<Step::template kSlots<C>>(part, [&](int first, int n) {
         const int row = of_rows ? first : 0;
-        run_tile<Step, C>(n, of_rows, sums + first, integer_rows + row, scales + row,
-                          of_rows ? panel : panel + first * distance, chunk, distance, depth);
+        run_tile<Step, C>(n, of_rows, sums + first, integers + row, scales + row,
+                          of_rows ? panel : panel + first * distance, chunk, distance, least(kDepth8, K - begin));
       });
     }
   }
@@ -384,7 +320,8 @@ struct Int8Panels {
 
 // The better of the two on this machine.
 struct Int8 {
-  static constexpr bool kNarrow = true;
+  using Rows = RoundedRows;
+  static constexpr bool kNarrow = true, kRoundsRows = true;
 
   template <int G>
   static int64_t panel_bytes(int64_t K) {
@@ -395,7 +332,7 @@ struct Int8 {
     with([&](auto panels) { panels.template pack<G>(panel, m, unit); });
   }
   template <int G>
-  static void multiply(Sums<float, G * kUnitVectors<G>>& sums, const Part& part, const float* const* rows,
+  static void multiply(Sums<float, G * kUnitVectors<G>>& sums, const Part& part, const float* const*, const Rows& rows,
                        const char* panels, int64_t K) {
     with([&](auto format) { format.template multiply<G * kUnitVectors<G>>(sums, part, rows, panels, K); });
   }
@@ -404,7 +341,7 @@ struct Int8 {
   template <class F>
   static FUSED_RNN_INLINE auto with(const F& f) {
 #if FUSED_RNN_VEC_BYTES == 64
-    if (__builtin_cpu_supports("avx512vnni")) return f(Int8Panels<Quads>());
+    if (has_vnni()) return f(Int8Panels<Quads>());
 #endif
     return f(Int8Panels<Pairs>());
   }

@@ -4,7 +4,8 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <list>
+#include <iterator>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -27,7 +28,8 @@ FrozenHeader checked_header(const void* bytes, int64_t size) {
   FrozenHeader h;
   if (size < static_cast<int64_t>(sizeof(h))) damaged("is cut off: it has " + std::to_string(size) + " bytes");
   std::memcpy(&h, bytes, sizeof(h));
-  if (std::memcmp(h.magic, FrozenHeader::kMagic, sizeof(h.magic)) != 0) damaged("is none: it begins otherwise");
+  if (std::memcmp(h.magic, FrozenHeader::kMagic, sizeof(h.magic)) != 0)
+    damaged("does not begin as one: another kind of file, or one that was transferred as text");
   if (h.version != FrozenHeader::kVersion) {
     damaged("has version " + std::to_string(h.version) + " of the format; this library reads version " +
             std::to_string(FrozenHeader::kVersion));
@@ -37,13 +39,16 @@ FrozenHeader checked_header(const void* bytes, int64_t size) {
   }
   if (frozen_checksum(bytes, size) != h.checksum) damaged("is damaged: its checksum is another");
   const bool known = h.cell < kCellCount && h.weights >= static_cast<uint32_t>(WeightFormat::kFloat32) &&
-                     h.weights <= static_cast<uint32_t>(WeightFormat::kInt8) &&
-                     h.flags <= (FrozenHeader::kBias | FrozenHeader::kBidirectional);
+                     h.weights <= static_cast<uint32_t>(WeightFormat::kInt8) && h.flags < 2 * FrozenHeader::kCell;
   if (!known) damaged("has a cell, weights or flags that this library does not know");
   for (const uint64_t n : {h.layers, h.input_size, h.hidden_size, h.proj_size + 1}) {
     if (n < 1 || n > kMost) damaged("has an impossible size: " + std::to_string(n));
   }
   if (h.proj_size > 0 && static_cast<CellKind>(h.cell) != CellKind::kLstm) damaged("has a projection, and no LSTM");
+  const uint32_t of_layers = FrozenHeader::kBidirectional | FrozenHeader::kBatchFirst;
+  if (h.flags & FrozenHeader::kCell && (h.layers > 1 || h.proj_size > 0 || h.flags & of_layers)) {
+    damaged("is a cell with options of a layer");
+  }
   return h;
 }
 
@@ -144,35 +149,55 @@ LayerShape FrozenModel::shape(int64_t layer) const {
   return s;
 }
 
-std::shared_ptr<const FrozenModel> frozen_model(const void* bytes, int64_t size) {
-  constexpr size_t kKept = 64;
+namespace {
+
+// The models that live, by their header and the size of their bytes, which need not be what the header says.
+struct Known {
+  struct Key {
+    char bytes[sizeof(FrozenHeader) + sizeof(int64_t)];
+    bool operator<(const Key& other) const { return std::memcmp(bytes, other.bytes, sizeof(bytes)) < 0; }
+  };
   struct Entry {
-    char header[sizeof(FrozenHeader)];
-    int64_t size;  // of the bytes, which need not be what the header says
-    std::shared_ptr<const FrozenModel> model;
+    std::weak_ptr<const FrozenModel> model;
+    std::shared_ptr<const FrozenModel> kept;  // null if others hold it
+    int64_t last_call;
   };
-  static auto& kept = *new std::list<Entry>;  // never destroyed: threads may run until the end. The last used first
-  static auto& mutex = *new std::mutex;
-  const auto find = [&]() -> std::shared_ptr<const FrozenModel> {
-    for (auto entry = kept.begin(); entry != kept.end(); ++entry) {
-      if (entry->size != size || std::memcmp(entry->header, bytes, sizeof(FrozenHeader)) != 0) continue;
-      kept.splice(kept.begin(), kept, entry);
-      return entry->model;
+  std::mutex mutex;
+  std::map<Key, Entry> entries;
+  int64_t calls = 0;  // with `keep`
+
+  // Null if it is not there.
+  std::shared_ptr<const FrozenModel> find(const Key& key, bool keep) {
+    calls += keep;
+    const auto found = entries.find(key);
+    if (found == entries.end()) return nullptr;
+    if (keep) found->second.last_call = calls;
+    return found->second.model.lock();
+  }
+  void add(const Key& key, const std::shared_ptr<const FrozenModel>& model, bool keep) {
+    for (auto entry = entries.begin(); entry != entries.end();) {
+      if (entry->second.kept && calls - entry->second.last_call > kKeptCalls) entry->second.kept = nullptr;
+      entry = entry->second.model.expired() ? entries.erase(entry) : std::next(entry);
     }
-    return nullptr;
-  };
+    entries[key] = {model, keep ? model : nullptr, calls};
+  }
+};
+
+}  // namespace
+
+std::shared_ptr<const FrozenModel> frozen_model(const void* bytes, int64_t size, bool keep) {
+  static auto& known = *new Known;  // never destroyed: threads may run until the end
+  Known::Key key{};
   if (size >= static_cast<int64_t>(sizeof(FrozenHeader))) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (auto found = find()) return found;
+    std::memcpy(key.bytes, bytes, sizeof(FrozenHeader));
+    std::memcpy(key.bytes + sizeof(FrozenHeader), &size, sizeof(size));
+    const std::lock_guard<std::mutex> lock(known.mutex);
+    if (auto found = known.find(key, keep)) return found;
   }
   auto model = std::make_shared<const FrozenModel>(bytes, size);  // throws where there is no header
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (auto found = find()) return found;  // another thread's
-  Entry& entry = kept.emplace_front();
-  std::memcpy(entry.header, bytes, sizeof(entry.header));
-  entry.size = size;
-  entry.model = model;
-  if (kept.size() > kKept) kept.pop_back();
+  const std::lock_guard<std::mutex> lock(known.mutex);
+  if (auto found = known.find(key, keep)) return found;  // another thread's
+  known.add(key, model, keep);
   return model;
 }
 

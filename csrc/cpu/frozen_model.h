@@ -18,6 +18,7 @@ namespace cpu {
 struct FrozenHeader {
   static constexpr char kMagic[8] = {'f', 'r', 'n', 'n', '\r', '\n', 0x1a, '\n'};  // a transfer as text damages it
   static constexpr uint32_t kVersion = 1, kBias = 1, kBidirectional = 2;
+  static constexpr uint32_t kBatchFirst = 4, kCell = 8;  // what Python makes of the model: nothing here looks at them
 
   char magic[8];
   uint32_t version, flags;
@@ -58,9 +59,12 @@ class FUSED_RNN_EXPORT FrozenModel {
   std::vector<std::unique_ptr<char, Free>> memory_;
 };
 
-// The model of these bytes. Those in use last are kept by their header, checksum included, so that to ask again for the
-// same bytes costs little; copies of a module and its streams share one model.
-FUSED_RNN_EXPORT std::shared_ptr<const FrozenModel> frozen_model(const void* bytes, int64_t size);
+// The model of these bytes. While it lives it is found by its header, checksum included, so that to ask again for the
+// same bytes costs little; copies of a module and its streams share one model. A module holds its model, and frees it.
+// The operator may have a caller that holds none, an exported program: with `keep`, such a model is kept until so many
+// calls with `keep` have passed without one for it, and another model comes.
+constexpr int64_t kKeptCalls = 1 << 16;
+FUSED_RNN_EXPORT std::shared_ptr<const FrozenModel> frozen_model(const void* bytes, int64_t size, bool keep = false);
 
 }  // namespace cpu
 }  // namespace fused_rnn

@@ -4,16 +4,27 @@
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 
 namespace fused_rnn {
 namespace cpu {
+
+namespace {
+
+void require(const char* name, int64_t number, int64_t most) {
+  if (number >= 1 && number <= most) return;
+  throw std::runtime_error("fused_rnn: expected " + std::string(name) + " to be between 1 and " + std::to_string(most) +
+                           ", got " + std::to_string(number));
+}
+
+}  // namespace
 
 Stream::Stream(std::shared_ptr<const FrozenModel> model, int64_t batch, int64_t threads)
     : model_(std::move(model)), batch_(batch), threads_(threads), workspace_(nullptr, [](char* p) { std::free(p); }) {
   const FrozenModel& m = *model_;
   if (m.directions != 1) throw std::runtime_error("fused_rnn: a bidirectional model has no streams");
-  if (batch < 1 || batch > INT32_MAX) throw std::runtime_error("fused_rnn: batch must be at least 1");
-  if (threads < 1) throw std::runtime_error("fused_rnn: threads must be at least 1");
+  require("batch", batch, INT32_MAX);
+  require("threads", threads, 1024);
   h_.resize(m.layers * batch * m.state_size);
   c_.resize(m.has_c ? m.layers * batch * m.hidden_size : 0);
   for (int i = 0; i < std::min<int64_t>(m.layers - 1, 2); ++i) between_[i].resize(kSteps * batch * m.state_size);

@@ -14,7 +14,7 @@ namespace cpu {
 
 class FUSED_RNN_EXPORT Stream {
  public:
-  // Throws std::runtime_error if the model is bidirectional, batch or threads are below 1, or memory is lacking.
+  // Throws std::runtime_error if the model is bidirectional, batch or threads are out of range, or memory is lacking.
   Stream(std::shared_ptr<const FrozenModel> model, int64_t batch, int64_t threads);
 
   // x: [steps, B, I], y: [steps, B, P] out; they must not overlap.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -203,6 +205,15 @@ def test_what_cannot_be_frozen(module: Any, reason: str) -> None:
         fused_rnn.freeze(module())
 
 
+def test_wrong_shapes_are_named() -> None:
+    module = nn.LSTM(3, 5, proj_size=2)
+    module.weight_hr_l0 = nn.Parameter(torch.zeros(5, 2))  # as many numbers
+    with pytest.raises(ValueError, match=r"weight_hr_l0 to be float32 on the CPU, \[2, 5\] and not empty, got .*5, 2"):
+        fused_rnn.freeze(module)
+    with pytest.raises(ValueError, match=r"weight_ih_l0 to be .* \[15, 0\] and not empty"):
+        fused_rnn.freeze(nn.GRU(0, 5))
+
+
 def test_wrong_arguments_of_freeze() -> None:
     with pytest.raises(ValueError, match=r"weights to be one of 'float32', 'bfloat16', 'int8', got 'int4'"):
         fused_rnn.freeze(nn.GRU(3, 5), "int4")
@@ -225,7 +236,6 @@ def test_wrong_arguments_of_freeze() -> None:
         (lambda f: f(torch.randn(2, 1, 3), torch.randn(1, 2, 5)), RuntimeError, "Expected hidden size"),
         (lambda f: f(torch.randn(0, 1, 3)), RuntimeError, "sequence length to be larger than 0"),
         (lambda f: f(torch.randn(2, 1, 3, device="meta")), Exception, "device"),
-        (lambda f: f.train(), RuntimeError, "cannot be trained"),
         (lambda f: f(torch.randn(2, 1, 3), lengths=torch.tensor([3])), ValueError, "between 0 and 2"),
         (lambda f: f("x"), TypeError, "expected input to be a Tensor"),
     ],
@@ -242,6 +252,111 @@ def test_there_is_no_gradient() -> None:
             frozen(torch.randn(2, 1, 3, requires_grad=True))
         assert not frozen(torch.randn(2, 1, 3))[0].requires_grad
     assert list(frozen.parameters()) == []
+
+
+def test_a_model_with_a_frozen_part_can_be_trained() -> None:
+    """train() leaves the frozen part as it is, and the rest learns."""
+    model = nn.ModuleDict({"first": nn.Dropout(), "rnn": fused_rnn.freeze(nn.GRU(3, 5)), "head": nn.Linear(5, 2)})
+    assert model.train() is model
+    assert model.training and model["first"].training and model["head"].training and not model["rnn"].training
+    before = copy.deepcopy(model["rnn"].state_dict())
+    with torch.enable_grad():
+        model["head"](model["rnn"](torch.randn(4, 2, 3))[0]).sum().backward()
+    assert model["head"].weight.grad is not None
+    assert all(torch.equal(value, before[name]) for name, value in model["rnn"].state_dict().items())
+    assert fused_rnn.freeze(nn.GRU(3, 5)).train().training is False
+
+
+def test_negated_and_conjugated_views() -> None:
+    """Whose memory holds the negatives of their numbers."""
+    module, z = nn.GRU(3, 5), torch.randn(4, 2, 3, dtype=torch.complex64)
+    h0 = torch.randn(1, 2, 5, dtype=torch.complex64)
+    frozen = fused_rnn.freeze(module)
+    assert z.conj().imag.is_neg()
+    assert_equal(frozen(z.conj().imag, h0.conj().imag), frozen(-z.imag, -h0.imag))
+    negated = copy.deepcopy(module)
+    for name, parameter in module.named_parameters():
+        setattr(negated, name, nn.Parameter(torch._neg_view(-parameter.detach())))
+    assert negated.bias_ih_l0.is_neg()
+    for weights in FORMATS:
+        assert_equal(fused_rnn.freeze(negated, weights)(z.imag), fused_rnn.freeze(module, weights)(z.imag))
+    state = {name: torch._neg_view(-value) for name, value in frozen.state_dict().items()}
+    other = fused_rnn.freeze(nn.GRU(3, 5))
+    other.load_state_dict(state)
+    assert_equal(other(z.imag), frozen(z.imag))
+
+
+@pytest.mark.parametrize("batch", [1, 5, 30])
+def test_int8_sums_of_more_than_512_products(batch: int) -> None:
+    """Which are made in parts: an integer holds no more."""
+    module, x = nn.LSTM(1100, 530, proj_size=515), torch.randn(2, batch, 1100)
+    largest = torch.full_like(x, 3.0)  # all products at their largest, of one sign
+    module.weight_ih_l0.data[:5] = 0.01
+    frozen, expected = fused_rnn.freeze(module, "int8"), rounded(module, "int8")
+    for given in (x, largest):
+        for a, b in zip(tensors(frozen(given)), tensors(expected(given)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
+
+
+# Memory
+
+
+def resident() -> int:
+    """Bytes of memory that this process occupies."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc/self/statm, of Linux")
+
+
+@needs_proc
+def test_memory_is_freed_with_the_module() -> None:
+    """And with its copies, streams, and the weights that load_state_dict replaced: 17 MB packed each."""
+    module = nn.LSTM(1024, 1024)
+    module(torch.zeros(1, 1, 1024))
+    before = resident()
+    for _ in range(6):
+        module.weight_ih_l0.data += 1
+        frozen = fused_rnn.freeze(module, "bfloat16")
+        other = copy.deepcopy(frozen)
+        stream = other.stream()
+        stream(torch.zeros(1024))
+        state = {name: value + 1 for name, value in frozen.state_dict().items()}
+        frozen.load_state_dict(state)
+        frozen(torch.zeros(1, 1, 1024))
+        del frozen, other, stream, state
+    gc.collect()
+    assert resident() - before < 25e6
+
+
+def test_copies_share_what_was_packed() -> None:
+    frozen = fused_rnn.freeze(nn.GRU(3, 5))
+    for other in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        assert other._packed[0] is frozen._packed[0]
+
+
+def test_as_many_models_as_one_likes() -> None:
+    """None is packed anew because of the others."""
+    models = [fused_rnn.freeze(nn.GRU(3, 5)) for _ in range(150)]
+    packed = [model._packed[0] for model in models]
+    for model, its_own in zip(models, packed, strict=True):
+        assert model(torch.ones(1, 1, 3))[0].isfinite().all()
+        assert copy.deepcopy(model)._packed[0] is its_own
+    assert len(set(map(id, packed))) == len(models)
+
+
+@needs_proc
+def test_a_program_without_a_module_keeps_its_model() -> None:
+    """An exported program has the bytes alone: the operator packs them once, not at every call."""
+    frozen, x = fused_rnn.freeze(nn.LSTM(1024, 1024)), torch.randn(1, 1, 1024)
+    model, sizes, expected = frozen._model.clone(), frozen._sizes, frozen(x)[0]
+    del frozen
+    gc.collect()
+    before = resident()
+    for _ in range(3):
+        assert_equal(torch.ops.fused_rnn.frozen(model, *sizes, x)[0], expected)
+        assert 25e6 < resident() - before < 60e6  # 34 MB packed
 
 
 # Copies

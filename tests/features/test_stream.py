@@ -160,9 +160,49 @@ def test_out_must_not_overlap() -> None:
 def test_wrong_streams() -> None:
     with pytest.raises(RuntimeError, match="bidirectional model has no streams"):
         fused_rnn.freeze(nn.GRU(I, H, bidirectional=True)).stream()
-    for numbers in ({"batch": 0}, {"threads": 0}):
-        with pytest.raises(RuntimeError, match="must be at least 1"):
+    for numbers, message in (
+        ({"batch": 0}, "expected batch to be between 1 and 2147483647, got 0"),
+        ({"batch": 2**31}, "expected batch to be between 1 and 2147483647, got 2147483648"),
+        ({"threads": 0}, "expected threads to be between 1 and 1024, got 0"),
+        ({"threads": 1025}, "expected threads to be between 1 and 1024, got 1025"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
             fused_rnn.freeze(nn.GRU(I, H)).stream(**numbers)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_stream_follows_its_module(weights: str) -> None:
+    """After load_state_dict it goes on from its state with the new weights."""
+    first, second = (fused_rnn.freeze(nn.LSTM(I, H, 2), weights) for _ in range(2))
+    x = torch.randn(T, 3, I)
+    stream = first.stream(3)
+    stream.chunk(x[:10])
+    state = stream.state
+    first.load_state_dict(second.state_dict())
+    assert_equal(stream.state, state)
+    y, after = second(x[10:], state)
+    assert_equal(stream.chunk(x[10:]), y)
+    assert_equal(stream.state, after)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        first.load_state_dict({})
+    stream.state = state
+    assert_equal(stream.chunk(x[10:]), y)
+
+
+def test_negated_views() -> None:
+    stream = fused_rnn.freeze(nn.GRU(1, 1)).stream()
+    negated = torch.ones(1, dtype=torch.complex64).mul(1j).conj().imag
+    assert negated.is_neg()
+    for x, out in ((negated, torch.empty(1)), (torch.ones(1), negated)):
+        with pytest.raises(RuntimeError, match=r"must not be a negated view: call resolve_neg\(\)"):
+            stream(x, out=out)
+    stream.state = negated.view(1, 1, 1)
+    assert_equal(stream.state, torch.full((1, 1, 1), -1.0))
+    wide = fused_rnn.freeze(nn.GRU(I, H)).stream()
+    with pytest.raises(RuntimeError, match="x must be contiguous"):
+        wide(torch.randn(I, dtype=torch.complex64).conj().imag)
+    with pytest.raises(RuntimeError, match="x must be float32"):
+        wide(torch.randn(I, dtype=torch.complex64).conj())
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
@@ -273,7 +313,7 @@ steps = torch.stack([stream(x_t) for x_t in x])
 stream.reset([True, False])
 frozen.save(sys.argv[1])
 h, c = stream.state
-print(torch.equal(steps, frozen(x)[0].detach()), h[0, 0].any().item(), h[0, 1].any().item())
+print(torch.equal(steps, fused_rnn.load_frozen(sys.argv[1])(x)[0].detach()), h[0, 0].any().item(), h[0, 1].any().item())
 """
 
 

@@ -46,7 +46,7 @@ def includes(path: Path) -> list[str]:
 PYTHON = [
     {"_C", "options", "spec", "tally", "launch"},
     {"reference", "cell_info", "input_gates", "stream"},
-    {"constructor", "cuda"},
+    {"constructor", "cuda", "frozen_file"},
     {"policy", "operators"},
     {"autocast", "layers", "fakes", "lowering"},
     {"call", "compiled", "patch", "planning"},
