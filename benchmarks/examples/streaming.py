@@ -9,6 +9,8 @@ percentiles of the latency, and a picture of them. One thread; a frame is a nump
 """
 
 import argparse
+import csv
+import sys
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+sys.path.append(str(Path(__file__).parents[1]))
+
 import fused_rnn
+from harness.machine import describe_machine
 
 RATE, FRAME = 16_000, 160  # samples in a second, and in the 10 ms of a frame
 WINDOW, BANDS, HIDDEN = 2 * FRAME, 40, 64
@@ -153,7 +158,7 @@ def main() -> None:
     parser.add_argument("--wav", type=Path, help=f"a recording, 16-bit mono at {RATE} Hz")
     parser.add_argument("--steps", type=int, default=100, help="of training")
     parser.add_argument("--frames", type=int, default=100_000, help="to stream in each format")
-    parser.add_argument("--picture", type=Path, help="where to write the picture of latencies")
+    parser.add_argument("--picture", type=Path, help="where to write the picture of latencies; a CSV goes beside it")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -161,7 +166,8 @@ def main() -> None:
     model = VoiceActivity()
     train(model, options.steps, console)
     x, labels = batch(torch.Generator().manual_seed(1))
-    table = Table("weights", "right", "as float32", *(f"p{p:g} us" for p in PERCENTILES), "real-time factor")
+    columns = ["weights", "right", "as float32", *(f"p{p:g} us" for p in PERCENTILES), "real-time factor"]
+    rows: list[list[str]] = []
     seconds, decisions = {}, {}
     with torch.no_grad():
         for weights in FORMATS:
@@ -171,14 +177,22 @@ def main() -> None:
             same = (decisions[weights] == decisions["float32"]).float().mean().item()
             percentiles = [f"{numpy.percentile(seconds[weights], p) * 1e6:.2f}" for p in PERCENTILES]
             factor = seconds[weights].mean() * RATE / FRAME
-            table.add_row(weights, f"{right:.2%}", f"{same:.2%}", *percentiles, f"{factor:.5f}")
+            rows.append([weights, f"{right:.2%}", f"{same:.2%}", *percentiles, f"{factor:.5f}"])
+        table = Table(*columns)
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
         if options.wav:
             speech = fused_rnn.freeze(model, "int8")(features(recording(options.wav)).unsqueeze(1)).squeeze(1) > 0
             console.print("speech:", ", ".join(f"{start:.2f}-{end:.2f} s" for start, end in spans(speech)) or "none")
     if options.picture:
         draw(seconds, options.picture)
-        console.print(f"Written: {options.picture}")
+        machine, path = describe_machine(), options.picture.with_suffix(".csv")
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow([*columns, "frames", *machine])
+            writer.writerows([*row, options.frames, *machine.values()] for row in rows)
+        console.print(f"Written: {options.picture} and {path}", soft_wrap=True)
 
 
 if __name__ == "__main__":

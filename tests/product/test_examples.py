@@ -230,6 +230,10 @@ def test_the_stream_runs_alone(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     assert all(word in finished.stdout for word in ("float32", "bfloat16", "int8", "real-time", "speech:"))
     assert picture.read_bytes().startswith(b"\x89PNG")
+    with picture.with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["weights"] for row in rows] == ["float32", "bfloat16", "int8"]
+    assert all(0 < float(row["p50 us"]) <= float(row["p99.9 us"]) and row["frames"] == "50" for row in rows)
 
 
 def test_a_tour_runs_alone() -> None:
