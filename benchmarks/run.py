@@ -10,10 +10,10 @@
     python benchmarks/run.py --suite stream           frozen weights, one row, the next steps, against quantised ones
     python benchmarks/run.py --suite grid --shape 35,32,28,256,1 --cell gru --compare torch,onnxruntime
 
-Each suite prints a table and writes a CSV file and a picture of its name into benchmarks/results. The
-examples fail, with an exit status that is not 0, if the two libraries do not learn the same; the others
-fail with --check if fused_rnn is behind torch.nn beyond noise. With --quick, all of them give a first
-impression.
+Each suite prints a table and writes a CSV file and a picture of its name into the folder of the processor
+in benchmarks/results. The examples fail, with an exit status that is not 0, if the two libraries do not learn the
+same; the others fail with --check if fused_rnn is behind torch.nn beyond noise. With --quick, all of them give a
+first impression.
 
 Started like this, Python looks for modules in this folder and not in the project's, so
 `import fused_rnn` finds the installed package, which is the one to measure.
@@ -39,7 +39,7 @@ try:
 
     from harness import picture, report
     from harness.competitors import COMPETITORS, require_packages
-    from harness.machine import describe_machine
+    from harness.machine import describe_machine, results_folder
     from harness.measurement import Measurement, Row
     from harness.roofline import measure_ceilings
     from harness.shapes import named, parse_shape
@@ -53,7 +53,6 @@ SUITES = {each.SUITE.name: each.SUITE for each in (grid, cells, memory, rl, ragg
 EXAMPLES = "examples"
 EXAMPLES_OPTIONS = frozenset({"threads", "only"})
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-RESULTS = Path(__file__).parent / "results"
 WIDTH = 100  # columns, where there is no terminal
 CEILING_SECONDS, QUICK_CEILING_SECONDS = 0.5, 0.1
 BUSY = 0.5  # running processes in the last minute, before this run
@@ -106,9 +105,9 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=Path,
-        default=RESULTS,
+        default=results_folder(),
         metavar="DIR",
-        help="the folder for the CSV and the picture (default: benchmarks/results)",
+        help="the folder for the CSV and the picture (default: that of this processor, %(default)s)",
     )
     return parser
 
