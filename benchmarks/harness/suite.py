@@ -7,8 +7,10 @@ from itertools import product
 from harness.measurement import Measurement, Row
 from harness.roofline import Ceilings
 from harness.shapes import Shape
+from harness.timing import NORMAL, QUICK, Pace
 from harness.workload import CLASSES, MODES
 
+PATIENCE = 4  # times as many rounds for a row that seems behind
 OPTIONS = frozenset({"threads", "dtype", "cell", "mode", "only", "check", "shape"})
 
 
@@ -25,11 +27,17 @@ class Method:
         quick: for a first impression.
         competitors: besides torch.nn, names of `competitors.COMPETITORS`.
         ceilings: the machine's, by number of threads; empty if time is not measured.
+        patient: with more rounds, to measure a row a second time.
     """
 
     quick: bool
     competitors: Sequence[str]
     ceilings: Mapping[int, Ceilings]
+    patient: bool = False
+
+    def pace(self, usual: Pace = NORMAL) -> Pace:
+        pace = QUICK if self.quick else usual
+        return pace.times(PATIENCE) if self.patient else pace
 
 
 @dataclass(frozen=True)

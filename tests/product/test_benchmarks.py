@@ -71,6 +71,9 @@ def test_behind_torch_means_beyond_noise() -> None:
     assert not measured([8, 9, 9, 11, 11], [10] * 5).behind_torch  # median 0.9, upper quartile 1.1
     assert not measured([12] * 5, [10] * 5).behind_torch
     assert not measured([9] * 5, [10] * 5, resolution=2).behind_torch
+    barely = measured([9.8] * 5, [10] * 5)
+    assert barely.behind_torch and not barely.fails_check
+    assert measured([9.6] * 5, [10] * 5).fails_check
     assert measured([7] * 5, [10] * 5, resolution=2).behind_torch
 
 
@@ -214,7 +217,6 @@ def test_rows_are_all_combinations() -> None:
     ("arguments", "sentence"),
     [
         ("--cell gru", "--cell does not apply to --suite examples"),
-        ("--check", "--check does not apply to --suite examples"),
         ("--threads 1 2", "--suite examples takes one number of threads"),
         ("--only no_such", "no example is called no_such; there are hello_cell"),
         ("--suite grid --only no_such", "no row is called no_such; the rows are hello"),
@@ -285,17 +287,25 @@ def test_streams_are_compared_with_rounded_weights(tmp_path: Path) -> None:
         assert bool(row["floor"]) == ("float32" in row["row"])
 
 
-def test_check_fails_on_a_row_that_is_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow_in_training(row: Row, method: Method) -> Measurement:
-        ours = 2e-3 if row.mode == "training" else 5e-4
-        return measured([1e-3] * 5, [ours] * 5, row)
+def test_check_fails_on_a_row_that_is_behind_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference is behind at first only; the second time has more rounds."""
 
-    monkeypatch.setitem(run.SUITES, "grid", replace(grid.SUITE, measure=slow_in_training))
+    def measure(row: Row, method: Method) -> Measurement:
+        paces.append(method.pace())
+        slow = row.mode == "training" or (options == ["--check"] and not method.patient)
+        return measured([1e-3] * 5, [2e-3 if slow else 5e-4] * 5, row)
+
+    paces: list[timing.Pace] = []
+    monkeypatch.setitem(run.SUITES, "grid", replace(grid.SUITE, measure=measure))
     monkeypatch.setattr(run, "measure_ceilings", lambda dtype, threads, seconds: CEILINGS)
     arguments = ["--suite", "grid", "--only", "hello", "--cell", "gru", "--threads", "1", "--output", str(tmp_path)]
+    options: list[str] = []
     run.main(arguments)
+    options = ["--check"]
     with pytest.raises(SystemExit, match=r"behind torch\.nn on\nhello, gru, training, 1 thread$"):
-        run.main([*arguments, "--check"])
+        run.main([*arguments, *options])
+    usual, more = timing.NORMAL, timing.Pace(6.0, 20, 404)
+    assert paces == [usual, usual, usual, more, usual, more]
     assert [line["behind_torch"] for line in csv_lines(tmp_path / "grid.csv")] == ["False", "True"]
 
 
