@@ -70,13 +70,32 @@ class Quartiles:
 
 
 @dataclass(frozen=True)
+class Floor:
+    """The hardware's lower bound on the time of a row; see roofline.py.
+
+    Attributes:
+        operations, streamed: the least work of a call: operations, and bytes of weights from the caches.
+        flops, bandwidth: the machine's measured rates: operations and bytes per second.
+    """
+
+    operations: int
+    streamed: int
+    flops: float
+    bandwidth: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.operations / self.flops, self.streamed / self.bandwidth)
+
+
+@dataclass(frozen=True)
 class Measurement:
     """The samples of a row's sides.
 
     Attributes:
         unit: of the samples, "s" or "B".
         samples: by side, one value per round. Sample n of every side was taken in round n.
-        floor: the hardware's lower bound, in the same unit; None if it is unknown.
+        floor: the hardware's lower bound; None if it is unknown.
         notes: by side, the reason why it has no samples.
         of_torch: the sides that use torch.nn.
         resolution: smaller differences are within the error of the measuring method.
@@ -85,7 +104,7 @@ class Measurement:
     row: Row
     unit: str
     samples: dict[str, list[float]]
-    floor: float | None = None
+    floor: Floor | None = None
     notes: dict[str, str] = field(default_factory=dict)
     resolution: float = 0.0
     of_torch: Sequence[str] = (TORCH,)
@@ -105,7 +124,7 @@ class Measurement:
     def fraction_of_floor(self) -> float | None:
         """The floor over fused_rnn's time: 1 is the speed that the hardware allows."""
         ours = self.typical(FUSED)
-        return None if ours is None or self.floor is None else self.floor / ours
+        return None if ours is None or self.floor is None else self.floor.seconds / ours
 
     @property
     def behind_torch(self) -> bool:

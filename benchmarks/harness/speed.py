@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from harness.measurement import FUSED, TORCH, Measurement, Row
-from harness.roofline import floor_seconds
+from harness.roofline import floor
 from harness.suite import Method
 from harness.timing import NORMAL, Pace, sample_in_turns
 from harness.workload import dtype_of
@@ -66,7 +66,7 @@ def measure_time(
 
     brings_threads = any(side.startswith("onnxruntime") for side in calls) and row.threads > 1
     samples = sample_in_turns(calls, method.pace(), REST if brings_threads else 0)
-    return Measurement(row, "s", samples, floor=floor_seconds(row, method.ceilings[row.threads]), notes=notes)
+    return Measurement(row, "s", samples, floor=floor(row, method.ceilings[row.threads]), notes=notes)
 
 
 @dataclass(frozen=True)
