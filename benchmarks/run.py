@@ -8,6 +8,7 @@
     python benchmarks/run.py --suite ragged           sequences of many lengths, against packing them
     python benchmarks/run.py --suite variants         layer normalisation, zoneout, dropout, against loops over time
     python benchmarks/run.py --suite stream           frozen weights, one row, the next steps, against quantised ones
+    python benchmarks/run.py --suite programs         models of other libraries: pip install ".[programs]"
     python benchmarks/run.py --suite grid --shape 35,32,28,256,1 --cell gru --compare torch,onnxruntime
 
 Each suite prints a table and writes a CSV file and a picture of its name into the folder of the processor
@@ -49,11 +50,11 @@ try:
     from harness.shapes import named, parse_shape
     from harness.suite import Method, Suite
     from harness.workload import CLASSES, MODES
-    from suites import cells, grid, memory, ragged, rl, stream, training_examples, variants
+    from suites import cells, grid, memory, programs, ragged, rl, stream, training_examples, variants
 except ModuleNotFoundError as error:
     sys.exit(f'{error.name} is not installed: run pip install ".[bench]" in the project folder')
 
-SUITES = {each.SUITE.name: each.SUITE for each in (grid, cells, memory, rl, ragged, variants, stream)}
+SUITES = {each.SUITE.name: each.SUITE for each in (grid, cells, memory, rl, ragged, variants, stream, programs)}
 EXAMPLES = "examples"
 EXAMPLES_OPTIONS = frozenset({"threads", "only", "check"})
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -182,6 +183,8 @@ def run_suite(suite: Suite, options: argparse.Namespace, console: Console) -> li
     measurements = measure_rows(suite, rows, Method(options.quick, competitors, ceilings), options.check, console)
 
     report.print_table(measurements, console)
+    if not any(each.samples for each in measurements):
+        sys.exit(f"--suite {suite.name}: no row could be measured")
     report.print_means(measurements, suite.quantity, console)
     csv_path, png_path = (options.output / f"{suite.name}.{ending}" for ending in ("csv", "png"))
     report.write_csv(measurements, suite.name, machine, csv_path)
