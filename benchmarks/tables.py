@@ -59,7 +59,7 @@ def grid(results: Path) -> str:
 
 def summary(rows: Rows, threads: int, mode: str) -> list[str]:
     """The geometric means by cell and of all rows, and how many rows are behind torch.nn."""
-    rows = [row for row in rows if (row["threads"], row["mode"]) == (str(threads), mode)]
+    rows = under(rows, threads, mode)
     means = [
         geometric_mean(float(row["torch.nn ratio"]) for row in rows if row["cell"] in cells)
         for cells in (*CELLS.values(), ["rnn", "lstm", "gru"])
@@ -83,6 +83,40 @@ def tutorial(row: dict[str, str]) -> list[str]:
     return [row["example"], *losses, f"{float(row['largest_difference']):.0e}", *times, *ratios]
 
 
+def steps(results: Path) -> str:
+    """For each kind of loop over single steps the mean of its ratios, with the least and the greatest."""
+    loops = measured("cells", results)
+    kinds = list(product(("cell", "step"), (["lstm", "gru"], ["rnn"])))
+    lines = []
+    for device, rows in loops.items():
+        for call, cells in kinds:
+            name = ", ".join(f"`{c.upper()}{'Cell' if call == 'cell' else '.step'}`" for c in cells)
+            chosen = [row for row in rows if row["row"].endswith(call) and row["cell"] in cells]
+            lines.append([device, name, *(spread(chosen, *each) for each in CONDITIONS)])
+    return table(["processor", "a loop over", *(condition(*each) for each in CONDITIONS)], lines) + versions(loops)
+
+
+def spread(rows: Rows, threads: int, mode: str) -> str:
+    ratios = [float(row["torch.nn ratio"]) for row in under(rows, threads, mode)]
+    return f"{geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def programs(results: Path) -> str:
+    """A line for each program, with the ratio under each condition."""
+    suites = measured("programs", results)
+    lines = []
+    for device, rows in suites.items():
+        for name in dict.fromkeys(row["row"] for row in rows):
+            chosen = [row for row in rows if row["row"] == name]
+            ratios = [each["torch.nn ratio"] for pair in CONDITIONS for each in under(chosen, *pair)]
+            lines.append([device, name, *(f"{float(ratio):.2f}" if ratio else "-" for ratio in ratios)])
+    return table(["processor", "program", *(condition(*each) for each in CONDITIONS)], lines) + versions(suites)
+
+
+def under(rows: Rows, threads: int, mode: str) -> Rows:
+    return [row for row in rows if (row["threads"], row["mode"]) == (str(threads), mode)]
+
+
 def condition(threads: int, mode: str) -> str:
     return f"{mode}, {threads} thread{'s' if threads > 1 else ''}"
 
@@ -101,7 +135,7 @@ def versions(measurements: dict[str, Rows]) -> str:
     return f"\n\n({'; '.join(runs)}.)"
 
 
-TABLES = {"speed": speed, "grid": grid, "tutorials": tutorials}
+TABLES = {"speed": speed, "grid": grid, "tutorials": tutorials, "steps": steps, "programs": programs}
 
 
 def updated(text: str, results: Path = RESULTS) -> str:

@@ -44,6 +44,14 @@ def results(tmp_path: Path) -> Path:
         ]
         write(tmp_path / name / "grid.csv", [row | run for row in grid])
     write(tmp_path / "one" / "examples.csv", [EXAMPLE | run])
+    write(
+        tmp_path / "one" / "cells.csv",
+        [each | {"row": f"b1_h16 {call}"} | run for each in grid for call in ("cell", "step")],
+    )
+    write(
+        tmp_path / "one" / "programs.csv",
+        [each | {"row": "prog"} | run for each in grid if each["torch.nn ratio"] == 8],
+    )
     return tmp_path
 
 
@@ -62,6 +70,17 @@ def test_grid_shows_them_one_below_the_other(results: Path) -> None:
 
 def test_tutorials(results: Path) -> None:
     assert "| hello | 0.50000 | 0.25000 | 2e-07 | 3.00 | 1.50 | 2.00 | 4.00 |" in tables.tutorials(results)
+
+
+def test_steps_show_the_mean_and_the_range(results: Path) -> None:
+    lines = tables.steps(results).splitlines()
+    means = ("2.00 (0.50 to 8.00)", "2.00 (1.00 to 4.00)")
+    assert lines[2] == f"| CPU two | `LSTMCell`, `GRUCell` |{4 * f' {means[0]} |'}"
+    assert lines[5] == f"| CPU two | `RNN.step` |{4 * f' {means[1]} |'}"
+
+
+def test_programs(results: Path) -> None:
+    assert tables.programs(results).splitlines()[2] == "| CPU two | prog | 8.00 | 8.00 | 8.00 | 8.00 |"
 
 
 def test_only_tables_of_a_page_change(results: Path) -> None:
