@@ -2,13 +2,14 @@
 
     python benchmarks/tables.py
 
-Run this after new results: each processor has a folder in benchmarks/results, and a test compares the pages with them.
+Run this after new results, which need `--threads 1 2` on a machine of more cores: each processor has a folder in
+benchmarks/results, and a test compares the pages with them.
 A table stands between the comments `<!-- table NAME -->` and `<!-- end -->`; NAME is one of TABLES.
 """
 
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import geometric_mean
@@ -121,7 +122,7 @@ def condition(threads: int, mode: str) -> str:
     return f"{mode}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def table(headings: Sequence[str], lines: Iterator[list[str]] | list[list[str]]) -> str:
+def table(headings: Sequence[str], lines: Iterable[list[str]]) -> str:
     first, *others = (f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (headings, *lines))
     return "\n".join([first, "|---" * len(headings) + "|", *others])
 
