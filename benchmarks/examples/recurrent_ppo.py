@@ -28,7 +28,7 @@ from torch.distributions import Categorical
 sys.path.append(str(Path(__file__).parents[1]))
 
 import fused_rnn
-from harness.machine import describe_machine
+from harness.machine import describe_machine, results_folder
 from harness.timing import InterleavedTiming, time_interleaved
 
 BACKENDS = ("loop", "fused")
@@ -41,7 +41,6 @@ CLIP, VALUE_WEIGHT, ENTROPY_WEIGHT, MAX_GRADIENT_NORM = 0.2, 0.5, 0.01, 0.5  # t
 EPISODES = 100  # that the mean return is taken over, the last ones
 SAME_START = 1e-5  # limit on the difference of the first update's losses between the backends
 TIMED_UPDATES, WARM_UP = 9, 2
-RESULTS = Path(__file__).parents[1] / "results"
 PROGRESS = "{steps:8d} steps, {seconds:4.0f} s: return {mean_return:5.1f}; learner {learner_ms:.0f} ms per update"
 LEARNER_TIMES = "learner, per update: loop {loop_ms:.0f} ms, fused {fused_ms:.0f} ms, {speed_up:.1f} times as fast"
 
@@ -269,7 +268,8 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="fused")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; for layers this small one is best")
-    parser.add_argument("--output", type=Path, default=RESULTS / "recurrent_ppo.png", help="with a CSV file beside it")
+    default = results_folder() / "recurrent_ppo.png"
+    parser.add_argument("--output", type=Path, default=default, help="with a CSV file beside it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)

@@ -1,6 +1,7 @@
-"""The machine and the versions of a run."""
+"""The machine and the versions of a run, and the folder of its results."""
 
 import platform
+import re
 import subprocess
 from datetime import datetime
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 import torch
 
 import fused_rnn
+
+RESULTS = Path(__file__).parents[1] / "results"  # committed; a folder for each processor
+DECORATION = re.compile(r"\((?:R|TM)\)|\b(?:CPU|Processor|\d+-Core)\b|@.*")
 
 
 def describe_machine() -> dict[str, str]:
@@ -22,13 +26,20 @@ def describe_machine() -> dict[str, str]:
     }
 
 
-def cpu_name() -> str:
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists():
-        for line in cpu_info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def cpu_name(cpu_info: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's model without decoration: "Intel Xeon with AMX", "AMD EPYC".
+
+    AMX is named because virtual machines hide the model's number, and it decides which kernels run.
+    """
+    fields = dict(re.findall(r"^(model name|flags)\s*: (.*)$", cpu_info.read_text(), re.M)) if cpu_info.exists() else {}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    name = " ".join(DECORATION.sub(" ", name).split())
+    return f"{name} with AMX" if "amx_tile" in fields.get("flags", "") else name
+
+
+def results_folder() -> Path:
+    """The folder for the results of this machine's processor: benchmarks/results/intel-xeon-with-amx."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
 
 
 def git_commit() -> str:

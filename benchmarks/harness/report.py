@@ -6,7 +6,8 @@ can be put together. The picture is in picture.py.
 
 import csv
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from dataclasses import asdict
+from itertools import chain, groupby
 from pathlib import Path
 
 from rich import box
@@ -136,7 +137,7 @@ def print_means(measurements: Sequence[Measurement], quantity: str, console: Con
         style="dim",
     )
     if any(each.floor is not None for each in measurements):
-        console.print("% of floor: the least time this machine needs (see roofline.py) over ours.", style="dim")
+        console.print("% of floor: the least time at this machine's rates (see roofline.py) over ours.", style="dim")
 
 
 def two_digits(value: float | None) -> str:
@@ -148,7 +149,7 @@ def write_csv(measurements: Sequence[Measurement], suite: str, machine: dict[str
     competitors = competitors_of(measurements)
     lines = [csv_line(each, suite, competitors) | machine | {"threads": each.row.threads} for each in measurements]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=lines[0])
+        writer = csv.DictWriter(file, fieldnames=dict.fromkeys(chain.from_iterable(lines)))
         writer.writeheader()
         writer.writerows(lines)
 
@@ -177,9 +178,10 @@ def csv_line(measurement: Measurement, suite: str, competitors: Sequence[str]) -
         line[f"{name} ratio"] = ratio and ratio.median
         line[f"{name} ratio q1"] = ratio and ratio.lower
         line[f"{name} ratio q3"] = ratio and ratio.upper
+    if measurement.floor:
+        line |= asdict(measurement.floor) | {"floor": measurement.floor.seconds}
     return line | {
         "behind_torch": measurement.behind_torch,
-        "floor": measurement.floor,
         "fraction_of_floor": measurement.fraction_of_floor,
         "notes": "; ".join(f"{side}: {note}" for side, note in measurement.notes.items()),
     }

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from harness.measurement import FUSED, TORCH, Measurement, Row
-from harness.roofline import floor_seconds
+from harness.roofline import floor
 from harness.suite import Method
-from harness.timing import NORMAL, QUICK, Pace, sample_in_turns
+from harness.timing import NORMAL, Pace, sample_in_turns
 from harness.workload import dtype_of
 
 # Outputs lie between -1 and 1. Wrong weights or equations differ by tenths; a float32 LSTM of a hundred
@@ -65,9 +65,8 @@ def measure_time(
             notes[side] = f"differs from torch.nn by {difference:.1g}"
 
     brings_threads = any(side.startswith("onnxruntime") for side in calls) and row.threads > 1
-    pace = QUICK if method.quick else NORMAL
-    samples = sample_in_turns(calls, pace, REST if brings_threads else 0)
-    return Measurement(row, "s", samples, floor=floor_seconds(row, method.ceilings[row.threads]), notes=notes)
+    samples = sample_in_turns(calls, method.pace(), REST if brings_threads else 0)
+    return Measurement(row, "s", samples, floor=floor(row, method.ceilings[row.threads]), notes=notes)
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def measure_ways(row: Row, ways: Mapping[str, Way], method: Method, pace: Pace =
             if not difference <= TOLERANCES[dtype_of(row)]:
                 raise RuntimeError(f"{row}: {name} differs by {difference:.1g}")
     calls = {name: way.call for name, way in ways.items()}
-    samples = sample_in_turns(calls, QUICK if method.quick else pace, shuffled=True)
+    samples = sample_in_turns(calls, method.pace(pace), shuffled=True)
     return Measurement(row, "s", samples, of_torch=[name for name, way in ways.items() if way.of_torch])
 
 

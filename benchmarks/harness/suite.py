@@ -7,8 +7,10 @@ from itertools import product
 from harness.measurement import Measurement, Row
 from harness.roofline import Ceilings
 from harness.shapes import Shape
+from harness.timing import NORMAL, QUICK, Pace
 from harness.workload import CLASSES, MODES
 
+PATIENCE = 4  # times as many rounds for a row that seems behind
 OPTIONS = frozenset({"threads", "dtype", "cell", "mode", "only", "check", "shape"})
 
 
@@ -25,11 +27,17 @@ class Method:
         quick: for a first impression.
         competitors: besides torch.nn, names of `competitors.COMPETITORS`.
         ceilings: the machine's, by number of threads; empty if time is not measured.
+        patient: with more rounds, to measure a row a second time.
     """
 
     quick: bool
     competitors: Sequence[str]
     ceilings: Mapping[int, Ceilings]
+    patient: bool = False
+
+    def pace(self, usual: Pace = NORMAL) -> Pace:
+        pace = QUICK if self.quick else usual
+        return pace.times(PATIENCE) if self.patient else pace
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Suite:
         threads: the default numbers of threads, as a function of PyTorch's choice.
         calls: of fused_rnn; see Row.
         cells: the default cells.
+        takes: whether a combination of shape, call, cell, mode and threads is a row.
         refusal: why a shape cannot be measured, or None if it can.
         note: a remark that is printed before the run.
     """
@@ -57,6 +66,7 @@ class Suite:
     calls: Sequence[str] = ("module",)
     modes: Sequence[str] = MODES
     cells: Sequence[str] = tuple(CLASSES)
+    takes: Callable[[Row], bool] = lambda row: True
     refusal: Callable[[Shape], str | None] = lambda shape: None
     note: str = ""
 
@@ -68,10 +78,9 @@ class Suite:
         threads: Sequence[int],
         dtype: str,
     ) -> list[Row]:
-        """Every combination; the number of threads changes least often, because changing it is slow."""
+        """Every combination that is a row; the number of threads changes least often, because changing it is slow."""
         cells = [cell for cell in CLASSES if cell in cells]
         modes = [mode for mode in self.modes if mode in modes]
-        return [
-            Row(shape, call, cell, mode, count, dtype)
-            for count, mode, shape, call, cell in product(threads, modes, shapes, self.calls, cells)
-        ]
+        combinations = product(threads, modes, shapes, self.calls, cells)
+        rows = (Row(shape, call, cell, mode, count, dtype) for count, mode, shape, call, cell in combinations)
+        return [row for row in rows if self.takes(row)]

@@ -50,8 +50,13 @@ class InterleavedTiming:
     @property
     def speed_up(self) -> float:
         """The speed of the second side divided by that of the first."""
-        ratios = [first / second for first, second in zip(self.first.seconds, self.second.seconds, strict=True)]
-        return median(ratios[self.warm_up :])
+        return median(self.ratios)
+
+    @property
+    def ratios(self) -> list[float]:
+        """The first side's time over the second's, round by round."""
+        pairs = zip(self.first.seconds, self.second.seconds, strict=True)
+        return [first / second for first, second in pairs][self.warm_up :]
 
 
 def time_interleaved(
@@ -90,6 +95,9 @@ class Pace:
     budget: float
     least_rounds: int
     most_rounds: int = 101
+
+    def times(self, factor: int) -> "Pace":
+        return Pace(factor * self.budget, factor * self.least_rounds, factor * self.most_rounds)
 
 
 NORMAL = Pace(budget=1.5, least_rounds=5)

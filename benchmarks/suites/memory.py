@@ -14,7 +14,7 @@ from pathlib import Path
 from harness.measurement import FUSED, TORCH, Measurement, Row
 from harness.peak_memory import ALLOCATOR, RESOLUTION
 from harness.shapes import cpu_shapes
-from harness.suite import OPTIONS, Method, Suite
+from harness.suite import OPTIONS, PATIENCE, Method, Suite
 
 BENCHMARKS = Path(__file__).parents[1]
 ROUNDS = 3  # processes per side; the numbers hardly vary
@@ -22,7 +22,8 @@ ROUNDS = 3  # processes per side; the numbers hardly vary
 
 def measure(row: Row, method: Method) -> Measurement:
     samples: dict[str, list[float]] = {TORCH: [], FUSED: []}
-    for _ in range(1 if method.quick else ROUNDS):
+    rounds = (1 if method.quick else ROUNDS) * (PATIENCE if method.patient else 1)
+    for _ in range(rounds):
         for side, peaks in samples.items():
             try:
                 peaks.append(peak_bytes(side, row))

@@ -6,7 +6,6 @@ examples, which are part of our classes' docstrings, run with `nn` meaning fused
 
 from __future__ import annotations
 
-import csv
 import doctest
 import importlib
 import inspect
@@ -15,7 +14,6 @@ import re
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any
 
 import pytest
@@ -24,6 +22,7 @@ import torch._dynamo
 
 import fused_rnn
 import run
+import tables
 from fused_rnn import constructor, convert, functional, reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,38 +141,12 @@ def test_commands_of_pages_are_accepted() -> None:
         run.command_line().parse_args(shlex.split(command))  # exits on unknown options
 
 
-def results(suite: str) -> list[dict[str, str]]:
-    with (ROOT / "benchmarks" / "results" / f"{suite}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @needs_docs
-@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "performance.md"], ids=lambda page: page.name)
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("mode", ["inference", "training"])
-def test_the_speed_table_is_the_committed_result(page: Path, mode: str, threads: int) -> None:
-    rows = [row for row in results("grid") if row["mode"] == mode and row["threads"] == str(threads)]
-    ratios = [
-        geometric_mean([float(row["torch.nn ratio"]) for row in rows if row["cell"] in cells])
-        for cells in (["rnn"], ["lstm"], ["gru"], ["rnn", "lstm", "gru"])
-    ]
-    slower = sum(row["behind_torch"] == "True" for row in rows)
-    means = " | ".join(f"{ratio:.2f}" for ratio in ratios)
-    heading = f"{mode}, {threads} thread{'s' if threads > 1 else ''}"
-    assert f"| {heading} | {means} | {slower} of {len(rows)} |" in page.read_text()
-
-
-@needs_docs
-def test_the_table_of_tutorial_models_is_the_committed_result() -> None:
-    text = (DOCS / "performance.md").read_text()
-    rows = results("examples")
-    assert len(rows) >= 10
-    for row in rows:
-        losses = [f"{float(row[f'{side}_final_loss']):.5f}" for side in ("torch", "fused")]
-        times = [f"{float(row[f'{side}_ms_per_step']):.2f}" for side in ("torch", "fused")]
-        difference, ratio = float(row["largest_difference"]), float(row["speed_up"])
-        columns = [row["example"], *losses, f"{difference:.0e}", *times, f"{ratio:.2f}"]
-        assert f"| {' | '.join(columns)} |" in text
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_the_tables_of_pages_are_the_committed_results(page: Path) -> None:
+    text = page.read_text()
+    assert "<!-- table " in text
+    assert tables.updated(text) == text, "run python benchmarks/tables.py"
 
 
 @each_module

@@ -25,6 +25,7 @@ from examples import (
     SEED,
     TOUR_TOLERANCE,
     TOURS,
+    Agreement,
     Example,
     Tour,
     char_lm,
@@ -34,6 +35,7 @@ from examples import (
     seeded_model,
     tour_results,
 )
+from harness.examples_report import ExampleResult
 from harness.recurrent_part import forward_and_backward, recorded_calls
 from harness.timing import InterleavedTiming, TimedSide, time_interleaved
 from suites import training_examples
@@ -283,6 +285,27 @@ def test_the_run_fails_with_a_sentence_when_an_example_does_not_agree(
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit, match="do not agree on\nhello_rnn: the losses of the first"):
         run.main()
+
+
+def test_a_check_names_the_timings_that_are_behind_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recurrent layers are always behind, the training step only at first; the times are fake."""
+    trained = []
+
+    def train(example: Example, *_: object) -> ExampleResult:
+        trained.append(example.name)
+        timing = InterleavedTiming(
+            TimedSide([0.5], [9.0]), TimedSide([0.5], [10.0 if len(trained) == 1 else 5.0]), 0, 1
+        )
+        rnn = InterleavedTiming(TimedSide([], [9.0]), TimedSide([], [10.0]), 0, 1)
+        return ExampleResult(example.name, timing, rnn, Agreement(0.0, 0.0, 0.0, 1.0), "", "")
+
+    monkeypatch.setattr(training_examples, "train_on_both", train)
+    arguments = ["--only", "hello_rnn", "--output", str(tmp_path)]
+    run.main(arguments)
+    trained.clear()
+    with pytest.raises(SystemExit, match=r"^fused_rnn is behind torch\.nn on\nhello_rnn, its RNN alone$"):
+        run.main([*arguments, "--check"])
+    assert len(trained) == 1 + 4
 
 
 def test_a_missing_dependency_gives_one_sentence(tmp_path: Path) -> None:

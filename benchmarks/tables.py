@@ -1,0 +1,154 @@
+"""Writes the tables of committed results into README.md and docs/performance.md.
+
+    python benchmarks/tables.py
+
+Run this after new results, which need `--threads 1 2` on a machine of more cores: each processor has a folder in
+benchmarks/results, and a test compares the pages with them.
+A table stands between the comments `<!-- table NAME -->` and `<!-- end -->`; NAME is one of TABLES.
+"""
+
+import csv
+import re
+from collections.abc import Iterable, Sequence
+from itertools import product
+from pathlib import Path
+from statistics import geometric_mean
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+CELLS = {"RNN": ["rnn"], "LSTM": ["lstm"], "GRU": ["gru"]}
+CONDITIONS = list(product((1, 2), ("inference", "training")))  # threads and mode
+
+Rows = list[dict[str, str]]
+
+
+def measured(suite: str, results: Path) -> dict[str, Rows]:
+    """The rows of a suite by processor, for the processors on which it was measured."""
+    found = {}
+    for path in sorted(results.glob(f"*/{suite}.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        found[rows[0]["device"]] = rows
+    return found
+
+
+def speed(results: Path) -> str:
+    """README's table: the means by cell and the number of slower rows, side by side for the processors."""
+    grids = measured("grid", results)
+    headings = [heading for device in grids for heading in (f"{device}: RNN / LSTM / GRU", "slower")]
+    lines = []
+    for threads, mode in CONDITIONS:
+        cells = []
+        for rows in grids.values():
+            *means, _, slower = summary(rows, threads, mode)
+            cells += [" / ".join(means), slower]
+        lines.append([condition(threads, mode), *cells])
+    return table(["", *headings], lines) + versions(grids)
+
+
+def grid(results: Path) -> str:
+    """The same means, and those of all rows, one processor below the other."""
+    grids = measured("grid", results)
+    lines = [
+        [device, condition(threads, mode), *summary(rows, threads, mode)]
+        for device, rows in grids.items()
+        for threads, mode in CONDITIONS
+    ]
+    return table(["processor", "", *CELLS, "all", "slower"], lines) + versions(grids)
+
+
+def summary(rows: Rows, threads: int, mode: str) -> list[str]:
+    """The geometric means by cell and of all rows, and how many rows are behind torch.nn."""
+    rows = under(rows, threads, mode)
+    means = [
+        geometric_mean(float(row["torch.nn ratio"]) for row in rows if row["cell"] in cells)
+        for cells in (*CELLS.values(), ["rnn", "lstm", "gru"])
+    ]
+    slower = sum(row["behind_torch"] == "True" for row in rows)
+    return [*(f"{mean:.2f}" for mean in means), f"{slower} of {len(rows)}"]
+
+
+def tutorials(results: Path) -> str:
+    """A table of the trained examples for each processor."""
+    headings = ["example", "loss, torch.nn", "loss, fused_rnn", "largest difference", "ms per step, torch.nn"]
+    headings += ["ms per step, fused_rnn", "speed-up", "RNN alone"]
+    examples = measured("examples", results).items()
+    return "\n\n".join(table(headings, map(tutorial, rows)) + versions({device: rows}) for device, rows in examples)
+
+
+def tutorial(row: dict[str, str]) -> list[str]:
+    losses = [f"{float(row[f'{side}_final_loss']):.5f}" for side in ("torch", "fused")]
+    times = [f"{float(row[f'{side}_ms_per_step']):.2f}" for side in ("torch", "fused")]
+    ratios = [f"{float(row[name]):.2f}" if row.get(name) else "-" for name in ("speed_up", "rnn_speed_up")]
+    return [row["example"], *losses, f"{float(row['largest_difference']):.0e}", *times, *ratios]
+
+
+def steps(results: Path) -> str:
+    """For each kind of loop over single steps the mean of its ratios, with the least and the greatest."""
+    loops = measured("cells", results)
+    kinds = list(product(("cell", "step"), (["lstm", "gru"], ["rnn"])))
+    lines = []
+    for device, rows in loops.items():
+        for call, cells in kinds:
+            name = ", ".join(f"`{c.upper()}{'Cell' if call == 'cell' else '.step'}`" for c in cells)
+            chosen = [row for row in rows if row["row"].endswith(call) and row["cell"] in cells]
+            lines.append([device, name, *(spread(chosen, *each) for each in CONDITIONS)])
+    return table(["processor", "a loop over", *(condition(*each) for each in CONDITIONS)], lines) + versions(loops)
+
+
+def spread(rows: Rows, threads: int, mode: str) -> str:
+    ratios = [float(row["torch.nn ratio"]) for row in under(rows, threads, mode)]
+    return f"{geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def programs(results: Path) -> str:
+    """A line for each program, with the ratio under each condition."""
+    suites = measured("programs", results)
+    lines = []
+    for device, rows in suites.items():
+        for name in dict.fromkeys(row["row"] for row in rows):
+            chosen = [row for row in rows if row["row"] == name]
+            ratios = [each["torch.nn ratio"] for pair in CONDITIONS for each in under(chosen, *pair)]
+            lines.append([device, name, *(f"{float(ratio):.2f}" if ratio else "-" for ratio in ratios)])
+    return table(["processor", "program", *(condition(*each) for each in CONDITIONS)], lines) + versions(suites)
+
+
+def under(rows: Rows, threads: int, mode: str) -> Rows:
+    return [row for row in rows if (row["threads"], row["mode"]) == (str(threads), mode)]
+
+
+def condition(threads: int, mode: str) -> str:
+    return f"{mode}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def table(headings: Sequence[str], lines: Iterable[list[str]]) -> str:
+    first, *others = (f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (headings, *lines))
+    return "\n".join([first, "|---" * len(headings) + "|", *others])
+
+
+def versions(measurements: dict[str, Rows]) -> str:
+    """The line below a table: torch's version and the project's commit for each processor."""
+    runs = []
+    for device, rows in measurements.items():
+        commits = ", ".join(dict.fromkeys(row["git_commit"][:7] for row in rows))
+        runs.append(f"{device}: torch {rows[0]['torch_version']}, commit {commits}")
+    return f"\n\n({'; '.join(runs)}.)"
+
+
+TABLES = {"speed": speed, "grid": grid, "tutorials": tutorials, "steps": steps, "programs": programs}
+
+
+def updated(text: str, results: Path = RESULTS) -> str:
+    """A page's text with its tables of the present results."""
+    return re.sub(
+        r"(?<=<!-- table )(\w+) -->.*?(?=<!-- end -->)",
+        lambda found: f"{found[1]} -->\n\n{TABLES[found[1]](results)}\n\n",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(updated(page.read_text()))
