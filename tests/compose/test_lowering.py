@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_rnn
-from contract import CELL_MODULES, CELLS, MODULES, NAMES, SEQUENCE_MODULES, close, gradients, pair, tensors
+from contract import CELL_MODULES, CELLS, MODULES, NAMES, ONE_OF_EACH, SEQUENCE_MODULES, close, gradients, pair, tensors
 from test_compile import HIDDEN, INPUT
 
 pytestmark = [
@@ -86,7 +86,9 @@ def node_types(program: Any) -> list[str]:
 
 @pytest.mark.parametrize(
     ("key", "dynamic"),
-    [(key, False) for key in MODULES] + [(key, True) for key in ("rnn_relu", "lstm_proj", "gru_deep", "lstm_cell")],
+    [(key, False) for key in MODULES]
+    + [(key, True) for key in ("rnn_relu", "gru_deep", "lstm_cell")]
+    + [pytest.param("lstm_proj", True, marks=pytest.mark.slow("test_onnx_with_initial_states traces these loops"))],
 )
 def test_core_aten(key: str, dynamic: bool) -> None:
     """For a fixed number of steps unrolled, as torch.nn's own decomposition; for any number of steps a loop."""
@@ -121,7 +123,15 @@ def test_a_lowered_program_has_gradients(key: str, dynamic: bool) -> None:
     close(gradients(lowered, input), gradients(expected, input), grad=True)
 
 
-@pytest.mark.parametrize("key", MODULES)
+@pytest.mark.parametrize(
+    "key",
+    [
+        key
+        if key in ONE_OF_EACH
+        else pytest.param(key, marks=pytest.mark.slow("the next two tests export these options to ONNX"))
+        for key in MODULES
+    ],
+)
 def test_onnx_of_a_program(key: str) -> None:
     expected, actual = pair(key, sizes=(INPUT, HIDDEN))
     program = to_onnx(exported(actual.eval(), drawn(actual, *SIZES[0])))
@@ -192,19 +202,27 @@ OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("rnn_deep", "resets", {}),
     ("lstm", "resets lengths reset_state", {}),
     ("gru_deep", "resets lengths reset_state", {"layer_norm": True}),
-    ("lstm_deep", "resets", {"layer_norm": True, "zoneout": 0.2}),
+    ("lstm", "resets", {"layer_norm": True, "zoneout": 0.2}),
 ]
 
 
 @pytest.mark.parametrize(
     ("key", "names", "changes", "consumer"),
-    [(*row, "onnx") for row in OPTIONS] + [(*row, "loop") for row in OPTIONS[3:]] + [(*OPTIONS[4], "unrolled")],
+    [
+        *((*row, "onnx") for row in OPTIONS),
+        (*OPTIONS[3], "loop"),
+        pytest.param(*OPTIONS[4], "loop", marks=pytest.mark.slow("traces four loops, of which OPTIONS[5] has one")),
+        (*OPTIONS[5], "loop"),
+        (*OPTIONS[4], "unrolled"),
+    ],
+    ids=lambda value: " ".join(value) or "plain" if isinstance(value, dict) else value,
 )
 def test_options(key: str, names: str, changes: dict[str, Any], consumer: str) -> None:
     """Resets, lengths, learned states and regularised layers become a loop over time in every format."""
     name, options = MODULES[key]
     torch.manual_seed(0)
     module: Any = getattr(fused_rnn, name)(INPUT, HIDDEN, **options, **changes).eval()
+    module.requires_grad_(False)  # else the loop's backward pass is traced, too: test_a_lowered_program_has_gradients
     model = WithOptions(module, *names.split())
     rows = module.num_layers * (2 if module.bidirectional else 1)
 
@@ -272,7 +290,7 @@ for name in sys.argv[1:] or NAMES:
 
 def test_saved_programs_load_without_fused_rnn(tmp_path: Path) -> None:
     """Directly if exported from `patched` or to_torch(); with our classes after run_decompositions()."""
-    expected, actual = (module.eval() for module in pair("gru_deep", sizes=(INPUT, HIDDEN)))
+    expected, actual = (module.eval() for module in pair("gru", sizes=(INPUT, HIDDEN)))
     input = drawn(actual, *SIZES[0])
     torch.save(input, tmp_path / "input.pt")
     programs = {
@@ -290,6 +308,7 @@ def test_saved_programs_load_without_fused_rnn(tmp_path: Path) -> None:
         close(torch.load(tmp_path / f"{name}.pt"), expected(input))
 
 
+@pytest.mark.slow("starts two processes, for what the test above shows of `patched`")
 def test_a_program_of_run_loads_without_fused_rnn(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"""

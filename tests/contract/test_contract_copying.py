@@ -21,17 +21,11 @@ from contract import (
     gradients,
     one_of_each,
     pair,
+    saved_and_loaded,
     tensors,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def saved_and_loaded(module):
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 COPIES = {

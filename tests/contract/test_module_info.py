@@ -8,7 +8,6 @@ moves between devices.
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fused_rnn
-from contract import NAMES, close, tensors
+from contract import NAMES, close, saved_and_loaded, tensors
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs the package expecttest")
 
@@ -111,13 +110,6 @@ def test_repr(name: str) -> None:
     for sample in samples(name, torch.float32, True):
         ours, theirs = (built(library, name, sample, torch.float32, True) for library in (fused_rnn, nn))
         assert repr(ours) == str(ours) == repr(theirs)
-
-
-def saved_and_loaded(module: nn.Module) -> nn.Module:
-    with io.BytesIO() as file:
-        torch.save(module, file)
-        file.seek(0)
-        return torch.load(file, weights_only=False)
 
 
 def through_a_state_dict(module: nn.Module) -> nn.Module:

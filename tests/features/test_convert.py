@@ -26,6 +26,8 @@ from contract import (
     fused_calls,
     gradients,
     pair,
+    saved_and_loaded,
+    tensors,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,13 +43,6 @@ def make(library: Any, name: str) -> nn.Module:
 def same_parameters(a: nn.Module, b: nn.Module) -> bool:
     first, second = dict(a.named_parameters()), dict(b.named_parameters())
     return first.keys() == second.keys() and all(first[name] is second[name] for name in first)
-
-
-def saved_and_loaded(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -156,15 +151,11 @@ def test_parameters_are_shared_in_both_directions(name: str) -> None:
             next(changed.parameters()).mul_(2)
         for module in trio:
             close(module(*arguments(module)), plain(*arguments(plain)))
-        assert not torch.allclose(_first(fused(*arguments(fused))), _first(before))
-    _first(fused(*arguments(fused))).sum().backward()
+        assert not torch.allclose(tensors(fused(*arguments(fused)))[0], tensors(before)[0])
+    tensors(fused(*arguments(fused)))[0].sum().backward()
     assert all(p.grad is not None for p in plain.parameters())
     plain.zero_grad()
     assert all(p.grad is None for p in back.parameters())
-
-
-def _first(result: Any) -> Tensor:
-    return result if isinstance(result, Tensor) else result[0]
 
 
 @each_name

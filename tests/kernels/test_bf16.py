@@ -234,7 +234,7 @@ def parts_add_up() -> None:
 
 def is_accurate(cell: str) -> None:
     """Six products are as accurate as float32; three are to 16 bits, one is to 8."""
-    sizes = [(5, 3, 7, 20), (9, 33, 20, 96), (40, 1, 9, 33), (18, 18, 5, 34)]
+    sizes = [(5, 3, 7, 20), (3, 33, 20, 96), (40, 1, 9, 33), (6, 18, 5, 34)]
     for bidirectional in (False, True):
         for T, B, width, H in sizes:
             theirs, ours, exact = pair(cell, width, H, bidirectional=bidirectional)
@@ -255,7 +255,7 @@ def is_accurate(cell: str) -> None:
 
 def treats_special_values_as_torch(cell: str) -> None:
     """An infinity, a NaN or a huge number in the input, the state or a weight, in one row of many."""
-    T, B, width, H = 3, 19, 9, 34
+    T, B, width, H = 2, 19, 9, 34
     for value in (float("inf"), -float("inf"), float("nan"), 3.4e38, -3.4e38, 3e38, 1e-40, 1e-30):
         for place in ("x", "h", "w_ih", "w_hh"):
             theirs, ours, _ = pair(cell, width, H)
@@ -276,7 +276,7 @@ def rows_are_independent(cell: str) -> None:
     """Bit for bit, whatever else is in the batch, of deterministic layers."""
     torch.use_deterministic_algorithms(True)
     _, module, _ = pair(cell, 20, 40)
-    x = torch.randn(6, 50, 20)
+    x = torch.randn(2, 50, 20)
     for precision in ("highest", "high", "medium"):
         torch.set_float32_matmul_precision(precision)
         with torch.no_grad():

@@ -6,6 +6,7 @@ are numbered by section (A, B, ...) and clause (h03, x07).
 """
 
 import inspect
+import io
 import os
 import subprocess
 import sys
@@ -183,6 +184,14 @@ def close(actual, expected, grad=False):
         torch.testing.assert_close(a, e, rtol=rtol, atol=atol, equal_nan=True)
 
 
+def saved_and_loaded(module):
+    """The module that torch.load reads from what torch.save wrote of this one."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 def error_of(call, *args, **options):
     """(type, text) of the exception that the call must raise."""
     with pytest.raises(Exception) as caught:
@@ -236,9 +245,9 @@ def same_call_error(key, args, kind, text="", **changes):
 def fused_calls():
     """A list of the fused_rnn operators that ran in the block, filled at its end."""
     calls = []
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    with torch.autograd.profiler.profile() as profiler:  # starts sooner than torch.profiler's
         yield calls
-    names = (event.name for event in profiler.events())
+    names = (event.name for event in profiler.function_events)
     calls += [name for name in names if name.startswith("fused_rnn::")]
 
 
