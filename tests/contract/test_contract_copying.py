@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fused_rnn
 from contract import (
+    COPIES,
     MODULES,
     arguments,
     close,
@@ -21,18 +22,10 @@ from contract import (
     gradients,
     one_of_each,
     pair,
-    saved_and_loaded,
     tensors,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
-    "torch_save": saved_and_loaded,
-}
 
 
 @each_module

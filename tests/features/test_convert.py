@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import fused_rnn
 from contract import (
+    COPIES,
     MODULES,
     NAMES,
     arguments,
@@ -26,7 +27,6 @@ from contract import (
     fused_calls,
     gradients,
     pair,
-    saved_and_loaded,
     tensors,
 )
 
@@ -45,11 +45,6 @@ def same_parameters(a: nn.Module, b: nn.Module) -> bool:
     return first.keys() == second.keys() and all(first[name] is second[name] for name in first)
 
 
-COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
-    "torch.save": saved_and_loaded,
-}
 each_copy = pytest.mark.parametrize("way", COPIES)
 
 

@@ -5,9 +5,11 @@ and requires the same results, gradients and errors. MODULES names the variants 
 are numbered by section (A, B, ...) and clause (h03, x07).
 """
 
+import copy
 import inspect
 import io
 import os
+import pickle
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext, suppress
@@ -190,6 +192,13 @@ def saved_and_loaded(module):
     torch.save(module, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch_save": saved_and_loaded,
+}
 
 
 def error_of(call, *args, **options):
