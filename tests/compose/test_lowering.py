@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ pytestmark = [
 
 SIZES = [(6, 7), (9, 4)]  # T, B; exported at the first
 BOTH = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+
+
+SLOW = pytest.mark.slow("takes seconds a program; the default set has one of each cell, each option and each format")
+
+
+def some(cases: Iterable[tuple[Any, ...]], kept: Container[str]) -> list[Any]:
+    """These cases, of which all that begin with another word than those kept are slow."""
+    return [pytest.param(*case, marks=[] if case[0] in kept else SLOW) for case in cases]
 
 
 def drawn(module: nn.Module, T: int, B: int) -> Tensor:
@@ -86,9 +95,10 @@ def node_types(program: Any) -> list[str]:
 
 @pytest.mark.parametrize(
     ("key", "dynamic"),
-    [(key, False) for key in MODULES]
-    + [(key, True) for key in ("rnn_relu", "gru_deep", "lstm_cell")]
-    + [pytest.param("lstm_proj", True, marks=pytest.mark.slow("test_onnx_with_initial_states traces these loops"))],
+    [
+        *some([(key, False) for key in MODULES], ("rnn_deep", "lstm_proj", "gru", "lstm_cell")),
+        *some([(key, True) for key in ("rnn_relu", "lstm_proj", "gru_deep", "lstm_cell")], ("gru_deep",)),
+    ],
 )
 def test_core_aten(key: str, dynamic: bool) -> None:
     """For a fixed number of steps unrolled, as torch.nn's own decomposition; for any number of steps a loop."""
@@ -103,7 +113,7 @@ def test_core_aten(key: str, dynamic: bool) -> None:
         close(lowered.module()(input), expected(input))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some([(name,) for name in NAMES], ("LSTM", "GRUCell")))
 def test_core_aten_like_torchs_own(name: str) -> None:
     """For a fixed number of steps, our program needs at most three operators that torch.nn's does not."""
     lowered = []
@@ -114,7 +124,11 @@ def test_core_aten_like_torchs_own(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "dynamic"), [("lstm_proj", False), ("rnn_deep", True), ("lstm", True), ("gru", True), ("gru_cell", True)]
+    ("key", "dynamic"),
+    some(
+        [("lstm_proj", False), ("rnn_deep", True), ("lstm", True), ("gru", True), ("gru_cell", True)],
+        ("lstm_proj", "lstm", "gru_cell"),
+    ),
 )
 def test_a_lowered_program_has_gradients(key: str, dynamic: bool) -> None:
     expected, actual = pair(key, torch.float64, sizes=(INPUT, HIDDEN))
@@ -123,15 +137,7 @@ def test_a_lowered_program_has_gradients(key: str, dynamic: bool) -> None:
     close(gradients(lowered, input), gradients(expected, input), grad=True)
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        key
-        if key in ONE_OF_EACH
-        else pytest.param(key, marks=pytest.mark.slow("the next two tests export these options to ONNX"))
-        for key in MODULES
-    ],
-)
+@pytest.mark.parametrize("key", some([(key,) for key in MODULES], ONE_OF_EACH))
 def test_onnx_of_a_program(key: str) -> None:
     expected, actual = pair(key, sizes=(INPUT, HIDDEN))
     program = to_onnx(exported(actual.eval(), drawn(actual, *SIZES[0])))
@@ -209,10 +215,8 @@ OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("key", "names", "changes", "consumer"),
     [
-        *((*row, "onnx") for row in OPTIONS),
-        (*OPTIONS[3], "loop"),
-        pytest.param(*OPTIONS[4], "loop", marks=pytest.mark.slow("traces four loops, of which OPTIONS[5] has one")),
-        (*OPTIONS[5], "loop"),
+        *some([(*row, "onnx") for row in OPTIONS], ("gru", "lstm_deep", "rnn_deep", "lstm")),
+        *some([(*row, "loop") for row in OPTIONS[3:]], ("lstm",)),
         (*OPTIONS[4], "unrolled"),
     ],
     ids=lambda value: " ".join(value) or "plain" if isinstance(value, dict) else value,

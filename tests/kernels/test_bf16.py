@@ -183,9 +183,7 @@ def test_what_does_not_fit_a_tile_is_refused() -> None:
 # Layers. The functions below are run by processes of their own.
 
 
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_RNN_CPU_ISA", "amx_emulated")
+EMULATED = {"FUSED_RNN_CPU_ISA": "amx_emulated"}
 
 
 def products(precision: str) -> str:
@@ -319,34 +317,34 @@ def follows_torchs_switches() -> None:
         torch.ops.fused_rnn.forward(x, None, None, 2, False, *module._flat_weights, precision=3)
 
 
-def test_parts_add_up(emulated: None) -> None:
-    survives(parts_add_up)
+def test_parts_add_up() -> None:
+    survives(parts_add_up, **EMULATED)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_layers_are_as_accurate_as_asked(cell: str, emulated: None) -> None:
-    survives(is_accurate, cell)
+def test_layers_are_as_accurate_as_asked(cell: str) -> None:
+    survives(is_accurate, cell, **EMULATED)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_special_values(cell: str, emulated: None) -> None:
-    survives(treats_special_values_as_torch, cell)
+def test_special_values(cell: str) -> None:
+    survives(treats_special_values_as_torch, cell, **EMULATED)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_row_does_not_depend_on_the_others(cell: str, emulated: None) -> None:
-    survives(rows_are_independent, cell)
+def test_a_row_does_not_depend_on_the_others(cell: str) -> None:
+    survives(rows_are_independent, cell, **EMULATED)
 
 
-def test_torchs_switches(emulated: None) -> None:
-    survives(follows_torchs_switches)
+def test_torchs_switches() -> None:
+    survives(follows_torchs_switches, **EMULATED)
 
 
 @pytest.mark.slow("runs the tests of all options of a layer on emulated tiles")
-def test_options_of_a_layer(emulated: None) -> None:
+def test_options_of_a_layer() -> None:
     tests = [Path(__file__).parents[1] / "features" / f"test_{name}.py" for name in ("variants", "segments")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, tests)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | EMULATED, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
 
 
@@ -398,6 +396,5 @@ def tiles_survive_forks_threads_and_signals() -> None:
 
 
 @needs_amx
-def test_tiles_survive_forks_threads_and_signals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_RNN_CPU_ISA", "amx")
-    survives(tiles_survive_forks_threads_and_signals)
+def test_tiles_survive_forks_threads_and_signals() -> None:
+    survives(tiles_survive_forks_threads_and_signals, FUSED_RNN_CPU_ISA="amx")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -138,9 +139,16 @@ def run(theirs: nn.Module, way: str, x: torch.Tensor, hx: Any) -> Any:
         return theirs(x, hx)
 
 
+@pytest.fixture(scope="module")
+def checks() -> Iterator[dict[str, Future[None]]]:
+    """The check of every way, in processes of their own, of which two run at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {way: pool.submit(survives, check, way) for way in WAYS}
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_structures(way: str) -> None:
-    survives(check, way)
+def test_structures(way: str, checks: dict[str, Future[None]]) -> None:
+    checks[way].result()
 
 
 def check_functional() -> None:

@@ -260,12 +260,15 @@ def fused_calls():
     calls += [name for name in names if name.startswith("fused_rnn::")]
 
 
-def survives(function, *args):
-    """Run a module-level function in a Python process of its own, which must end normally."""
+def survives(function, *args, **environment):
+    """Run a module-level function in a Python process of its own, which must end normally.
+
+    Keywords are additional environment variables.
+    """
     source, name = inspect.getsourcefile(function), function.__name__
     run = subprocess.run(
         [sys.executable, "-c", f"import runpy; runpy.run_path({source!r})[{name!r}](*{args!r})"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
         cwd=os.path.dirname(source),
         capture_output=True,
         text=True,
