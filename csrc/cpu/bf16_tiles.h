@@ -1,8 +1,10 @@
 // A product of split operands on eight tile registers: the hardware's (amx.cpp) or the software's (emulated_tiles.cpp).
 //
-// A tile of b stays while the tiles of a pass by: AMX takes 16 cycles for a product with a new b, and one for each row
-// of a with the same b. Where all tiles of a at one k fit the registers, they are loaded once.
-// In both orders each sum is built in the same sequence of products, so that its bits do not depend on the order.
+// A tile of sums is ready for its next product about 52 cycles after the last, which takes 16 (or, with the same tile
+// of b as the product before, one for each row of a), and a tile of an operand loads in 8 from the first-level cache.
+// So all tiles of sums take turns, and an operand's tile is loaded only where the registers do not hold it: Schedule
+// finds out at compile time. Each sum is built in the same sequence of products, so that its bits do not depend on R
+// and N.
 #pragma once
 
 #include <type_traits>
@@ -21,50 +23,71 @@ inline __attribute__((always_inline)) void each(const F& f) {
   }
 }
 
-// How R x N tiles of sums, the tiles of a and those of b share the registers: sums first, then a's, and b's from
-// kFirstB on.
+// The products of one tile of k for R x N tiles of sums and P parts. The sums have the first registers, then come kA
+// for a, and kB for b from kFirstB on.
 template <int R, int N, int P>
-struct Registers {
+struct Schedule {
   static constexpr int kSums = R * N;
-  static constexpr bool kAStays = kSums + R * P < 8;
-  static constexpr int kA = kAStays ? R * P : kSums + R + N <= 8 ? R : 7 - kSums;
-  static constexpr int kFirstB = kSums + kA, kB = 8 - kFirstB;
+  static constexpr int kA = kSums + R < 8 ? R : 1;
+  static constexpr int kFirstB = kSums + kA, kB = 8 - kFirstB < N ? 8 - kFirstB : N;
+  static constexpr int kDots = kSums * P * (P + 1) / 2;
+
+  struct Dot {
+    int r, n, part_a, part_b;
+    bool loads_a, loads_b;
+
+    constexpr int sum() const { return r * N + n; }
+    constexpr int a() const { return kSums + r % kA; }
+    constexpr int b() const { return kFirstB + n % kB; }
+  };
+  Dot dots[kDots] = {};
+
+  // From one pair of parts to the next, one of the two changes; columns and rows are walked back and forth.
+  constexpr Schedule() {
+    int held[8] = {}, count = 0, part_a = 0;  // held: one more than the tile's index
+    bool back_n = false, back_r = false;
+    for (int part_b = P - 1; part_b >= 0; --part_b) {
+      for (int i = 0; i < P - part_b; ++i, back_n = !back_n) {
+        if (i > 0) part_a = (part_a + 1) % (P - part_b);
+        for (int j = 0; j < N; ++j, back_r = !back_r) {
+          for (int k = 0; k < R; ++k) {
+            Dot& dot = dots[count++];
+            dot = {back_r ? R - 1 - k : k, back_n ? N - 1 - j : j, part_a, part_b, false, false};
+            const int tile_a = 1 + dot.r * P + part_a, tile_b = 1 + dot.n * P + part_b;
+            dot.loads_a = held[dot.a()] != tile_a;
+            dot.loads_b = held[dot.b()] != tile_b;
+            held[dot.a()] = tile_a;
+            held[dot.b()] = tile_b;
+          }
+        }
+      }
+    }
+  }
 };
 
 // Tiles: configure(rows, first_b) gives the registers below first_b that many rows; load<t>(from, stride),
 // store<t>(to, stride) with strides in bytes; dot<c, a, b>(): c += a b.
 template <class Tiles, int R, int N, int P>
 void multiply(Tiles& tiles, const Bf16Product& p, int64_t column) {
-  using Use = Registers<R, N, P>;
+  static constexpr Schedule<R, N, P> kSchedule;
   constexpr int kBytes = kTileDepth * sizeof(Bf16);
-  tiles.configure(p.rows, Use::kFirstB);
+  tiles.configure(p.rows, kSchedule.kFirstB);
   float* const sums = p.sums + column;
   const int64_t across = p.stride * sizeof(float);
-  each<0, Use::kSums>(
+  each<0, R * N>(
       [&](auto i) { tiles.template load<i>(sums + i / N * p.rows * p.stride + i % N * kTileWidth, across); });
   const int64_t columns = (p.columns + kTileWidth - 1) / kTileWidth, a_part = p.rows * kTileDepth;
   const int64_t depth = p.depth(), a_distance = depth * P * a_part, b_part = columns * kTileSize;
   const Bf16 *a = p.a, *b = p.b + column / kTileWidth * kTileSize;
   for (int64_t k = 0; k < depth; ++k, a += P * a_part, b += P * b_part) {
-    if constexpr (Use::kAStays) {
-      each<0, R * P>(
-          [&](auto i) { tiles.template load<Use::kSums + i>(a + i / P * a_distance + i % P * a_part, kBytes); });
-    }
-    each<0, P>([&](auto pb) {
-      each<0, N>([&](auto n) {
-        constexpr int B = Use::kFirstB + (pb * N + n) % Use::kB;
-        tiles.template load<B>(b + pb * b_part + n * kTileSize, kBytes);
-        each<0, P - pb>([&](auto pa) {
-          each<0, R>([&](auto r) {
-            constexpr int A = Use::kSums + (Use::kAStays ? r * P + pa : r % Use::kA);
-            if constexpr (!Use::kAStays) tiles.template load<A>(a + r * a_distance + pa * a_part, kBytes);
-            tiles.template dot<r * N + n, A, B>();
-          });
-        });
-      });
+    each<0, kSchedule.kDots>([&](auto i) {
+      constexpr auto dot = kSchedule.dots[i];
+      if constexpr (dot.loads_b) tiles.template load<dot.b()>(b + dot.part_b * b_part + dot.n * kTileSize, kBytes);
+      if constexpr (dot.loads_a) tiles.template load<dot.a()>(a + dot.r * a_distance + dot.part_a * a_part, kBytes);
+      tiles.template dot<dot.sum(), dot.a(), dot.b()>();
     });
   }
-  each<0, Use::kSums>(
+  each<0, R * N>(
       [&](auto i) { tiles.template store<i>(sums + i / N * p.rows * p.stride + i % N * kTileWidth, across); });
 }
 
