@@ -196,6 +196,7 @@ def test_grad(name: str, training: bool) -> None:
         assert torch.autograd.gradcheck(call, leaves, fast_mode=True, check_batched_grad=True)
 
 
+@pytest.mark.slow("takes seconds a class; test_contract_autograd.py tests second derivatives in every way")
 @each
 def test_gradgrad(name: str) -> None:
     every = samples(name, torch.float64, True, requires_grad=True, **without_packed(name))

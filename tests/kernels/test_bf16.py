@@ -16,7 +16,8 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -321,19 +322,30 @@ def test_parts_add_up() -> None:
     survives(parts_add_up, **EMULATED)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_layers_are_as_accurate_as_asked(cell: str) -> None:
-    survives(is_accurate, cell, **EMULATED)
+@pytest.fixture(scope="module")
+def checks() -> Iterator[dict[tuple[str, str], Future[None]]]:
+    """The checks of each cell, in processes of one thread, of which two run at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            (check.__name__, cell): pool.submit(survives, check, cell, **EMULATED, OMP_NUM_THREADS="1")
+            for check in (is_accurate, treats_special_values_as_torch, rows_are_independent)
+            for cell in CELLS
+        }
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_special_values(cell: str) -> None:
-    survives(treats_special_values_as_torch, cell, **EMULATED)
+def test_layers_are_as_accurate_as_asked(cell: str, checks: dict[tuple[str, str], Future[None]]) -> None:
+    checks["is_accurate", cell].result()
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_row_does_not_depend_on_the_others(cell: str) -> None:
-    survives(rows_are_independent, cell, **EMULATED)
+def test_special_values(cell: str, checks: dict[tuple[str, str], Future[None]]) -> None:
+    checks["treats_special_values_as_torch", cell].result()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_row_does_not_depend_on_the_others(cell: str, checks: dict[tuple[str, str], Future[None]]) -> None:
+    checks["rows_are_independent", cell].result()
 
 
 def test_torchs_switches() -> None:
