@@ -42,18 +42,17 @@ struct Schedule {
   };
   Dot dots[kDots] = {};
 
-  // From one pair of parts to the next, one of the two changes; columns and rows are walked back and forth.
+  // From one pair of parts to the next, one of the two changes. The sums take turns in the same order in each pair.
   constexpr Schedule() {
     int held[8] = {}, count = 0, part_a = 0;  // held: one more than the tile's index
-    bool back_n = false, back_r = false;
     for (int part_b = P - 1; part_b >= 0; --part_b) {
-      for (int i = 0; i < P - part_b; ++i, back_n = !back_n) {
+      for (int i = 0; i < P - part_b; ++i) {
         if (i > 0) part_a = (part_a + 1) % (P - part_b);
-        for (int j = 0; j < N; ++j, back_r = !back_r) {
-          for (int k = 0; k < R; ++k) {
+        for (int n = 0; n < N; ++n) {
+          for (int j = 0; j < R; ++j) {
             Dot& dot = dots[count++];
-            dot = {back_r ? R - 1 - k : k, back_n ? N - 1 - j : j, part_a, part_b, false, false};
-            const int tile_a = 1 + dot.r * P + part_a, tile_b = 1 + dot.n * P + part_b;
+            dot = {n % 2 ? R - 1 - j : j, n, part_a, part_b, false, false};
+            const int tile_a = 1 + dot.r * P + part_a, tile_b = 1 + n * P + part_b;
             dot.loads_a = held[dot.a()] != tile_a;
             dot.loads_b = held[dot.b()] != tile_b;
             held[dot.a()] = tile_a;
