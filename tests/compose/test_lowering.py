@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_rnn
-from contract import CELL_MODULES, CELLS, MODULES, NAMES, SEQUENCE_MODULES, close, gradients, pair, tensors
+from contract import CELL_MODULES, CELLS, MODULES, NAMES, ONE_OF_EACH, SEQUENCE_MODULES, close, gradients, pair, tensors
 from test_compile import HIDDEN, INPUT
 
 pytestmark = [
@@ -30,6 +31,14 @@ pytestmark = [
 
 SIZES = [(6, 7), (9, 4)]  # T, B; exported at the first
 BOTH = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+
+
+SLOW = pytest.mark.slow("takes seconds a program; the default set has one of each cell, each option and each format")
+
+
+def some(cases: Iterable[tuple[Any, ...]], kept: Container[str]) -> list[Any]:
+    """These cases, of which all that begin with another word than those kept are slow."""
+    return [pytest.param(*case, marks=[] if case[0] in kept else SLOW) for case in cases]
 
 
 def drawn(module: nn.Module, T: int, B: int) -> Tensor:
@@ -86,7 +95,10 @@ def node_types(program: Any) -> list[str]:
 
 @pytest.mark.parametrize(
     ("key", "dynamic"),
-    [(key, False) for key in MODULES] + [(key, True) for key in ("rnn_relu", "lstm_proj", "gru_deep", "lstm_cell")],
+    [
+        *some([(key, False) for key in MODULES], ("rnn_deep", "lstm_proj", "gru", "lstm_cell")),
+        *some([(key, True) for key in ("rnn_relu", "lstm_proj", "gru_deep", "lstm_cell")], ("gru_deep",)),
+    ],
 )
 def test_core_aten(key: str, dynamic: bool) -> None:
     """For a fixed number of steps unrolled, as torch.nn's own decomposition; for any number of steps a loop."""
@@ -101,7 +113,7 @@ def test_core_aten(key: str, dynamic: bool) -> None:
         close(lowered.module()(input), expected(input))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some([(name,) for name in NAMES], ("LSTM", "GRUCell")))
 def test_core_aten_like_torchs_own(name: str) -> None:
     """For a fixed number of steps, our program needs at most three operators that torch.nn's does not."""
     lowered = []
@@ -112,7 +124,11 @@ def test_core_aten_like_torchs_own(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "dynamic"), [("lstm_proj", False), ("rnn_deep", True), ("lstm", True), ("gru", True), ("gru_cell", True)]
+    ("key", "dynamic"),
+    some(
+        [("lstm_proj", False), ("rnn_deep", True), ("lstm", True), ("gru", True), ("gru_cell", True)],
+        ("lstm_proj", "lstm", "gru_cell"),
+    ),
 )
 def test_a_lowered_program_has_gradients(key: str, dynamic: bool) -> None:
     expected, actual = pair(key, torch.float64, sizes=(INPUT, HIDDEN))
@@ -121,7 +137,7 @@ def test_a_lowered_program_has_gradients(key: str, dynamic: bool) -> None:
     close(gradients(lowered, input), gradients(expected, input), grad=True)
 
 
-@pytest.mark.parametrize("key", MODULES)
+@pytest.mark.parametrize("key", some([(key,) for key in MODULES], ONE_OF_EACH))
 def test_onnx_of_a_program(key: str) -> None:
     expected, actual = pair(key, sizes=(INPUT, HIDDEN))
     program = to_onnx(exported(actual.eval(), drawn(actual, *SIZES[0])))
@@ -192,19 +208,25 @@ OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("rnn_deep", "resets", {}),
     ("lstm", "resets lengths reset_state", {}),
     ("gru_deep", "resets lengths reset_state", {"layer_norm": True}),
-    ("lstm_deep", "resets", {"layer_norm": True, "zoneout": 0.2}),
+    ("lstm", "resets", {"layer_norm": True, "zoneout": 0.2}),
 ]
 
 
 @pytest.mark.parametrize(
     ("key", "names", "changes", "consumer"),
-    [(*row, "onnx") for row in OPTIONS] + [(*row, "loop") for row in OPTIONS[3:]] + [(*OPTIONS[4], "unrolled")],
+    [
+        *some([(*row, "onnx") for row in OPTIONS], ("gru", "lstm_deep", "rnn_deep", "lstm")),
+        *some([(*row, "loop") for row in OPTIONS[3:]], ("lstm",)),
+        (*OPTIONS[4], "unrolled"),
+    ],
+    ids=lambda value: " ".join(value) or "plain" if isinstance(value, dict) else value,
 )
 def test_options(key: str, names: str, changes: dict[str, Any], consumer: str) -> None:
     """Resets, lengths, learned states and regularised layers become a loop over time in every format."""
     name, options = MODULES[key]
     torch.manual_seed(0)
     module: Any = getattr(fused_rnn, name)(INPUT, HIDDEN, **options, **changes).eval()
+    module.requires_grad_(False)  # else the loop's backward pass is traced, too: test_a_lowered_program_has_gradients
     model = WithOptions(module, *names.split())
     rows = module.num_layers * (2 if module.bidirectional else 1)
 
@@ -272,7 +294,7 @@ for name in sys.argv[1:] or NAMES:
 
 def test_saved_programs_load_without_fused_rnn(tmp_path: Path) -> None:
     """Directly if exported from `patched` or to_torch(); with our classes after run_decompositions()."""
-    expected, actual = (module.eval() for module in pair("gru_deep", sizes=(INPUT, HIDDEN)))
+    expected, actual = (module.eval() for module in pair("gru", sizes=(INPUT, HIDDEN)))
     input = drawn(actual, *SIZES[0])
     torch.save(input, tmp_path / "input.pt")
     programs = {
@@ -290,6 +312,7 @@ def test_saved_programs_load_without_fused_rnn(tmp_path: Path) -> None:
         close(torch.load(tmp_path / f"{name}.pt"), expected(input))
 
 
+@pytest.mark.slow("starts two processes, for what the test above shows of `patched`")
 def test_a_program_of_run_loads_without_fused_rnn(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"""

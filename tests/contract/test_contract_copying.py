@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fused_rnn
 from contract import (
+    COPIES,
     MODULES,
     arguments,
     close,
@@ -25,20 +26,6 @@ from contract import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def saved_and_loaded(module):
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
-    "torch_save": saved_and_loaded,
-}
 
 
 @each_module

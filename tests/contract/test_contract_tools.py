@@ -77,7 +77,7 @@ def models(name, **options):
     return kind(nn, name, **options), kind(fused_rnn, name, **options), input
 
 
-def saved_and_loaded(scripted):
+def reloaded(scripted):
     file = io.BytesIO()
     torch.jit.save(scripted, file)
     file.seek(0)
@@ -88,7 +88,7 @@ def saved_and_loaded(scripted):
 def test_n01_script(name):
     expected, actual, input = models(name)
     scripted = torch.jit.script(actual)
-    for program in (scripted, saved_and_loaded(scripted), torch.jit.freeze(scripted.eval())):
+    for program in (scripted, reloaded(scripted), torch.jit.freeze(scripted.eval())):
         close(program(input), expected(input))
     close(actual(input), expected(input))
 
@@ -98,7 +98,7 @@ def test_n01_script_packed(name):
     expected, actual = PackedTagger(nn, name), PackedTagger(fused_rnn, name)
     packed = pack_sequence([torch.randn(n, INPUT) for n in (3, 6, 1)], enforce_sorted=False)
     scripted = torch.jit.script(actual)
-    for program in (scripted, saved_and_loaded(scripted)):
+    for program in (scripted, reloaded(scripted)):
         close(program(packed), expected(packed))
 
 
@@ -109,7 +109,7 @@ def test_n02_trace(name, training):
     traced = torch.jit.trace(actual.train(training), input)
     longer = torch.cat([input] * 2)
     wider = torch.cat([input] * 3, 1) if input.dim() == 3 else torch.cat([input] * 3)
-    programs = [traced, saved_and_loaded(traced)]
+    programs = [traced, reloaded(traced)]
     if not training:
         programs.append(torch.jit.freeze(torch.jit.trace(actual, input)))
     for program in programs:

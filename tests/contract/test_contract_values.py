@@ -177,7 +177,6 @@ def test_o05_graph_is_freed(key, packed, backward):
             self.tensor = tensor.detach()
             kept.append(weakref.ref(self))
 
-    gc.collect()
     gc.disable()
     try:
         with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):

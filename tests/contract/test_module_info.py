@@ -8,7 +8,6 @@ moves between devices.
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fused_rnn
-from contract import NAMES, close, tensors
+from contract import COPIES, NAMES, close, tensors
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs the package expecttest")
 
@@ -113,13 +112,6 @@ def test_repr(name: str) -> None:
         assert repr(ours) == str(ours) == repr(theirs)
 
 
-def saved_and_loaded(module: nn.Module) -> nn.Module:
-    with io.BytesIO() as file:
-        torch.save(module, file)
-        file.seek(0)
-        return torch.load(file, weights_only=False)
-
-
 def through_a_state_dict(module: nn.Module) -> nn.Module:
     twin = copy.deepcopy(module)
     for p in twin.parameters():
@@ -128,13 +120,11 @@ def through_a_state_dict(module: nn.Module) -> nn.Module:
     return twin
 
 
-COPIES = [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), saved_and_loaded, through_a_state_dict]
-
-
 @each
 @each_mode
-@pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle", "save_load", "state_dict"])
-def test_copies(copied: Any, name: str, training: bool) -> None:
+@pytest.mark.parametrize("way", [*COPIES, "state_dict"])
+def test_copies(way: str, name: str, training: bool) -> None:
+    copied = COPIES.get(way, through_a_state_dict)
     for sample in samples(name, torch.float32, training):
         module = built(fused_rnn, name, sample, torch.float32, training)
         expected = called(module, sample)
@@ -206,6 +196,7 @@ def test_grad(name: str, training: bool) -> None:
         assert torch.autograd.gradcheck(call, leaves, fast_mode=True, check_batched_grad=True)
 
 
+@pytest.mark.slow("takes seconds a class; test_contract_autograd.py tests second derivatives in every way")
 @each
 def test_gradgrad(name: str) -> None:
     every = samples(name, torch.float64, True, requires_grad=True, **without_packed(name))

@@ -21,11 +21,10 @@ import torch
 import fused_rnn
 import sass
 from fused_rnn import cuda, reference
+from sources import CSRC, needs_sources
 
 LIBRARY = Path(fused_rnn.__file__).parent / "_cuda.so"
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
-needs_sources = pytest.mark.skipif(not CSRC.is_dir(), reason=f"the C++ sources are not beside the tests, in {CSRC}")
 pytestmark = pytest.mark.skipif(not LIBRARY.is_file(), reason="fused_rnn was installed without nvcc: no _cuda.so")
 
 Kernels = dict[str, dict[sass.Name, sass.Kernel]]

@@ -19,10 +19,7 @@ from fused_rnn import policy, reference
 from operator_calls import OPTIONS, by_name, folded
 from test_fuzz import DAMAGES, DISGUISES, check, damaged, searched
 
-pytestmark = [
-    pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing())),
-    pytest.mark.slow("compiles the CUDA kernels for the emulator, which is slow itself"),
-]
+pytestmark = emulated.marks
 
 CELLS = list(reference.CELLS)
 PLANNED, EVERY_STEP = -1, -2  # values of `instance`; csrc/bindings/schemas.h

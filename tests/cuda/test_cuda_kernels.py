@@ -6,22 +6,20 @@ numbers. Each mutant below is a fault in a kernel that the check must detect, wh
 
 from __future__ import annotations
 
-import os
-import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from sources import COMPILER, CSRC, assert_passes, build, compiled, needs_sources, run
+
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
 EMULATOR = HERE / "cuda_emulator"
-COMPILER = shlex.split(os.environ.get("CXX", "g++"))
-FLAGS = ["-std=c++17", "-DFUSED_RNN_EMULATOR", f"-I{EMULATOR}", f"-I{HERE}", "-x", "c++"]
+FLAGS = ["-std=c++17", "-DFUSED_RNN_EMULATOR", f"-I{EMULATOR}", f"-I{HERE}", f"-I{CSRC / 'cuda'}", "-x", "c++"]
 CELLS = {"lstm": "LstmCell", "gru": "GruCell", "rnn_tanh": "RnnCell<Tanh>", "rnn_relu": "RnnCell<Relu>"}
 ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "tf32": "Tf32"}
 # The instances for mutants, as in csrc/cuda/layout.h. Compilation takes most of the time, so they are few.
@@ -33,45 +31,12 @@ INSTANCES = {
 # sigmoid and tanh shift their constants' sign bits out, which every supported compiler defines.
 SANITIZER = ["-fsanitize=address,undefined", "-fno-sanitize=shift-base", "-fno-sanitize-recover=all"]
 PROCESSES = 2
-SECONDS = 300  # far above any run time here: a longer run hangs
 
 pytestmark = [
     pytest.mark.slow("compiles the CUDA kernels for the emulator many times, each with a fault put in"),
-    pytest.mark.skipif(not CSRC.is_dir(), reason=f"the C++ sources are not beside the tests, in {CSRC}"),
+    needs_sources,
     pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"there is no C++ compiler ({COMPILER[0]})"),
 ]
-
-
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(word) for word in command], text=True, capture_output=True, timeout=SECONDS)
-
-
-def compiled(source: Path, target: Path, *flags: str, csrc: Path = CSRC) -> Path:
-    done = run(*COMPILER, *FLAGS, f"-I{csrc / 'cuda'}", *flags, "-c", source, "-o", target)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return target
-
-
-def linked(objects: Iterable[Path], program: Path, *flags: str) -> Path:
-    done = run(*COMPILER, *flags, *objects, "-o", program)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return program
-
-
-def build(
-    program: Path,
-    sources: Iterable[Path],
-    *flags: str,
-    csrc: Path = CSRC,
-    also: Iterable[Path] = (),
-    processes: int = 2,
-) -> Path:
-    """Compile `sources` in parallel and link them with the object files `also`."""
-    folder = program.with_suffix(".objects")
-    folder.mkdir()
-    with ThreadPoolExecutor(processes) as pool:
-        objects = pool.map(lambda path: compiled(path, folder / f"{path.name}.o", *flags, csrc=csrc), sources)
-        return linked([*objects, *also], program, *flags)
 
 
 def one_instance(cell: str, element: str) -> list[str]:
@@ -84,16 +49,10 @@ def require_sanitizer(folder: Path) -> None:
         pytest.skip(f"{COMPILER[0]} has no address sanitizer (Debian, Ubuntu: it comes with g++; Fedora: libasan)")
 
 
-def assert_passes(done: subprocess.CompletedProcess[str]) -> None:
-    print(done.stdout)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert done.stdout.rstrip().endswith(" 0 failures")
-
-
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The emulator's object file, shared by all programs without a sanitizer."""
-    return compiled(EMULATOR / "emulator.cpp", tmp_path_factory.mktemp("emulator") / "emulator.o", "-O2")
+    return compiled(EMULATOR / "emulator.cpp", tmp_path_factory.mktemp("emulator") / "emulator.o", *FLAGS, "-O2")
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +60,13 @@ def every_instance(tmp_path_factory: pytest.TempPathFactory, emulator: Path) -> 
     """The program with all cells, elements and the instances of the library."""
     kernels = [CSRC / "cuda" / f"{cell}.cu" for cell in CELLS]
     host = [HERE / "cuda_check.cpp", CSRC / "cuda" / "plan.cpp", CSRC / "cuda" / "recurrence.cpp"]
-    return build(tmp_path_factory.mktemp("every_instance") / "cuda_check", [*kernels, *host], "-O1", also=[emulator])
+    return build(
+        tmp_path_factory.mktemp("every_instance") / "cuda_check", [*kernels, *host], *FLAGS, "-O1", also=[emulator]
+    )
 
 
 def test_the_emulator_is_right(tmp_path: Path) -> None:
-    program = build(tmp_path / "self_test", sorted(EMULATOR.glob("*.cpp")), "-O1")
+    program = build(tmp_path / "self_test", sorted(EMULATOR.glob("*.cpp")), *FLAGS, "-O1")
     done = run(program)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -123,11 +84,11 @@ def test_every_instance_agrees_with_the_reference(every_instance: Path) -> None:
 
 def test_no_access_beyond_memory_and_nothing_undefined(tmp_path: Path) -> None:
     require_sanitizer(tmp_path)
-    emulator = compiled(EMULATOR / "emulator.cpp", tmp_path / "emulator.o", "-O1", *SANITIZER)
+    emulator = compiled(EMULATOR / "emulator.cpp", tmp_path / "emulator.o", *FLAGS, "-O1", *SANITIZER)
     sources = [HERE / "cuda_check.cpp", CSRC / "cuda" / "plan.cpp"]
 
     def check(cell: str, element: str) -> subprocess.CompletedProcess[str]:
-        flags = ["-O0", *SANITIZER, *one_instance(cell, element)]
+        flags = [*FLAGS, "-O0", *SANITIZER, *one_instance(cell, element)]
         return run(build(tmp_path / cell, sources, *flags, also=[emulator], processes=1), "--quick", "--seeds", "1")
 
     with ThreadPoolExecutor(PROCESSES) as pool:
@@ -314,11 +275,11 @@ def outcome(mutant: Mutant, folder: Path, host: list[Path]) -> subprocess.Comple
     target.write_text(text.replace(mutant.old, mutant.new))
     sources, also = [HERE / "cuda_check.cpp"], host
     instances = f"-DCHECK_INSTANCES(X)={INSTANCES[mutant.exchange]}"
-    flags = ["-O0", instances, *one_instance(mutant.cell, mutant.element)]
+    flags = [f"-I{csrc / 'cuda'}", *FLAGS, "-O0", instances, *one_instance(mutant.cell, mutant.element)]
     if mutant.sanitized:
         sources, also = [*sources, csrc / "cuda" / "plan.cpp", EMULATOR / "emulator.cpp"], []
         flags += SANITIZER
-    program = build(folder / "mutant", sources, *flags, csrc=csrc, also=also, processes=1)
+    program = build(folder / "mutant", sources, *flags, also=also, processes=1)
     done = run(program, "--quick")
     shutil.rmtree(folder)
     return done
@@ -329,7 +290,7 @@ def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, emulator: Path
 ) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
     """The results of the selected mutants, several at a time."""
-    host = [emulator, compiled(CSRC / "cuda" / "plan.cpp", tmp_path_factory.mktemp("plan") / "plan.o", "-O1")]
+    host = [emulator, compiled(CSRC / "cuda" / "plan.cpp", tmp_path_factory.mktemp("plan") / "plan.o", *FLAGS, "-O1")]
     mutants = [item.callspec.params["mutant"] for item in request.session.items if "[mutant: " in item.name]
     with ThreadPoolExecutor(PROCESSES) as pool:
         yield {m.name: pool.submit(outcome, m, tmp_path_factory.mktemp("mutant"), host) for m in mutants}

@@ -13,6 +13,7 @@ from torch import Tensor
 import emulated
 import fused_rnn
 from cases import CASES, Case
+from emulated import gpu as gpu
 from fused_rnn import cuda, layers, policy, reference
 from fused_rnn.options import LayerOptions, operator_tensors_of
 from test_amp import torchs_lstm_takes
@@ -21,10 +22,7 @@ from test_modules import GRADCHECKS
 from test_modules import test_gradcheck as gradcheck_a_layer
 from tolerances import assert_as_accurate
 
-pytestmark = [
-    pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing())),
-    pytest.mark.slow("compiles the CUDA kernels for the emulator, which is slow itself"),
-]
+pytestmark = emulated.marks
 
 # Several blocks and teams, more rows than the first launch takes, more columns than registers hold, odd sizes.
 _LARGER = [
@@ -37,12 +35,6 @@ _LARGER = [
 _CELLS = [dict(cell="RNN"), dict(cell="LSTM"), dict(cell="GRU")]
 EMULATED = [case for case in CASES if case.T * case.B * case.H < 4000 and not case.proj_size]
 EMULATED += [Case(**cell, **size) for cell in _CELLS for size in _LARGER]
-
-
-@pytest.fixture(autouse=True)
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run every layer on the CUDA operators."""
-    emulated.use(monkeypatch)
 
 
 def with_precision(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_map_only
 
 import emulated
 import fused_rnn
+from contract import tensors
+from emulated import gpu as gpu
 from emulated import patch_operators
 from fused_rnn import layers, operators, policy, reference
 from fused_rnn.options import LayerOptions
@@ -27,10 +29,7 @@ from test_gpu import PRECISIONS, Precision, farther, rounded_to_tf32
 from test_variants import NORMS
 from tolerances import assert_as_accurate
 
-pytestmark = [
-    pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing())),
-    pytest.mark.slow("compiles the CUDA kernels for the emulator, which is slow itself"),
-]
+pytestmark = emulated.marks
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,6 @@ CASES = [(cell, v) for cell in reference.CELLS for v in VARIANTS if cell == "lst
 EMULATED = [(*case, name) for name in PRECISIONS for case in (CASES[::3] if name in ("f16", "f32") else CASES)]
 T, B, SIZE = 4, 6, 5
 EVERY_STEP = -2  # value of `instance`: kEveryStep of csrc/bindings/schemas.h
-
-
-@pytest.fixture(autouse=True)
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run every layer on the CUDA operators."""
-    emulated.use(monkeypatch)
 
 
 @dataclass(frozen=True)
@@ -228,10 +221,6 @@ OPTIONS = [
 ]
 
 
-def pieces(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else [t for v in value for t in pieces(v)]
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options))
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
@@ -245,7 +234,7 @@ def test_modules(name: str, options: dict[str, Any], training: bool, monkeypatch
 
     def run() -> list[Tensor]:
         torch.manual_seed(1)
-        outputs = pieces(module(x, lengths=lengths, resets=resets, return_state_sequence=True))
+        outputs = tensors(module(x, lengths=lengths, resets=resets, return_state_sequence=True))
         weighed = sum((o * torch.linspace(-1, 2, o.numel(), dtype=o.dtype).view_as(o)).sum() for o in outputs)
         inputs = [x, *module.parameters()]
         grads = torch.autograd.grad(weighed, inputs, retain_graph=True)

@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -85,13 +86,25 @@ if __name__ == "__main__":
 NAMES = re.findall(r'^    "([^"]+)": ', WAYS, flags=re.MULTILINE)
 
 
+def written(folder: Path) -> Path:
+    (folder / "helper.py").write_text(KERNELS)
+    (folder / "ways.py").write_text(WAYS)
+    (folder / "kernels.py").write_text("from helper import kernels\nkernels()\n")
+    return folder
+
+
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """A folder with several programs, and a package with one."""
-    (tmp_path / "helper.py").write_text(KERNELS)
-    (tmp_path / "ways.py").write_text(WAYS)
-    (tmp_path / "kernels.py").write_text("from helper import kernels\nkernels()\n")
-    return tmp_path
+    """A folder with several programs."""
+    return written(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[str]]]:
+    """The output of the program for every way, of which two run at a time."""
+    folder = written(tmp_path_factory.mktemp("ways"))
+    with ThreadPoolExecutor(2) as pool:
+        yield {way: pool.submit(output, "ways.py", way, cwd=folder) for way in NAMES}
 
 
 def output(*args: str, cwd: Path, **environment: str) -> str:
@@ -106,8 +119,8 @@ def test_ways_of_starting_children_are_read() -> None:
 
 
 @pytest.mark.parametrize("way", NAMES)
-def test_child_processes(programs: Path, way: str) -> None:
-    assert output("ways.py", way, cwd=programs) == FUSED
+def test_child_processes(outputs: dict[str, Future[str]], way: str) -> None:
+    assert outputs[way].result() == FUSED
 
 
 def test_without_run_children_compute_with_torch(programs: Path) -> None:

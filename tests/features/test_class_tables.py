@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_rnn
-from contract import CELLS, NAMES, close
+from contract import CELLS, NAMES, close, tensors
 from fused_rnn import tool_tables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,10 +28,6 @@ each_name = pytest.mark.parametrize("name", NAMES)
 
 def input_of(name: str) -> Tensor:
     return torch.linspace(-1, 1, 4 * 3 if name in CELLS else 4 * 6 * 3).view((4, 3) if name in CELLS else (4, 6, 3))
-
-
-def first(result: Any) -> Tensor:
-    return result if isinstance(result, Tensor) else result[0]
 
 
 class Tagger(nn.Module):
@@ -50,7 +46,7 @@ class Tagger(nn.Module):
         h = torch.ones(x.size(0), 5) if isinstance(self.rnn, nn.RNNCellBase) else torch.ones(1, x.size(0), 5)
         hx = (h, h) if isinstance(self.rnn, (nn.LSTM, nn.LSTMCell)) else h
         x = self.before(x)
-        return self.after(first(self.rnn(x, hx) if self.state else self.rnn(x)))
+        return self.after(tensors(self.rnn(x, hx) if self.state else self.rnn(x))[0])
 
 
 # Opacus

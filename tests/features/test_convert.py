@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import fused_rnn
 from contract import (
+    COPIES,
     MODULES,
     NAMES,
     arguments,
@@ -26,6 +27,7 @@ from contract import (
     fused_calls,
     gradients,
     pair,
+    tensors,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,18 +45,6 @@ def same_parameters(a: nn.Module, b: nn.Module) -> bool:
     return first.keys() == second.keys() and all(first[name] is second[name] for name in first)
 
 
-def saved_and_loaded(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
-    "torch.save": saved_and_loaded,
-}
 each_copy = pytest.mark.parametrize("way", COPIES)
 
 
@@ -156,15 +146,11 @@ def test_parameters_are_shared_in_both_directions(name: str) -> None:
             next(changed.parameters()).mul_(2)
         for module in trio:
             close(module(*arguments(module)), plain(*arguments(plain)))
-        assert not torch.allclose(_first(fused(*arguments(fused))), _first(before))
-    _first(fused(*arguments(fused))).sum().backward()
+        assert not torch.allclose(tensors(fused(*arguments(fused)))[0], tensors(before)[0])
+    tensors(fused(*arguments(fused)))[0].sum().backward()
     assert all(p.grad is not None for p in plain.parameters())
     plain.zero_grad()
     assert all(p.grad is None for p in back.parameters())
-
-
-def _first(result: Any) -> Tensor:
-    return result if isinstance(result, Tensor) else result[0]
 
 
 @each_name

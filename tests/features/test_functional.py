@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fused_rnn
+from contract import tensors
 from fused_rnn import functional
 
 OPTIONS = [
@@ -21,10 +22,6 @@ FUNCTIONS = {"RNN": functional.rnn, "LSTM": functional.lstm, "GRU": functional.g
 each_name = pytest.mark.parametrize("name", FUNCTIONS)
 
 
-def listed(value: Any) -> list[torch.Tensor]:
-    return [value] if isinstance(value, torch.Tensor) else [t for v in value for t in listed(v)]
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
 @each_name
 def test_equals_the_module(name: str, options: dict[str, Any]) -> None:
@@ -33,8 +30,8 @@ def test_equals_the_module(name: str, options: dict[str, Any]) -> None:
     weights = [w.detach().clone().requires_grad_() for w in module._flat_weights]
     x = torch.randn(5, 4, 3, dtype=torch.float64, requires_grad=True)
     given = {key: options[key] for key in ("bidirectional", "batch_first") if key in options}
-    results = listed(FUNCTIONS[name](x, weights, **given))
-    expected = listed(module(x))
+    results = tensors(FUNCTIONS[name](x, weights, **given))
+    expected = tensors(module(x))
     for a, e in zip(results, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
     grads = torch.autograd.grad(sum(r.sum() for r in results), [x, *weights])
@@ -76,7 +73,7 @@ def test_with_resets_and_lengths(name: str) -> None:
     x, resets = torch.randn(5, 4, 3), torch.rand(5, 4) < 0.3
     arguments = dict(resets=resets, lengths=torch.tensor([5, 2, 0, 4]), return_state_sequence=True)
     for a, e in zip(
-        listed(FUNCTIONS[name](x, module._flat_weights, **arguments)), listed(module(x, **arguments)), strict=True
+        tensors(FUNCTIONS[name](x, module._flat_weights, **arguments)), tensors(module(x, **arguments)), strict=True
     ):
         assert torch.equal(a, e)
 

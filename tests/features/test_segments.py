@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
-from contract import twins
+from contract import tensors, twins
 from fused_rnn import layers, operators, policy, reference
 from fused_rnn.options import LayerOptions
 
@@ -38,10 +38,6 @@ def draw_state(module: nn.Module, B: int, *first: int, requires_grad: bool = Tru
     sizes = [module.proj_size or module.hidden_size] + [module.hidden_size] * (module.mode == "LSTM")
     states = [torch.randn(*first, rows, B, size, dtype=p.dtype).requires_grad_(requires_grad) for size in sizes]
     return tuple(states) if module.mode == "LSTM" else states[0]
-
-
-def listed(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else list(itertools.chain.from_iterable(listed(v) for v in value))
 
 
 def row_of(state: Any, b: int, t: int | None = None) -> Any:
@@ -90,7 +86,7 @@ def in_pieces(module: nn.Module, x: Tensor, hx: Any, resets: Tensor, reset_state
 
 
 def gradients(outputs: Any, inputs: list[Tensor]) -> list[Tensor]:
-    outputs = listed(outputs)
+    outputs = tensors(outputs)
     generator = torch.Generator().manual_seed(3)
     weights = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
     found = torch.autograd.grad(outputs, inputs, weights, allow_unused=True, retain_graph=True)
@@ -98,7 +94,7 @@ def gradients(outputs: Any, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def assert_same(actual: Any, expected: Any, inputs: list[Tensor], other_inputs: list[Tensor] | None = None) -> None:
-    for a, e in zip(listed(actual), listed(expected), strict=True):
+    for a, e in zip(tensors(actual), tensors(expected), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
     for a, e in zip(gradients(actual, inputs), gradients(expected, other_inputs or inputs), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-11)
@@ -117,7 +113,7 @@ def test_resets_cut_the_sequence(name: str, B: int, H: int, rate: float, bidirec
     reset_state = None if kind == "zeros" else draw_state(ours, B, *([T] if kind == "every step" else []))
     expected = in_pieces(theirs, x, hx, resets, reset_state)
     actual = ours(x, hx, resets=resets, reset_state=reset_state)
-    inputs = [x, *listed(hx), *([] if reset_state is None else listed(reset_state))]
+    inputs = [x, *tensors(hx), *([] if reset_state is None else tensors(reset_state))]
     assert_same(actual, expected, [*inputs, *ours.parameters()], [*inputs, *theirs.parameters()])
 
 
@@ -140,7 +136,7 @@ def test_resets_of_every_module(name: str, options: dict[str, Any], kind: str, m
     reset_state = None if kind == "zeros" else draw_state(ours, B, *([T] if kind == "every step" else []))
     arguments = dict(resets=resets, reset_state=reset_state, return_state_sequence=True)
     expected = of_reference(ours, x, hx, **arguments, monkeypatch=monkeypatch)
-    inputs = [x, *listed(hx), *([] if reset_state is None else listed(reset_state)), *ours.parameters()]
+    inputs = [x, *tensors(hx), *([] if reset_state is None else tensors(reset_state)), *ours.parameters()]
     assert_same(ours(x, hx, **arguments), expected, inputs)
 
 
@@ -156,7 +152,7 @@ def test_lengths_are_packing(name: str, options: dict[str, Any]) -> None:
     packed = pack_padded_sequence(x, lengths, batch_first=batch_first, enforce_sorted=False)
     output, hidden = theirs(packed, hx)
     output, _ = pad_packed_sequence(output, batch_first=batch_first, total_length=T)
-    inputs = [x, *listed(hx)]
+    inputs = [x, *tensors(hx)]
     for kind in (torch.int32, torch.int64):
         actual = ours(x, hx, lengths=lengths.to(kind))
         assert_same(actual, (output, hidden), [*inputs, *ours.parameters()], [*inputs, *theirs.parameters()])
@@ -176,9 +172,9 @@ def test_lengths_with_zeros(
             arguments = dict(lengths=torch.tensor(lengths), resets=resets, return_state_sequence=True)
             expected = of_reference(ours, x, hx, **arguments, monkeypatch=monkeypatch)
             actual = ours(x, hx, **arguments)
-            assert_same(actual, expected, [x, *ours.parameters(), *([] if hx is None else listed(hx))])
+            assert_same(actual, expected, [x, *ours.parameters(), *([] if hx is None else tensors(hx))])
     if hx is not None and lengths[0] == 0:
-        for final, first in zip(listed(actual[1]), listed(hx), strict=True):
+        for final, first in zip(tensors(actual[1]), tensors(hx), strict=True):
             assert torch.equal(final[:, 0], first[:, 0])
 
 
@@ -189,7 +185,7 @@ def test_lengths_with_a_state_for_every_step(name: str, monkeypatch: pytest.Monk
     states = draw_state(ours, 3, 5)
     arguments = dict(lengths=torch.tensor([2, 5, 0]), resets=torch.rand(5, 3) < 0.5, reset_state=states)
     expected = of_reference(ours, x, **arguments, monkeypatch=monkeypatch)
-    assert_same(ours(x, **arguments), expected, [x, *listed(states), *ours.parameters()])
+    assert_same(ours(x, **arguments), expected, [x, *tensors(states), *ours.parameters()])
 
 
 @each_option
@@ -205,11 +201,11 @@ def test_state_sequence_is_a_loop_of_steps(name: str, options: dict[str, Any]) -
     for t in range(6):
         step = x[t : t + 1].transpose(0, 1) if options.get("batch_first") else x[t : t + 1]
         _, state = theirs(step, state)
-        states.append(listed(state))
+        states.append(tensors(state))
     expected = [torch.stack(kind) for kind in zip(*states, strict=True)]
-    inputs = [x, *listed(hx)]
+    inputs = [x, *tensors(hx)]
     assert_same(sequence, expected, [*inputs, *ours.parameters()], [*inputs, *theirs.parameters()])
-    for last, final in zip(listed(sequence), listed(hidden), strict=True):
+    for last, final in zip(tensors(sequence), tensors(hidden), strict=True):
         assert torch.equal(last[-1], final)
     assert torch.equal(ours(data, hx)[0], output)
 
@@ -222,7 +218,7 @@ def test_state_sequence_of_a_packed_sequence(name: str) -> None:
     *_, sequence = ours(packed, return_state_sequence=True)
     *_, padded = ours(x, lengths=torch.tensor([2, 6, 4]), return_state_sequence=True)
     of_packed = sequence if name == "LSTM" else (sequence,)
-    for a, b in zip(of_packed, listed(padded), strict=True):
+    for a, b in zip(of_packed, tensors(padded), strict=True):
         assert torch.equal(pad_packed_sequence(a)[0].transpose(1, 2), b)
 
 
@@ -240,11 +236,11 @@ def test_resets_of_a_packed_sequence(
     outputs, finals = [], []
     for b, n in enumerate(lengths):
         rows = slice(b, b + 1)
-        fresh = [s[..., rows, :] for s in listed(reset_state)] if reset_state is not None else None
+        fresh = [s[..., rows, :] for s in tensors(reset_state)] if reset_state is not None else None
         fresh = tuple(fresh) if name == "LSTM" and fresh else fresh and fresh[0]
         y, h = in_pieces(theirs, x[:n, rows], row_of(hx, b), resets[:n, rows], fresh)
         outputs.append(nn.functional.pad(y, (0, 0, 0, 0, 0, 6 - n)))
-        finals.append(listed(h))
+        finals.append(tensors(h))
     expected = torch.cat(outputs, 1), [torch.cat(kind, 1) for kind in zip(*finals, strict=True)]
 
     def packed(rows: Tensor) -> Any:
@@ -254,7 +250,7 @@ def test_resets_of_a_packed_sequence(
         y, h = ours(packed(x), hx, resets=packed(resets), reset_state=reset_state)
         return pad_packed_sequence(y)[0], h
 
-    inputs = [x, *listed(hx), *([] if reset_state is None else listed(reset_state))]
+    inputs = [x, *tensors(hx), *([] if reset_state is None else tensors(reset_state))]
     with monkeypatch.context() as patch:
         patch.setattr(reference, "layer", None)  # only the kernels may run
         assert_same(call(), expected, [*inputs, *ours.parameters()], [*inputs, *theirs.parameters()])
@@ -272,7 +268,7 @@ def test_projection(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     expected = of_reference(ours, x, hx, **arguments, monkeypatch=monkeypatch)
     assert expected[2][0].shape == (7, 4, 4, 5) and expected[2][1].shape == (7, 4, 4, 9)
-    assert_same(ours(x, hx, **arguments), expected, [x, *listed(hx), *listed(state), *ours.parameters()])
+    assert_same(ours(x, hx, **arguments), expected, [x, *tensors(hx), *tensors(state), *ours.parameters()])
 
 
 @each_name
@@ -283,7 +279,7 @@ def test_unbatched_and_broadcast(name: str) -> None:
     one = ours(x, resets=resets, reset_state=_squeezed(learned), return_state_sequence=True)
     many = ours(x.unsqueeze(1).expand(6, 3, 4), resets=resets.unsqueeze(1).expand(6, 3), reset_state=learned)
     torch.testing.assert_close(one[0], many[0][:, 1])
-    assert listed(one[2])[0].shape == (6, 2, 9)
+    assert tensors(one[2])[0].shape == (6, 2, 9)
 
 
 def _squeezed(state: Any) -> Any:
@@ -344,7 +340,7 @@ def test_threads_and_sizes_agree() -> None:
             found = []
             for n in (1, 2):
                 torch.set_num_threads(n)
-                found.append([t.detach() for t in listed(ours(x, resets=resets))])
+                found.append([t.detach() for t in tensors(ours(x, resets=resets))])
             for a, b in zip(*found, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     finally:
@@ -419,7 +415,7 @@ def test_a_rollout_of_steps_is_the_sequence(name: str, batch_first: bool) -> Non
         expected, final = ours(data, resets=cuts, reset_state=reset_state)
         actual = torch.stack(outputs, 1 if batch_first else 0)
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-        for a, e in zip(listed(hx), listed(final), strict=True):
+        for a, e in zip(tensors(hx), tensors(final), strict=True):
             torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
     one, _ = ours.step(x[0, 0], _squeezed(learned), resets=torch.tensor(True))
     torch.testing.assert_close(one, ours.step(x[0, 0])[0])

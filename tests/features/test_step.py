@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fused_rnn
+from contract import tensors
 from fused_rnn import layers, policy, steps
 
 SIZES = [dict(B=1, I=4, H=5), dict(B=3, I=7, H=20, num_layers=2), dict(B=9, I=33, H=77, batch_first=True)]
@@ -24,10 +25,6 @@ def build(cell: str, options: dict[str, Any], size: dict[str, Any], dtype: torch
     torch.manual_seed(0)
     rest = {name: value for name, value in size.items() if name not in ("B", "I", "H")}
     return getattr(fused_rnn, cell)(size["I"], size["H"], **options, **rest, dtype=dtype)
-
-
-def tensors(hx: Any) -> tuple[Tensor, ...]:
-    return hx if isinstance(hx, tuple) else (hx,)
 
 
 @each_size

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
 
 import fused_rnn
+from contract import tensors
 from fused_rnn import functional, policy
 from fused_rnn.call import Call
 
@@ -85,7 +86,7 @@ def test_kernels_and_specification_agree(name: str, options: dict[str, Any], mon
                 if fusible:
                     patch.setattr(policy, "fusible", fusible)
                 torch.manual_seed(1)
-                outputs = flat(module(x, **more))
+                outputs = tensors(module(x, **more))
                 grads = torch.autograd.grad([o.sum() for o in outputs], list(module.parameters()))
             results.append([*outputs, *grads])
         for a, b in zip(*results, strict=True):
@@ -95,10 +96,6 @@ def test_kernels_and_specification_agree(name: str, options: dict[str, Any], mon
 def fitting(options: dict[str, Any]) -> dict[str, Any]:
     """Add num_layers if hidden_size is a list."""
     return options | ({"num_layers": len(options["hidden_size"])} if "hidden_size" in options else {})
-
-
-def flat(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else [t for v in value for t in flat(v)]
 
 
 @each_option
@@ -117,7 +114,7 @@ def test_state_is_handed_on(name: str, options: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.cat((first, second)), whole)
     torch.testing.assert_close(torch.stack(steps), whole)
     for found in (end, state):
-        for a, b in zip(flat(found), flat(last), strict=True):
+        for a, b in zip(tensors(found), tensors(last), strict=True):
             torch.testing.assert_close(a, b)
 
 
@@ -135,7 +132,7 @@ def test_lengths(name: str, options: dict[str, Any]) -> None:
         if length:
             alone, state = module(x[:length, b : b + 1])
             torch.testing.assert_close(output[:length, b : b + 1], alone)
-            for a, e in zip(flat(final), flat(state), strict=True):
+            for a, e in zip(tensors(final), tensors(state), strict=True):
                 torch.testing.assert_close(a[:, b : b + 1], e)
 
 
@@ -171,9 +168,9 @@ def test_zoneout_keeps_its_share(name: str) -> None:
     module.eval()
     plain = getattr(fused_rnn, name)(3, 40)
     plain.load_state_dict(module.state_dict())
-    hx = flat(module(x)[1])
+    hx = tensors(module(x)[1])
     old = hx if name == "LSTM" else hx[0]
-    mixed, new = flat(module.step(x[0], old)[1]), flat(plain.step(x[0], old)[1])
+    mixed, new = tensors(module.step(x[0], old)[1]), tensors(plain.step(x[0], old)[1])
     for before, m, n, rate in zip(hx, mixed, new, rates, strict=True):
         torch.testing.assert_close(m, rate * before + (1 - rate) * n)
 
@@ -229,10 +226,10 @@ def test_sizes_of_layers(name: str) -> None:
     y, finals = x, []
     for layer in single:
         y, final = layer(y)
-        finals.append(flat(final))
+        finals.append(tensors(final))
     output, final = module(x)
     torch.testing.assert_close(output, y)
-    for kind, expected in zip(flat(final), zip(*finals, strict=True), strict=True):
+    for kind, expected in zip(tensors(final), zip(*finals, strict=True), strict=True):
         assert kind.shape == (2, 5, sum(sizes))
         torch.testing.assert_close(kind, torch.cat(expected, -1))
 
@@ -422,7 +419,7 @@ def test_functional() -> None:
 def test_functional_sizes_of_layers() -> None:
     module, x = module_and_input("LSTM", hidden_size=[6, 9])
     actual, expected = functional.lstm(x, module._flat_weights), module(x)
-    for a, e in zip(flat(actual), flat(expected), strict=True):
+    for a, e in zip(tensors(actual), tensors(expected), strict=True):
         assert torch.equal(a, e)
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 import fused_rnn
-from contract import fused_calls
+from contract import fused_calls, tensors
 from emulated import patch_operators
 from fused_rnn import layers, operators, reference
 from gpu.timing import tf32_allowed
-from test_cuda_variants import CASES, EVERY_STEP, VARIANTS, Inputs, Variant, assert_is_the_specification, pieces
+from test_cuda_variants import CASES, EVERY_STEP, VARIANTS, Inputs, Variant, assert_is_the_specification
 from test_gpu import (
     GPU,
     Precision,
@@ -67,13 +67,13 @@ def test_modules(name: str, layer_norm: bool, training: bool) -> None:
     module = getattr(fused_rnn, name)(16, 64, **options, device=GPU, backend="fused").train(training)
     x = draw(7, 5, 16).requires_grad_()
     with fused_calls() as calls:
-        outputs = pieces(module(x))
+        outputs = tensors(module(x))
         sum(o.square().sum() for o in outputs).backward()
     assert len(calls) >= 4, calls
     assert all(p.grad.isfinite().all() for p in module.parameters()) and x.grad.isfinite().all()
     if not training:
         module.backend = "torch"
-        for actual, expected in zip(outputs, pieces(module(x)), strict=True):
+        for actual, expected in zip(outputs, tensors(module(x)), strict=True):
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,10 +14,9 @@ from torch import nn
 import contract
 import fused_rnn
 from fused_rnn import _C
+from sources import COMPILER, CSRC, build, needs_sources, run
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
-COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 SANITIZERS = "-fsanitize=address,undefined", "-fno-sanitize=null,alignment,object-size,vptr"
 FLAGS = ["-std=c++17", "-O1", "-fopenmp", "-w", "-fno-sanitize-recover=undefined", *SANITIZERS]
 MODULES = {
@@ -31,34 +27,21 @@ MODULES = {
 
 
 @pytest.mark.slow("compiles all kernels anew under the sanitizers")
-@pytest.mark.skipif(not CSRC.is_dir(), reason=f"the C++ sources are not beside the tests, in {CSRC}")
+@needs_sources
 def test_damaged_files(tmp_path: Path) -> None:
     if shutil.which(COMPILER[0]) is None:
         pytest.skip("no C++ compiler (g++)")
     sources = [HERE / "frozen_fuzz.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]
 
-    def compiled(source: Path) -> Path:
-        target = tmp_path / f"{source.stem}.o"
-        subprocess.run([*COMPILER, *FLAGS, "-c", str(source), "-o", str(target)], check=True)
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, sources))
-    program = tmp_path / "frozen_fuzz"
-    subprocess.run([*COMPILER, *FLAGS, *map(str, objects), "-o", str(program)], check=True)
+    program = build(tmp_path / "frozen_fuzz", sources, *FLAGS)
     files = []
     for name, make in MODULES.items():
         for weights in ("float32", "bfloat16", "int8"):
             files.append(tmp_path / f"{name}_{weights}")
             fused_rnn.freeze(make(), weights).save(files[-1])
     for isa in _C.supported_cpu_isas():
-        done = subprocess.run(
-            [str(program), "2000", *map(str, files)],
-            env=os.environ | {"FUSED_RNN_CPU_ISA": isa, "ASAN_OPTIONS": "allocator_may_return_null=1"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        settings = {"FUSED_RNN_CPU_ISA": isa, "ASAN_OPTIONS": "allocator_may_return_null=1"}
+        done = run(program, 2000, *files, env=os.environ | settings)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
         loaded, refused = (int(number) for number in re.findall(r"(\d+) (?:loaded|refused)", done.stdout))
         assert loaded > 100 and refused > 100

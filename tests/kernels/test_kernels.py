@@ -10,25 +10,23 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from sources import COMPILER, CSRC, assert_passes, build, needs_sources, run
+
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
 SOURCES = [HERE / "kernel_check.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]
 FLAGS = [  # as in setup.py, with -O2 because it compiles faster, and without warnings
     *("-std=c++17", "-O2", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w"),
 ]
-NATIVE = shlex.split(os.environ.get("CXX", "g++"))
 ARM = ["aarch64-linux-gnu-g++", "-static"]
 
 pytestmark = [
-    pytest.mark.skipif(not CSRC.is_dir(), reason=f"the C++ sources are not beside the tests, in {CSRC}"),
+    needs_sources,
     pytest.mark.slow("compiles all kernels anew, also for the thread sanitizer and for emulated Arm"),
 ]
 
@@ -38,56 +36,29 @@ def require(tool: str, package: str) -> None:
         pytest.skip(f"{tool} is not installed (Debian, Ubuntu: apt install {package})")
 
 
-def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(word) for word in command], text=True, capture_output=True, timeout=600, **options)
-
-
-def build(folder: Path, compiler: list[str], *flags: str) -> Path:
-    """Compile the program's files in parallel and link them."""
-
-    def compiled(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        done = run(*compiler, *FLAGS, *flags, "-c", source, "-o", target)
-        assert done.returncode == 0, done.stderr
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, SOURCES))
-    program = folder / "kernel_check"
-    done = run(*compiler, "-fopenmp", *flags, *objects, "-o", program)
-    assert done.returncode == 0, done.stderr
-    return program
-
-
-def assert_agrees(done: subprocess.CompletedProcess[str]) -> None:
-    print(done.stdout)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert done.stdout.rstrip().endswith(" 0 failures")
-
-
 @pytest.fixture(scope="session")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    require(NATIVE[0], "g++")
-    return build(tmp_path_factory.mktemp("native"), NATIVE)
+    require(COMPILER[0], "g++")
+    return build(tmp_path_factory.mktemp("native") / "kernel_check", SOURCES, *FLAGS)
 
 
 @pytest.fixture(scope="session")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The command that runs the program under the thread sanitizer."""
-    require(NATIVE[0], "g++")
+    require(COMPILER[0], "g++")
     folder = tmp_path_factory.mktemp("sanitized")
     (folder / "empty.cpp").write_text("int main() {}")
-    if run(*NATIVE, "-fsanitize=thread", folder / "empty.cpp", "-o", folder / "empty").returncode:
-        pytest.skip(f"{NATIVE[0]} has no thread sanitizer (Debian, Ubuntu: it comes with g++; Fedora: libtsan)")
+    if run(*COMPILER, "-fsanitize=thread", folder / "empty.cpp", "-o", folder / "empty").returncode:
+        pytest.skip(f"{COMPILER[0]} has no thread sanitizer (Debian, Ubuntu: it comes with g++; Fedora: libtsan)")
     # The sanitizer does not support every system's address-space randomisation.
     for prefix in ([], ["setarch", platform.machine(), "-R"]):
         if (not prefix or shutil.which("setarch")) and run(*prefix, folder / "empty").returncode == 0:
-            return [*prefix, str(build(folder, NATIVE, "-fsanitize=thread", "-g1"))]
+            return [*prefix, str(build(folder / "kernel_check", SOURCES, *FLAGS, "-fsanitize=thread", "-g1"))]
     pytest.skip("the thread sanitizer does not start here, with or without `setarch -R` (package util-linux)")
 
 
 def test_every_instruction_set_agrees_with_the_reference(native: Path) -> None:
-    assert_agrees(run(native))
+    assert_passes(run(native))
 
 
 def test_the_check_sees_a_missing_barrier(native: Path) -> None:
@@ -104,7 +75,7 @@ def under_thread_sanitizer(command: list[str], *arguments: str) -> subprocess.Co
 def test_no_data_race(sanitized: list[str]) -> None:
     done = under_thread_sanitizer(sanitized)
     assert "WARNING: ThreadSanitizer" not in done.stderr, done.stderr[:4000]
-    assert_agrees(done)
+    assert_passes(done)
 
 
 def test_the_thread_sanitizer_sees_a_missing_barrier(sanitized: list[str]) -> None:
@@ -116,4 +87,5 @@ def test_the_thread_sanitizer_sees_a_missing_barrier(sanitized: list[str]) -> No
 def test_arm_agrees_with_the_reference(tmp_path: Path) -> None:
     require(ARM[0], "g++-aarch64-linux-gnu")
     require("qemu-aarch64", "qemu-user")
-    assert_agrees(run("qemu-aarch64", build(tmp_path, ARM), "--quick"))
+    program = build(tmp_path / "kernel_check", SOURCES, *FLAGS, compiler=ARM)
+    assert_passes(run("qemu-aarch64", program, "--quick"))

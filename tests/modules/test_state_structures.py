@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 import fused_rnn
-from contract import survives
+from contract import survives, tensors
 
 INPUT, HIDDEN = 3, 3  # equal, so that a wrong rank is not detected by its sizes
 WAYS = ("class", "replace", "patched")
@@ -82,10 +83,6 @@ def outcome(call: Callable[[], Any]) -> Any:
     return [t.detach() for t in tensors(result)]
 
 
-def tensors(result: Any) -> list[torch.Tensor]:
-    return [result] if isinstance(result, torch.Tensor) else [t for part in result for t in tensors(part)]
-
-
 def is_ours(name: str, x: torch.Tensor, hx: Any) -> bool:
     """Whether to expect our own error: torch.nn's cells would read out of bounds, or the container is unusual."""
     if not name.endswith("Cell"):
@@ -121,11 +118,10 @@ def check(way: str) -> None:
 
 
 def compare(actual: Any, expected: Any, any_error: bool, case: str) -> None:
-    case = f"{case}: expected {expected!r}, got {actual!r}"
     if isinstance(expected, Exception):
-        assert isinstance(actual, TORCHS_ERRORS if any_error else type(expected)), case
+        assert isinstance(actual, TORCHS_ERRORS if any_error else type(expected)), (case, expected, actual)
     else:
-        assert not isinstance(actual, Exception), case
+        assert not isinstance(actual, Exception), (case, expected, actual)
         torch.testing.assert_close(actual, expected, msg=lambda text: f"{case}\n{text}")
 
 
@@ -143,9 +139,16 @@ def run(theirs: nn.Module, way: str, x: torch.Tensor, hx: Any) -> Any:
         return theirs(x, hx)
 
 
+@pytest.fixture(scope="module")
+def checks() -> Iterator[dict[str, Future[None]]]:
+    """The check of every way, in processes of their own, of which two run at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {way: pool.submit(survives, check, way) for way in WAYS}
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_structures(way: str) -> None:
-    survives(check, way)
+def test_structures(way: str, checks: dict[str, Future[None]]) -> None:
+    checks[way].result()
 
 
 def check_functional() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
+from contract import tensors
 from fused_rnn import policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,13 +35,9 @@ def subsets(count: int) -> list[tuple[int, ...]]:
     return list(chain.from_iterable(combinations(range(count), size) for size in range(1, count + 1)))
 
 
-def flat(result: Any) -> list[torch.Tensor]:
-    return [result] if isinstance(result, torch.Tensor) else [t for part in result for t in flat(part)]
-
-
 def nan_gradients(call: Any, inputs: list[torch.Tensor], used: tuple[int, ...]) -> list[torch.Tensor | None]:
     """Where each gradient is NaN; None where there is no gradient."""
-    outputs = flat(call(*inputs))
+    outputs = tensors(call(*inputs))
     loss = sum(outputs[index].sum() for index in used)
     grads = torch.autograd.grad(loss, inputs, allow_unused=True)
     return [None if grad is None else grad.isnan() for grad in grads]
@@ -121,7 +118,7 @@ def test_own_options(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
     parameters = list(lstm.parameters())
 
     def masks(used: tuple[int, ...]) -> list[torch.Tensor]:
-        outputs = flat(lstm(x, tuple(hx), lengths=lengths, return_state_sequence=True))
+        outputs = tensors(lstm(x, tuple(hx), lengths=lengths, return_state_sequence=True))
         return [g.isnan() for g in torch.autograd.grad(sum(outputs[i].sum() for i in used), parameters)]
 
     for used in ((0,), (1,), (2,), (3,), (4,), (2, 4), (1, 2)):

@@ -211,7 +211,12 @@ def run_script(script: str, *arguments: str, path: Path | None = None) -> subpro
     )
 
 
-@pytest.mark.parametrize("backend", ["torch", "fused", "both"])
+ONE_SIDE = pytest.mark.slow("starts a process for one half of what `both` runs")
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param("torch", marks=ONE_SIDE), pytest.param("fused", marks=ONE_SIDE), "both"]
+)
 def test_an_example_runs_alone(backend: str) -> None:
     finished = run_script("examples/hello_rnn.py", "--backend", backend)
     assert finished.returncode == 0, finished.stderr

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +15,12 @@ import _distutils_hack
 import pytest
 import setuptools
 
-ROOT = Path(__file__).resolve().parents[2]
+from sources import copied, needs_sources
+
 REQUIREMENTS = "import setup_backend as b; print(b.get_requires_for_build_wheel(), b.get_requires_for_build_editable())"
 
 pytestmark = [
-    pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason=f"the sources are not beside the tests, in {ROOT}"),
+    needs_sources,
     pytest.mark.slow("starts processes"),
 ]
 
@@ -28,10 +28,8 @@ pytestmark = [
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
     """A copy of the sources, because some of these commands write into them."""
-    ignored = shutil.ignore_patterns(
-        ".git", "build", "tests", "benchmarks", "docs", "*.so", "*.egg-info", "__pycache__"
-    )
-    return Path(shutil.copytree(ROOT, tmp_path / "sources", ignore=ignored))
+    (tmp_path / "sources").mkdir()
+    return copied(tmp_path / "sources")
 
 
 @pytest.mark.parametrize("torch_version, asked_for", [(None, True), ("2.9.1", True), ("2.10.0", False)])

@@ -6,9 +6,7 @@ The rules are those of CONTRIBUTING.md; the sources are read, and where they nam
 from __future__ import annotations
 
 import ast
-import os
 import re
-import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,14 +16,11 @@ import torch
 
 import fused_rnn
 from fused_rnn import reference
+from sources import COMPILER, CSRC, needs_sources
 
 PACKAGE = Path(fused_rnn.__file__).parent
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
-COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 # The folders that each folder may use besides itself; all may use csrc/rnn_params.h.
 LAYERS = {"cells": [], "cpu": ["cells"], "cuda": ["cells"], "bindings": ["cells", "cpu", "cuda"]}
-
-needs_sources = pytest.mark.skipif(not CSRC.is_dir(), reason=f"the C++ sources are not beside the tests, in {CSRC}")
 
 
 def code(path: Path) -> str:

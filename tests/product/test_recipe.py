@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from sources import ROOT, copied, needs_sources
 
 pytestmark = [
-    pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the C++ sources are not beside the tests"),
+    needs_sources,
     pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++)"),
 ]
 
@@ -127,15 +127,6 @@ print(_C.cpu_isa(), *_C.supported_cpu_isas())
 """
 
 
-def sources(folder: Path) -> Path:
-    """A copy of the files from which the package is built."""
-    for name in ("csrc", "fused_rnn"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for path in [*ROOT.glob("*.py"), *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE"))]:
-        shutil.copy(path, folder)
-    return folder
-
-
 def change(folder: Path, path: str) -> None:
     if path in NEW:
         (folder / path.replace("NAME", "mgu")).write_text(NEW[path])
@@ -153,7 +144,7 @@ def test_the_recipe_names_every_file() -> None:
 
 
 def test_a_cell_missing_in_the_list_does_not_compile(tmp_path: Path) -> None:
-    folder = sources(tmp_path)
+    folder = copied(tmp_path)
     change(folder, "csrc/rnn_params.h")
     for source in ("csrc/cells/cell_info.h", "csrc/cuda/recurrence.cpp"):
         command = ["g++", "-std=c++17", "-fsyntax-only", "-Werror=switch", "-x", "c++", folder / source]
@@ -163,7 +154,7 @@ def test_a_cell_missing_in_the_list_does_not_compile(tmp_path: Path) -> None:
 
 @pytest.mark.slow("compiles the CPU kernels")
 def test_a_new_cell(tmp_path: Path) -> None:
-    folder = sources(tmp_path)
+    folder = copied(tmp_path)
     for path in [*NEW, *CHANGES]:
         change(folder, path)
 

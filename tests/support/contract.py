@@ -5,8 +5,11 @@ and requires the same results, gradients and errors. MODULES names the variants 
 are numbered by section (A, B, ...) and clause (h03, x07).
 """
 
+import copy
 import inspect
+import io
 import os
+import pickle
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext, suppress
@@ -183,6 +186,21 @@ def close(actual, expected, grad=False):
         torch.testing.assert_close(a, e, rtol=rtol, atol=atol, equal_nan=True)
 
 
+def saved_and_loaded(module):
+    """The module that torch.load reads from what torch.save wrote of this one."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch_save": saved_and_loaded,
+}
+
+
 def error_of(call, *args, **options):
     """(type, text) of the exception that the call must raise."""
     with pytest.raises(Exception) as caught:
@@ -236,18 +254,21 @@ def same_call_error(key, args, kind, text="", **changes):
 def fused_calls():
     """A list of the fused_rnn operators that ran in the block, filled at its end."""
     calls = []
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    with torch.autograd.profiler.profile() as profiler:  # starts sooner than torch.profiler's
         yield calls
-    names = (event.name for event in profiler.events())
+    names = (event.name for event in profiler.function_events)
     calls += [name for name in names if name.startswith("fused_rnn::")]
 
 
-def survives(function, *args):
-    """Run a module-level function in a Python process of its own, which must end normally."""
+def survives(function, *args, **environment):
+    """Run a module-level function in a Python process of its own, which must end normally.
+
+    Keywords are additional environment variables.
+    """
     source, name = inspect.getsourcefile(function), function.__name__
     run = subprocess.run(
         [sys.executable, "-c", f"import runpy; runpy.run_path({source!r})[{name!r}](*{args!r})"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
         cwd=os.path.dirname(source),
         capture_output=True,
         text=True,

@@ -19,16 +19,22 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from fused_rnn import cuda, fakes, layers, operators, policy
+from sources import CSRC, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 H200 = (132, 232448, 90)  # the device that the emulator reports; see cuda.device_properties
 
 
 def missing() -> str | None:
     """The reason why the emulator cannot be built, or None."""
-    if not (ROOT / "csrc" / "cuda").is_dir():
+    if not CSRC.is_dir():
         return "the C++ sources are not beside the tests"
     return None if shutil.which("g++") else "no C++ compiler (g++)"
+
+
+marks = [
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+    pytest.mark.slow("compiles the CUDA kernels for the emulator, which is slow itself"),
+]
 
 
 def build(folder: Path, *options: str) -> Path:
@@ -76,6 +82,12 @@ def use(patch: pytest.MonkeyPatch, *, tf32: bool = True, **options: Any) -> None
     patch.setattr(policy, "on_cuda", lambda x: True)
     patch.setattr(cuda, "tf32_allowed", lambda: tf32)
     patch_operators(patch, operator("forward", **options), operator("backward", **options))
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every layer on the CUDA operators, in a file of tests that imports this fixture."""
+    use(monkeypatch)
 
 
 def patch_operators(patch: pytest.MonkeyPatch, forward: Any, backward: Any) -> None:
