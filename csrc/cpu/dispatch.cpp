@@ -114,14 +114,11 @@ std::vector<const Kernels*> supported() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
   static const Kernels amx = kAvx512.with(kAmxTiles), avx512_bf16 = kAvx512.with(kAvx512Bf16);
   const bool has_bf16 = avx512 && __builtin_cpu_supports("avx512bf16"), has_tiles = avx512 && has_amx();
-  if (has_bf16 && !has_tiles) found.push_back(&avx512_bf16);
+  if (has_tiles) found.push_back(&amx);
+  if (has_bf16) found.push_back(&avx512_bf16);
   if (avx512) found.push_back(&kAvx512);
   if (avx2) found.push_back(&kAvx2);
   if (!found.empty()) plain = avx512 ? &kAvx512 : &kAvx2;
-  // Only on request: this code has not run on a processor with AMX yet. There torch.nn multiplies bfloat16 with AMX,
-  // which avx512_bf16 cannot equal.
-  if (has_tiles && wanted_isa() == amx.name) found.push_back(&amx);
-  if (has_bf16 && has_tiles) found.push_back(&avx512_bf16);
 #endif
   static const Kernels emulated = plain->with(kEmulatedTiles);
   found.push_back(&kPortable);
@@ -262,11 +259,10 @@ void choose_products(LayerShape& shape, Precision precision) {
     const int most = precision == Precision::kHigh ? 2 : kMostParts;
     if (most > unit->parts) return 0;
     if (unit == &kEmulatedTiles) return most;  // what follows is about speed
-    // Of a layer that is called once. Rows of a deterministic layer must not depend on how many there are.
-    const int64_t least_rows = most == 2 ? 6 : 8, least_units = most == 2 ? 64 : 128, least_all = most == 2 ? 32 : 128;
-    const bool pays =
-        shape.H >= least_units && (shape.deterministic || (shape.B >= least_rows && shape.N >= least_all));
-    return pays ? most : 0;
+    // Measured with Intel's AMX, of layers that are called once. A deterministic layer's rows must not depend on how
+    // many there are, so that it cannot choose by them.
+    const bool pays = most == 2 ? shape.H >= 64 && shape.B >= 8 && shape.N >= 32 : shape.H >= 192 && shape.B >= 32;
+    return pays && !shape.deterministic ? most : 0;
   };
   shape.parts = parts();
   if (shape.parts && !unit->available()) shape.parts = 0;
