@@ -103,9 +103,12 @@ def choose(
     # the kernels widen it to float32, where FUSED_RNN_CPU_ISA wants that.
     if half is not None and T == 1:
         faster = differentiable and B * H**2 >= 2**21
-    elif bf16_unit() == "avx512_bf16":  # oneDNN's LSTM on one thread is up to a fifth faster
+    elif bf16_unit() in ("avx512_bf16", "amx"):  # oneDNN's LSTM on one thread can be up to a third faster
         alone = cell == "lstm" and kind != "cell" and torch.get_num_threads() == 1
-        faster = alone and B >= 3 and T * B * H >= 2**14 and not (differentiable and H >= 256)
+        if bf16_unit() == "amx":
+            faster = alone and B >= 16 and H % 32 == 0 and (8 if differentiable else 16) * B >= H
+        else:
+            faster = alone and B >= 3 and T * B * H >= 2**14 and not (differentiable and H >= 256)
     elif bf16_unit():
         faster = False
     elif half is None:

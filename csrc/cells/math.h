@@ -102,6 +102,12 @@ struct Extremes {
   static FUSED_RNN_INLINE V smaller(const V& a, const V& b) { return a < b ? a : b; }
 };
 
+// a / b for normal b and quotients, by at most 0.6 ulp.
+template <class V>
+struct Quotient {
+  static FUSED_RNN_INLINE V of(const V& a, const V& b) { return a / b; }
+};
+
 template <class V>
 FUSED_RNN_INLINE V sigmoid(const V& x) {
   using T = typename Lane<V>::Scalar;
@@ -112,7 +118,7 @@ FUSED_RNN_INLINE V sigmoid(const V& x) {
   const V rounded = scale + T(1);
   const V lost = (scale - rounded) + T(1);  // rounding error of scale + 1
   const V one_plus_exp = (scale * e.p + lost) + rounded;
-  return x < -kLimit ? V{} : T(1) / one_plus_exp;
+  return x < -kLimit ? V{} : Quotient<V>::of(V{} + T(1), one_plus_exp);
 }
 
 template <class V>
@@ -127,7 +133,7 @@ FUSED_RNN_INLINE V tanh(const V& x) {
   const V expm1 = scale * e.p + (scale - T(1));
   const V rounded = expm1 + T(2);
   const V lost = expm1 - (rounded - T(2));  // rounding error of expm1 + 2; beyond 2^23 it no longer matters
-  const V quotient = expm1 / rounded;
+  const V quotient = Quotient<V>::of(expm1, rounded);
   const V inverse =
       Extremes<V>::larger(V{}, T(0.5) - T(0.6) * quotient);  // about 1 / rounded; 0 where it has no effect
   const V y = quotient - (quotient * lost) * inverse;
@@ -142,6 +148,12 @@ FUSED_RNN_INLINE V sigmoid_slope(const V& y) {
 template <class V>
 FUSED_RNN_INLINE V tanh_slope(const V& y) {
   return typename Lane<V>::Scalar(1) - y * y;
+}
+
+// a where the weight is 0, b where it is 1.
+template <class V>
+FUSED_RNN_INLINE V between(const V& a, const V& b, const V& weight) {
+  return a + weight * (b - a);
 }
 
 template <class V>

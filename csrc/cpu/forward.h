@@ -268,9 +268,8 @@ class Forward {
       split(products_.packed_h, split_.hidden, row_end, [&](int64_t b) { return hidden(b); });
       wait_for_splits();
       const int64_t outputs = ceil_div(s_.P, kProjectionBlock);
-      const bool narrow = s_.P % kProjectionBlock != 0;
       cover<UP>(
-          row_begin_, row_end, first(outputs), last(outputs), narrow, backwards(),
+          row_begin_, row_end, first(outputs), last(outputs), s_.P % kProjectionBlock != 0, backwards(),
           [&](const Part& part) { project(part); }, tiles(split_.hidden));
     }
     if (row_end > row_begin_) first_use_ = false;
@@ -362,8 +361,16 @@ class Forward {
         if (s_.gates_given) input[g] += from_x[slot][g * U + u];
         recurrent[g] = from_h[slot][g * U + u];
       }
-      cell(input, recurrent, s_.drops_h ? h_prev(b) : h[b - part.row], b, units);
+      Vec<T> inner[2];
+      cell(input, recurrent, s_.drops_h ? h_prev(b) : h[b - part.row], b, units, inner);
+      if constexpr (Cell::kHasC) from_h[slot][u] = inner[0], from_h[slot][U + u] = inner[1];
     });
+    if constexpr (Cell::kHasC) {
+      each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) FUSED_RNN_INLINED {
+        const int64_t b = part.row_of(slot);
+        store_output(Cell::output(from_h[slot][U + u], from_h[slot][u]), s_.zones_h ? h_prev(b) : nullptr, b, units);
+      });
+    }
   }
 
   // W_ih x of row b at this step; only with x_beforehand.
@@ -383,6 +390,7 @@ class Forward {
     const T rstd = normalise(hat, G * s_.H);
     if (s_.train) hat[G * s_.H] = rstd;
     const T *x_gates = x_gates_row(b), *gain = at(d_.variant.norm_hh);
+    T *c = outputs_ + b * 2 * s_.H, *o = c + s_.H;
     const Part row{b, 0, 1, int(ceil_div(s_.H, kBlock))};
     each_vector<T, U>(row, s_.H, [&](int slot, int u, Units units) {
       const T* bias = bias_ + slot * 2 * C * kLanes<T> + u * kLanes<T>;
@@ -392,10 +400,12 @@ class Forward {
         input[g] = load(bias + g * U * kLanes<T>) + load(x_gates + at_gate, n);
         recurrent[g] = load(bias + (C + g * U) * kLanes<T>) + load(gain + at_gate, n) * load(hat + at_gate, n);
       }
-      cell(input, recurrent, h_prev(b), b, units);
+      Vec<T> inner[2];
+      cell(input, recurrent, h_prev(b), b, units, inner);
+      if constexpr (Cell::kHasC)
+        store(c + units.unit, inner[0], units.count), store(o + units.unit, inner[1], units.count);
     });
     if constexpr (Cell::kHasC) {
-      T *c = outputs_ + b * 2 * s_.H, *o = c + s_.H;
       const T *norm_c = at(d_.variant.norm_c), *norm_c_bias = at(d_.variant.norm_c_bias);
       normalise(c, s_.H);
       each_lanes<T>(s_.H, [&](int64_t i, int64_t n) {
@@ -407,11 +417,8 @@ class Forward {
 
   // Stores the cell's output of row b: in `hidden` for the projection, or in y.
   FUSED_RNN_INLINE void store_output(const Vec<T>& h, const T* h_prev, int64_t b, Units units) const {
-    if (s_.projected) {
-      store(hidden(b) + units.unit, h, units.count);
-    } else {
-      store_y(h, h_prev, b, units);
-    }
+    if (!s_.projected) return store_y(h, h_prev, b, units);
+    store(hidden(b) + units.unit, h, units.count);
   }
 
   // Stores the new h of row b, after zoneout, in y.
@@ -420,21 +427,18 @@ class Forward {
     T* out = y(row) + unit;
     if (!s_.zones_h) return store(out, h, n);
     const T* zone = at(d_.variant.zones.h.at) + s_.place(row) * d_.variant.zones.h.stride;
-    store(out, zoneout(load(h_prev + unit, n), h, load(zone + unit, n)), n);
-  }
-
-  static FUSED_RNN_INLINE Vec<T> zoneout(const Vec<T>& old_state, const Vec<T>& new_state, const Vec<T>& zone) {
-    return old_state + zone * (new_state - old_state);
+    store(out, math::between(load(h_prev + unit, n), h, load(zone + unit, n)), n);
   }
 
   // The cell for some units of row b at this step. input: W_ih x + b_ih, recurrent: W_hh h + b_hh, of each gate.
+  // Of a cell with c, the output is left to the caller, who gets c' and o in `inner`: it waits for all gates, and the
+  // processor has better things to do meanwhile.
   FUSED_RNN_INLINE void cell(const Vec<T> (&input)[G], const Vec<T> (&recurrent)[G], const T* h_prev, int64_t b,
-                             Units units) const {
-    using V = Vec<T>;
+                             Units units, Vec<T> (&inner)[2]) const {
     const int64_t unit = units.unit, n = units.count;
     const Reserve& keep = d_.reserve;
     const int64_t row = s_.row(t_) + b, state = s_.state(b) * s_.H + unit;
-    V saved[Cell::kSaved], h, h_in{}, c{};
+    Vec<T> saved[Cell::kSaved], h, h_in{}, c{};
     if constexpr (Cell::kUsesH) h_in = load(h_prev + unit, n);
     if constexpr (Cell::kHasC) {
       if (!s_.reset(t_, b, reverse_)) {
@@ -444,17 +448,13 @@ class Forward {
       }
       if (s_.train) store(at(keep.c_prev) + row * keep.stride + unit, c, n);
     }
-    const V c_in = c;
+    const Vec<T> c_in = c;
     Cell::forward(input, recurrent, h_in, c, saved, h);
     if constexpr (Cell::kHasC) {
-      if (s_.normalised) {
-        T* const inner = outputs_ + b * 2 * s_.H + unit;
-        store(inner, c, n);
-        store(inner + s_.H, saved[3], n);
-      }
+      inner[0] = c, inner[1] = saved[3];
       if (d_.variant.zones.c.at) {
         const T* zone = at(d_.variant.zones.c.at) + s_.place(row) * d_.variant.zones.c.stride;
-        c = zoneout(c_in, c, load(zone + unit, n));
+        c = math::between(c_in, c, load(zone + unit, n));
       }
       store(at(d_.c) + state, c, n);
       if (d_.c_sequence) store(at(d_.c_sequence) + s_.place(row) * s_.directions * s_.H + unit, c, n);
@@ -463,7 +463,7 @@ class Forward {
       T* gates = at(keep.gates) + row * keep.stride + unit;
       for (int i = 0; i < Cell::kSaved; ++i) store(gates + i * s_.H, saved[i], n);
     }
-    if (!(Cell::kHasC && s_.normalised)) store_output(h, h_prev, b, units);
+    if constexpr (!Cell::kHasC) store_output(h, h_prev, b, units);
   }
 
   void project(const Part& part) const {

@@ -111,7 +111,7 @@ FUSED_RNN_INLINE void store(T* p, const Vec<T>& v, int64_t n) {
 namespace math {
 #define FUSED_RNN_EXTREMES(T, prefix, suffix)                                              \
   template <>                                                                              \
-  struct Extremes<FUSED_RNN_ISA::Vec<T> > {                                                \
+  struct Extremes<FUSED_RNN_ISA::Vec<T>> {                                                 \
     using V = FUSED_RNN_ISA::Vec<T>;                                                       \
     static FUSED_RNN_INLINE V larger(V a, V b) { return (V)prefix##_max_##suffix(a, b); }  \
     static FUSED_RNN_INLINE V smaller(V a, V b) { return (V)prefix##_min_##suffix(a, b); } \
@@ -119,6 +119,17 @@ namespace math {
 #if FUSED_RNN_VEC_BYTES == 64
 FUSED_RNN_EXTREMES(float, _mm512, ps)
 FUSED_RNN_EXTREMES(double, _mm512, pd)
+
+// The divider takes 16 cycles for a vector of floats, and an LSTM would keep it busy for longer than the rest of its
+// arithmetic takes. A reciprocal of 14 bits and one step of Newton's method do not wait for it.
+template <>
+struct Quotient<FUSED_RNN_ISA::Vec<float>> {
+  using V = FUSED_RNN_ISA::Vec<float>;
+  static FUSED_RNN_INLINE V of(const V& a, const V& b) {
+    const V inverse = (V)_mm512_rcp14_ps(b), about = a * inverse;
+    return about + (a - about * b) * inverse;
+  }
+};
 #else
 FUSED_RNN_EXTREMES(float, _mm256, ps)
 FUSED_RNN_EXTREMES(double, _mm256, pd)
@@ -137,7 +148,7 @@ FUSED_RNN_INLINE Vec<T> interleave(const Vec<T>& a, const Vec<T>& b) {
   for (int64_t i = 0; i < kLanes<T>; ++i) v[i] = (i % 2 ? b : a)[offset + i / 2];
   return v;
 #else
-  typename math::Lane<Vec<T> >::Int order;
+  typename math::Lane<Vec<T>>::Int order;
   for (int64_t i = 0; i < kLanes<T>; ++i) order[i] = offset + i / 2 + (i % 2) * kLanes<T>;
   return __builtin_shuffle(a, b, order);
 #endif

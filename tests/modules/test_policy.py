@@ -125,18 +125,20 @@ def test_rules_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rules_for_kernels_that_multiply_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They leave little to torch.nn: oneDNN's LSTM on one thread, where AVX512-BF16 multiplies."""
+    """They leave little to torch.nn: oneDNN's LSTM on one thread."""
 
     def backend(cell: str, H: int, B: int = 64, **options: Any) -> str:
         return fused_rnn.plan(cell, BF16, 50, B, 8, H, device="cpu", **options).backend
 
     monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", True)
-    for unit, expected in (("avx512_bf16", "torch"), ("amx", "fused"), ("amx_emulated", "fused")):
+    for unit, expected in (("avx512_bf16", "torch"), ("amx", "torch"), ("amx_emulated", "fused")):
         monkeypatch.setattr(policy, "bf16_unit", lambda unit=unit: unit)
         assert backend("lstm", 128) == expected
         assert backend("lstm", 512, requires_grad=False) == expected
-        assert backend("lstm", 512) == backend("lstm", 128, B=2) == backend("gru", 1024) == "fused"
+        assert backend("lstm", 544) == backend("lstm", 128, B=2) == backend("gru", 1024) == "fused"
         assert backend("rnn", 512, requires_grad=False) == "fused"
+    monkeypatch.setattr(policy, "bf16_unit", lambda: "amx")
+    assert backend("lstm", 100) == "fused"  # oneDNN has no tiles for such widths
 
 
 def test_unknown_kind() -> None:
