@@ -131,7 +131,8 @@ def versions(measurements: dict[str, Rows]) -> str:
     """The line below a table: torch's version and the project's commit for each processor."""
     runs = []
     for device, rows in measurements.items():
-        commits = ", ".join(dict.fromkeys(row["git_commit"][:7] for row in rows))
+        dirty = {row["git_commit"]: "-dirty" * row["git_commit"].endswith("-dirty") for row in rows}
+        commits = ", ".join(commit[:7] + mark for commit, mark in dirty.items())
         runs.append(f"{device}: torch {rows[0]['torch_version']}, commit {commits}")
     return f"\n\n({'; '.join(runs)}.)"
 

@@ -201,7 +201,7 @@ class _Frozen(Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch.nn's
-        self._packed = [_C.frozen_model(buffer(self._model)) if self._model.is_cpu else None]
+        self._packed = [_C.frozen_model(buffer(self._model)) if policy.plain(self._model, 1) else None]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, view in self._layout.parts(self._model):

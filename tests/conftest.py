@@ -4,6 +4,7 @@
 imported.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,17 @@ def files_are_named(config: pytest.Config) -> bool:
     return any((folder / arg).resolve() not in (ROOT, ROOT / "tests") for arg in config.args)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Where pytest-xdist is installed, up to four processes share the whole folder, unless -n says otherwise."""
+    option = config.option
+    seen = option.usepdb or option.trace or option.collectonly or option.capture == "no"  # by someone who looks on
+    alone = seen or option.markexpr == "timing" or hasattr(config, "workerinput")
+    if getattr(option, "numprocesses", 0) is None and not alone and not files_are_named(config):
+        option.numprocesses, option.dist = min(os.cpu_count() or 1, 4), "loadfile"
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning would hold up the others
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     if files_are_named(config):
         return "set: all cases of the files named"
@@ -40,7 +52,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[COLLECTED] = list(items)
     chosen = items if config.getoption("all") or files_are_named(config) else default_set(items)
-    if "timing" not in config.getoption("markexpr"):
+    if config.getoption("markexpr") != "timing":
         chosen = [item for item in chosen if not item.get_closest_marker("timing")]
     kept = set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])

@@ -186,7 +186,8 @@ struct Known {
 }  // namespace
 
 std::shared_ptr<const FrozenModel> frozen_model(const void* bytes, int64_t size, bool keep) {
-  static auto& known = *new Known;  // never destroyed: threads may run until the end
+  static auto& known = *new Known;         // never destroyed: threads may run until the end
+  if (!keep) checked_header(bytes, size);  // even if it is known by its header; an operator's bytes have been checked
   Known::Key key{};
   if (size >= static_cast<int64_t>(sizeof(FrozenHeader))) {
     std::memcpy(key.bytes, bytes, sizeof(FrozenHeader));

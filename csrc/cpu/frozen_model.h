@@ -18,7 +18,7 @@ namespace cpu {
 struct FrozenHeader {
   static constexpr char kMagic[8] = {'f', 'r', 'n', 'n', '\r', '\n', 0x1a, '\n'};  // a transfer as text damages it
   static constexpr uint32_t kVersion = 1, kBias = 1, kBidirectional = 2;
-  static constexpr uint32_t kBatchFirst = 4, kCell = 8;  // what Python makes of the model: nothing here looks at them
+  static constexpr uint32_t kBatchFirst = 4, kCell = 8;  // what Python makes of it; the kernels do not ask
 
   char magic[8];
   uint32_t version, flags;

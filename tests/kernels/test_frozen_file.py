@@ -120,11 +120,13 @@ DAMAGED = {
 @pytest.mark.parametrize("how", DAMAGED)
 def test_the_error_names_the_file_and_what_is_wrong(how: str, tmp_path: Path) -> None:
     path = tmp_path / "damaged.frnn"
-    fused_rnn.freeze(nn.GRU(1, 5)).save(path)
+    frozen = fused_rnn.freeze(nn.GRU(1, 5))  # lives on, so that the library knows the model
+    frozen.save(path)
     damage, message = DAMAGED[how]
     path.write_bytes(damage(bytearray(path.read_bytes())))
     with pytest.raises(RuntimeError, match=f"load_frozen: cannot load {path}: the frozen model .*{re.escape(message)}"):
         fused_rnn.load_frozen(path)
+    assert frozen(torch.ones(2, 1, 1))[0].shape == (2, 1, 5)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def drawn_call(draw: random.Random) -> tuple[dict[str, Any], Any]:
 def test_plan_names_what_runs(seed: int, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    monkeypatch.setattr(torch.nn.init, "uniform_", lambda weight, *_: torch.nn.init.zeros_(weight))  # half the time
+    # Drawing random weights would take half of this test's time.
+    monkeypatch.setattr(torch.nn.init, "uniform_", lambda weight, *_: torch.nn.init.zeros_(weight))
     seen = set()
     for _ in range(CALLS):
         monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", draw.random() < 0.7)
