@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 import fused_rnn
 from cases import CASES, Case
-from contract import MODULES, arguments, pair, tensors
+from contract import MODULES, arguments, pair, survives, tensors
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -307,12 +308,9 @@ def resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc/self/statm, of Linux")
-
-
-@needs_proc
-def test_memory_is_freed_with_the_module() -> None:
+def frees_memory_with_the_module() -> None:
     """And with its copies, streams, and the weights that load_state_dict replaced: 17 MB packed each."""
+    torch.set_grad_enabled(False)
     module = nn.LSTM(1024, 1024)
     module(torch.zeros(1, 1, 1024))
     before = resident()
@@ -330,6 +328,27 @@ def test_memory_is_freed_with_the_module() -> None:
     assert resident() - before < 25e6
 
 
+def keeps_the_model_of_a_program_without_a_module() -> None:
+    """An exported program has the bytes alone: the operator packs them once, not at every call."""
+    torch.set_grad_enabled(False)
+    frozen, x = fused_rnn.freeze(nn.LSTM(1024, 1024)), torch.randn(1, 1, 1024)
+    model, sizes, expected = frozen._model.clone(), frozen._sizes, frozen(x)[0]
+    assert_equal(frozen(x)[0], expected)  # whose first call imports much
+    del frozen
+    gc.collect()
+    before = resident()
+    for _ in range(3):
+        assert_equal(torch.ops.fused_rnn.frozen(model, *sizes, x)[0], expected)
+        assert 25e6 < resident() - before < 60e6  # 34 MB packed
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc/self/statm, of Linux")
+@pytest.mark.parametrize("check", [frees_memory_with_the_module, keeps_the_model_of_a_program_without_a_module])
+def test_memory(check: Callable[[], None]) -> None:
+    """In a process of its own, whose allocator gives large blocks back to the system at once."""
+    survives(check, MALLOC_MMAP_THRESHOLD_="65536")
+
+
 def test_copies_share_what_was_packed() -> None:
     frozen = fused_rnn.freeze(nn.GRU(3, 5))
     for other in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
@@ -344,19 +363,6 @@ def test_as_many_models_as_one_likes() -> None:
         assert model(torch.ones(1, 1, 3))[0].isfinite().all()
         assert copy.deepcopy(model)._packed[0] is its_own
     assert len(set(map(id, packed))) == len(models)
-
-
-@needs_proc
-def test_a_program_without_a_module_keeps_its_model() -> None:
-    """An exported program has the bytes alone: the operator packs them once, not at every call."""
-    frozen, x = fused_rnn.freeze(nn.LSTM(1024, 1024)), torch.randn(1, 1, 1024)
-    model, sizes, expected = frozen._model.clone(), frozen._sizes, frozen(x)[0]
-    del frozen
-    gc.collect()
-    before = resident()
-    for _ in range(3):
-        assert_equal(torch.ops.fused_rnn.frozen(model, *sizes, x)[0], expected)
-        assert 25e6 < resident() - before < 60e6  # 34 MB packed
 
 
 # Copies
