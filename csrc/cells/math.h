@@ -102,7 +102,7 @@ struct Extremes {
   static FUSED_RNN_INLINE V smaller(const V& a, const V& b) { return a < b ? a : b; }
 };
 
-// a / b for normal b and quotients, by at most 0.6 ulp.
+// a / b, at most 0.6 ulp from it if b and the quotient are normal. Processors may have a faster way than to divide.
 template <class V>
 struct Quotient {
   static FUSED_RNN_INLINE V of(const V& a, const V& b) { return a / b; }

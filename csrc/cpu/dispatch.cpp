@@ -96,12 +96,6 @@ bool has_amx() {
 }
 #endif
 
-// The instruction set that the user asks for; empty: none in particular.
-std::string wanted_isa() {
-  const char* wanted = std::getenv("FUSED_RNN_CPU_ISA");
-  return wanted ? wanted : "";
-}
-
 }  // namespace
 
 std::vector<const Kernels*> supported() {
@@ -130,7 +124,8 @@ namespace {
 
 const Kernels& choose() {
   const std::vector<const Kernels*> found = supported();
-  const std::string wanted = wanted_isa();
+  const char* const variable = std::getenv("FUSED_RNN_CPU_ISA");
+  const std::string wanted = variable ? variable : "";
   if (wanted.empty()) return *found.front();
   std::string names;
   for (const Kernels* k : found) {

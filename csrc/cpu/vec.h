@@ -127,7 +127,7 @@ struct Quotient<FUSED_RNN_ISA::Vec<float>> {
   using V = FUSED_RNN_ISA::Vec<float>;
   static FUSED_RNN_INLINE V of(const V& a, const V& b) {
     const V inverse = (V)_mm512_rcp14_ps(b), about = a * inverse;
-    const __m512 missing = _mm512_fnmadd_ps(about, b, a);  // exact, so not left to the compiler's flags
+    const __m512 missing = _mm512_fnmadd_ps(about, b, a);  // exact only if it is rounded once
     return (V)_mm512_fmadd_ps(missing, inverse, about);
   }
 };
