@@ -4,6 +4,8 @@
 // for another and no sum depends on the number of threads.
 #pragma once
 
+#include <type_traits>
+
 #include "../cells/cells.h"
 #include "bf16_operands.h"
 #include "column_sums.h"
@@ -44,7 +46,7 @@ class Products {
     return ceil_div(N, kBlock) * SplitPanel::size(K, kBlock, parts) + SplitRows::size(kMostRows, K, parts);
   }
   static int64_t transposed_workspace(int64_t N, int64_t K, int parts) {
-    const int64_t depth = least(K, kRowsAtOnce), blocks = least(ceil_div(N, kBlock), kBlocksAtOnce);
+    const int64_t depth = least(K, kRowsAtOnce), blocks = least(ceil_div(N, kBlock), blocks_at_once(depth));
     if (!parts) return depth * (blocks * kBlock + kChunk);
     return kMostRows * depth + blocks * SplitPanel::size(depth, kBlock, parts) +
            SplitRows::size(kMostRows, depth, parts);
@@ -98,12 +100,13 @@ class Products {
                   bool accumulate) {
     const Share share(M, N, kBlock, worker_);
     if (share.row == share.row_end) return;
-    if (K < 8) return add_outer_products(out, a, a_stride, b, share, N, K, accumulate);
+    if (K < kRowsWorthPacking) return add_outer_products(out, a, a_stride, b, share, N, K, accumulate);
     const int chunk = parts_ ? kMostRows : kChunk;
     T* const columns = workspace_;
     T* const panels = columns + chunk * least(K, kRowsAtOnce);
-    for (int64_t begin = share.block; begin < share.block_end; begin += kBlocksAtOnce) {
-      const int64_t end = least(begin + kBlocksAtOnce, share.block_end);
+    const int64_t at_once = blocks_at_once(least(K, kRowsAtOnce));
+    for (int64_t begin = share.block; begin < share.block_end; begin += at_once) {
+      const int64_t end = least(begin + at_once, share.block_end);
       for (int64_t k = 0; k < K; k += kRowsAtOnce) {
         const int64_t count = least(kRowsAtOnce, K - k), panel = count * kBlock;
         for (int64_t block = begin; block < end; ++block) {
@@ -140,23 +143,39 @@ class Products {
  private:
   static constexpr int U = kUnitVectors<1>;
   static constexpr int64_t kBlock = U * kLanes<T>;
-  // `transposed` packs this many rows and blocks of b at a time: they fit the second-level cache and bound the
-  // workspace.
-  static constexpr int64_t kRowsAtOnce = 512, kBlocksAtOnce = 8;
+  // `transposed` packs b from kRowsWorthPacking rows on, kRowsAtOnce at a time, and so many of its blocks that they fit
+  // the second-level cache, which bounds the workspace.
+  static constexpr int64_t kRowsWorthPacking = 8, kRowsAtOnce = 512;
+  static int64_t blocks_at_once(int64_t rows) { return 8 * kRowsAtOnce / (rows > 0 ? rows : 1); }
   static constexpr bool kSplits = sizeof(T) == sizeof(float);  // into bfloat16 parts, if LayerShape::parts says so
 
   // a^T b for a K too small for packing: each element of the result is a sum of a few products, written once.
   static void add_outer_products(T* out, const T* a, int64_t a_stride, const Rows<const T>& b, const Share& share,
                                  int64_t N, int64_t K, bool accumulate) {
+    const T* rows[kRowsWorthPacking];
+    for (int64_t k = 0; k < K; ++k) rows[k] = b[k];
     const int64_t end = least(share.block_end * kBlock, N);
     for (int64_t m = share.row; m < share.row_end; ++m) {
-      for (int64_t n = share.block * kBlock; n < end; n += kLanes<T>) {
-        const int64_t count = least(end - n, kLanes<T>);
-        Vec<T> sum{};
-        for (int64_t k = 0; k < K; ++k) sum += a[k * a_stride + m] * load(b[k] + n, count);
-        T* to = out + m * N + n;
-        store(to, accumulate ? sum + load(to, count) : sum, count);
-      }
+      T* const to = out + m * N;
+      // `vectors` of the result that begin at n, or `count` elements of one.
+      const auto add = [&](int64_t n, auto vectors, auto... count) FUSED_RNN_INLINED {
+        constexpr int kVectors = decltype(vectors)::value;
+        Vec<T> sums[kVectors] = {};
+        for (int64_t k = 0; k < K; ++k) {
+          const T factor = a[k * a_stride + m];
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) sums[v] += factor * load(rows[k] + n + v * kLanes<T>, count...);
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          T* const sum = to + n + v * kLanes<T>;
+          store(sum, accumulate ? sums[v] + load(sum, count...) : sums[v], count...);
+        }
+      };
+      int64_t n = share.block * kBlock;
+      for (; n + 4 * kLanes<T> <= end; n += 4 * kLanes<T>) add(n, std::integral_constant<int, 4>());
+      for (; n + kLanes<T> <= end; n += kLanes<T>) add(n, std::integral_constant<int, 1>());
+      if (n < end) add(n, std::integral_constant<int, 1>(), end - n);
     }
   }
 
