@@ -27,14 +27,18 @@ def describe_machine() -> dict[str, str]:
 
 
 def cpu_name(cpu_info: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's model without decoration: "Intel Xeon with AMX", "AMD EPYC".
+    """The processor's model without decoration: "Intel Xeon with AMX", "AMD EPYC with AVX2".
 
-    AMX is named because virtual machines hide the model's number, and it decides which kernels run.
+    AMX, or AVX2 where there is nothing newer, is named because virtual machines hide the model's number, and it decides
+    which kernels run.
     """
     fields = dict(re.findall(r"^(model name|flags)\s*: (.*)$", cpu_info.read_text(), re.M)) if cpu_info.exists() else {}
     name = fields.get("model name") or platform.processor() or platform.machine()
     name = " ".join(DECORATION.sub(" ", name).split())
-    return f"{name} with AMX" if "amx_tile" in fields.get("flags", "") else name
+    flags = fields.get("flags", "").split()
+    if "amx_tile" in flags:
+        return f"{name} with AMX"
+    return f"{name} with AVX2" if "avx2" in flags and "avx512f" not in flags else name
 
 
 def results_folder() -> Path:
