@@ -92,7 +92,10 @@ def test_only_tables_of_a_page_change(results: Path) -> None:
 @pytest.mark.parametrize(
     ("cpu_info", "name"),
     [
-        ("model name\t: Intel(R) Xeon(R) Platinum 8480+ CPU @ 2.00GHz\nflags\t: avx2 avx512f", "Intel Xeon Platinum 8480+"),
+        (
+            "model name\t: Intel(R) Xeon(R) Platinum 8480+ CPU @ 2.00GHz\nflags\t: avx2 avx512f",
+            "Intel Xeon Platinum 8480+",
+        ),
         ("model name\t: Intel(R) Xeon(R) Processor\nflags\t: fpu amx_tile amx_int8\n", "Intel Xeon with AMX"),
         ("model name\t: AMD EPYC 9654 96-Core Processor\nflags\t: avx2 avx512f\n", "AMD EPYC 9654"),
         ("model name\t: AMD EPYC 7B13 64-Core Processor\nflags\t: avx2 fma\n", "AMD EPYC 7B13 with AVX2"),
