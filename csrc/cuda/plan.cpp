@@ -45,12 +45,12 @@ double cycles_per_step(const Instance& in, const Product& product, int tiles) {
 }
 
 // How many teams, of all directions together, can run at the same time. A cluster must fit into one group of
-// multiprocessors (GPC); the estimate assumes 16 per group, though some groups have more.
+// multiprocessors (GPC); of a device that is not here, the estimate assumes 16 per group, though some have more.
 int resident_teams(Exchange exchange, int parts, const Device& device) {
   if (exchange == Exchange::kAlone && parts > 1) return 0;
   if (exchange != Exchange::kThroughCluster) return device.sms / parts;
   if (device.capability < 90 || parts < 2 || parts > kMaxClusterBlocks) return 0;
-  return device.sms / 16 * (16 / parts);
+  return device.clusters[1] ? device.clusters[parts] : device.sms / 16 * (16 / parts);
 }
 
 }  // namespace
