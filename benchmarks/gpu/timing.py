@@ -346,9 +346,9 @@ def plan_text(library: ModuleType, row: GpuRow, method: GpuMethod) -> str:
     shape = row.shape
     try:
         plan = library.plan(
-            row.cell, DTYPES[row.dtype], shape.T, shape.B, shape.I, shape.H, kind="packed" if row.packed else "sequence",
-            num_layers=shape.L, bidirectional=shape.bidirectional, backend=method.backend,
-            requires_grad=row.mode == "training", device=method.device,
+            row.cell, DTYPES[row.dtype], shape.T, shape.B, shape.I, shape.H,
+            kind="packed" if row.packed else "sequence", num_layers=shape.L, bidirectional=shape.bidirectional,
+            backend=method.backend, requires_grad=row.mode == "training", device=method.device,
         )  # fmt: skip
     except Exception as error:
         return first_line(error)
