@@ -15,6 +15,7 @@ FLAGS = ["-std=c++17", "-O1", "-pthread", f"-I{HERE / 'fake_runtime'}", f"-I{CSR
 pytestmark = [
     needs_sources,
     pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"there is no C++ compiler ({COMPILER[0]})"),
+    pytest.mark.slow("compiles launch.cu several times, each but once with a fault put in"),
 ]
 
 
@@ -39,7 +40,6 @@ MUTANTS = {
 }
 
 
-@pytest.mark.slow("compiles launch.cu many times, each with a fault put in")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_check_notices(name: str, tmp_path: Path) -> None:
     old, new = MUTANTS[name]

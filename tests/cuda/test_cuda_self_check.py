@@ -203,3 +203,17 @@ def test_no_memory_is_no_fault(gpu: Gpu) -> None:
         plan()
     gpu.fault = None
     assert plan().backend == "fused"
+
+
+def test_info_says_what_came_of_it(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_rnn.__main__ import info
+
+    assert info()["cuda kernels"] == "not built, or torch has no CUDA"
+    monkeypatch.setattr(cuda, "available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GPU of a test")
+    assert info()["cuda kernels"] == "built; right on this GPU of a test, by their self-check"
+    monkeypatch.setattr(self_check, "_results", {})
+    gpu.fault = "y of gru is off"
+    with pytest.warns(UserWarning, match="failed"):
+        assert info()["cuda kernels"].endswith("failed their self-check on this device: y of gru is off")

@@ -26,6 +26,7 @@ pytestmark = [
         not (ROOT / "benchmarks/gpu_run.sh").is_file(), reason="the benchmarks are not beside the tests"
     ),
     pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash"),
+    pytest.mark.slow("starts Python many times, which imports torch each time"),
 ]
 
 PROGRAMS = {
@@ -122,7 +123,6 @@ def test_the_results_are_complete(machine: Machine, done: subprocess.CompletedPr
     assert "b32_h512_bi_l2" in {line["shape"] for line in swept}
 
 
-@pytest.mark.slow("starts Python many times, which imports torch each time")
 def test_a_fault_in_a_phase_is_seen(machine: Machine, done: subprocess.CompletedProcess[str]) -> None:
     """And the later phases run nevertheless."""
     measure = machine.tree / "benchmarks/gpu/measure.py"
@@ -136,7 +136,6 @@ def test_a_fault_in_a_phase_is_seen(machine: Machine, done: subprocess.Completed
     assert phases(found) == {"grid": "FAILED (exit status 1)", "sweep": "passed"}
 
 
-@pytest.mark.slow("starts Python many times, which imports torch each time")
 def test_the_sanitizer_has_a_run_of_its_own_and_all_results_can_travel(
     machine: Machine, done: subprocess.CompletedProcess[str]
 ) -> None:
