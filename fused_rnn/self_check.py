@@ -21,7 +21,6 @@ from fused_rnn import cuda
 from fused_rnn.cell_info import GATES, NUMBER
 
 T, B, I, H = 4, 5, 8, 24  # noqa: E741 - the field's letters; more than one block of 16 units, less than a tile of 8 rows
-KERNELS = ("alone", "through_l2", "through_cluster", "steps")
 RESIDENT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STEP_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 RESULTS = ("y", "dx", "dw_ih", "dw_hh", "db_ih", "db_hh")
@@ -99,12 +98,10 @@ def find_fault(
     for cell, number in NUMBER.items():
         operands = _operands(cell)
         exact = _torchs(cell, operands, torch.float64)
-        for place, kernel in enumerate(KERNELS):
+        for place, kernel in enumerate((*_kinds(cell, properties), "steps")):
             resident = kernel != "steps"
             dtype = RESIDENT_DTYPES[(number + place) % 3] if resident else STEP_DTYPES[number % 4]
-            instances = _instances(cell, dtype, kernel, properties)
-            if instances is None:
-                continue  # clusters exist from compute capability 9.0 on
+            instances = [_instance(cell, dtype, kernel, of_backward, properties) for of_backward in (False, True)]
             on_device = [t.to(device, dtype) for t in operands]
             ours = _ours(number, on_device, resident, instances, forward, backward)
             theirs = _torchs(cell, operands, dtype)
@@ -118,16 +115,22 @@ def find_fault(
     return None
 
 
-def _instances(cell: str, dtype: torch.dtype, kernel: str, properties: cuda.Properties) -> tuple[int, int] | None:
-    """The kernels of this kind for forward and backward that the planner likes best; None if there are none."""
-    if kernel == "steps":
-        return EVERY_STEP, EVERY_STEP
-    forward, backward = (
-        [plan["instance"] for plan in cuda.plans(cell, dtype, B, H, 1, of_backward, properties)
-         if plan["kernel"] == kernel]
+def _kinds(cell: str, properties: cuda.Properties) -> list[str]:
+    """The kinds of resident kernels, by how blocks exchange the state, that the device has for such a layer."""
+    return sorted({
+        plan["kernel"]
         for of_backward in (False, True)
-    )  # fmt: skip
-    return (forward[0], backward[0]) if forward and backward else None
+        for plan in cuda.plans(cell, torch.bfloat16, B, H, 1, of_backward, properties)
+    })  # fmt: skip
+
+
+def _instance(cell: str, dtype: torch.dtype, kernel: str, of_backward: bool, properties: cuda.Properties) -> int:
+    """The kernel of this kind that the planner likes best, or of any kind, where one pass has none of this kind."""
+    if kernel == "steps":
+        return EVERY_STEP
+    plans = cuda.plans(cell, dtype, B, H, 1, of_backward, properties)
+    instances: list[int] = [plan["instance"] for plan in plans if plan["kernel"] == kernel]
+    return instances[0] if instances else int(plans[0]["instance"])
 
 
 def _operands(cell: str) -> list[Tensor]:
@@ -156,7 +159,7 @@ def _ours(
     number: int,
     operands: list[Tensor],
     tf32: bool,
-    instances: tuple[int, int],
+    instances: list[int],
     forward: Callable[..., Any],
     backward: Callable[..., Any],
 ) -> list[Tensor]:

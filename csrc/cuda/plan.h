@@ -1,9 +1,8 @@
 // The planner: which kernel instance runs a layer, and how the blocks share it. It is host code and needs no GPU.
 //
 // Every instance that fits the device is a candidate; the one with the shortest estimated time per step is chosen. The
-// constants of the estimate (kRates in plan.cpp) are from data sheets and papers about one Hopper chip, also for devices
-// of other architectures. They have not been fitted to measurements yet. What fits is exact: the limits of the device,
-// and if it is in this machine, how many clusters its runtime says run at the same time.
+// constants of the estimate (kRates in plan.cpp) are from data sheets and papers about one Hopper chip. They have not
+// been fitted to measurements yet.
 #pragma once
 
 #include <optional>
