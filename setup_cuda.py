@@ -14,7 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 EXHAUSTIVE_SWITCHES = ("-Werror=switch",)  # a cell that a switch leaves out is an error
-ARCHITECTURES = "8.0 9.0a 10.0a+PTX"
+# Code runs on its own version and on later minor ones, so these are all GPUs from the A100 on: 8.0 has the L4, RTX 30
+# and 40, 10.0 B200 and B300, 12.0 the RTX 50. An "a" runs nowhere else. PTX is compiled on the user's machine.
+ARCHITECTURES = "8.0 9.0a 10.0+PTX 12.0"
 
 
 def nvcc() -> str | None:
@@ -29,7 +31,7 @@ def nvcc() -> str | None:
 
 
 def code_generation(compiler: str) -> list[str]:
-    """nvcc's options for the architectures, written as torch writes them: "8.0 9.0a 10.0a+PTX"."""
+    """nvcc's options for the architectures, written as torch writes them: "8.0 9.0a 10.0+PTX"."""
     wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
     known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     options = []

@@ -5,16 +5,16 @@
 #
 #     facts        properties of the machine                             gpu_facts.json
 #     build        builds the library into build/gpu                     gpu_run.log
-#     correctness  tests/gpu/test_gpu.py; a few shapes without pytest        gpu_correctness.log
-#     baselines    times of torch.nn, and the names of cuDNN's kernels   gpu_baselines.jsonl, .csv
-#     grid         times of fused_rnn and torch.nn                       gpu_grid.jsonl, .csv, .png
+#     correctness  tests/gpu/test_gpu.py; a few shapes without pytest    gpu_correctness.log
+#     baselines    times of torch.nn, and the names of cuDNN's kernels   gpu_baselines.jsonl
+#     grid         times of fused_rnn and torch.nn                       gpu_grid.jsonl, .png
 #     sweep        times of every kernel on every shape                  gpu_sweep.jsonl
-#     sanitizer    compute-sanitizer on tiny shapes                      gpu_run.log
+#     sanitizer    compute-sanitizer on tiny shapes; if it is named       gpu_sanitizer.log
 #
 # It needs torch with CUDA, nvcc and a C++ compiler, and no network. Every phase has a time limit and writes its results as
 # it goes. If a phase fails, the later ones run nevertheless, except after a failed build. The exit status is 0 if all
 # phases passed. The settings of the GPU are not changed. A call without the phase `build` uses the library that an
-# earlier call has built, and builds it if there is none.
+# earlier call has built, and builds it if there is none. The results are at most eight files of 16 MiB each.
 #
 # Environment variables: PYTHON, the interpreter; GPU_RUN_COMMIT, the commit if there is no git; TORCH_CUDA_ARCH_LIST, the
 # architectures to build for (default: that of this device); SANITIZER_KERNELS, a part of the names of the kernels that
@@ -72,8 +72,8 @@ case ${GPU_RUN_FUNCTION:-} in
 esac
 
 output=${OUT:-$root/benchmarks/results/gpu}
-all_phases=facts,build,correctness,baselines,grid,sweep,sanitizer
-phases=$all_phases
+phases=facts,build,correctness,baselines,grid,sweep # the sanitizer slows everything down, and has a run of its own
+all_phases=$phases,sanitizer
 quick=()
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
@@ -149,7 +149,15 @@ show_summary() {
   fi
 }
 
+# keep_end FILE: of a file of more than 16 MiB, keeps the end
+keep_end() {
+  [ "$(wc -c < "$1")" -gt $((16 << 20)) ] || return 0
+  tail -c $((16 << 20)) "$1" > "$scratch/end" && cp "$scratch/end" "$1"
+}
+
 finish() {
+  local file
+  for file in "$output"/gpu_*.log; do [ ! -f "$file" ] || keep_end "$file"; done
   printf '\n== phases\n'
   printf '%s\n' "${summary[@]}"
   echo "Results: $output"
@@ -227,8 +235,10 @@ fi
 
 if selected sanitizer; then
   if command -v compute-sanitizer > /dev/null; then
-    GPU_RUN_FUNCTION=sanitize run_phase sanitizer 40 "$log" bash "$self"
-    grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|^-- compute-sanitizer' "$log" | tail -n 6
+    report=$output/gpu_sanitizer.log
+    : > "$report"
+    GPU_RUN_FUNCTION=sanitize run_phase sanitizer 100 "$report" bash "$self"
+    grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|^-- compute-sanitizer' "$report" | tail -n 6
   else
     summary+=("sanitizer    left out: compute-sanitizer is not installed")
   fi

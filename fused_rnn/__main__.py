@@ -8,7 +8,7 @@ import platform
 import torch
 
 import fused_rnn
-from fused_rnn import _C, cuda, launch, policy
+from fused_rnn import _C, cuda, launch, policy, self_check
 
 
 def info() -> dict[str, str]:
@@ -23,9 +23,18 @@ def info() -> dict[str, str]:
         "instruction set": f"{_chosen_isa()} (this machine has: {', '.join(_C.supported_cpu_isas())})",
         "precision": _precision(),
         "threads": str(torch.get_num_threads()),
-        "cuda kernels": "built" if cuda.available() else "not built, or torch has no CUDA",
+        "cuda kernels": _cuda_kernels(),
         "torch's cuda": torch.version.cuda or "none",
     }
+
+
+def _cuda_kernels() -> str:
+    if not cuda.available():
+        return "not built, or torch has no CUDA"
+    if not torch.cuda.is_available():
+        return "built; torch sees no GPU"
+    fault = self_check.why_not(torch.device("cuda", torch.cuda.current_device()))
+    return f"built; {fault or f'right on this {torch.cuda.get_device_name()}, by their self-check'}"
 
 
 def _chosen_isa() -> str:

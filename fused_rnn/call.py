@@ -68,7 +68,11 @@ def run(
     if not is_torchs and spec.backend != "torch":
         tensors = (*call.states, *call.reset_states, *weights, *chain(*call.norms))
         not_on_cuda = spec.proj_size > 0 or call.x.numel() == 0
-        takes_operators = policy.fusible(call.x, *tensors) and not (not_on_cuda and policy.on_cuda(call.x))
+        takes_operators = (
+            policy.fusible(call.x, *tensors)
+            and not (not_on_cuda and policy.on_cuda(call.x))
+            and policy.kernels_work(call.x)
+        )
     has_options = has_keywords or call.norms or spec.recompute or spec.has_rates or call.precision != HIGHEST
     with torch.autocast(call.x.device.type, enabled=False) if half is not None else _NO_CONTEXT:
         results = layers.stack(

@@ -99,7 +99,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         if not batched:
             input, states = input.unsqueeze(0), tuple(s.unsqueeze(0) for s in states)
         h0, c0 = (*states, None, None)[:2]
-        run: Any = reference.layer if transformed else layers.layer
+        run: Any = layers.layer if policy.kernels_work(input) and not transformed else reference.layer
         precision = policy.HIGHEST
         if casts is not None and not policy.on_cuda(input):
             precision = policy.autocast_precision(policy.autocast_dtype(input.device))

@@ -25,6 +25,8 @@ Properties = tuple[int, int, int]
 MEASURED: frozenset[int] = frozenset()
 """Compute capabilities (10 * major + minor) of devices with results in benchmarks/results: none yet."""
 
+UNMEASURED = "nobody has measured such a GPU yet: `python -m fused_rnn tune` does"
+
 
 def available() -> bool:
     """Whether the CUDA library was built, and this torch can use it. Loads it, which registers its operators."""
@@ -103,28 +105,55 @@ def why_cudnn(
     num_layers: int,
     directions: int,
     properties: Properties,
+    packed: bool = False,
 ) -> str | None:
     """Why cuDNN should run a module, or None if the kernels should.
 
-    cuDNN keeps the weights on the chip only for a float16 LSTM of one layer and direction whose sizes suit it (torch's
-    cudnn/RNN.cpp). The kernels gain nothing where a step is a product of its own, or where there are few steps.
+    The kernels gain nothing where a step is a product of its own, where there are few steps, or where cuDNN keeps the
+    weights on the chip, too.
     """
     if properties[2] not in MEASURED:
-        return "nothing was measured on such a device"
+        return UNMEASURED
     if T < 8:
         return "there are few time steps"
     if not is_resident(cell, dtype, B, H, directions, properties):
         return "the weights do not fit on the chip"
-    if (
-        cell == "lstm"
-        and dtype is torch.float16
+    if not packed and cudnn_is_resident(cell, dtype, B, I, H, num_layers, directions, properties):
+        return "cuDNN keeps the weights on the chip, too"
+    return None
+
+
+def cudnn_is_resident(
+    cell: str,
+    dtype: torch.dtype,
+    B: int,
+    I: int,  # noqa: E741 - the field's letter
+    H: int,
+    num_layers: int,
+    directions: int,
+    properties: Properties,
+) -> bool:
+    """Whether torch asks cuDNN for one of its persistent algorithms, for a sequence that is not packed.
+
+    `get_algo` in torch's aten/src/ATen/native/cudnn/RNN.cpp: PERSIST_STATIC_SMALL_H, or else PERSIST_STATIC. In
+    backward, SMALL_H ends at two thirds of these sizes.
+    """
+    if dtype is torch.float64:
+        return False
+    if H <= 192 or (H <= 384 and cell.startswith("rnn")):
+        return True
+    sms, _, capability = properties
+    return (
+        dtype is torch.float16
+        and cell != "gru"
         and num_layers == directions == 1
         and H % 128 == I % 128 == B % 8 == 0
         and H <= 1024
         and B <= 128
-    ):
-        return "cuDNN keeps the weights on the chip, too"
-    return None
+        and (cell == "lstm" or B < 96 or H < 896)
+        and sms >= 98
+        and capability % 10 != 6
+    )
 
 
 def in_tf32(operator: Callable[..., _Results], *arguments: Any) -> _Results:

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from fused_rnn import _C, cuda
+from fused_rnn import _C, cuda, self_check
 
 BACKENDS = ("auto", "fused", "torch")
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
@@ -85,12 +85,17 @@ def choose(
     if on_gpu and T * B * I == 0:
         return Choice(False, "the input is empty")
     if backend == "fused":
-        return Choice(True, "backend is 'fused'")
+        refused = self_check.why_not(device) if on_gpu and properties is None else None
+        return Choice(refused is None, refused or "backend is 'fused'")
     if torch.compiler.is_compiling():  # sizes may be symbols, which a comparison would guard
         return Choice(not on_gpu, "in a compiled graph the device decides")
     if on_gpu:
+        is_here = properties is None
         properties = cuda.device_properties(device) if properties is None else properties
-        reason = cuda.why_cudnn(cell, half or dtype, T, B, I, H, num_layers, directions, properties)
+        packed = kind == "packed"
+        reason = cuda.why_cudnn(cell, half or dtype, T, B, I, H, num_layers, directions, properties, packed)
+        if reason is None and is_here:
+            reason = self_check.why_not(device)
         return Choice(reason is None, reason or "the weights stay on the chip")
     one_step = kind in ("cell", "step") or (kind == "sequence" and T == 1)
     if one_step and differentiable and half is None and torch_trains_step(cell, dtype):
@@ -220,6 +225,11 @@ def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
 def on_cuda(x: Tensor) -> bool:
     """Whether the CUDA operators compute with such tensors."""
     return x.is_cuda
+
+
+def kernels_work(x: Tensor) -> bool:
+    """Whether the kernels of x's device are right; a GPU's are checked before their first use."""
+    return not on_cuda(x) or self_check.why_not(x.device) is None
 
 
 def fusible(x: Any, *others: Any, castable: bool = False) -> bool:

@@ -7,13 +7,12 @@
     python benchmarks/gpu/measure.py --errors                     compare results only
     python benchmarks/gpu/measure.py --facts                      what machine this is
 
-Rows are written as they are measured, one JSON object a line; a CSV file, a picture and a table of means follow at the
-end. The exit status is 1 if a result of fused_rnn is wrong. --baselines and --facts do not need fused_rnn. How a row
-is measured is in timing.py; benchmarks/gpu_run.sh builds, tests and measures in one command.
+Rows are written as they are measured, one JSON object a line; a picture and a table of means follow at the end. The
+exit status is 1 if a result of fused_rnn is wrong. --baselines and --facts do not need fused_rnn. How a row is measured
+is in timing.py; benchmarks/gpu_run.sh builds, tests and measures in one command.
 """
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -93,10 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         append(file, {"record": "run", **machine, "arguments": sys.argv[1:]})
         lines, left = measure_rows(rows, method, options.budget, file)
         append(file, {"record": "end", "not_reached": [str(row) for row in left]})
-    if lines:
-        write_csv([line | machine for line in lines], options.output / f"{name}.csv")
-        if method.timed and not options.baselines:
-            draw(lines, machine, options.output / f"{name}.png")
+    if method.timed and not options.baselines:
+        draw(lines, machine, options.output / f"{name}.png")
     print_summary(lines, left, machine)
     if any(line.get("wrong") for line in lines) or not is_alive(method.device):
         sys.exit(1)
@@ -176,7 +173,7 @@ def append(file: TextIO, record: dict[str, Any]) -> None:
 
 
 def describe_machine(method: GpuMethod) -> dict[str, str]:
-    """The GPU and the versions, as CSV columns; harness/machine.py describes a CPU and needs fused_rnn."""
+    """The GPU and the versions; harness/machine.py describes a CPU and needs fused_rnn."""
     on_gpu = method.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
@@ -333,15 +330,6 @@ def print_list(heading: str, entries: Sequence[str]) -> None:
 
 def title(line: dict[str, Any]) -> str:
     return f"{line['row']}, {line['cell']}, {line['dtype']}, {line['mode']}"
-
-
-def write_csv(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write one line per row; times in seconds, memory in bytes. The columns of a missing side stay empty."""
-    columns = list(dict.fromkeys(name for line in lines for name in line))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=columns)
-        writer.writeheader()
-        writer.writerows(lines)
 
 
 def draw(lines: Sequence[dict[str, Any]], machine: dict[str, str], path: Path) -> None:

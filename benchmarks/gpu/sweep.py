@@ -46,7 +46,7 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = True
     end = perf_counter() + options.budget
     rows = [(d, c, s) for d in options.dtype for s in GROUPS["gpu"] for c in options.cell]
-    with (options.output / "gpu_sweep.jsonl").open("a") as file:
+    with (options.output / "gpu_sweep.jsonl").open("w") as file:
         for dtype, cell, shape in rows:
             if perf_counter() > end:
                 print(f"no time was left for {shape.name} {cell} {dtype} and what follows")
@@ -58,7 +58,7 @@ def main() -> None:
 
 def sweep(cell: str, dtype: torch.dtype, shape: Shape) -> list[dict[str, Any]]:
     """One line per kernel that fits the shape, forward and backward."""
-    D, G = 2 if shape.bi else 1, reference.GATES[cell]
+    D, G = shape.directions, reference.GATES[cell]
     w_hh = [(torch.randn(G * shape.H, shape.H) / shape.H**0.5).to("cuda", dtype) for _ in range(D)]
     gates = torch.randn(shape.T, shape.B, D * G * shape.H, device="cuda", dtype=dtype)
     properties = cuda.device_properties(gates.device)

@@ -13,7 +13,6 @@ This file needs fused_rnn only for fused_rnn's side of a row, so torch.nn can be
 """
 
 import gc
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,7 +138,7 @@ def measure_sides(row: GpuRow, method: GpuMethod) -> dict[str, Any]:
             notes[side] = first_line(error)
     del exact
     if FUSED in method.libraries:
-        line |= {"backend": method.backend, "plan": plan_text(method.libraries[FUSED], row)}
+        line |= {"backend": method.backend, "plan": plan_text(method.libraries[FUSED], row, method)}
         line["wrong"] = FUSED not in calls or is_wrong(row, line)
     if TORCH in calls and method.kernels:
         line["kernels"] = kernel_names(calls[TORCH], method.device)
@@ -342,20 +341,18 @@ def with_peak_memory(call: Call, module: nn.Module, device: torch.device) -> tup
     return results, torch.cuda.max_memory_allocated() - before
 
 
-def plan_text(library: ModuleType, row: GpuRow) -> str:
-    """fused_rnn's own description of how it computes the row; "" from versions without `plan`."""
-    plan = getattr(library, "plan", None)
-    if plan is None:
-        return ""
+def plan_text(library: ModuleType, row: GpuRow, method: GpuMethod) -> str:
+    """fused_rnn's own description of how it computes the row."""
     shape = row.shape
-    known = {"num_layers": shape.L, "bidirectional": shape.bidirectional, "training": row.mode == "training"}
-    known |= {"packed": row.packed}
     try:
-        taken = inspect.signature(plan).parameters
-        options = {name: value for name, value in known.items() if name in taken}
-        return str(plan(row.cell, DTYPES[row.dtype], shape.T, shape.B, shape.I, shape.H, **options))
+        plan = library.plan(
+            row.cell, DTYPES[row.dtype], shape.T, shape.B, shape.I, shape.H,
+            kind="packed" if row.packed else "sequence", num_layers=shape.L, bidirectional=shape.bidirectional,
+            backend=method.backend, requires_grad=row.mode == "training", device=method.device,
+        )  # fmt: skip
     except Exception as error:
         return first_line(error)
+    return str(plan)
 
 
 def kernel_names(call: Call, device: torch.device) -> list[dict[str, Any]]:

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "layout.h"
+
 #if defined(FUSED_RNN_EMULATOR)
 #include <functional>
 #endif
@@ -22,6 +24,9 @@ struct Device {
   int sms;           // multiprocessors
   int shared_bytes;  // maximum for one block
   int capability;    // 10 * major + minor of the device, or of the compiled kernels if that is lower
+  // [n]: how many clusters of n blocks run at the same time, one block on each multiprocessor. [1] is 0 if the runtime
+  // was not asked, because the device is not in this machine.
+  int clusters[kMaxClusterBlocks + 1] = {};
 };
 
 // The properties of the current device; cached.
@@ -47,8 +52,8 @@ void launch(void (*kernel)(Params), const Grid& grid, void* stream, Params param
 // Sets all bits of `bytes` bytes of device memory at `at`, asynchronously on `stream`.
 void fill_with_ones(void* at, int64_t bytes, void* stream);
 
-// The error flag: a word of host memory that kernels can write. It becomes 1 when a kernel's watchdog times out; the
-// reader resets it.
+// The error flag of the current device: a word of host memory that kernels can write. It becomes 1 when a kernel's
+// watchdog times out; the reader resets it.
 int32_t* error_word();
 
 }  // namespace cuda

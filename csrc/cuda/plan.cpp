@@ -44,13 +44,18 @@ double cycles_per_step(const Instance& in, const Product& product, int tiles) {
   return tile * tiles + std::max(0., travel - tile * (tiles - 1));
 }
 
-// How many teams, of all directions together, can run at the same time. A cluster must fit into one group of
-// multiprocessors (GPC); the estimate assumes 16 per group, though some groups have more.
+// How many clusters can run at the same time. A cluster must fit into one group of multiprocessors (GPC); of a device
+// that is not here, the estimate assumes 16 per group, though some groups have more.
+int resident_clusters(int blocks, const Device& device) {
+  if (device.capability < 90 || blocks < 2 || blocks > kMaxClusterBlocks) return 0;
+  return device.clusters[1] ? device.clusters[blocks] : device.sms / 16 * (16 / blocks);
+}
+
+// How many teams, of all directions together, can run at the same time.
 int resident_teams(Exchange exchange, int parts, const Device& device) {
   if (exchange == Exchange::kAlone && parts > 1) return 0;
   if (exchange != Exchange::kThroughCluster) return device.sms / parts;
-  if (device.capability < 90 || parts < 2 || parts > kMaxClusterBlocks) return 0;
-  return device.sms / 16 * (16 / parts);
+  return resident_clusters(parts, device);
 }
 
 }  // namespace

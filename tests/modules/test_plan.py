@@ -80,7 +80,8 @@ def test_plan_on_the_cpu() -> None:
 def test_auto_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = dict(T=512, B=64, I=1024, H=1024, properties=DEVICES["h100"])
     monkeypatch.setattr(cuda, "MEASURED", frozenset())
-    assert fused_rnn.plan("lstm", torch.bfloat16, **shape).backend == "torch"
+    unmeasured = fused_rnn.plan("lstm", torch.bfloat16, **shape)
+    assert (unmeasured.backend, unmeasured.reason) == ("torch", cuda.UNMEASURED)
     assert fused_rnn.plan("lstm", torch.bfloat16, **shape, backend="fused").way == "resident"
 
 
@@ -90,12 +91,53 @@ def test_plan_for_a_device_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> 
     plan = fused_rnn.plan("lstm", torch.bfloat16, **shape)
     assert (plan.backend, plan.way) == ("fused", "resident")
     assert plan.forward["parts"] > 1 and plan.backward["parts"] > 1
-    # The only case in which cuDNN, too, keeps the weights on the chip.
-    assert fused_rnn.plan("lstm", torch.float16, **shape).backend == "torch"
+    half = fused_rnn.plan("lstm", torch.float16, **shape)
+    assert (half.backend, half.reason) == ("torch", "cuDNN keeps the weights on the chip, too")
     assert fused_rnn.plan("lstm", torch.float16, **shape, backend="fused").way == "resident"
     assert fused_rnn.plan("lstm", torch.float16, **shape, num_layers=2).way == "resident"
     assert fused_rnn.plan("gru", torch.float64, **shape, backend="fused").way == "steps"
     assert fused_rnn.plan("gru", torch.float64, **shape).backend == "torch"
+
+
+@pytest.mark.parametrize(
+    ("resident", "cell", "changes"),
+    [
+        (True, "lstm", {}),
+        (True, "rnn_tanh", {}),
+        (False, "gru", {}),  # "performance is flakier than other RNN types"
+        (False, "lstm", dict(dtype=torch.bfloat16)),
+        (False, "lstm", dict(num_layers=2)),
+        (False, "lstm", dict(directions=2)),
+        (False, "lstm", dict(H=1152)),
+        (False, "lstm", dict(H=960)),
+        (False, "lstm", dict(I=64)),
+        (False, "lstm", dict(B=60)),
+        (False, "lstm", dict(B=136)),
+        (True, "lstm", dict(B=96)),
+        (False, "rnn_relu", dict(B=96)),
+        (True, "rnn_relu", dict(B=96, H=768)),
+        (False, "lstm", dict(properties=(58, 101376, 89))),  # L4: too few multiprocessors
+        (True, "lstm", dict(properties=(128, 101376, 89))),  # RTX 4090
+        (False, "lstm", dict(properties=(108, 101376, 86))),  # minor version 6
+        (True, "lstm", dict(H=192, dtype=torch.bfloat16, num_layers=2, directions=2, B=5, I=3)),  # SMALL_H
+        (True, "gru", dict(H=192, dtype=torch.float32)),
+        (False, "gru", dict(H=193)),
+        (True, "rnn_tanh", dict(H=384, dtype=torch.float32, properties=(58, 101376, 89))),
+        (False, "rnn_tanh", dict(H=385)),
+        (False, "lstm", dict(H=64, dtype=torch.float64)),
+    ],
+)
+def test_when_cudnn_keeps_the_weights_on_the_chip(resident: bool, cell: str, changes: dict) -> None:
+    """`get_algo` of torch's aten/src/ATen/native/cudnn/RNN.cpp, case by case."""
+    layer = dict(dtype=torch.float16, B=64, I=1024, H=1024, num_layers=1, directions=1, properties=DEVICES["h100"])
+    assert cuda.cudnn_is_resident(cell, **(layer | changes)) == resident
+
+
+def test_cudnn_has_nothing_persistent_for_packed_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "MEASURED", frozenset({90}))
+    shape = dict(T=100, B=64, I=128, H=128, properties=DEVICES["h100"])
+    assert fused_rnn.plan("lstm", torch.float16, **shape).backend == "torch"
+    assert fused_rnn.plan("lstm", torch.float16, **shape, kind="packed").backend == "fused"
 
 
 def test_bad_arguments() -> None:

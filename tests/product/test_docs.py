@@ -149,6 +149,27 @@ def test_the_tables_of_pages_are_the_committed_results(page: Path) -> None:
     assert tables.updated(text) == text, "run python benchmarks/tables.py"
 
 
+@needs_docs
+def test_the_table_of_gpus_is_the_planners(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest LSTM of each GPU, in steps of 16 units, for a batch of 64."""
+    monkeypatch.setattr(fused_rnn.cuda, "tf32_allowed", lambda: True)
+    gpus = {
+        "L4": (58, 101376, 89), "RTX 3090": (82, 101376, 86), "RTX 4090": (128, 101376, 89),
+        "RTX 5090": (170, 101376, 120), "A100": (108, 166912, 80), "H100, H200": (132, 232448, 90),
+        "B200": (148, 232448, 100),
+    }  # fmt: skip
+
+    def most(dtype: torch.dtype, properties: tuple[int, int, int]) -> int:
+        fits = (H for H in range(16, 4096, 16) if fused_rnn.cuda.is_resident("lstm", dtype, 64, H, 1, properties))
+        return max(fits)
+
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) \| (\d+) \| (\w+) \|$", (DOCS / "gpu.md").read_text(), re.MULTILINE)
+    assert {name for name, *_ in rows} == set(gpus)
+    for name, *numbers, way in rows:
+        assert list(map(int, numbers)) == [most(dtype, gpus[name]) for dtype in (torch.bfloat16, torch.float32)], name
+        assert way == ("clusters" if gpus[name][2] >= 90 else "L2")
+
+
 @each_module
 def test_all_that_is_public_has_a_docstring(module: Any) -> None:
     assert inspect.getdoc(module)

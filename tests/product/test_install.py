@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ import _distutils_hack
 import pytest
 import setuptools
 
-from sources import copied, needs_sources
+from sources import CSRC, copied, needs_sources
 
 REQUIREMENTS = "import setup_backend as b; print(b.get_requires_for_build_wheel(), b.get_requires_for_build_editable())"
 
@@ -67,6 +68,29 @@ def test_pip_collects_no_torch_beside_one(sources: Path, tmp_path: Path) -> None
     assert process.returncode == 0, process.stderr
     (installed,) = re.findall(r"Installing collected packages: (.*)", log.read_text())
     assert "setuptools" in installed and "torch" not in installed
+
+
+@pytest.mark.parametrize(
+    ("known", "wish", "codes"),
+    [
+        ("75 80 86 90 100 103 120 121", "", "sm_80 sm_90a sm_100 compute_100 sm_120"),  # CUDA 13
+        ("75 80 86 90 100", "", "sm_80 sm_90a sm_100 compute_100"),  # a compiler that knows no RTX 50
+        ("75 80 86 90", "", "sm_80 sm_90a"),
+        ("80 90", "8.9 12.0+PTX", "sm_89 sm_120 compute_120"),
+    ],
+)
+def test_architectures_of_the_cuda_library(
+    known: str, wish: str, codes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every GPU from the A100 on that the compiler knows, unless TORCH_CUDA_ARCH_LIST names others."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wish)
+    monkeypatch.syspath_prepend(CSRC.parent)
+    setup_cuda = importlib.import_module("setup_cuda")
+    compiler = tmp_path / "nvcc"
+    compiler.write_text(f"#!/bin/sh\nprintf 'sm_%s\\n' {known}\n")
+    compiler.chmod(0o755)
+    options = setup_cuda.code_generation(str(compiler))
+    assert " ".join(option.rpartition("code=")[2] for option in options) == codes
 
 
 def test_a_failed_compile_ends_with_what_to_do(sources: Path) -> None:

@@ -42,6 +42,7 @@ PYTHON = [
     {"_C", "options", "spec", "tally", "launch"},
     {"reference", "cell_info", "input_gates", "stream"},
     {"constructor", "cuda", "frozen_file"},
+    {"self_check"},
     {"policy", "operators"},
     {"autocast", "layers", "fakes", "lowering"},
     {"call", "compiled", "patch", "planning"},
