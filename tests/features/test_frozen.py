@@ -249,6 +249,12 @@ def test_wrong_arguments_of_freeze() -> None:
         fused_rnn.freeze(nn.GRU(3, 5), "int4")
     with pytest.raises(ValueError, match="found none"):
         fused_rnn.freeze(nn.Linear(3, 5))
+    with pytest.raises(ValueError, match="found only frozen ones"):
+        fused_rnn.freeze(nn.Sequential(fused_rnn.freeze(nn.GRU(3, 5))))
+    with pytest.raises(TypeError, match="the module is frozen already"):
+        fused_rnn.freeze(fused_rnn.freeze(nn.GRU(3, 5)))
+    with pytest.raises(TypeError, match=r"expected module to be a torch\.nn\.Module, got str"):
+        fused_rnn.freeze("gru.pt")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"weight_ih_l0 to be float32 on the CPU.*float64"):
         fused_rnn.freeze(nn.GRU(3, 5).double())
     broken = nn.GRU(3, 5)
