@@ -256,7 +256,7 @@ class _Frozen(Module):
 
         Args:
             batch: the number of rows.
-            threads: that share a step. One is best unless the weights exceed the cache of a core.
+            threads: that may share a step. Layers that one thread computes sooner stay on one.
 
         Raises:
             RuntimeError: the module is bidirectional, or a number is out of range.
