@@ -55,7 +55,7 @@ def cpu_plan(
     is_double: bool,
     precision: int,
     deterministic: bool,
-    /,
+    weights: int = 0,
 ) -> dict[str, Any]: ...
 def cuda_plans(
     cell: int,

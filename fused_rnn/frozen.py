@@ -44,7 +44,8 @@ def freeze(module: Module, weights: str = "float32") -> Any:
         without gradients of parameters; its attribute `frozen` is the list of their names.
 
     Raises:
-        TypeError: a module has an option, or a forward of its own, that no frozen module computes. All are named.
+        TypeError: module is no module, or frozen already; or a module has an option, or a forward of its own, that no
+            frozen module computes. All are named.
         ValueError: weights is something else; or the model has no such module; or weights are not float32 on the CPU,
             or for "int8" not finite.
 
@@ -60,6 +61,10 @@ def freeze(module: Module, weights: str = "float32") -> Any:
     """
     if weights not in WEIGHTS:
         raise ValueError(f"freeze: expected weights to be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
+    if not isinstance(module, Module):
+        raise TypeError(f"freeze: expected module to be a torch.nn.Module, got {type(module).__name__}")
+    if isinstance(module, _Frozen):
+        raise TypeError("freeze: the module is frozen already; freeze the one that it was made from")
     if torch_class(type(module)) is not None:
         if why := _obstacle(module):
             raise TypeError(f"freeze: cannot freeze this {type(module).__name__}: {why}")
@@ -79,7 +84,8 @@ def freeze(module: Module, weights: str = "float32") -> Any:
     if hasattr(module, "frozen"):
         raise ValueError("freeze: the model has an attribute named 'frozen' of its own")
     if not names:
-        raise ValueError(f"freeze: expected a model with an {', '.join(NAMES[:-1])} or {NAMES[-1]}, found none")
+        found = "only frozen ones" if any(isinstance(part, _Frozen) for part in module.modules()) else "none"
+        raise ValueError(f"freeze: expected a model with an {', '.join(NAMES[:-1])} or {NAMES[-1]}, found {found}")
     # Which takes the frozen modules for the copies of the others.
     model: Any = copy.deepcopy(module, memo).eval().requires_grad_(False)
     model.frozen = names
@@ -250,7 +256,7 @@ class _Frozen(Module):
 
         Args:
             batch: the number of rows.
-            threads: that share a step. One is best unless the weights exceed the cache of a core.
+            threads: that may share a step. Layers that one thread computes sooner stay on one.
 
         Raises:
             RuntimeError: the module is bidirectional, or a number is out of range.

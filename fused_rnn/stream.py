@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import index
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class Stream:
 
     Raises:
         RuntimeError: the module is bidirectional, or a number is out of range.
+        TypeError: a number is no integer.
 
     Example:
         >>> import torch, fused_rnn
@@ -37,7 +39,7 @@ class Stream:
     """
 
     def __init__(self, module: Any, batch: int = 1, threads: int = 1) -> None:
-        self.module, self.batch, self.threads = module, batch, threads
+        self.module, self.batch, self.threads = module, index(batch), index(threads)
         self._packed = module._packed
         self._take_weights()
         self._width = module.proj_size or module.hidden_size
@@ -59,7 +61,7 @@ class Stream:
             The output, ``(B, proj_size or hidden_size)`` or without B as x; `out`, if it is given.
 
         Raises:
-            RuntimeError: shape, dtype, device or layout do not fit.
+            RuntimeError: type, shape, dtype, device or layout do not fit.
         """
         return self._advanced(x, out, False)
 
@@ -75,7 +77,7 @@ class Stream:
             The outputs, shaped like x but ``proj_size or hidden_size`` wide; `out`, if it is given.
 
         Raises:
-            RuntimeError: shape, dtype, device or layout do not fit.
+            RuntimeError: type, shape, dtype, device or layout do not fit.
         """
         return self._advanced(x, out, True)
 
@@ -84,7 +86,10 @@ class Stream:
             state = self.state
             self._take_weights()
             self.state = state
-        result = _empty(x, (*x.shape[:-1], self._width)) if out is None else out
+        try:
+            result = _empty(x, (*x.shape[:-1], self._width)) if out is None else out
+        except AttributeError:
+            raise RuntimeError(f"Stream: x must be a float32 tensor or array, got {type(x).__name__}") from None
         self._run(x, result, chunk)
         if isinstance(out, Tensor) and torch.is_grad_enabled() and not out.is_inference():
             increment_version(out)  # autograd may have saved it for a derivative

@@ -6,8 +6,9 @@
  * INPUT holds float32 [T, I], OUTPUT receives float32 [T, P]. Build it against the header and the library of the
  * installed package, whose paths Python prints:
  *
+ *     library=$(python -c "import fused_rnn; print(fused_rnn.STREAM_LIBRARY)")
  *     cc -O2 stream.c -I$(python -c "import fused_rnn; print(fused_rnn.INCLUDE)") \
- *         $(python -c "import fused_rnn; print(fused_rnn.STREAM_LIBRARY)") -o stream
+ *         $library -Wl,-rpath,$(dirname $library) -o stream
  */
 #define _POSIX_C_SOURCE 199309L
 #include <fused_rnn/stream.h>

@@ -264,7 +264,45 @@ void choose_products(LayerShape& shape, Precision precision) {
   shape.bf16 = shape.parts ? unit : nullptr;
 }
 
+namespace {
+
+// The plan of frozen weights. A step of theirs is so short that waits for the other threads count, so the plans are
+// compared by the time that they take. It is estimated in nanoseconds, too short rather than too long where a thread
+// works alone, for sharing must not make a call slower; and waits as on a machine that is slow at them.
+Plan frozen_plan(const LayerShape& s, int64_t threads) {
+  constexpr double kProducts = 1.4, kBytes = 1.75;  // of a nanosecond, for each byte of a vector
+  constexpr double kActivation = 32;                // of a unit: as many products
+  constexpr double kWait = 1000, kRegion = 5000;    // a barrier; a parallel region
+  constexpr double kGain = 0.8;                     // sharing must take less than this part of the time alone
+  const bool rounds = s.weights == WeightFormat::kInt8;
+  const int64_t units = cell_info(s.cell).gates * s.H, vector = kernels().vector_bytes;
+  const int64_t size = rounds ? 1 : s.weights == WeightFormat::kBfloat16 ? 2 : 4;
+  const int64_t read = s.P + (s.T > 1 && s.B < 8 ? 0 : s.I);  // with few rows, x is multiplied beforehand
+  const double row = units * ((s.P + s.I) * (rounds ? 0.5 : 1) + kActivation) / (kProducts * vector);
+  const double weights = units * read * size / (kBytes * vector);
+  const double waits = kWait * (1 + rounds) * (1 + s.projected);
+  const int64_t blocks = (s.H + 15) / 16;
+  Plan best{1, 1, false};
+  double least = kGain * s.directions * s.T * (s.B * row + weights);
+  const auto consider = [&](const Plan& plan, double step) {
+    const double time = kRegion + s.directions / plan.teams * s.T * step;
+    if (time < least) best = plan, least = time;
+  };
+  if (least < kRegion) return best;
+  for (int64_t teams = 1; teams <= s.directions; ++teams) {
+    for (int64_t n = teams == 1 ? 2 : 1; n * teams <= threads; ++n) {
+      if (n <= s.B) consider({teams, n, false}, (s.B + n - 1) / n * row + weights);
+      const double share = (s.B * row + weights) * ((blocks + n - 1) / n) / blocks;
+      if (n > 1 && n <= blocks && share >= kWait) consider({teams, n, true}, share + waits);
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
 Plan plan(const LayerShape& shape, int64_t threads) {
+  if (shape.frozen()) return frozen_plan(shape, threads);
   // Multiply-adds of a step and of the whole, in one direction. An activation counts as some tens of them.
   const int64_t gates = cell_info(shape.cell).gates;
   const double step = double(gates) * shape.H * double(shape.B) * (shape.P + shape.I + 32);

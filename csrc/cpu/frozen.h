@@ -85,8 +85,9 @@ FUSED_RNN_INLINE void each_tile(const Part& part, const F& f) {
 struct Bfloat16 {
   using Rows = SplitRows;  // never made
   static constexpr bool kNarrow = true, kRoundsRows = false;
+  // Fewer than of float32: with more, GCC spills sums, as even and odd values take registers too.
   template <int C>
-  static constexpr int kSlots = kRowBlocks<C> < 8 ? kRowBlocks<C> : 8;
+  static constexpr int kSlots = least(FUSED_RNN_VECTOR_REGISTERS * 9 / 16 / C, 8);
 
   template <int G>
   static int64_t panel_bytes(int64_t K) {
@@ -127,30 +128,31 @@ struct Bfloat16 {
       Vec<float> acc[NB][R][C] = {};
       const char* w = panel + begin / 2 * C * FUSED_RNN_VEC_BYTES;
       int64_t k = begin;
-      for (; k + 2 <= end; k += 2, w += C * FUSED_RNN_VEC_BYTES) {
+      // acc += values of k times weights(vector of pairs).
+      const auto add = [&](int64_t k, const auto& weights) FUSED_RNN_INLINED {
 #pragma GCC unroll 8
         for (int nb = 0; nb < NB; ++nb) {
 #pragma GCC unroll 4
           for (int c = 0; c < C; ++c) {
-            const Ints pair = load_as<Ints>(w + nb * distance + c * FUSED_RNN_VEC_BYTES);
-            const auto even = (Vec<float>)(pair << 16), odd = (Vec<float>)(pair & int32_t(0xffff0000));
+            const auto v = (Vec<float>)weights(load_as<Ints>(w + nb * distance + c * FUSED_RNN_VEC_BYTES));
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-              acc[nb][r][c] += rows[r][k] * even;
-              acc[nb][r][c] += rows[r][k + 1] * odd;
-            }
+            for (int r = 0; r < R; ++r) acc[nb][r][c] += rows[r][k] * v;
           }
         }
+      };
+      const auto even = [](const Ints& pairs) FUSED_RNN_INLINED { return pairs << 16; };
+      const auto odd = [](const Ints& pairs) FUSED_RNN_INLINED { return pairs & int32_t(0xffff0000); };
+      for (; k + 2 <= end; k += 2, w += C * FUSED_RNN_VEC_BYTES) {
+        add(k, even);
+        asm volatile("" ::: "memory");  // else GCC keeps the pairs, and spills the sums
+        add(k + 1, odd);
       }
+      if (k < end) add(k, even);
+      asm volatile("" ::: "memory");  // as in multiply_tile
 #pragma GCC unroll 8
       for (int nb = 0; nb < NB; ++nb) {
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-          if (k < end) {
-            const Ints last = load_as<Ints>(w + nb * distance + c * FUSED_RNN_VEC_BYTES);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) acc[nb][r][c] += rows[r][k] * (Vec<float>)(last << 16);
-          }
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) sums[nb + r][c] += acc[nb][r][c];
         }
@@ -176,6 +178,13 @@ FUSED_RNN_INLINE void add_scaled(Vec<float> (*sums)[C], const Ints (&acc)[NB][R]
   }
 }
 
+// p; if `again`, the compiler does not know that it is the p of before, so that it reads what lies there once more, and
+// needs no register to keep it.
+FUSED_RNN_INLINE const int8_t* anew(bool again, const int8_t* p) {
+  if (again) asm volatile("" : "+r"(p));
+  return p;
+}
+
 // Products of 16-bit integers, two at a time.
 struct Pairs {
   static constexpr int kGroup = 2, kOffsets = 0;
@@ -185,6 +194,7 @@ struct Pairs {
   template <int NB, int R, int C>
   static __attribute__((noinline)) void tile(Vec<float> (*sums)[C], const int8_t* const* rows, const float* scales,
                                              const char* panel, int64_t chunk, int64_t distance, int64_t depth) {
+    constexpr int kKept = FUSED_RNN_VECTOR_REGISTERS - NB * R * C - 2;  // beside weights and a product
     Ints acc[NB][R][C] = {};
     const char* w = panel + chunk;
     for (int64_t k = 0; k < depth; k += kGroup, w += C * FUSED_RNN_VEC_BYTES / 2) {
@@ -192,10 +202,11 @@ struct Pairs {
       for (int nb = 0; nb < NB; ++nb) {
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-          const auto bytes = load_as<HalfBytes>(w + nb * distance + c * (FUSED_RNN_VEC_BYTES / 2));
-          const Shorts weights = __builtin_convertvector(bytes, Shorts);
+          const Shorts weights = widened(w + nb * distance + c * (FUSED_RNN_VEC_BYTES / 2));
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) acc[nb][r][c] += products(weights, (Shorts)broadcast(rows[r] + 2 * k));
+          for (int r = 0; r < R; ++r) {
+            acc[nb][r][c] += products(weights, (Shorts)broadcast(anew(r >= kKept, rows[r]) + 2 * k));
+          }
         }
       }
     }
@@ -203,6 +214,17 @@ struct Pairs {
   }
 
  private:
+  // Bytes at p as 16-bit integers. Of __builtin_convertvector GCC 12 makes five instructions, not one.
+  static FUSED_RNN_INLINE Shorts widened(const void* p) {
+    const auto bytes = load_as<HalfBytes>(p);
+#if FUSED_RNN_VEC_BYTES == 64
+    return (Shorts)_mm512_cvtepi8_epi16((__m256i)bytes);
+#elif FUSED_RNN_VEC_BYTES == 32
+    return (Shorts)_mm256_cvtepi8_epi16((__m128i)bytes);
+#else
+    return __builtin_convertvector(bytes, Shorts);
+#endif
+  }
   // Lane i: a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1].
   static FUSED_RNN_INLINE Ints products(const Shorts& a, const Shorts& b) {
 #if FUSED_RNN_VEC_BYTES == 64
@@ -229,6 +251,8 @@ struct Quads {
   static __attribute__((noinline)) void tile(Vec<float> (*sums)[C], const int8_t* const* rows, const float* scales,
                                              const char* panel, int64_t chunk, int64_t distance, int64_t depth) {
     Ints acc[NB][R][C] = {}, low[NB][R][C] = {};
+    constexpr int kKept = FUSED_RNN_VECTOR_REGISTERS - 2 * NB * R * C - 1;  // beside weights
+    const int64_t low_bytes = RoundedRows::width(depth);
     const char* w = panel + chunk + C * FUSED_RNN_VEC_BYTES;
     for (int64_t k = 0; k < depth; k += kGroup, w += C * FUSED_RNN_VEC_BYTES) {
 #pragma GCC unroll 8
@@ -238,8 +262,9 @@ struct Quads {
           const Ints weights = load_as<Ints>(w + nb * distance + c * FUSED_RNN_VEC_BYTES);
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) {
-            add_products(acc[nb][r][c], broadcast(rows[r] + k), weights);
-            add_products(low[nb][r][c], broadcast(rows[r] + kDepth8 + k), weights);
+            const int8_t* const bytes = anew(2 * r + 2 > kKept, rows[r]) + k;
+            add_products(acc[nb][r][c], broadcast(bytes), weights);
+            add_products(low[nb][r][c], broadcast(bytes + low_bytes), weights);
           }
         }
       }

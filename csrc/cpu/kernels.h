@@ -17,6 +17,7 @@ struct PlainDirection {
 
 struct Kernels {
   const char* name;
+  int vector_bytes;
   // The work of one worker in one direction (0, or 1 for the reverse one). All workers of the direction must call it.
   // These three functions treat denormal numbers as zeros, and restore the thread's own setting: see denormals.h.
   void (*forward)(const ForwardParams& params, int64_t direction, const Worker& worker);

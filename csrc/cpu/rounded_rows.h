@@ -62,14 +62,16 @@ class RoundedRows {
 
   static int height() { return 0; }  // they are not in tiles
   float scale(int64_t row) const { return load_as<float>(memory_ + row * bytes_); }
-  // Of values k to k + kDepth8, which begins a chunk: 16-bit integers; or with VNNI the high bytes of them plus 2^15,
-  // then the low bytes.
+  // Of the chunk that begins at k: 16-bit integers; or with VNNI the high bytes of them plus 2^15, and width() bytes
+  // behind each the low one.
   const int8_t* integers(int64_t row, int64_t k) const { return memory_ + row * bytes_ + kHead + 2 * k; }
+  // Values that a chunk of `depth` has room for: all of it in whole cache lines.
+  static constexpr int64_t width(int64_t depth) { return ceil_div(depth, kHead / 2) * (kHead / 2); }
 
  private:
   static constexpr int64_t kHead = 64;  // a cache line, which begins with the scale
 
-  static int64_t row_bytes(int64_t K) { return kHead + ceil_div(K, kDepth8) * kDepth8 * 2; }
+  static int64_t row_bytes(int64_t K) { return kHead + width(K) * 2; }  // chunks but the last one have kDepth8
 
   void round(const float* x, int8_t* out) const {
     Ints largest{};  // the bits of magnitudes have their order, and those of infinities and NaN are the largest
@@ -92,12 +94,12 @@ class RoundedRows {
     const bool bytes = has_vnni();
     each_lanes<float>(K_, [&](int64_t k, int64_t n) {
       const Ints integers = (Ints)(load(x + k, n) * inverse + kRound) - (Ints)(Vec<float>{} + kRound);
-      int8_t* const chunk = out + kHead + k / kDepth8 * kDepth8 * 2;
-      const int64_t i = k % kDepth8;
+      const int64_t i = k % kDepth8, begin = k - i;
+      int8_t* const chunk = out + kHead + 2 * begin;
       if (bytes) {
         const Ints positive = integers + 32768;
         store_as(chunk + i, __builtin_convertvector(positive >> 8, QuarterBytes));
-        store_as(chunk + kDepth8 + i, __builtin_convertvector(positive, QuarterBytes));
+        store_as(chunk + width(least(kDepth8, K_ - begin)) + i, __builtin_convertvector(positive, QuarterBytes));
       } else {
         store_as(chunk + 2 * i, __builtin_convertvector(integers, HalfShorts));
       }

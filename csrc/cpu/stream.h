@@ -24,19 +24,19 @@ class FUSED_RNN_EXPORT Stream {
 
   const FrozenModel& model() const { return *model_; }
   int64_t batch() const { return batch_; }
-  float* h() { return h_.data(); }  // [L, B, P]
-  float* c() { return c_.data(); }  // [L, B, H]; of an LSTM, else empty
-  int64_t h_size() const { return h_.size(); }
-  int64_t c_size() const { return c_.size(); }
+  float* h() { return h_; }  // [L, B, P]
+  float* c() { return c_; }  // [L, B, H]; of an LSTM, else empty
+  int64_t h_size() const { return model_->layers * batch_ * model_->state_size; }
+  int64_t c_size() const { return model_->has_c ? model_->layers * batch_ * model_->hidden_size : 0; }
 
  private:
   static constexpr int64_t kSteps = 24;  // that a layer takes before the next: enough rows to multiply x at once
 
   std::shared_ptr<const FrozenModel> model_;
   int64_t batch_, threads_;
-  std::vector<float> h_, c_, between_[2];  // between_: y of two layers, each the other's x
-  std::unique_ptr<char, void (*)(char*)> workspace_;
   std::vector<ForwardParams> layers_;
+  std::unique_ptr<char, void (*)(void*)> memory_;  // of the state and all that the kernels need
+  float *h_, *c_;
 };
 
 }  // namespace cpu

@@ -18,6 +18,8 @@ from torch import nn
 import fused_rnn
 from cases import CASES, Case
 from contract import MODULES, arguments, pair, survives, tensors
+from fused_rnn import _C
+from fused_rnn.cell_info import NUMBER
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -124,16 +126,43 @@ def test_step_is_forward_of_one_step() -> None:
         fused_rnn.freeze(nn.GRU(3, 5, bidirectional=True)).step(x)
 
 
-def test_threads_compute_the_same() -> None:
-    module = nn.LSTM(64, 320, 2)
-    x = torch.randn(5, 2, 64)
-    for weights in FORMATS:
-        frozen = fused_rnn.freeze(module, weights)
+def plan(module: nn.RNNBase, weights: str, T: int, B: int, threads: int) -> dict[str, Any]:
+    """How threads share the first layer of a frozen module."""
+    I, H, P = module.input_size, module.hidden_size, module.proj_size or module.hidden_size  # noqa: E741
+    directions = 2 if module.bidirectional else 1
+    number = [None, *FORMATS].index(weights)
+    return _C.cpu_plan(NUMBER[module.mode.lower()], T, B, I, H, P, directions, threads, False, 0, False, number)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_threads_compute_the_same(weights: str) -> None:
+    shared = []
+    for module, T, B in (
+        (nn.LSTM(64, 640, 2), 3, 2),
+        (nn.GRU(200, 200), 40, 9),
+        (nn.RNN(40, 64), 90, 12),
+        (nn.LSTM(64, 320, proj_size=70), 9, 3),
+        (nn.GRU(64, 200, bidirectional=True), 9, 3),
+    ):
+        x, frozen = torch.randn(T, B, module.input_size), fused_rnn.freeze(module, weights)
         results = []
-        for threads in (1, 2):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results.append(frozen(x))
-        assert_equal(*results)
+            parts = plan(module, weights, T, B, threads)
+            shared.append((parts["teams"], parts["workers"], parts["splits_units"]))
+        assert_equal(results[1], results[0])
+        assert_equal(results[2], results[0])
+    ways = {(teams > 1, workers > 1, units) for teams, workers, units in shared}
+    assert ways >= {(False, False, False), (False, True, False), (False, True, True), (True, False, False)}
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_small_calls_are_left_to_one_thread(weights: str) -> None:
+    """Waiting for one another would take longer than the work: an LSTM of 64 units takes some microseconds a step."""
+    for T, B in ((1, 1), (16, 1), (1, 8)):
+        assert plan(nn.LSTM(64, 64), weights, T, B, 2)["workers"] == 1
+    assert plan(nn.LSTM(512, 512), weights, 16, 4, 2)["workers"] == 2
 
 
 def test_not_finite_inputs() -> None:
@@ -220,6 +249,12 @@ def test_wrong_arguments_of_freeze() -> None:
         fused_rnn.freeze(nn.GRU(3, 5), "int4")
     with pytest.raises(ValueError, match="found none"):
         fused_rnn.freeze(nn.Linear(3, 5))
+    with pytest.raises(ValueError, match="found only frozen ones"):
+        fused_rnn.freeze(nn.Sequential(fused_rnn.freeze(nn.GRU(3, 5))))
+    with pytest.raises(TypeError, match="the module is frozen already"):
+        fused_rnn.freeze(fused_rnn.freeze(nn.GRU(3, 5)))
+    with pytest.raises(TypeError, match=r"expected module to be a torch\.nn\.Module, got str"):
+        fused_rnn.freeze("gru.pt")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"weight_ih_l0 to be float32 on the CPU.*float64"):
         fused_rnn.freeze(nn.GRU(3, 5).double())
     broken = nn.GRU(3, 5)

@@ -133,6 +133,8 @@ def test_state() -> None:
         (lambda s: s(numpy.zeros(3, ">f4")), RuntimeError, "x must be float32"),
         (lambda s: s(numpy.zeros((3, 2), numpy.float32)[:, 0]), RuntimeError, "contiguous float32 array"),
         (lambda s: s([1.0, 2.0, 3.0], out=torch.empty(20)), RuntimeError, "x must be a float32 tensor or .*got list"),
+        (lambda s: s([1.0, 2.0, 3.0]), RuntimeError, "x must be a float32 tensor or .*got list"),
+        (lambda s: s.chunk(None), RuntimeError, "x must be a float32 tensor or .*got NoneType"),
         (lambda s: s(torch.randn(3), out=torch.empty(1, 20)), RuntimeError, "out must have as many dimensions"),
         (lambda s: s(torch.randn(3), out=torch.empty(19)), RuntimeError, r"expected out of shape.*got \[19\]"),
         (lambda s: s.chunk(torch.randn(3)), RuntimeError, r"expected x of shape \[T, 1, 3\]"),
@@ -168,6 +170,8 @@ def test_wrong_streams() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             fused_rnn.freeze(nn.GRU(I, H)).stream(**numbers)
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        fused_rnn.freeze(nn.GRU(I, H)).stream(1.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("weights", FORMATS)
