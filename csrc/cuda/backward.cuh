@@ -55,27 +55,29 @@ backward(const BackwardParams params) {
     const int64_t t = step < q.T ? block.time(step, true) : -1;
     for (int j = 0; j < q.division.tiles; ++j) {
       const Tile tile = block.tile(j);
-      float saved[Shape::kRowsPerThread][Cell::kSaved] = {}, h_prev[Shape::kRowsPerThread] = {},
-            c_prev[Shape::kRowsPerThread] = {}, dy[Shape::kRowsPerThread] = {}, dc_sequence[Shape::kRowsPerThread] = {};
+      // Loaded before the product, which hides the latency. Nothing waits for a value before the product is done;
+      // therefore even rows that have ended are loaded, and their values not used.
+      Early<E> saved_bits[Shape::kRowsPerThread][Cell::kSaved], h_prev[Shape::kRowsPerThread],
+          dy[Shape::kRowsPerThread], dc_sequence[Shape::kRowsPerThread];
+      float state_prev[Shape::kRowsPerThread] = {};
+      RowSteps steps[Shape::kRowsPerThread];
       Shares<E, Shape> share_h(d.zones.h), share_c(d.zones.c);
-      bool active[Shape::kRowsPerThread];
       FUSED_RNN_UNROLL
       for (int i = 0; i < Shape::kRowsPerThread; ++i) {
+        if (!is_unit || block.row(i) >= tile.rows) continue;
         const int64_t b = tile.first + block.row(i), n = t * q.B + b;
-        active[i] = t >= 0 && is_unit && block.row(i) < tile.rows && block.active(t, b);
-        if (!active[i]) continue;
+        steps[i].load(q, block.direction(), t, b);
+        if (t < 0) continue;
         FUSED_RNN_UNROLL
-        for (int k = 0; k < Cell::kSaved; ++k) {
-          saved[i][k] = value_or_zero<E>(d.saved, (n * Cell::kSaved + k) * H + unit);
+        for (int k = 0; k < Cell::kSaved; ++k) saved_bits[i][k].load(d.saved, (n * Cell::kSaved + k) * H + unit);
+        if (Cell::kHasC || d.state_prev) state_prev[i] = d.state_prev[n * H + unit];
+        if (Cell::kUsesH && !d.state_prev) h_prev[i].load(d.h_prev, n * Hp + unit);
+        if (d.dy) dy[i].load(d.dy, n * d.dy_stride + unit);
+        share_h.load(n, unit);
+        if constexpr (Cell::kHasC) {
+          share_c.load(n, unit);
+          if (d.dc_sequence) dc_sequence[i].load(d.dc_sequence, n * d.dy_stride + unit);
         }
-        if constexpr (Cell::kUsesH) {
-          h_prev[i] = d.state_prev ? d.state_prev[n * H + unit] : value_or_zero<E>(d.h_prev, n * Hp + unit);
-        }
-        if constexpr (Cell::kHasC) c_prev[i] = d.state_prev[n * H + unit];
-        dy[i] = value_or_zero<E>(d.dy, n * d.dy_stride + unit);
-        share_h.read(n, unit);
-        if constexpr (Cell::kHasC) share_c.read(n, unit);
-        if constexpr (Cell::kHasC) dc_sequence[i] = value_or_zero<E>(d.dc_sequence, n * d.dy_stride + unit);
       }
 
       if (step > 0) {
@@ -91,28 +93,31 @@ backward(const BackwardParams params) {
         if (row >= Shape::kRows) break;
         const int64_t b = tile.first + row;
         float dh = state.load(0, i), dc = state.load(1, i), dh_prev = 0.0f;
-        const bool present = is_unit && row < tile.rows;
+        const bool present = is_unit && row < tile.rows, active = present && t >= 0 && steps[i].active(t);
         if (step > 0) {
           const float sum = Weights::sum(sums, 0, row, block.local_unit());
           dh += present ? dropped<E>(d.drop_h, b * H + unit, sum) : sum;
         }
         const int64_t after = step > 0 ? block.time(step - 1, true) : 0;
-        if (step > 0 && present && block.begins(after, b)) {
+        if (present && steps[i].restarts()) {
           // The next step read the reset states instead of this step's: they receive the gradients, this step none.
           const int64_t at = after * d.dreset.step + b * H + unit;
           if (d.dreset.h) store_value<E>(d.dreset.h, at, dh);
           if (d.dreset.c) store_value<E>(d.dreset.c, at, dc);
           dh = dc = 0.0f;
         }
-        dh += dy[i];
-        dc += dc_sequence[i];
+        dh += active ? dy[i].value() : 0.0f;
+        dc += active ? dc_sequence[i].value() : 0.0f;
         SplitGradient<float> dh_split{dh, 0.0f}, dc_split{dc, 0.0f};
-        if (active[i]) dh_split = split_gradient(d.zones.h, share_h.get(t * q.B + b, unit), dh);
-        if (Cell::kHasC && active[i]) dc_split = split_gradient(d.zones.c, share_c.get(t * q.B + b, unit), dc);
-        float grads[Cell::kGrads];
+        if (active) dh_split = split_gradient(d.zones.h, share_h.get(t * q.B + b, unit), dh);
+        if (Cell::kHasC && active) dc_split = split_gradient(d.zones.c, share_c.get(t * q.B + b, unit), dc);
+        float saved[Cell::kSaved], grads[Cell::kGrads];
+        FUSED_RNN_UNROLL
+        for (int k = 0; k < Cell::kSaved; ++k) saved[k] = saved_bits[i][k].value();
+        const float h_prev_i = d.state_prev ? state_prev[i] : h_prev[i].value();
         dc = dc_split.to_new;
-        Cell::backward(saved[i], h_prev[i], c_prev[i], dh_split.to_new, dc, grads, dh_prev);
-        if (active[i]) {
+        Cell::backward(saved, h_prev_i, state_prev[i], dh_split.to_new, dc, grads, dh_prev);
+        if (active) {
           state.store(0, i, dh_prev + dh_split.to_old);
           state.store(1, i, dc + dc_split.to_old);
         } else {
@@ -121,7 +126,7 @@ backward(const BackwardParams params) {
         if (t < 0) continue;
         FUSED_RNN_UNROLL
         for (int k = 0; k < Cell::kGrads; ++k) {
-          in_words<E>(active[i] ? grads[k] : 0.0f, [&](uint32_t word) {
+          in_words<E>(active ? grads[k] : 0.0f, [&](uint32_t word) {
             if (row < tile.rows && unit < Hp) exchange.publish(t, tile, row, k * Hp + unit, word);
           });
         }

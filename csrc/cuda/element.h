@@ -71,6 +71,20 @@ FUSED_RNN_DEVICE void store_value(void* at, int64_t index, typename E::Arithmeti
   static_cast<typename E::Stored*>(at)[index] = E::stored(value);
 }
 
+// An element that is loaded before it is needed; zero until load(). Only value() waits for the load, so that the loads
+// of many elements are in flight together. A conversion or a branch behind each would make them wait for each other.
+template <class E>
+class Early {
+ public:
+  FUSED_RNN_DEVICE void load(const void* at, int64_t index) {
+    bits_ = static_cast<const typename E::Stored*>(at)[index];
+  }
+  FUSED_RNN_DEVICE typename E::Arithmetic value() const { return E::value(bits_); }
+
+ private:
+  typename E::Stored bits_{};
+};
+
 template <class E>
 constexpr int kElementsPerWord = 4 / sizeof(typename E::Stored);
 

@@ -69,17 +69,32 @@ class ThroughL2 {
     FUSED_RNN_DEVICE Words load(int row_tile, int column) const {
       return kTileRows * row_tile < rows_ && column < columns_ ? load_exchanged(address(row_tile, column)) : Words{};
     }
-    FUSED_RNN_DEVICE void wait(Words& v, int row_tile, int column) const {
+    // Waits for the words that load() gave for `column` and the columns `step` apart behind it. Those that are missing
+    // are loaded again together, in one latency.
+    template <int kLoads>
+    FUSED_RNN_DEVICE void wait(Words (&v)[kLoads], int row_tile, int column, int step) const {
       if (!any_missing(v)) return;
       exchange_.watchdog_.start();
-      while (any_missing(v) && exchange_.watchdog_.keep_waiting()) v = load_exchanged(address(row_tile, column));
+      while (any_missing(v) && exchange_.watchdog_.keep_waiting()) {
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < kLoads; ++i) {
+          if (is_missing(v[i])) v[i] = load_exchanged(address(row_tile, column + i * step));
+        }
+      }
     }
 
    private:
     FUSED_RNN_DEVICE const void* address(int row_tile, int column) const {
       return at_ + static_cast<int64_t>(kTileRows * row_tile) * exchange_.rows_.width + column;
     }
-    FUSED_RNN_DEVICE static bool any_missing(const Words& v) {
+    template <int kLoads>
+    FUSED_RNN_DEVICE static bool any_missing(const Words (&v)[kLoads]) {
+      bool missing = false;
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < kLoads; ++i) missing = missing || is_missing(v[i]);
+      return missing;
+    }
+    FUSED_RNN_DEVICE static bool is_missing(const Words& v) {
       return v.w[0] == kNotReady || v.w[1] == kNotReady || v.w[2] == kNotReady || v.w[3] == kNotReady;
     }
 
@@ -118,7 +133,8 @@ class SharedSource {
     if (kTileRows * row_tile >= rows_ || column >= columns_) return Words{{fill_, fill_, fill_, fill_}};
     return shared_memory<Words>(at_ + kTileRows * row_tile * stride_ + column * kBytes)[0];
   }
-  FUSED_RNN_DEVICE void wait(Words&, int, int) const {}
+  template <int kLoads>
+  FUSED_RNN_DEVICE void wait(Words (&)[kLoads], int, int, int) const {}
 
  private:
   static constexpr int kBytes = sizeof(typename E::Stored);

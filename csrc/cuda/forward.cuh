@@ -69,17 +69,19 @@ forward(const ForwardParams params) {
     const int64_t t = block.time(step, false);
     for (int j = 0; j < q.division.tiles; ++j) {
       const Tile tile = block.tile(j);
-      // Loaded before the product, which hides the latency.
-      float x[Shape::kRowsPerThread][G];
+      // Loaded before the product, which hides the latency. Nothing waits for a value before the product is done.
+      Early<E> x_gates[Shape::kRowsPerThread][G];
+      RowSteps steps[Shape::kRowsPerThread];
       Shares<E, Shape> share_h(d.zones.h), share_c(d.zones.c);
       FUSED_RNN_UNROLL
       for (int i = 0; i < Shape::kRowsPerThread; ++i) {
-        const bool present = is_unit && block.row(i) < tile.rows;
-        const int64_t n = t * q.B + tile.first + block.row(i), at = n * (G * static_cast<int64_t>(H)) + unit;
+        if (!is_unit || block.row(i) >= tile.rows) continue;
+        const int64_t b = tile.first + block.row(i), n = t * q.B + b, at = n * (G * static_cast<int64_t>(H)) + unit;
         FUSED_RNN_UNROLL
-        for (int gate = 0; gate < G; ++gate) x[i][gate] = present ? value_or_zero<E>(d.x_gates, at + gate * H) : 0.0f;
-        if (present) share_h.read(n, unit);
-        if (Cell::kHasC && present) share_c.read(n, unit);
+        for (int gate = 0; gate < G; ++gate) x_gates[i][gate].load(d.x_gates, at + gate * H);
+        steps[i].load(q, block.direction(), t, b);
+        share_h.load(n, unit);
+        if constexpr (Cell::kHasC) share_c.load(n, unit);
       }
 
       weights.multiply(exchange.source(t, tile, weights.lane_row(), weights.lane_column()), sums);
@@ -93,14 +95,14 @@ forward(const ForwardParams params) {
         const int64_t b = tile.first + row, at = (t * q.B + b) * H + unit;
         const bool present = is_unit && row < tile.rows;
         const float h_prev = state.load(0, i), c_prev = state.load(1, i);
-        float r[G], saved[Cell::kSaved], h, c = c_prev;
+        float x[G], r[G], saved[Cell::kSaved], h, c = c_prev;
         FUSED_RNN_UNROLL
         for (int gate = 0; gate < G; ++gate) {
           r[gate] = Weights::sum(sums, gate, row, block.local_unit()) + b_hh[gate];
-          x[i][gate] += b_ih[gate];
+          x[gate] = x_gates[i][gate].value() + b_ih[gate];
         }
-        Cell::forward(x[i], r, h_prev, c, saved, h);
-        const bool active = present && block.active(t, b);
+        Cell::forward(x, r, h_prev, c, saved, h);
+        const bool active = present && steps[i].active(t);
         h = active ? mixed(d.zones.h, share_h.get(t * q.B + b, unit), h_prev, h) : h_prev;
         if constexpr (Cell::kHasC) c = active ? mixed(d.zones.c, share_c.get(t * q.B + b, unit), c_prev, c) : c_prev;
         if (present) {
@@ -110,7 +112,7 @@ forward(const ForwardParams params) {
         }
         if (step + 1 < q.T) {
           const int64_t next = block.time(step + 1, false);
-          if (present && block.begins(next, b)) {
+          if (present && steps[i].restarts()) {
             h = value_or_zero<E>(d.reset.h, next * d.reset.step + b * H + unit);
             c = value_or_zero<E>(d.reset.c, next * d.reset.step + b * H + unit);
           }

@@ -120,7 +120,7 @@ class ResidentProduct {
   FUSED_RNN_DEVICE void start(const Source& source, int tile, int first, Words (&b)[kChunk]) const {
     FUSED_RNN_UNROLL
     for (int i = 0; i < kChunk; ++i) {
-      if (first + i < pairs_) b[i] = source.load(tile, (first + i) * kPairColumns);
+      b[i] = first + i < pairs_ ? source.load(tile, (first + i) * kPairColumns) : Words{};
     }
   }
 
@@ -134,11 +134,11 @@ class ResidentProduct {
     } else if (tile + 1 < Shape::kRowTiles) {
       start(source, tile + 1, 0, next);
     }
+    source.wait(b, tile, first * kPairColumns, kPairColumns);
+    sync_warp();
     FUSED_RNN_UNROLL
     for (int i = 0; i < kChunk; ++i) {
       if (first + i >= pairs_) break;
-      source.wait(b[i], tile, (first + i) * kPairColumns);
-      sync_warp();
       FUSED_RNN_UNROLL
       for (int step = 0; step < 2; ++step) {
         FUSED_RNN_UNROLL

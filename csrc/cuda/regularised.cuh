@@ -27,15 +27,17 @@ template <class E, class Shape>
 class Shares {
  public:
   FUSED_RNN_DEVICE explicit Shares(const Zone& zone) : zone_(zone) {}
-  FUSED_RNN_DEVICE void read(int64_t row, int64_t unit) {
-    if (kEarly) early_ = share<E>(zone_, row, unit);
+  FUSED_RNN_DEVICE void load(int64_t row, int64_t unit) {
+    if (kEarly && zone_.at) early_.load(zone_.at, row * zone_.stride + unit);
   }
-  FUSED_RNN_DEVICE float get(int64_t row, int64_t unit) const { return kEarly ? early_ : share<E>(zone_, row, unit); }
+  FUSED_RNN_DEVICE float get(int64_t row, int64_t unit) const {
+    return kEarly ? early_.value() : share<E>(zone_, row, unit);
+  }
 
  private:
   static constexpr bool kEarly = Shape::kRowsPerThread == 1;
   const Zone& zone_;
-  float early_ = 0.0f;
+  Early<E> early_;
 };
 
 template <class T>
