@@ -11,6 +11,7 @@
 #include "exchange.cuh"
 #include "product.cuh"
 #include "regularised.cuh"
+#include "row_options.cuh"
 
 namespace fused_rnn {
 namespace cuda {
@@ -29,12 +30,16 @@ backward(const BackwardParams params) {
   const int H = q.H, Hp = padded<E>(H), unit = block.unit(), columns = Cell::kGates * Hp;
   const bool is_unit = unit < H;
   const Layout layout(Shape::instance(), {1, columns, sizeof(typename E::Stored)}, q.division.tiles);
-  const Shared<float> sums = shared_memory<float>(layout.sums), states = shared_memory<float>(layout.state);
+  const auto sums = shared_memory<typename Weights::Sums>(layout.sums);
+  const auto states = shared_memory<float>(layout.state);
   typename ExchangeFor<E, Shape>::Type exchange(
       Rows<E>{static_cast<typename E::Stored*>(d.dgates), q.B, Cell::kGrads * Hp, Cell::kHiddenGrads * Hp, columns},
       block, layout, block.time(0, true));
   Weights weights(static_cast<const typename E::Stored*>(d.w_hh_t), H, columns, block.first_unit(),
                   shared_memory<Words>(layout.weights));
+
+  const bool with_options = has_options(q, d);
+  constexpr bool kEarlyOptions = Shape::kRowsPerThread == 1;  // as in forward
 
   // State 0 is the gradient of h without the product, state 1 the gradient of c.
   for (int j = 0; j < q.division.tiles; ++j) {
@@ -60,25 +65,21 @@ backward(const BackwardParams params) {
       Early<E> saved_bits[Shape::kRowsPerThread][Cell::kSaved], h_prev[Shape::kRowsPerThread],
           dy[Shape::kRowsPerThread], dc_sequence[Shape::kRowsPerThread];
       float state_prev[Shape::kRowsPerThread] = {};
-      RowSteps steps[Shape::kRowsPerThread];
-      Shares<E, Shape> share_h(d.zones.h), share_c(d.zones.c);
+      RowOptions<E> options[Shape::kRowsPerThread];
       FUSED_RNN_UNROLL
       for (int i = 0; i < Shape::kRowsPerThread; ++i) {
         if (!is_unit || block.row(i) >= tile.rows) continue;
         const int64_t b = tile.first + block.row(i), n = t * q.B + b;
-        steps[i].load(q, block.direction(), t, b);
+        if (kEarlyOptions && with_options) options[i].load(q, d, block.direction(), t, b, unit);
         if (t < 0) continue;
         FUSED_RNN_UNROLL
         for (int k = 0; k < Cell::kSaved; ++k) saved_bits[i][k].load(d.saved, (n * Cell::kSaved + k) * H + unit);
         if (Cell::kHasC || d.state_prev) state_prev[i] = d.state_prev[n * H + unit];
         if (Cell::kUsesH && !d.state_prev) h_prev[i].load(d.h_prev, n * Hp + unit);
         if (d.dy) dy[i].load(d.dy, n * d.dy_stride + unit);
-        share_h.load(n, unit);
-        if constexpr (Cell::kHasC) {
-          share_c.load(n, unit);
-          if (d.dc_sequence) dc_sequence[i].load(d.dc_sequence, n * d.dy_stride + unit);
-        }
+        if (Cell::kHasC && d.dc_sequence) dc_sequence[i].load(d.dc_sequence, n * d.dy_stride + unit);
       }
+      const auto target = exchange.target(t, tile, block.row(0), unit);
 
       if (step > 0) {
         const int64_t after = block.time(step - 1, true);
@@ -92,43 +93,49 @@ backward(const BackwardParams params) {
         const int row = block.row(i);
         if (row >= Shape::kRows) break;
         const int64_t b = tile.first + row;
+        const bool present = is_unit && row < tile.rows;
+        float sum[1] = {};
+        if (step > 0) Weights::add(sums, row, block.local_unit(), sum);
         float dh = state.load(0, i), dc = state.load(1, i), dh_prev = 0.0f;
-        const bool present = is_unit && row < tile.rows, active = present && t >= 0 && steps[i].active(t);
-        if (step > 0) {
-          const float sum = Weights::sum(sums, 0, row, block.local_unit());
-          dh += present ? dropped<E>(d.drop_h, b * H + unit, sum) : sum;
+        bool active = present && t >= 0;
+        if (with_options && present) {
+          RowOptions<E>& o = options[i];
+          if (!kEarlyOptions) o.load(q, d, block.direction(), t, b, unit);
+          active = t >= 0 && o.active(t);
+          if (d.drop_h) sum[0] *= o.drop_h.value();
+          if (o.restarts()) {
+            // The next step read the reset states instead of this step's: they receive the gradients, this step none.
+            const int64_t at = block.time(step - 1, true) * d.dreset.step + b * H + unit;
+            if (d.dreset.h) store_value<E>(d.dreset.h, at, dh + sum[0]);
+            if (d.dreset.c) store_value<E>(d.dreset.c, at, dc);
+            dh = dc = sum[0] = 0.0f;
+          }
         }
-        const int64_t after = step > 0 ? block.time(step - 1, true) : 0;
-        if (present && steps[i].restarts()) {
-          // The next step read the reset states instead of this step's: they receive the gradients, this step none.
-          const int64_t at = after * d.dreset.step + b * H + unit;
-          if (d.dreset.h) store_value<E>(d.dreset.h, at, dh);
-          if (d.dreset.c) store_value<E>(d.dreset.c, at, dc);
-          dh = dc = 0.0f;
-        }
+        dh += sum[0];
         dh += active ? dy[i].value() : 0.0f;
         dc += active ? dc_sequence[i].value() : 0.0f;
         SplitGradient<float> dh_split{dh, 0.0f}, dc_split{dc, 0.0f};
-        if (active) dh_split = split_gradient(d.zones.h, share_h.get(t * q.B + b, unit), dh);
-        if (Cell::kHasC && active) dc_split = split_gradient(d.zones.c, share_c.get(t * q.B + b, unit), dc);
+        if (with_options && active) {
+          dh_split = split_gradient(d.zones.h, options[i].share_h.value(), dh);
+          dc_split = split_gradient(d.zones.c, options[i].share_c.value(), dc);
+        }
         float saved[Cell::kSaved], grads[Cell::kGrads];
         FUSED_RNN_UNROLL
         for (int k = 0; k < Cell::kSaved; ++k) saved[k] = saved_bits[i][k].value();
-        const float h_prev_i = d.state_prev ? state_prev[i] : h_prev[i].value();
+        const float h_before = d.state_prev ? state_prev[i] : h_prev[i].value();
         dc = dc_split.to_new;
-        Cell::backward(saved, h_prev_i, state_prev[i], dh_split.to_new, dc, grads, dh_prev);
+        Cell::backward(saved, h_before, state_prev[i], dh_split.to_new, dc, grads, dh_prev);
+        if (t >= 0) {
+          FUSED_RNN_UNROLL
+          for (int k = 0; k < Cell::kGrads; ++k) {
+            target.publish(i * Shape::kRowStep, k * Hp, active ? grads[k] : 0.0f, row < tile.rows && unit < Hp);
+          }
+        }
         if (active) {
           state.store(0, i, dh_prev + dh_split.to_old);
           state.store(1, i, dc + dc_split.to_old);
         } else {
           state.store(0, i, dh);
-        }
-        if (t < 0) continue;
-        FUSED_RNN_UNROLL
-        for (int k = 0; k < Cell::kGrads; ++k) {
-          in_words<E>(active ? grads[k] : 0.0f, [&](uint32_t word) {
-            if (row < tile.rows && unit < Hp) exchange.publish(t, tile, row, k * Hp + unit, word);
-          });
         }
       }
       sync_block();

@@ -50,27 +50,6 @@ class Block {
   int first_unit_, team_, direction_;
 };
 
-// Which steps a batch row has, and whether its states are replaced between its step at time t and the direction's next
-// step. A reset marks a border between two steps, at which both directions restart. The direction's first step is
-// excluded: the host itself replaces h0 and c0.
-class RowSteps {
- public:
-  // Loads what active() and restarts() need; they wait for it.
-  FUSED_RNN_DEVICE void load(const Sequence& sequence, int direction, int64_t t, int64_t b) {
-    later_ = direction == 0 ? t + 1 : t;  // the later of the two steps at the border
-    if (sequence.lengths) length_ = sequence.lengths[b];
-    if (sequence.resets && later_ > 0 && later_ < sequence.T) reset_ = sequence.resets[later_ * sequence.B + b];
-  }
-  // Whether the row has a step at time t.
-  FUSED_RNN_DEVICE bool active(int64_t t) const { return t < length_; }
-  FUSED_RNN_DEVICE bool restarts() const { return reset_ && active(later_); }
-
- private:
-  int64_t later_ = 0;
-  int32_t length_ = INT32_MAX;
-  uint8_t reset_ = 0;
-};
-
 // Two floats for each unit and row of a tile, which a block keeps in shared memory from step to step. Only the thread
 // of the unit and row accesses them, so they need no barrier.
 template <class Shape>
