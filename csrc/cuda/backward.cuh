@@ -38,7 +38,6 @@ backward(const BackwardParams params) {
   Weights weights(static_cast<const typename E::Stored*>(d.w_hh_t), H, columns, block.first_unit(),
                   shared_memory<Words>(layout.weights));
 
-  const bool with_options = has_options(q, d);
   constexpr bool kEarlyOptions = Shape::kRowsPerThread == 1;  // as in forward
 
   // State 0 is the gradient of h without the product, state 1 the gradient of c.
@@ -70,7 +69,7 @@ backward(const BackwardParams params) {
       for (int i = 0; i < Shape::kRowsPerThread; ++i) {
         if (!is_unit || block.row(i) >= tile.rows) continue;
         const int64_t b = tile.first + block.row(i), n = t * q.B + b;
-        if (kEarlyOptions && with_options) options[i].load(q, d, block.direction(), t, b, unit);
+        if (kEarlyOptions && q.has_options) options[i].load(q, d, block.direction(), t, b, unit);
         if (t < 0) continue;
         FUSED_RNN_UNROLL
         for (int k = 0; k < Cell::kSaved; ++k) saved_bits[i][k].load(d.saved, (n * Cell::kSaved + k) * H + unit);
@@ -92,32 +91,38 @@ backward(const BackwardParams params) {
       for (int i = 0; i < Shape::kRowsPerThread; ++i) {
         const int row = block.row(i);
         if (row >= Shape::kRows) break;
-        const int64_t b = tile.first + row;
         const bool present = is_unit && row < tile.rows;
-        float sum[1] = {};
-        if (step > 0) Weights::add(sums, row, block.local_unit(), sum);
-        float dh = state.load(0, i), dc = state.load(1, i), dh_prev = 0.0f;
-        bool active = present && t >= 0;
-        if (with_options && present) {
+        float product[1] = {}, dh = state.load(0, i), dc = state.load(1, i), dh_prev = 0.0f;
+        if (step > 0) Weights::add(sums, row, block.local_unit(), product);
+        if (!present) product[0] = 0.0f;  // NaN if a gradient of the row is NaN
+        SplitGradient<float> dh_split{dh + product[0] + dy[i].value(), 0.0f},
+            dc_split{dc + dc_sequence[i].value(), 0.0f};
+        if (q.has_options && present) {
+          const int64_t b = tile.first + row;
           RowOptions<E>& o = options[i];
           if (!kEarlyOptions) o.load(q, d, block.direction(), t, b, unit);
-          active = t >= 0 && o.active(t);
-          if (d.drop_h) sum[0] *= o.drop_h.value();
+          dh += d.drop_h ? product[0] * o.drop_h.value() : product[0];
           if (o.restarts()) {
             // The next step read the reset states instead of this step's: they receive the gradients, this step none.
             const int64_t at = block.time(step - 1, true) * d.dreset.step + b * H + unit;
-            if (d.dreset.h) store_value<E>(d.dreset.h, at, dh + sum[0]);
+            if (d.dreset.h) store_value<E>(d.dreset.h, at, dh);
             if (d.dreset.c) store_value<E>(d.dreset.c, at, dc);
-            dh = dc = sum[0] = 0.0f;
+            dh = dc = 0.0f;
+          }
+          if (o.active(t)) {
+            dh_split = split_gradient(d.zones.h, o.share_h.value(), dh + dy[i].value());
+            dc_split = split_gradient(d.zones.c, o.share_c.value(), dc + dc_sequence[i].value());
+          } else {  // the gradients stay as they are, and those of the gates are zero
+            dh_split = {0.0f, dh}, dc_split = {0.0f, dc};
+            h_prev[i] = {}, state_prev[i] = 0.0f;
+            FUSED_RNN_UNROLL
+            for (int k = 0; k < Cell::kSaved; ++k) saved_bits[i][k] = {};
           }
         }
-        dh += sum[0];
-        dh += active ? dy[i].value() : 0.0f;
-        dc += active ? dc_sequence[i].value() : 0.0f;
-        SplitGradient<float> dh_split{dh, 0.0f}, dc_split{dc, 0.0f};
-        if (with_options && active) {
-          dh_split = split_gradient(d.zones.h, options[i].share_h.value(), dh);
-          dc_split = split_gradient(d.zones.c, options[i].share_c.value(), dc);
+        if (t < 0) {
+          state.store(0, i, dh_split.to_new + dh_split.to_old);
+          state.store(1, i, dc_split.to_new + dc_split.to_old);
+          continue;
         }
         float saved[Cell::kSaved], grads[Cell::kGrads];
         FUSED_RNN_UNROLL
@@ -125,18 +130,12 @@ backward(const BackwardParams params) {
         const float h_before = d.state_prev ? state_prev[i] : h_prev[i].value();
         dc = dc_split.to_new;
         Cell::backward(saved, h_before, state_prev[i], dh_split.to_new, dc, grads, dh_prev);
-        if (t >= 0) {
-          FUSED_RNN_UNROLL
-          for (int k = 0; k < Cell::kGrads; ++k) {
-            target.publish(i * Shape::kRowStep, k * Hp, active ? grads[k] : 0.0f, row < tile.rows && unit < Hp);
-          }
+        FUSED_RNN_UNROLL
+        for (int k = 0; k < Cell::kGrads; ++k) {
+          target.publish(i * Shape::kRowStep, k * Hp, grads[k], row < tile.rows && unit < Hp);
         }
-        if (active) {
-          state.store(0, i, dh_prev + dh_split.to_old);
-          state.store(1, i, dc + dc_split.to_old);
-        } else {
-          state.store(0, i, dh);
-        }
+        state.store(0, i, dh_prev + dh_split.to_old);
+        state.store(1, i, dc + dc_split.to_old);
       }
       sync_block();
     }

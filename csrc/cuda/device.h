@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "../cells/math.h"
+
 #if defined(FUSED_RNN_EMULATOR)
 #include "emulator.h"
 #else
@@ -177,6 +179,28 @@ FUSED_RNN_DEVICE float from_fp16(uint16_t bits) {
 }
 
 }  // namespace cuda
+
+namespace math {
+template <>
+struct Extremes<float> {  // one instruction each
+  FUSED_RNN_DEVICE static float larger(float a, float b) {
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
+    return a;
+  }
+  FUSED_RNN_DEVICE static float smaller(float a, float b) {
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
+    return a;
+  }
+};
+template <>
+struct Quotient<float> {
+  // At most 1.5 ulp; 0 where 1 / b is subnormal.
+  FUSED_RNN_DEVICE static float of(float a, float b) {
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(b) : "f"(b));
+    return a * b;
+  }
+};
+}  // namespace math
 }  // namespace fused_rnn
 
 #endif

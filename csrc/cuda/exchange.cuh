@@ -116,16 +116,16 @@ class ThroughL2 {
   class Target {
    public:
     FUSED_RNN_DEVICE Target(const Rows<E>& rows, int64_t t, const Tile& tile, int row, int column)
-        : rows_(rows), at_(rows.index(t, tile.first + row) + column) {}
+        : rows_(rows), at_(rows.at + rows.index(t, tile.first + row) + column) {}
     // The value `row` rows below and `column` columns beside the first.
     FUSED_RNN_DEVICE void publish(int row, int column, float value, bool exists) const {
       const uint32_t word = packed_word<E>(value);
-      if (exists && has_word<E>()) store_exchanged(rows_.at + at_ + row * rows_.width + column, word);
+      if (exists && has_word<E>()) store_exchanged(at_ + row * rows_.width + column, word);
     }
 
    private:
     const Rows<E>& rows_;
-    int64_t at_;
+    typename E::Stored* at_;
   };
   FUSED_RNN_DEVICE Target target(int64_t t, const Tile& tile, int row, int column) const {
     return {rows_, t, tile, row, column};

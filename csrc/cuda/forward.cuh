@@ -44,7 +44,6 @@ forward(const ForwardParams params) {
     b_hh[gate] = is_unit ? value_or_zero<E>(d.b_hh, gate * H + unit) : 0.0f;
   }
 
-  const bool with_options = has_options(q, d);
   // If a thread has one row, its options are loaded before the product; with several rows there are no registers for
   // that.
   constexpr bool kEarlyOptions = Shape::kRowsPerThread == 1;
@@ -80,67 +79,57 @@ forward(const ForwardParams params) {
         const int64_t b = tile.first + block.row(i), n = t * q.B + b, at = n * (G * static_cast<int64_t>(H)) + unit;
         FUSED_RNN_UNROLL
         for (int gate = 0; gate < G; ++gate) x_gates[i][gate].load(d.x_gates, at + gate * H);
-        if (kEarlyOptions && with_options) options[i].load(q, d, block.direction(), t, b, unit);
+        if (kEarlyOptions && q.has_options) options[i].load(q, d, block.direction(), t, b, unit);
       }
       const auto target = exchange.target(next, tile, block.row(0), unit);
 
       weights.multiply(exchange.source(t, tile, weights.lane_row(), weights.lane_column()), sums);
       sync_block();
 
-      // All rows are published before anything else is stored, because other blocks wait for them.
       const State<Shape> state(states, block, tile);
-      float saved[Shape::kRowsPerThread][Cell::kSaved], h[Shape::kRowsPerThread], c[Shape::kRowsPerThread],
-          state_prev[Shape::kRowsPerThread];
-      bool active[Shape::kRowsPerThread];
       FUSED_RNN_UNROLL
       for (int i = 0; i < Shape::kRowsPerThread; ++i) {
         const int row = block.row(i);
         if (row >= Shape::kRows) break;
-        const int64_t b = tile.first + row;
+        const int64_t b = tile.first + row, n = t * q.B + b;
         const bool present = is_unit && row < tile.rows;
         const float h_prev = state.load(0, i), c_prev = state.load(1, i);
-        float x[G], r[G];
+        float x[G], r[G], saved[Cell::kSaved], h, c = c_prev;
         FUSED_RNN_UNROLL
         for (int gate = 0; gate < G; ++gate) {
           x[gate] = x_gates[i][gate].value() + b_ih[gate];
           r[gate] = b_hh[gate];
         }
         Weights::add(sums, row, block.local_unit(), r);
-        c[i] = c_prev;
-        Cell::forward(x, r, h_prev, c[i], saved[i], h[i]);
-        state_prev[i] = Cell::kHasC ? c_prev : h_prev;
-        active[i] = present;
-        float h_next = h[i], c_next = c[i], operand = h[i];
-        if (with_options && present) {
+        Cell::forward(x, r, h_prev, c, saved, h);
+        bool active = present;
+        float h_next = h, c_next = c, operand = h;
+        if (q.has_options && present) {
           RowOptions<E>& o = options[i];
           if (!kEarlyOptions) o.load(q, d, block.direction(), t, b, unit);
-          active[i] = o.active(t);
-          h_next = h[i] = active[i] ? mixed(d.zones.h, o.share_h.value(), h_prev, h[i]) : h_prev;
-          c_next = c[i] = active[i] ? mixed(d.zones.c, o.share_c.value(), c_prev, c[i]) : c_prev;
+          active = o.active(t);
+          h_next = h = active ? mixed(d.zones.h, o.share_h.value(), h_prev, h) : h_prev;
+          c_next = c = active ? mixed(d.zones.c, o.share_c.value(), c_prev, c) : c_prev;
           if (o.restarts()) {
             h_next = value_or_zero<E>(d.reset.h, next * d.reset.step + b * H + unit);
             c_next = value_or_zero<E>(d.reset.c, next * d.reset.step + b * H + unit);
           }
           operand = d.drop_h ? h_next * o.drop_h.value() : h_next;
         }
+        // Before all other stores, because other blocks wait for it.
         if (step + 1 < q.T) {
           target.publish(i * Shape::kRowStep, 0, is_unit ? operand : 0.0f, row < tile.rows && unit < Hp);
         }
-        if (present) {
-          state.store(0, i, h_next);
-          state.store(1, i, c_next);
-        }
-      }
-      FUSED_RNN_UNROLL
-      for (int i = 0; i < Shape::kRowsPerThread; ++i) {
-        if (!is_unit || block.row(i) >= tile.rows) break;
-        const int64_t n = t * q.B + tile.first + block.row(i), y_index = n * d.y_stride + unit;
-        store_value<E>(d.y, y_index, active[i] ? h[i] : 0.0f);
-        if (Cell::kHasC && d.c_sequence) store_value<E>(d.c_sequence, y_index, active[i] ? c[i] : 0.0f);
-        if (!active[i] || !d.saved) continue;
+        if (!present) continue;
+        state.store(0, i, h_next);
+        if constexpr (Cell::kHasC) state.store(1, i, c_next);
+        const int64_t y_index = n * d.y_stride + unit;
+        store_value<E>(d.y, y_index, active ? h : 0.0f);
+        if (Cell::kHasC && d.c_sequence) store_value<E>(d.c_sequence, y_index, active ? c : 0.0f);
+        if (!active || !d.saved) continue;
         FUSED_RNN_UNROLL
-        for (int k = 0; k < Cell::kSaved; ++k) store_value<E>(d.saved, (n * Cell::kSaved + k) * H + unit, saved[i][k]);
-        if (Cell::kHasC || (Cell::kUsesH && d.state_prev)) d.state_prev[n * H + unit] = state_prev[i];
+        for (int k = 0; k < Cell::kSaved; ++k) store_value<E>(d.saved, (n * Cell::kSaved + k) * H + unit, saved[k]);
+        if (Cell::kHasC || (Cell::kUsesH && d.state_prev)) d.state_prev[n * H + unit] = Cell::kHasC ? c_prev : h_prev;
       }
       sync_block();
     }

@@ -7,12 +7,6 @@
 namespace fused_rnn {
 namespace cuda {
 
-// Whether the layer has any of them. Kernels skip all of them with one branch.
-template <class Direction>
-FUSED_RNN_DEVICE bool has_options(const Sequence& sequence, const Direction& d) {
-  return sequence.lengths || sequence.resets || d.drop_h || d.zones.h.at || d.zones.c.at;
-}
-
 // A reset marks a border between two steps, at which both directions restart. The direction's first step is excluded:
 // the host itself replaces h0 and c0.
 template <class E>
