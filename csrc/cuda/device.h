@@ -34,6 +34,10 @@ FUSED_RNN_DEVICE T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
 
+// The compiler may use the value from here on only. Otherwise it converts a value right behind its load.
+FUSED_RNN_DEVICE void not_before(uint16_t& value) { asm volatile("" : "+h"(value)); }
+FUSED_RNN_DEVICE void not_before(float& value) { asm volatile("" : "+f"(value)); }
+
 // An array in the block's shared memory.
 template <class T>
 struct Shared {

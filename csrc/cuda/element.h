@@ -79,7 +79,11 @@ class Early {
   FUSED_RNN_DEVICE void load(const void* at, int64_t index) {
     bits_ = static_cast<const typename E::Stored*>(at)[index];
   }
-  FUSED_RNN_DEVICE typename E::Arithmetic value() const { return E::value(bits_); }
+  FUSED_RNN_DEVICE typename E::Arithmetic value() const {
+    typename E::Stored bits = bits_;
+    not_before(bits);
+    return E::value(bits);
+  }
 
  private:
   typename E::Stored bits_{};

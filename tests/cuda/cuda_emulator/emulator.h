@@ -39,6 +39,8 @@ void sync_block();
 void sync_warp();
 float shuffle_xor(float value, int lanes);
 uint32_t shuffle_xor(uint32_t value, int lanes);
+template <class T>
+void not_before(T&) {}
 
 constexpr bool kHasClusters = true;
 [[noreturn]] void trap();
