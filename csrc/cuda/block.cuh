@@ -29,10 +29,10 @@ class Block {
   FUSED_RNN_DEVICE int direction() const { return direction_; }
   FUSED_RNN_DEVICE int first_unit() const { return first_unit_; }
   // This thread's unit: its index in the block and in the layer. The latter may be H or more in the last block.
-  FUSED_RNN_DEVICE int local_unit() const { return thread_index() % Shape::kUnits; }
+  FUSED_RNN_DEVICE int local_unit() const { return Shape::unit(thread_index()); }
   FUSED_RNN_DEVICE int unit() const { return first_unit_ + local_unit(); }
   // This thread's i-th row of a tile.
-  FUSED_RNN_DEVICE int row(int i) const { return thread_index() / Shape::kUnits + i * Shape::kRowStep; }
+  FUSED_RNN_DEVICE int row(int i) const { return Shape::row(thread_index(), i); }
 
   FUSED_RNN_DEVICE Tile tile(int index) const {
     const int64_t first =

@@ -113,6 +113,8 @@ struct Shape {
   static constexpr int kUnits = kTileUnits * unit_warps, kRows = kTileRows * row_tiles;
   static constexpr int kRowStep = kThreads / kUnits;  // a thread has one unit, and every kRowStep-th row
   static constexpr int kRowsPerThread = (kRows + kRowStep - 1) / kRowStep;
+  FUSED_RNN_INLINE static constexpr int unit(int thread) { return thread % kUnits; }  // in the block
+  FUSED_RNN_INLINE static constexpr int row(int thread, int i) { return thread / kUnits + i * kRowStep; }
   FUSED_RNN_INLINE static constexpr Instance instance() { return {exchange, unit_warps, depth_warps, row_tiles}; }
 };
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 
 import fused_rnn
 import sass
+import sass_flow
 from fused_rnn import cuda, reference
 from sources import CSRC, needs_sources
 
@@ -74,6 +76,13 @@ def resident(kernels: Kernels) -> list[tuple[str, sass.Name, sass.Kernel]]:
         for name, kernel in found.items()
         if name.shape and not (architecture == "sm_80" and exchanges()[name.shape[0]] == "kThroughCluster")
     ]
+
+
+def flows(kernels: Kernels, *exchanging: str) -> Iterator[tuple[str, sass.Name, sass_flow.Flow]]:
+    """The paths through the resident kernels with these exchanges."""
+    for architecture, name, kernel in resident(kernels):
+        if exchanges()[name.shape[0]] in exchanging:
+            yield architecture, name, sass_flow.Flow(kernel.code)
 
 
 def matching(instructions: Counter[str], pattern: str) -> int:
@@ -183,6 +192,60 @@ def test_the_time_loop_reads_no_more_than_its_data(kernels: Kernels) -> None:
         of_segments = 8 * rows  # row ends and resets, each read twice, and two reset states
         regularised = 8 * rows  # drop_h, two zoneout masks, h before dropout; code emitted twice
         assert values <= loads <= 2 * values + of_segments + regularised, (architecture, name, loads, values)
+
+
+def test_no_load_is_waited_for_before_the_product(kernels: Kernels) -> None:
+    """The loads of a step's data are in flight together, and while the blocks wait for each other's words."""
+    for architecture, name, flow in flows(kernels, "kThroughL2", "kThroughCluster"):
+        barriers = flow.all(sass_flow.BARRIER, flow.time_loop)
+        assert barriers, (architecture, name)
+        assert flow.touched_loads(barriers) == [], (architecture, name)
+
+
+@needs_sources
+def test_a_chunks_missing_words_are_loaded_again_together(kernels: Kernels) -> None:
+    """A loop that polls has the loads of a whole chunk: one latency, not one for each of them."""
+    chunk = constant("kChunk", "cuda/product.cuh")
+    for architecture, name, flow in flows(kernels, "kThroughL2"):
+        loads = [
+            len(flow.all(sass_flow.EXCHANGE_LOAD, loop))
+            for loop in flow.loops(flow.time_loop)
+            if not flow.all(sass_flow.MULTIPLY, loop)
+        ]
+        assert set(loads) - {0} == {chunk}, (architecture, name, loads)
+
+
+# Instructions from the barrier behind forward's product to the publication of h, on sm_90a, with one row per thread, at
+# a593a93: by the number of depth warps, whose sums are added.
+BEFORE = {
+    "lstm": {8: 348, 4: 326},
+    "gru": {8: 250, 4: 218},
+    "rnn_tanh": {8: 152, 4: 135},
+}
+
+
+@needs_sources
+def test_h_is_published_before_anything_else_is_stored(kernels: Kernels) -> None:
+    """And after at least a third fewer instructions than once, since other blocks wait for it."""
+    rows_of_tile, units = constant("kTileRows", "cuda/layout.h"), constant("kTileUnits", "cuda/layout.h")
+    checked = 0
+    for architecture, name, flow in flows(kernels, "kThroughL2"):
+        _, _, depth_warps, row_tiles = name.shape
+        if name.function != "forward" or rows_of_tile * row_tiles * units > 32 * depth_warps:
+            continue  # a thread with several rows publishes one after the other
+        publish, barriers = (flow.all(kind, flow.time_loop) for kind in (sass_flow.PUBLISH, sass_flow.BARRIER))
+        for barrier in barriers:
+            others = barriers - {barrier}
+            distance = flow.distance(barrier, publish, others)
+            if distance is None:
+                continue  # the barrier behind the cell
+            stores = flow.all(sass_flow.STORE, flow.between(barrier, publish, others))
+            assert stores == set(), (architecture, name)
+            before = BEFORE.get(policies()[name.cell], {}).get(depth_warps)
+            if architecture == "sm_90a" and name.element == "Bf16" and before:
+                assert 3 * distance <= 2 * before, (name, distance)
+            checked += 1
+    assert checked > 0
 
 
 def readelf(option: str) -> str:
