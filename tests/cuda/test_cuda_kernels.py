@@ -186,7 +186,7 @@ MUTANTS = [
     # Rows, units and their states.
     Mutant("forward: rows never end", _FORWARD, "active = o.active(t);", "active = true;"),
     Mutant("backward: rows never end", _BACKWARD, "if (o.active(t))", "if (t >= 0)"),
-    Mutant("backward, GRU: rows that ended have gradients", _BACKWARD, "saved_bits[i][k] = {};", "", "gru"),
+    Mutant("backward, GRU: rows that ended have gradients", _BACKWARD, "saved_bits[i][k] = {};", ";", "gru"),
     Mutant("a layer with lengths has no options", "instances.cuh", "q.lengths || q.resets;", "q.resets;"),
     Mutant("y behind a row's end", _FORWARD, "active ? h : 0.0f", "h"),
     Mutant("h is not kept", _FORWARD, "        state.store(0, i, h_next);\n", ""),
