@@ -230,14 +230,9 @@ MUTANTS = [
     Mutant("dreset of c is that of h", _BACKWARD, "d.dreset.c, at, dc)", "d.dreset.c, at, dh)", **_ALONE),
     # The sequence of c.
     Mutant("c_sequence behind a row's end", _FORWARD, "active ? c : 0.0f", "c", **_ALONE),
-    Mutant("c_sequence in rows of H", _FORWARD, "(d.c_sequence, y_index,", "(d.c_sequence, at,", **_ALONE),
-    Mutant(
-        "dc_sequence is not added",
-        _BACKWARD,
-        "dc_split{dc + dc_sequence[i].value(), 0.0f}",
-        "dc_split{dc, 0.0f}",
-        **_ALONE,
-    ),
+    Mutant("c_sequence in rows of H", _FORWARD, "(d.c_sequence, y_index,", "(d.c_sequence, n * H + unit,", **_ALONE),
+    Mutant("dc_sequence is not added", _BACKWARD, "dc_split{dc + dc_sequence[i].value(),", "dc_split{dc,", **_ALONE),
+    Mutant("dc_sequence is not added, with options", _BACKWARD, "dc + dc_sequence[i].value());", "dc);", **_ALONE),
     Mutant(
         "dc_sequence in rows of H",
         _BACKWARD,
