@@ -11,6 +11,7 @@
 #include "exchange.cuh"
 #include "product.cuh"
 #include "regularised.cuh"
+#include "row_options.cuh"
 
 namespace fused_rnn {
 namespace cuda {
@@ -29,12 +30,15 @@ backward(const BackwardParams params) {
   const int H = q.H, Hp = padded<E>(H), unit = block.unit(), columns = Cell::kGates * Hp;
   const bool is_unit = unit < H;
   const Layout layout(Shape::instance(), {1, columns, sizeof(typename E::Stored)}, q.division.tiles);
-  const Shared<float> sums = shared_memory<float>(layout.sums), states = shared_memory<float>(layout.state);
+  const auto sums = shared_memory<typename Weights::Sums>(layout.sums);
+  const auto states = shared_memory<float>(layout.state);
   typename ExchangeFor<E, Shape>::Type exchange(
       Rows<E>{static_cast<typename E::Stored*>(d.dgates), q.B, Cell::kGrads * Hp, Cell::kHiddenGrads * Hp, columns},
       block, layout, block.time(0, true));
   Weights weights(static_cast<const typename E::Stored*>(d.w_hh_t), H, columns, block.first_unit(),
                   shared_memory<Words>(layout.weights));
+
+  constexpr bool kEarlyOptions = Shape::kRowsPerThread == 1;  // as in forward
 
   // State 0 is the gradient of h without the product, state 1 the gradient of c.
   for (int j = 0; j < q.division.tiles; ++j) {
@@ -55,28 +59,26 @@ backward(const BackwardParams params) {
     const int64_t t = step < q.T ? block.time(step, true) : -1;
     for (int j = 0; j < q.division.tiles; ++j) {
       const Tile tile = block.tile(j);
-      float saved[Shape::kRowsPerThread][Cell::kSaved] = {}, h_prev[Shape::kRowsPerThread] = {},
-            c_prev[Shape::kRowsPerThread] = {}, dy[Shape::kRowsPerThread] = {}, dc_sequence[Shape::kRowsPerThread] = {};
-      Shares<E, Shape> share_h(d.zones.h), share_c(d.zones.c);
-      bool active[Shape::kRowsPerThread];
+      // Loaded before the product, which hides the latency. Nothing waits for a value before the product is done;
+      // therefore even rows that have ended are loaded, and their values not used.
+      Early<E> saved_bits[Shape::kRowsPerThread][Cell::kSaved], h_prev[Shape::kRowsPerThread],
+          dy[Shape::kRowsPerThread], dc_sequence[Shape::kRowsPerThread];
+      float state_prev[Shape::kRowsPerThread] = {};
+      RowOptions<E> options[Shape::kRowsPerThread];
       FUSED_RNN_UNROLL
       for (int i = 0; i < Shape::kRowsPerThread; ++i) {
+        if (!is_unit || block.row(i) >= tile.rows) continue;
         const int64_t b = tile.first + block.row(i), n = t * q.B + b;
-        active[i] = t >= 0 && is_unit && block.row(i) < tile.rows && block.active(t, b);
-        if (!active[i]) continue;
+        if (kEarlyOptions && q.has_options) options[i].load(q, d, block.direction(), t, b, unit);
+        if (t < 0) continue;
         FUSED_RNN_UNROLL
-        for (int k = 0; k < Cell::kSaved; ++k) {
-          saved[i][k] = value_or_zero<E>(d.saved, (n * Cell::kSaved + k) * H + unit);
-        }
-        if constexpr (Cell::kUsesH) {
-          h_prev[i] = d.state_prev ? d.state_prev[n * H + unit] : value_or_zero<E>(d.h_prev, n * Hp + unit);
-        }
-        if constexpr (Cell::kHasC) c_prev[i] = d.state_prev[n * H + unit];
-        dy[i] = value_or_zero<E>(d.dy, n * d.dy_stride + unit);
-        share_h.read(n, unit);
-        if constexpr (Cell::kHasC) share_c.read(n, unit);
-        if constexpr (Cell::kHasC) dc_sequence[i] = value_or_zero<E>(d.dc_sequence, n * d.dy_stride + unit);
+        for (int k = 0; k < Cell::kSaved; ++k) saved_bits[i][k].load(d.saved, (n * Cell::kSaved + k) * H + unit);
+        if (Cell::kHasC || d.state_prev) state_prev[i] = d.state_prev[n * H + unit];
+        if (Cell::kUsesH && !d.state_prev) h_prev[i].load(d.h_prev, n * Hp + unit);
+        if (d.dy) dy[i].load(d.dy, n * d.dy_stride + unit);
+        if (Cell::kHasC && d.dc_sequence) dc_sequence[i].load(d.dc_sequence, n * d.dy_stride + unit);
       }
+      const auto target = exchange.target(t, tile, block.row(0), unit);
 
       if (step > 0) {
         const int64_t after = block.time(step - 1, true);
@@ -89,42 +91,51 @@ backward(const BackwardParams params) {
       for (int i = 0; i < Shape::kRowsPerThread; ++i) {
         const int row = block.row(i);
         if (row >= Shape::kRows) break;
-        const int64_t b = tile.first + row;
-        float dh = state.load(0, i), dc = state.load(1, i), dh_prev = 0.0f;
         const bool present = is_unit && row < tile.rows;
-        if (step > 0) {
-          const float sum = Weights::sum(sums, 0, row, block.local_unit());
-          dh += present ? dropped<E>(d.drop_h, b * H + unit, sum) : sum;
+        float product[1] = {}, dh = state.load(0, i), dc = state.load(1, i), dh_prev = 0.0f;
+        if (step > 0) Weights::add(sums, row, block.local_unit(), product);
+        if (!present) product[0] = 0.0f;  // NaN if a gradient of the row is NaN
+        SplitGradient<float> dh_split{dh + product[0] + dy[i].value(), 0.0f},
+            dc_split{dc + dc_sequence[i].value(), 0.0f};
+        if (q.has_options && present) {
+          const int64_t b = tile.first + row;
+          RowOptions<E>& o = options[i];
+          if (!kEarlyOptions) o.load(q, d, block.direction(), t, b, unit);
+          dh += d.drop_h ? product[0] * o.drop_h.value() : product[0];
+          if (o.restarts()) {
+            // The next step read the reset states instead of this step's: they receive the gradients, this step none.
+            const int64_t at = block.time(step - 1, true) * d.dreset.step + b * H + unit;
+            if (d.dreset.h) store_value<E>(d.dreset.h, at, dh);
+            if (d.dreset.c) store_value<E>(d.dreset.c, at, dc);
+            dh = dc = 0.0f;
+          }
+          if (o.active(t)) {
+            dh_split = split_gradient(d.zones.h, o.share_h.value(), dh + dy[i].value());
+            dc_split = split_gradient(d.zones.c, o.share_c.value(), dc + dc_sequence[i].value());
+          } else {  // the gradients stay as they are, and those of the gates are zero
+            dh_split = {0.0f, dh}, dc_split = {0.0f, dc};
+            h_prev[i] = {}, state_prev[i] = 0.0f;
+            FUSED_RNN_UNROLL
+            for (int k = 0; k < Cell::kSaved; ++k) saved_bits[i][k] = {};
+          }
         }
-        const int64_t after = step > 0 ? block.time(step - 1, true) : 0;
-        if (step > 0 && present && block.begins(after, b)) {
-          // The next step read the reset states instead of this step's: they receive the gradients, this step none.
-          const int64_t at = after * d.dreset.step + b * H + unit;
-          if (d.dreset.h) store_value<E>(d.dreset.h, at, dh);
-          if (d.dreset.c) store_value<E>(d.dreset.c, at, dc);
-          dh = dc = 0.0f;
+        if (t < 0) {
+          state.store(0, i, dh_split.to_new + dh_split.to_old);
+          state.store(1, i, dc_split.to_new + dc_split.to_old);
+          continue;
         }
-        dh += dy[i];
-        dc += dc_sequence[i];
-        SplitGradient<float> dh_split{dh, 0.0f}, dc_split{dc, 0.0f};
-        if (active[i]) dh_split = split_gradient(d.zones.h, share_h.get(t * q.B + b, unit), dh);
-        if (Cell::kHasC && active[i]) dc_split = split_gradient(d.zones.c, share_c.get(t * q.B + b, unit), dc);
-        float grads[Cell::kGrads];
+        float saved[Cell::kSaved], grads[Cell::kGrads];
+        FUSED_RNN_UNROLL
+        for (int k = 0; k < Cell::kSaved; ++k) saved[k] = saved_bits[i][k].value();
+        const float h_before = d.state_prev ? state_prev[i] : h_prev[i].value();
         dc = dc_split.to_new;
-        Cell::backward(saved[i], h_prev[i], c_prev[i], dh_split.to_new, dc, grads, dh_prev);
-        if (active[i]) {
-          state.store(0, i, dh_prev + dh_split.to_old);
-          state.store(1, i, dc + dc_split.to_old);
-        } else {
-          state.store(0, i, dh);
-        }
-        if (t < 0) continue;
+        Cell::backward(saved, h_before, state_prev[i], dh_split.to_new, dc, grads, dh_prev);
         FUSED_RNN_UNROLL
         for (int k = 0; k < Cell::kGrads; ++k) {
-          in_words<E>(active[i] ? grads[k] : 0.0f, [&](uint32_t word) {
-            if (row < tile.rows && unit < Hp) exchange.publish(t, tile, row, k * Hp + unit, word);
-          });
+          target.publish(i * Shape::kRowStep, k * Hp, grads[k], row < tile.rows && unit < Hp);
         }
+        state.store(0, i, dh_prev + dh_split.to_old);
+        state.store(1, i, dc + dc_split.to_old);
       }
       sync_block();
     }

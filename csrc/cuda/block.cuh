@@ -29,10 +29,10 @@ class Block {
   FUSED_RNN_DEVICE int direction() const { return direction_; }
   FUSED_RNN_DEVICE int first_unit() const { return first_unit_; }
   // This thread's unit: its index in the block and in the layer. The latter may be H or more in the last block.
-  FUSED_RNN_DEVICE int local_unit() const { return thread_index() % Shape::kUnits; }
+  FUSED_RNN_DEVICE int local_unit() const { return Shape::unit(thread_index()); }
   FUSED_RNN_DEVICE int unit() const { return first_unit_ + local_unit(); }
   // This thread's i-th row of a tile.
-  FUSED_RNN_DEVICE int row(int i) const { return thread_index() / Shape::kUnits + i * Shape::kRowStep; }
+  FUSED_RNN_DEVICE int row(int i) const { return Shape::row(thread_index(), i); }
 
   FUSED_RNN_DEVICE Tile tile(int index) const {
     const int64_t first =
@@ -43,16 +43,6 @@ class Block {
   // The time of iteration `step`, in the order of the direction, or in the opposite order if `backwards`.
   FUSED_RNN_DEVICE int64_t time(int64_t step, bool backwards) const {
     return backwards != (direction_ == 1) ? sequence_.T - 1 - step : step;
-  }
-  // Whether row b has a step at time t.
-  FUSED_RNN_DEVICE bool active(int64_t t, int64_t b) const { return !sequence_.lengths || t < sequence_.lengths[b]; }
-
-  // Whether the states of row b are replaced before its step at time t. A reset marks a border between two steps, at
-  // which both directions restart. The direction's first step is excluded: the host itself replaces h0 and c0.
-  FUSED_RNN_DEVICE bool begins(int64_t t, int64_t b) const {
-    if (!sequence_.resets) return false;
-    const int64_t later = direction_ == 0 ? t : t + 1;  // the later of the two steps at the border
-    return later > 0 && later < sequence_.T && active(later, b) && sequence_.resets[later * sequence_.B + b];
   }
 
  private:

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "../cells/math.h"
+
 #if defined(FUSED_RNN_EMULATOR)
 #include "emulator.h"
 #else
@@ -27,7 +29,14 @@ FUSED_RNN_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 FUSED_RNN_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
 FUSED_RNN_DEVICE void sync_block() { __syncthreads(); }
 FUSED_RNN_DEVICE void sync_warp() { __syncwarp(); }
-FUSED_RNN_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
+template <class T>
+FUSED_RNN_DEVICE T shuffle_xor(T value, int lanes) {
+  return __shfl_xor_sync(0xffffffffu, value, lanes);
+}
+
+// The compiler may use the value from here on only. Otherwise it converts a value right behind its load.
+FUSED_RNN_DEVICE void not_before(uint16_t& value) { asm volatile("" : "+h"(value)); }
+FUSED_RNN_DEVICE void not_before(float& value) { asm volatile("" : "+f"(value)); }
 
 // An array in the block's shared memory.
 template <class T>
@@ -95,15 +104,16 @@ class Arrivals {
   int offset_;
 };
 
-// Stores a word asynchronously in the shared memory of the cluster's block `rank`, at the same offset as in this block.
-// That block's `arrivals` counts it after it is stored. No other memory access is ordered.
-FUSED_RNN_DEVICE void push(int offset, uint32_t word, const Arrivals& arrivals, int rank) {
+// Stores words asynchronously in the shared memory of the cluster's block `rank`, at the same offset as in this block.
+// That block's `arrivals` counts them after they are stored. No other memory access is ordered.
+FUSED_RNN_DEVICE void push(int offset, const Words& v, const Arrivals& arrivals, int rank) {
   FUSED_RNN_CLUSTER_ASM(
       "{\n.reg .b32 to, at;\n"
-      "mapa.shared::cluster.u32 to, %0, %3;\n"
-      "mapa.shared::cluster.u32 at, %2, %3;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %1, [at];\n}" ::"r"(shared_address(offset)),
-      "r"(word), "r"(shared_address(arrivals.offset())), "r"(rank) : "memory");
+      "mapa.shared::cluster.u32 to, %0, %6;\n"
+      "mapa.shared::cluster.u32 at, %5, %6;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%1, %2, %3, %4}, [at];\n}" ::"r"(
+          shared_address(offset)),
+      "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]), "r"(shared_address(arrivals.offset())), "r"(rank) : "memory");
 }
 #undef FUSED_RNN_CLUSTER_ASM
 
@@ -173,6 +183,28 @@ FUSED_RNN_DEVICE float from_fp16(uint16_t bits) {
 }
 
 }  // namespace cuda
+
+namespace math {
+template <>
+struct Extremes<float> {  // one instruction each
+  FUSED_RNN_DEVICE static float larger(float a, float b) {
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
+    return a;
+  }
+  FUSED_RNN_DEVICE static float smaller(float a, float b) {
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
+    return a;
+  }
+};
+template <>
+struct Quotient<float> {
+  // At most 1.5 ulp; 0 where 1 / b is subnormal.
+  FUSED_RNN_DEVICE static float of(float a, float b) {
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(b) : "f"(b));
+    return a * b;
+  }
+};
+}  // namespace math
 }  // namespace fused_rnn
 
 #endif

@@ -71,19 +71,60 @@ FUSED_RNN_DEVICE void store_value(void* at, int64_t index, typename E::Arithmeti
   static_cast<typename E::Stored*>(at)[index] = E::stored(value);
 }
 
+// An element that is loaded before it is needed; zero until load(). Only value() waits for the load, so that the loads
+// of many elements are in flight together. A conversion or a branch behind each would make them wait for each other.
+template <class E>
+class Early {
+ public:
+  FUSED_RNN_DEVICE void load(const void* at, int64_t index) {
+    bits_ = static_cast<const typename E::Stored*>(at)[index];
+  }
+  FUSED_RNN_DEVICE typename E::Arithmetic value() const {
+    typename E::Stored bits = bits_;
+    not_before(bits);
+    return E::value(bits);
+  }
+
+ private:
+  typename E::Stored bits_{};
+};
+
 template <class E>
 constexpr int kElementsPerWord = 4 / sizeof(typename E::Stored);
 
-// Packs the values of a warp's lanes, which are those of neighbouring units, into words, and calls store(word) in one
-// lane for each word. All lanes of the warp must call it.
-template <class E, class Store>
-FUSED_RNN_DEVICE void in_words(float value, const Store& store) {
+// Packs the values of a warp's lanes, which are those of neighbouring units, into words. All lanes of the warp must
+// call these functions.
+//
+// The word that begins with this lane's value; of two lanes that share a word, the first one has it.
+template <class E>
+FUSED_RNN_DEVICE uint32_t packed_word(float value) {
   if constexpr (kElementsPerWord<E> == 2) {
     const float next = shuffle_xor(value, 1);
-    if ((thread_index() & 1) == 0) store(E::stored(value) | static_cast<uint32_t>(E::stored(next)) << 16);
+    return E::stored(value) | static_cast<uint32_t>(E::stored(next)) << 16;
   } else {
-    store(tf32_bits(value));
+    return tf32_bits(value);
   }
+}
+template <class E>
+FUSED_RNN_DEVICE bool has_word() {
+  return thread_index() % kElementsPerWord<E> == 0;
+}
+// The 16 bytes that contain this lane's value; every lane has them.
+template <class E>
+FUSED_RNN_DEVICE Words packed_words(float value) {
+  const uint32_t word = packed_word<E>(value);
+  Words v{{has_word<E>() ? word : word >> 16 | word << 16}};
+  FUSED_RNN_UNROLL
+  for (int words = 1; words < 4; words *= 2) {
+    const int lanes = words * kElementsPerWord<E>;
+    const bool upper = thread_index() & lanes;
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < words; ++i) {
+      const uint32_t own = v.w[i], other = shuffle_xor(own, lanes);
+      v.w[i] = upper ? other : own, v.w[i + words] = upper ? own : other;
+    }
+  }
+  return v;
 }
 
 }  // namespace cuda

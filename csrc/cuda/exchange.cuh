@@ -7,6 +7,8 @@
 // mbarriers count the bytes.
 // Alone: one block has all units. The rows are in its shared memory, ordered by the block's barriers.
 //
+// A kernel publishes to a target(), which has computed the addresses. Whole warps call publish(), with the values of
+// neighbouring units in their lanes; those that exist are published.
 // Kernels publish the rows of a tile in the order of time. Between reading the rows of one time through `source` and
 // publishing those of the next, all warps of the block meet at a barrier.
 #pragma once
@@ -23,7 +25,7 @@ struct Rows {
   int64_t B;
   int width, offset, columns;
 
-  FUSED_RNN_DEVICE typename E::Stored* row(int64_t t, int64_t b) const { return at + (t * B + b) * width; }
+  FUSED_RNN_DEVICE int64_t index(int64_t t, int64_t b) const { return (t * B + b) * width; }
 };
 
 // Timeout for words that never arrive, so that a bug cannot hang the GPU (no such case is known). A thread that has
@@ -62,24 +64,39 @@ class ThroughL2 {
    public:
     FUSED_RNN_DEVICE Source(ThroughL2& exchange, int64_t t, const Tile& tile, int row, int column)
         : exchange_(exchange),
-          at_(exchange.rows_.row(t, tile.first + row) + exchange.rows_.offset + column),
+          at_(exchange.rows_.at + exchange.rows_.index(t, tile.first + row) + exchange.rows_.offset + column),
           rows_(tile.rows - row),
           columns_(exchange.rows_.columns - column) {}
 
     FUSED_RNN_DEVICE Words load(int row_tile, int column) const {
       return kTileRows * row_tile < rows_ && column < columns_ ? load_exchanged(address(row_tile, column)) : Words{};
     }
-    FUSED_RNN_DEVICE void wait(Words& v, int row_tile, int column) const {
+    // Waits for the words that load() gave for `column` and the columns `step` apart behind it. Those that are missing
+    // are loaded again together, in one latency.
+    template <int kLoads>
+    FUSED_RNN_DEVICE void wait(Words (&v)[kLoads], int row_tile, int column, int step) const {
       if (!any_missing(v)) return;
       exchange_.watchdog_.start();
-      while (any_missing(v) && exchange_.watchdog_.keep_waiting()) v = load_exchanged(address(row_tile, column));
+      while (any_missing(v) && exchange_.watchdog_.keep_waiting()) {
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < kLoads; ++i) {
+          if (is_missing(v[i])) v[i] = load_exchanged(address(row_tile, column + i * step));
+        }
+      }
     }
 
    private:
     FUSED_RNN_DEVICE const void* address(int row_tile, int column) const {
       return at_ + static_cast<int64_t>(kTileRows * row_tile) * exchange_.rows_.width + column;
     }
-    FUSED_RNN_DEVICE static bool any_missing(const Words& v) {
+    template <int kLoads>
+    FUSED_RNN_DEVICE static bool any_missing(const Words (&v)[kLoads]) {
+      bool missing = false;
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < kLoads; ++i) missing = missing || is_missing(v[i]);
+      return missing;
+    }
+    FUSED_RNN_DEVICE static bool is_missing(const Words& v) {
       return v.w[0] == kNotReady || v.w[1] == kNotReady || v.w[2] == kNotReady || v.w[3] == kNotReady;
     }
 
@@ -95,8 +112,23 @@ class ThroughL2 {
   FUSED_RNN_DEVICE Source source(int64_t t, const Tile& tile, int row, int column) {
     return {*this, t, tile, row, column};
   }
-  FUSED_RNN_DEVICE void publish(int64_t t, const Tile& tile, int row, int column, uint32_t word) const {
-    store_exchanged(rows_.row(t, tile.first + row) + column, word);
+  // Where the calling thread publishes the rows of time t: `row` and `column` are its first.
+  class Target {
+   public:
+    FUSED_RNN_DEVICE Target(const Rows<E>& rows, int64_t t, const Tile& tile, int row, int column)
+        : rows_(rows), at_(rows.at + rows.index(t, tile.first + row) + column) {}
+    // The value `row` rows below and `column` columns beside the first.
+    FUSED_RNN_DEVICE void publish(int row, int column, float value, bool exists) const {
+      const uint32_t word = packed_word<E>(value);
+      if (exists && has_word<E>()) store_exchanged(at_ + row * rows_.width + column, word);
+    }
+
+   private:
+    const Rows<E>& rows_;
+    typename E::Stored* at_;
+  };
+  FUSED_RNN_DEVICE Target target(int64_t t, const Tile& tile, int row, int column) const {
+    return {rows_, t, tile, row, column};
   }
 
   FUSED_RNN_DEVICE void finish() const {}
@@ -118,7 +150,8 @@ class SharedSource {
     if (kTileRows * row_tile >= rows_ || column >= columns_) return Words{{fill_, fill_, fill_, fill_}};
     return shared_memory<Words>(at_ + kTileRows * row_tile * stride_ + column * kBytes)[0];
   }
-  FUSED_RNN_DEVICE void wait(Words&, int, int) const {}
+  template <int kLoads>
+  FUSED_RNN_DEVICE void wait(Words (&)[kLoads], int, int, int) const {}
 
  private:
   static constexpr int kBytes = sizeof(typename E::Stored);
@@ -135,9 +168,30 @@ class Alone {
   FUSED_RNN_DEVICE SharedSource<E> source(int64_t, const Tile& tile, int row, int column) const {
     return {at(tile, row, column), stride_, tile.rows - row, rows_.columns - column, 0};
   }
-  FUSED_RNN_DEVICE void publish(int64_t t, const Tile& tile, int row, int column, uint32_t word) const {
-    if (rows_.at) *reinterpret_cast<uint32_t*>(rows_.row(t, tile.first + row) + column) = word;
-    if (column >= rows_.offset) shared_memory<uint32_t>(at(tile, row, column - rows_.offset))[0] = word;
+  class Target {
+   public:
+    FUSED_RNN_DEVICE Target(const Alone& alone, int64_t t, const Tile& tile, int row, int column)
+        : alone_(alone),
+          at_(alone.rows_.index(t, tile.first + row) + column),
+          slot_(alone.at(tile, row, column - alone.rows_.offset)),
+          column_(column) {}
+    FUSED_RNN_DEVICE void publish(int row, int column, float value, bool exists) const {
+      const Rows<E>& rows = alone_.rows_;
+      const uint32_t word = packed_word<E>(value);
+      if (!exists || !has_word<E>()) return;
+      if (column_ + column >= rows.offset) {
+        shared_memory<uint32_t>(slot_ + row * alone_.stride_ + column * kBytes)[0] = word;
+      }
+      if (rows.at) *reinterpret_cast<uint32_t*>(rows.at + at_ + row * rows.width + column) = word;
+    }
+
+   private:
+    const Alone& alone_;
+    int64_t at_;
+    int slot_, column_;
+  };
+  FUSED_RNN_DEVICE Target target(int64_t t, const Tile& tile, int row, int column) const {
+    return {*this, t, tile, row, column};
   }
   FUSED_RNN_DEVICE void finish() const {}
 
@@ -145,9 +199,10 @@ class Alone {
   // Byte offset in shared memory. One slot for all times suffices: all warps have read it before the barrier after
   // which it is overwritten.
   FUSED_RNN_DEVICE int at(const Tile& tile, int row, int column) const {
-    return slots_ + (tile.index * Shape::kRows + row) * stride_ + column * static_cast<int>(sizeof(typename E::Stored));
+    return slots_ + (tile.index * Shape::kRows + row) * stride_ + column * kBytes;
   }
 
+  static constexpr int kBytes = sizeof(typename E::Stored);
   Rows<E> rows_;
   int slots_, stride_;
 };
@@ -172,6 +227,8 @@ class Alone {
 // declared.
 template <class E, class Shape>
 class ThroughCluster {
+  static constexpr int kBytes = sizeof(typename E::Stored);
+
  public:
   // first: the time of the first rows.
   FUSED_RNN_DEVICE ThroughCluster(const Rows<E>& rows, const Block<Shape>& block, const Layout& layout, int64_t first)
@@ -199,21 +256,43 @@ class ThroughCluster {
     if (watchdog_.gave_up()) return {at, stride_, 0, 0, kNotReady};
     return {at, stride_, tile.rows - row, rows_.columns - column, 0};
   }
-  FUSED_RNN_DEVICE void publish(int64_t t, const Tile& tile, int row, int column, uint32_t word) const {
-    const int read = column - rows_.offset;
-    if (read >= 0 && read < rows_.columns && !watchdog_.gave_up()) {
-      const int at = slot(t, tile, row) + read * kBytes;
-      // Not unrolled: the addresses would take so many registers that others spill.
-      FUSED_RNN_NO_UNROLL
-      for (int rank = 0; rank < parts_; ++rank) push(at, word, arrivals(t, tile), rank);
+  // Each lane pushes the 16 bytes with its own value, to every kLanes-th block of the cluster.
+  class Target {
+   public:
+    FUSED_RNN_DEVICE Target(const ThroughCluster& cluster, int64_t t, const Tile& tile, int row, int column)
+        : cluster_(cluster),
+          at_(cluster.rows_.index(t, tile.first + row) + column - lane()),
+          column_(column - lane() - cluster.rows_.offset),
+          slot_(cluster.slot(t, tile, row) + column_ * kBytes),
+          arrivals_(cluster.arrivals(t, tile)) {}
+    FUSED_RNN_DEVICE void publish(int row, int column, float value, bool exists) const {
+      const Rows<E>& rows = cluster_.rows_;
+      const Words words = packed_words<E>(value);
+      if (!exists) return;
+      if (column_ + column >= 0 && column_ + column < rows.columns && !cluster_.watchdog_.gave_up()) {
+        const int slot = slot_ + row * cluster_.stride_ + column * kBytes;
+        // Not unrolled: the addresses would take so many registers that others spill.
+        FUSED_RNN_NO_UNROLL
+        for (int rank = lane(); rank < cluster_.parts_; rank += kLanes) push(slot, words, arrivals_, rank);
+      }
+      if (rows.at && lane() == 0) *reinterpret_cast<Words*>(rows.at + at_ + row * rows.width + column) = words;
     }
-    if (rows_.at) *reinterpret_cast<uint32_t*>(rows_.row(t, tile.first + row) + column) = word;
+
+   private:
+    static constexpr int kLanes = sizeof(Words) / kBytes;  // whose values a push holds
+    FUSED_RNN_DEVICE static int lane() { return thread_index() % kLanes; }
+
+    const ThroughCluster& cluster_;
+    int64_t at_;
+    int column_, slot_;
+    Arrivals arrivals_;
+  };
+  FUSED_RNN_DEVICE Target target(int64_t t, const Tile& tile, int row, int column) const {
+    return {*this, t, tile, row, column};
   }
   FUSED_RNN_DEVICE void finish() const { sync_cluster(); }
 
  private:
-  static constexpr int kBytes = sizeof(typename E::Stored);
-
   FUSED_RNN_DEVICE int buffer(int64_t t, const Tile& tile) const { return tile.index * 2 + static_cast<int>(t & 1); }
   FUSED_RNN_DEVICE Arrivals arrivals(int64_t t, const Tile& tile) const {
     return Arrivals(arrivals_ + buffer(t, tile) * 8);

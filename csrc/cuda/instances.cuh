@@ -55,6 +55,11 @@ template <class Params>
 void launch_parts(void (*kernel)(Params), const Plan& plan, Params params, void* stream) {
   Sequence& q = params.sequence;
   q.division = plan.division;
+  q.has_options = q.lengths || q.resets;
+  for (int i = 0; i < q.directions; ++i) {
+    const auto& d = params.direction[i];
+    q.has_options = q.has_options || d.drop_h || d.zones.h.at || d.zones.c.at;
+  }
   // Blocks of a team wait for each other, so they must run at the same time. The hardware guarantees that for the
   // blocks of a cluster; ThroughL2 needs a cooperative launch.
   const Exchange exchange = plan.instance.exchange;

@@ -7,10 +7,8 @@
 namespace fused_rnn {
 namespace cuda {
 
-constexpr int kTileUnits = 16;  // units of a warp: the rows of operand a of a tensor-core tile
-constexpr int kTileRows = 8;    // batch rows of a tensor-core tile
-constexpr int kSumsStride =
-    20;  // stride of kTileUnits sums, padded so that the lanes of a warp write to different banks
+constexpr int kTileUnits = 16;        // units of a warp: the rows of operand a of a tensor-core tile
+constexpr int kTileRows = 8;          // batch rows of a tensor-core tile
 constexpr int kWeightRegisters = 96;  // per thread
 
 enum class Exchange : int { kAlone, kThroughL2, kThroughCluster };
@@ -60,10 +58,30 @@ struct Product {
   }
 };
 
+// The row and unit, within a tensor-core tile, of the i-th (0..3) of the sums that a lane holds.
+FUSED_RNN_INLINE constexpr int sum_row(int lane, int i) { return lane % 4 * 2 + i % 2; }
+FUSED_RNN_INLINE constexpr int sum_unit(int lane, int i) { return lane / 4 + i / 2 * 8; }
+
+// Where a block keeps the partial sums of its warps: for each warp, row and unit a vector of the gates' sums, which one
+// instruction stores or loads. The padding avoids bank conflicts: warps store with the lanes' rows and units of
+// sum_row() and sum_unit(), and load the units of a row, or of two.
+struct PartialSums {
+  int gates, rows;
+
+  FUSED_RNN_INLINE constexpr int width() const { return gates == 1 ? 1 : 4; }  // floats of a vector
+  // Vectors of a warp.
+  FUSED_RNN_INLINE constexpr int stride() const { return gates == 1 ? rows / 2 * 40 + 16 : rows * 17; }
+  // The index of a vector.
+  FUSED_RNN_INLINE constexpr int at(int warp, int row, int unit) const {
+    return warp * stride() + (gates == 1 ? row / 2 * 40 + row % 2 * 16 : row * 17) + unit;
+  }
+  FUSED_RNN_INLINE constexpr int bytes(int warps) const { return warps * stride() * width() * 4; }
+};
+
 // Byte offsets in shared memory.
 struct Layout {
   int weights;  // the pairs that are not in registers: [warp, pair, gate, 2, lane] of 16 bytes
-  int sums;     // [depth warp, unit warp, gate, row, kSumsStride] floats
+  int sums;     // see PartialSums; the warps are [depth warp, unit warp]
   int state;    // [tile, 2, row, unit] floats: see State in block.cuh
   int slots;    // rows exchanged through shared memory, in bytes: [tile, row, slot_stride] for kAlone,
                 // [tile, 2, row, slot_stride] for kThroughCluster
@@ -75,7 +93,7 @@ struct Layout {
       : weights(0), sums(0), state(0), slots(0), slot_stride(0), arrivals(0), total(0) {
     const int warps = instance.unit_warps * instance.depth_warps;
     sums = weights + warps * product.shared_pairs(instance.depth_warps) * product.gates * 2 * 32 * 16;
-    state = sums + warps * product.gates * instance.rows() * kSumsStride * 4;
+    state = sums + PartialSums{product.gates, instance.rows()}.bytes(warps);
     slots = state + tiles * 2 * instance.rows() * instance.units() * 4;
     // 64 bytes more than a multiple of 128, so that the eight lanes that load together use different banks.
     slot_stride = (product.columns * product.element + 127) / 128 * 128 + 64;
@@ -95,6 +113,8 @@ struct Shape {
   static constexpr int kUnits = kTileUnits * unit_warps, kRows = kTileRows * row_tiles;
   static constexpr int kRowStep = kThreads / kUnits;  // a thread has one unit, and every kRowStep-th row
   static constexpr int kRowsPerThread = (kRows + kRowStep - 1) / kRowStep;
+  FUSED_RNN_INLINE static constexpr int unit(int thread) { return thread % kUnits; }  // in the block
+  FUSED_RNN_INLINE static constexpr int row(int thread, int i) { return thread / kUnits + i * kRowStep; }
   FUSED_RNN_INLINE static constexpr Instance instance() { return {exchange, unit_warps, depth_warps, row_tiles}; }
 };
 

@@ -32,6 +32,7 @@ struct Sequence {
   const int32_t* lengths;  // [B] number of steps of each row, 0..T; null: all T
   const uint8_t* resets;   // [T, B] 1: a sequence begins before this step; null: no resets. At a direction's first step
                            // the kernels ignore it: the host replaces h0 and c0 itself
+  bool has_options;        // lengths, resets, dropout or zoneout; set at the launch. One branch skips all of them
   int32_t* error;          // in host memory; a block whose wait times out sets it to 1
   uint64_t patience;       // timeout of a wait, in nanoseconds
 };

@@ -16,6 +16,10 @@ template <class E, int kGates, class Shape>
 class ResidentProduct {
  public:
   using Stored = typename E::Stored;
+  static constexpr int kWidth = PartialSums{kGates, Shape::kRows}.width();
+  struct alignas(4 * kWidth) Sums {  // of the gates of a row and unit
+    float of[kWidth];
+  };
 
   // weights: [kGates * H, columns]; this block's units begin at first_unit.
   FUSED_RNN_DEVICE ResidentProduct(const Stored* weights, int H, int columns, int first_unit, Shared<Words> shared)
@@ -51,7 +55,7 @@ class ResidentProduct {
   // sums in shared memory; after a barrier, sum() adds those of all warps. The loads of a chunk are in flight while the
   // previous chunk is multiplied.
   template <class Source>
-  FUSED_RNN_DEVICE void multiply(const Source& source, Shared<float> shared) const {
+  FUSED_RNN_DEVICE void multiply(const Source& source, Shared<Sums> shared) const {
     Words b[kChunk];
     start(source, 0, 0, b);
     for (int tile = 0; tile < Shape::kRowTiles; ++tile) {
@@ -73,15 +77,15 @@ class ResidentProduct {
     }
   }
 
-  // The product of a row with the weights of a gate and unit, summed over the depth warps.
-  FUSED_RNN_DEVICE static float sum(Shared<float> shared, int gate, int row, int unit) {
-    float total = 0;
+  // Adds the products of a row with the weights of a unit's gates, summed over the depth warps.
+  FUSED_RNN_DEVICE static void add(Shared<Sums> shared, int row, int unit, float (&total)[kGates]) {
     FUSED_RNN_UNROLL
     for (int depth = 0; depth < Shape::kDepthWarps; ++depth) {
       const int warp = depth * Shape::kUnitWarps + unit / kTileUnits;
-      total += shared[((warp * kGates + gate) * Shape::kRows + row) * kSumsStride + unit % kTileUnits];
+      const Sums part = shared[PartialSums{kGates, Shape::kRows}.at(warp, row, unit % kTileUnits)];
+      FUSED_RNN_UNROLL
+      for (int gate = 0; gate < kGates; ++gate) total[gate] += part.of[gate];
     }
-    return total;
   }
 
  private:
@@ -120,7 +124,7 @@ class ResidentProduct {
   FUSED_RNN_DEVICE void start(const Source& source, int tile, int first, Words (&b)[kChunk]) const {
     FUSED_RNN_UNROLL
     for (int i = 0; i < kChunk; ++i) {
-      if (first + i < pairs_) b[i] = source.load(tile, (first + i) * kPairColumns);
+      b[i] = first + i < pairs_ ? source.load(tile, (first + i) * kPairColumns) : Words{};
     }
   }
 
@@ -134,11 +138,11 @@ class ResidentProduct {
     } else if (tile + 1 < Shape::kRowTiles) {
       start(source, tile + 1, 0, next);
     }
+    source.wait(b, tile, first * kPairColumns, kPairColumns);
+    sync_warp();
     FUSED_RNN_UNROLL
     for (int i = 0; i < kChunk; ++i) {
       if (first + i >= pairs_) break;
-      source.wait(b[i], tile, (first + i) * kPairColumns);
-      sync_warp();
       FUSED_RNN_UNROLL
       for (int step = 0; step < 2; ++step) {
         FUSED_RNN_UNROLL
@@ -152,17 +156,18 @@ class ResidentProduct {
     for (int i = 0; i < kChunk; ++i) b[i] = next[i];
   }
 
-  FUSED_RNN_DEVICE static void store(Shared<float> shared, int tile, const float (&sums)[kGates * kSplit][4]) {
+  FUSED_RNN_DEVICE static void store(Shared<Sums> shared, int tile, const float (&sums)[kGates * kSplit][4]) {
     FUSED_RNN_UNROLL
-    for (int gate = 0; gate < kGates; ++gate) {
+    for (int i = 0; i < 4; ++i) {
+      Sums total{};
       FUSED_RNN_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        float total = sums[gate * kSplit][i];
+      for (int gate = 0; gate < kGates; ++gate) {
+        total.of[gate] = sums[gate * kSplit][i];
         FUSED_RNN_UNROLL
-        for (int k = 1; k < kSplit; ++k) total += sums[gate * kSplit + k][i];
-        const int row = kTileRows * tile + lane() % 4 * 2 + i % 2, unit = lane() / 4 + i / 2 * 8;
-        shared[((warp() * kGates + gate) * Shape::kRows + row) * kSumsStride + unit] = total;
+        for (int k = 1; k < kSplit; ++k) total.of[gate] += sums[gate * kSplit + k][i];
       }
+      shared[PartialSums{kGates, Shape::kRows}.at(warp(), kTileRows * tile + sum_row(lane(), i), sum_unit(lane(), i))] =
+          total;
     }
   }
 

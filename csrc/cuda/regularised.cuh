@@ -3,7 +3,6 @@
 #pragma once
 
 #include "element.h"
-#include "layout.h"
 #include "params.h"
 
 namespace fused_rnn {
@@ -20,23 +19,6 @@ template <class E>
 FUSED_RNN_DEVICE typename E::Arithmetic share(const Zone& zone, int64_t row, int64_t unit) {
   return value_or_zero<E>(zone.at, row * zone.stride + unit);
 }
-
-// The zoneout factors of a thread's rows. If a thread has one row, its factor is loaded before the product, which hides
-// the latency; with several rows there are no registers for that, and get() loads it.
-template <class E, class Shape>
-class Shares {
- public:
-  FUSED_RNN_DEVICE explicit Shares(const Zone& zone) : zone_(zone) {}
-  FUSED_RNN_DEVICE void read(int64_t row, int64_t unit) {
-    if (kEarly) early_ = share<E>(zone_, row, unit);
-  }
-  FUSED_RNN_DEVICE float get(int64_t row, int64_t unit) const { return kEarly ? early_ : share<E>(zone_, row, unit); }
-
- private:
-  static constexpr bool kEarly = Shape::kRowsPerThread == 1;
-  const Zone& zone_;
-  float early_ = 0.0f;
-};
 
 template <class T>
 FUSED_RNN_DEVICE T mixed(const Zone& zone, T share, T old_state, T new_state) {

@@ -64,6 +64,7 @@ struct Case {
 
 const Case kCases[] = {
     {37, 3, 2, 2, 2, 2, 5, "aot", "bsdclpq"},  // two directions, two teams, one of which has an empty tile
+    {37, 3, 2, 1, 1, 0, 5, "aot", "bsdcq"},    // without options
     {21, 3, 2, 2, 2, 4, 3, "aor", "bsdceq"},   // a second launch
     {103, 3, 1, 1, 1, 1, 2, "a", "sdlq"},      // a second launch; columns in shared memory
     {37, 3, 1, 1, 1, 0, 6, "aot", "bdnlq"},    // NaN

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 
 import fused_rnn
 import sass
+import sass_flow
 from fused_rnn import cuda, reference
 from sources import CSRC, needs_sources
 
@@ -74,6 +76,20 @@ def resident(kernels: Kernels) -> list[tuple[str, sass.Name, sass.Kernel]]:
         for name, kernel in found.items()
         if name.shape and not (architecture == "sm_80" and exchanges()[name.shape[0]] == "kThroughCluster")
     ]
+
+
+def flows(kernels: Kernels, *exchanging: str) -> Iterator[tuple[str, sass.Name, sass_flow.Flow]]:
+    """The paths through the resident kernels with these exchanges."""
+    for architecture, name, kernel in resident(kernels):
+        if exchanges()[name.shape[0]] in exchanging:
+            yield architecture, name, sass_flow.Flow(kernel.code)
+
+
+def rows_per_thread(name: sass.Name) -> int:
+    """Rows of a tile that a thread computes: a block's threads are spread over its units first."""
+    _, unit_warps, depth_warps, row_tiles = name.shape
+    row_step = 32 * unit_warps * depth_warps // (constant("kTileUnits", "cuda/layout.h") * unit_warps)
+    return -(-constant("kTileRows", "cuda/layout.h") * row_tiles // row_step)
 
 
 def matching(instructions: Counter[str], pattern: str) -> int:
@@ -157,8 +173,11 @@ def test_the_time_loop_takes_weights_from_the_chip(kernels: Kernels) -> None:
         assert matching(kernel.instructions, wide) > exchanged, (architecture, name)  # proves that the pattern matches
         assert (exchanged > 0) == (exchanges()[name.shape[0]] == "kThroughL2"), (architecture, name)
 
-        # Operands that are not in registers are in shared memory, with one load each.
-        tiles = kernel.time_loop["LDS.128"] - (0 if exchanged else rows)
+        # Operands that are not in registers are in shared memory, with one load each. So are the partial sums of
+        # several gates, one load for each depth warp and row of a thread.
+        several_gates = name.function == "forward" and reference.GATES[policies()[name.cell]] > 1
+        sums = name.shape[2] * rows_per_thread(name) if several_gates else 0
+        tiles = kernel.time_loop["LDS.128"] - (0 if exchanged else rows) - sums
         copies = matching(kernel.time_loop, "HMMA") // products
         assert tiles == copies * (products - from_registers), (architecture, name)
 
@@ -171,18 +190,68 @@ def test_the_time_loop_reads_no_more_than_its_data(kernels: Kernels) -> None:
     The compiler may duplicate a part of the loop for two cases; reading weights would be far more loads.
     """
     saved = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 5, "gru": 5}  # kSaved values, and c or h before the step
-    units = constant("kTileUnits", "cuda/layout.h")
-    rows_of_tile = constant("kTileRows", "cuda/layout.h")
     for architecture, name, kernel in resident(kernels):
-        label = policies()[name.cell]
-        _, unit_warps, depth_warps, row_tiles = name.shape
-        row_step = 32 * unit_warps * depth_warps // (units * unit_warps)
-        rows = -(-rows_of_tile * row_tiles // row_step)  # per thread
+        label, rows = policies()[name.cell], rows_per_thread(name)
         values = rows * (reference.GATES[label] + 1 if name.function == "forward" else saved[label] + 2)
         loads = matching(kernel.time_loop, r"LDG?\.(?!.*STRONG)")
         of_segments = 8 * rows  # row ends and resets, each read twice, and two reset states
         regularised = 8 * rows  # drop_h, two zoneout masks, h before dropout; code emitted twice
         assert values <= loads <= 2 * values + of_segments + regularised, (architecture, name, loads, values)
+
+
+def test_no_load_is_waited_for_before_the_product(kernels: Kernels) -> None:
+    """The loads of a step's data are in flight together, and while the blocks wait for each other's words."""
+    for architecture, name, flow in flows(kernels, "kThroughL2", "kThroughCluster"):
+        barriers = flow.all(sass_flow.BARRIER, flow.time_loop)
+        assert barriers, (architecture, name)
+        assert flow.touched_loads(barriers) == [], (architecture, name)
+
+
+@needs_sources
+def test_a_chunks_missing_words_are_loaded_again_together(kernels: Kernels) -> None:
+    """A loop that polls has the loads of a whole chunk: one latency, not one for each. All elements poll alike."""
+    chunk = constant("kChunk", "cuda/product.cuh")
+    for architecture, name, flow in flows(kernels, "kThroughL2"):
+        if name.element != "Bf16":
+            continue
+        loads = [
+            len(flow.all(sass_flow.EXCHANGE_LOAD, loop))
+            for loop in flow.loops(flow.time_loop)
+            if not flow.all(sass_flow.MULTIPLY, loop)
+        ]
+        assert set(loads) - {0} == {chunk}, (architecture, name, loads)
+
+
+# Instructions from the barrier behind forward's product to the publication of h, on sm_90a, with one row per thread, at
+# a593a93: by the number of depth warps, whose sums are added.
+BEFORE = {
+    "lstm": {8: 348, 4: 307},
+    "gru": {8: 250, 4: 218},
+    "rnn_tanh": {8: 152, 4: 135},
+    "rnn_relu": {8: 116, 4: 99},
+}
+
+
+@needs_sources
+def test_h_is_published_before_anything_else_is_stored(kernels: Kernels) -> None:
+    """And after at least a third fewer instructions than once, since other blocks wait for it."""
+    checked = 0
+    for architecture, name, flow in flows(kernels, "kThroughL2"):
+        if name.function != "forward" or rows_per_thread(name) > 1:
+            continue  # a thread with several rows publishes one after the other
+        publish, barriers = (flow.all(kind, flow.time_loop) for kind in (sass_flow.PUBLISH, sass_flow.BARRIER))
+        for barrier in barriers:
+            others = barriers - {barrier}
+            distance = flow.distance(barrier, publish, others)
+            if distance is None:
+                continue  # the barrier behind the cell
+            stores = flow.all(sass_flow.STORE, flow.between(barrier, publish, others))
+            assert stores == set(), (architecture, name)
+            before = BEFORE[policies()[name.cell]][name.shape[2]]
+            if architecture == "sm_90a" and name.element == "Bf16":
+                assert 3 * distance <= 2 * before, (name, distance)
+            checked += 1
+    assert checked > 0
 
 
 def readelf(option: str) -> str:

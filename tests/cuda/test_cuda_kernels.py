@@ -111,13 +111,14 @@ class Mutant:
 
 
 _FORWARD, _BACKWARD, _PRODUCT, _EXCHANGE = "forward.cuh", "backward.cuh", "product.cuh", "exchange.cuh"
-_BLOCK, _ELEMENT, _REGULARISED = "block.cuh", "element.h", "regularised.cuh"
+_BLOCK, _ELEMENT, _REGULARISED, _OPTIONS = "block.cuh", "element.h", "regularised.cuh", "row_options.cuh"
+_EXISTS = "is_unit ? operand : 0.0f, row < tile.rows && unit < Hp"
 _ALONE, _CLUSTER = {"exchange": "alone"}, {"exchange": "cluster"}
 # Faults that cannot be detected and are left out:
 # - Both sync_warp() of product.cuh: mma itself synchronises the emulator's warps, and a lane reads only those weights
 #   in shared memory that it wrote. They make a GPU's lanes converge and do not order memory.
 # - The barrier before backward's steps: nothing shared is written before it.
-# - Forward's `is_unit ? h : 0.0f`: beyond H everything is zero, from the weights to the state.
+# - Forward's `is_unit ? operand : 0.0f`: beyond H everything is zero, from the weights to the state.
 # - The bound of rows in a single block: rows beyond the tile have memory of their own, and their sums are unused.
 # - `last_row` in Block::tile: all launches but the last consist of whole tiles.
 # A cluster's behaviour after one of its threads has given up needs a delayed block, and so a test of its own,
@@ -134,13 +135,17 @@ MUTANTS = [
     Mutant(
         "three words of four are looked at", _EXCHANGE, "v.w[2] == kNotReady || v.w[3]", "v.w[2] == kNotReady || v.w[2]"
     ),
-    Mutant("forward: published for this step", _FORWARD, "publish(next, tile, row,", "publish(t, tile, row,"),
+    Mutant("forward: published for this step", _FORWARD, "exchange.target(next, tile,", "exchange.target(t, tile,"),
+    Mutant(
+        "only the first of a chunk's words is looked at", _EXCHANGE, "missing || is_missing(v[i])", "is_missing(v[0])"
+    ),
     Mutant("backward: waits for this step", _BACKWARD, "exchange.source(after,", "exchange.source(t < 0 ? after : t,"),
     Mutant("loads rows behind the tile", _EXCHANGE, "kTileRows * row_tile < rows_ && ", ""),
     Mutant("loads columns behind the last", _EXCHANGE, " && column < columns_", ""),
-    Mutant("publishes rows behind the tile", _FORWARD, "if (row < tile.rows && unit < Hp)", "if (unit < Hp)"),
-    Mutant("publishes units behind the last", _FORWARD, "row < tile.rows && unit < Hp", "row < tile.rows"),
+    Mutant("publishes rows behind the tile", _FORWARD, _EXISTS, "is_unit ? operand : 0.0f, unit < Hp"),
+    Mutant("publishes units behind the last", _FORWARD, _EXISTS, "is_unit ? operand : 0.0f, row < tile.rows"),
     Mutant("backward: publishes units behind the last", _BACKWARD, "row < tile.rows && unit < Hp", "row < tile.rows"),
+    Mutant("two lanes store a word", _ELEMENT, "return thread_index() % kElementsPerWord<E> == 0;", "return true;"),
     Mutant("not yet there is 0", _ELEMENT, "kNotReady = 0xffffffffu", "kNotReady = 0"),
     Mutant(
         "a NaN is published as it is",
@@ -151,8 +156,8 @@ MUTANTS = [
     Mutant(
         "TF32: a NaN is published as it is",
         _ELEMENT,
-        "store(tf32_bits(value))",
-        "store(value != value ? math::bits<uint32_t>(value) : tf32_bits(value))",
+        "return tf32_bits(value);",
+        "return value != value ? math::bits<uint32_t>(value) : tf32_bits(value);",
         element="tf32",
     ),
     Mutant("GRU: the wrong gradients are read", _EXCHANGE, " + exchange.rows_.offset + column", " + column", "gru"),
@@ -164,7 +169,9 @@ MUTANTS = [
     # A single block.
     Mutant("alone: columns behind the last", _EXCHANGE, " || column >= columns_", ""),
     Mutant("alone: all tiles in one slot", _EXCHANGE, "(tile.index * Shape::kRows + row)", "row"),
-    Mutant("alone, GRU: keeps what nobody reads", _EXCHANGE, "if (column >= rows_.offset)", "if (true)", "gru"),
+    Mutant(
+        "alone, GRU: keeps what nobody reads", _EXCHANGE, "if (column_ + column >= rows.offset)", "if (true)", "gru"
+    ),
     # The product.
     Mutant("forward: weights not padded", _FORWARD, "d.w_hh), H, Hp,", "d.w_hh), H, H,"),
     Mutant("weights of units behind the last", _PRODUCT, " && row < H && ", " && ", sanitized=True),
@@ -177,34 +184,41 @@ MUTANTS = [
         "the next tile's rows too late", _PRODUCT, "start(source, tile + 1, 0, next)", "start(source, tile, 0, next)"
     ),
     # Rows, units and their states.
-    Mutant("forward: rows never end", _FORWARD, "active = present && block.active(t, b)", "active = present"),
-    Mutant(
-        "backward: rows never end",
-        _BACKWARD,
-        "block.row(i) < tile.rows && block.active(t, b)",
-        "block.row(i) < tile.rows",
-    ),
-    Mutant(
-        "backward, GRU: rows that ended have gradients", _BACKWARD, "active[i] ? grads[k] : 0.0f", "grads[k]", "gru"
-    ),
+    Mutant("forward: rows never end", _FORWARD, "active = o.active(t);", "active = true;"),
+    Mutant("backward: rows never end", _BACKWARD, "if (o.active(t))", "if (t >= 0)"),
+    Mutant("backward, GRU: rows that ended have gradients", _BACKWARD, "saved_bits[i][k] = {};", ";", "gru"),
+    Mutant("a layer with lengths has no options", "instances.cuh", "q.lengths || q.resets;", "q.resets;"),
     Mutant("y behind a row's end", _FORWARD, "active ? h : 0.0f", "h"),
-    Mutant("h is not kept", _FORWARD, "          state.store(0, i, h);\n", ""),
-    Mutant("c is not kept", _FORWARD, "          state.store(1, i, c);\n", ""),
+    Mutant("h is not kept", _FORWARD, "        state.store(0, i, h_next);\n", ""),
+    Mutant("c is not kept", _FORWARD, "state.store(1, i, c_next);", ";"),
     Mutant("c saved after the step", _FORWARD, "Cell::kHasC ? c_prev : h_prev;", "Cell::kHasC ? c : h_prev;"),
-    Mutant("backward: dc is not kept", _BACKWARD, "          state.store(1, i, dc + dc_split.to_old);\n", ""),
-    Mutant("backward: rows that ended lose dh", _BACKWARD, "state.store(0, i, dh);", "state.store(0, i, 0.0f);"),
+    Mutant("backward: dc is not kept", _BACKWARD, "        state.store(1, i, dc + dc_split.to_old);\n", ""),
+    Mutant("backward: rows that ended lose dh", _BACKWARD, "dh_split = {0.0f, dh}", "dh_split = {0.0f, 0.0f}"),
+    Mutant("backward: rows that ended lose dc", _BACKWARD, "dc_split = {0.0f, dc}", "dc_split = {0.0f, 0.0f}"),
     Mutant("one state for all tiles", _BLOCK, "tile.index * 2 * kElements", "0 * kElements"),
     Mutant("rows of no tile", _FORWARD, "if (row >= Shape::kRows) break;\n        const", "const"),
     Mutant("the second launch takes the first rows", _BLOCK, "sequence_.first_row + static_cast", "static_cast"),
     Mutant("both directions run the same way", _BLOCK, "(direction_ == 1)", "false"),
     # Resets.
-    Mutant("resets of rows that have ended", _BLOCK, " && active(later, b) && seq", " && seq", **_ALONE),
-    Mutant("a reset of the first step", _BLOCK, "later > 0", "later >= 0", **_ALONE),
-    Mutant("a reset behind the last step", _BLOCK, "later < sequence_.T", "true", **_ALONE),
-    Mutant("resets after the step, reverse", _BLOCK, "direction_ == 0 ? t : t + 1", "t", **_ALONE),
-    Mutant("resets never", _BLOCK, "if (!sequence_.resets) return false;", "return false;", **_ALONE),
-    Mutant("forward: resets h to zero", _FORWARD, "h = value_or_zero<E>(d.reset.h, next", "h = 0 * (next", **_ALONE),
-    Mutant("forward: resets c to zero", _FORWARD, "c = value_or_zero<E>(d.reset.c, next", "c = 0 * (next", **_ALONE),
+    Mutant("resets of rows that have ended", _OPTIONS, "reset && active(later)", "reset", **_ALONE),
+    Mutant("a reset of the first step", _OPTIONS, "later > 0", "later >= 0", **_ALONE),
+    Mutant("a reset behind the last step", _OPTIONS, "later < sequence.T", "true", **_ALONE),
+    Mutant("resets before the step, reverse", _OPTIONS, "direction == 0 ? t + 1 : t", "t + 1", **_ALONE),
+    Mutant("resets never", _OPTIONS, "return reset && active(later);", "return false;", **_ALONE),
+    Mutant(
+        "forward: resets h to zero",
+        _FORWARD,
+        "h_next = value_or_zero<E>(d.reset.h, next",
+        "h_next = 0 * (next",
+        **_ALONE,
+    ),
+    Mutant(
+        "forward: resets c to zero",
+        _FORWARD,
+        "c_next = value_or_zero<E>(d.reset.c, next",
+        "c_next = 0 * (next",
+        **_ALONE,
+    ),
     Mutant("forward: resets h as of this step", _FORWARD, "d.reset.h, next *", "d.reset.h, t *", **_ALONE),
     Mutant("forward: resets c as of this step", _FORWARD, "d.reset.c, next *", "d.reset.c, t *", **_ALONE),
     Mutant("backward: a reset does not end dh and dc", _BACKWARD, "dh = dc = 0.0f;", "", **_ALONE),
@@ -212,12 +226,13 @@ MUTANTS = [
     Mutant(
         "dreset without the product", _BACKWARD, "d.dreset.h, at, dh)", "d.dreset.h, at, state.load(0, i))", **_ALONE
     ),
-    Mutant("dreset of this step", _BACKWARD, "after * d.dreset.step", "t * d.dreset.step", **_ALONE),
+    Mutant("dreset of this step", _BACKWARD, "block.time(step - 1, true) * d.dreset", "t * d.dreset", **_ALONE),
     Mutant("dreset of c is that of h", _BACKWARD, "d.dreset.c, at, dc)", "d.dreset.c, at, dh)", **_ALONE),
     # The sequence of c.
     Mutant("c_sequence behind a row's end", _FORWARD, "active ? c : 0.0f", "c", **_ALONE),
-    Mutant("c_sequence in rows of H", _FORWARD, "(d.c_sequence, y_index,", "(d.c_sequence, at,", **_ALONE),
-    Mutant("dc_sequence is not added", _BACKWARD, "dc += dc_sequence[i];", "", **_ALONE),
+    Mutant("c_sequence in rows of H", _FORWARD, "(d.c_sequence, y_index,", "(d.c_sequence, n * H + unit,", **_ALONE),
+    Mutant("dc_sequence is not added", _BACKWARD, "dc_split{dc + dc_sequence[i].value(),", "dc_split{dc,", **_ALONE),
+    Mutant("dc_sequence is not added, with options", _BACKWARD, "dc + dc_sequence[i].value());", "dc);", **_ALONE),
     Mutant(
         "dc_sequence in rows of H",
         _BACKWARD,
@@ -226,23 +241,15 @@ MUTANTS = [
         **_ALONE,
     ),
     # Recurrent dropout and zoneout.
-    Mutant("forward: all of h is multiplied", _FORWARD, "h = dropped<E>(d.drop_h,", "dropped<E>(d.drop_h,", **_ALONE),
-    Mutant("forward: h takes the share of c", _FORWARD, "d.zones.h, share_h.get", "d.zones.h, share_c.get", **_ALONE),
-    Mutant(
-        "backward: all of the product comes back", _BACKWARD, "present ? dropped<E>", "false ? dropped<E>", **_ALONE
-    ),
-    Mutant("dropout of the first row", _BACKWARD, "dropped<E>(d.drop_h, b * H", "dropped<E>(d.drop_h, 0 * H", **_ALONE),
-    Mutant("GRU: backward takes h as it was dropped", _BACKWARD, "d.state_prev ? d.state", "false ? d.state", "gru"),
-    Mutant("one share for all rows", _REGULARISED, "row * zone.stride + unit", "unit", **_ALONE),
+    Mutant("forward: all of h is multiplied", _FORWARD, "operand = d.drop_h ?", "operand = false ?", **_ALONE),
+    Mutant("forward: h takes the share of c", _FORWARD, "d.zones.h, o.share_h", "d.zones.h, o.share_c", **_ALONE),
+    Mutant("backward: all of the product comes back", _BACKWARD, "dh += d.drop_h ?", "dh += false ?", **_ALONE),
+    Mutant("dropout of the first row", _OPTIONS, "d.drop_h, b * sequence.H", "d.drop_h, 0 * sequence.H", **_ALONE),
+    Mutant("GRU: backward takes h as it was dropped", _BACKWARD, "d.state_prev ? state", "false ? state", "gru"),
+    Mutant("one share for all rows", _OPTIONS, "n * d.zones.h.stride + unit", "unit", **_ALONE),
     Mutant("zoneout: nothing of the old state", _REGULARISED, "old_state + share", "share", **_ALONE),
     Mutant("zoneout: no gradient of the old state", _REGULARISED, "d - d * share}", "T(0)}", **_ALONE),
-    Mutant(
-        "early shares of another row",
-        _REGULARISED,
-        "early_ = share<E>(zone_, row,",
-        "early_ = share<E>(zone_, row / 2,",
-    ),
-    Mutant("forward: rows that ended are mixed", _FORWARD, "c = active ? mixed", "c = present ? mixed", **_ALONE),
+    Mutant("forward: rows that ended are mixed", _FORWARD, "c = active ? mixed", "c = true ? mixed", **_ALONE),
     Mutant("backward: c loses what zoneout kept", _BACKWARD, "dc + dc_split.to_old", "dc", **_ALONE),
     Mutant("backward: h loses what zoneout kept", _BACKWARD, "dh_prev + dh_split.to_old", "dh_prev", **_ALONE),
     # The exchange through a cluster.
@@ -256,9 +263,14 @@ MUTANTS = [
     Mutant("cluster: one tile's barriers", _EXCHANGE, "return tile.index * 2 +", "return 0 * 2 +", **_CLUSTER),
     Mutant("cluster: does not wait", _EXCHANGE, "if (tile.rows > 0) wait(t, tile);", "", **_CLUSTER),
     Mutant("cluster: no barrier at the start", _EXCHANGE, "    }\n    sync_cluster();\n", "    }\n", **_CLUSTER),
-    Mutant("cluster: pushes to itself", _EXCHANGE, "arrivals(t, tile), rank)", "arrivals(t, tile), 0)", **_CLUSTER),
+    Mutant("cluster: pushes to itself", _EXCHANGE, "words, arrivals_, rank)", "words, arrivals_, 0)", **_CLUSTER),
     Mutant(
-        "cluster, GRU: pushes what nobody reads", _EXCHANGE, "if (read >= 0 && read <", "if (read <", "gru", **_CLUSTER
+        "cluster, GRU: pushes what nobody reads",
+        _EXCHANGE,
+        "if (column_ + column >= 0 && column_",
+        "if (column_",
+        "gru",
+        **_CLUSTER,
     ),
 ]
 

@@ -1,5 +1,7 @@
 """The machine code of a built CUDA library: its kernels, their resources, and the instructions of their time loops.
 
+sass_flow.py follows the paths through a kernel.
+
 NVIDIA's cuobjdump and nvdisasm read it. They come with the CUDA toolkit, with triton, and as the packages
 nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 """
@@ -17,9 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_LABEL = re.compile(r"(\.L_x_\d+):")
-_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
-_TARGET = re.compile(r"\.L_x_\d+")
+from sass_flow import Flow
+
 # A mangled kernel name: the function, then its template arguments. A cell that is itself a template, RnnCell<Tanh>,
 # is named by its argument.
 _NAME = re.compile(
@@ -52,6 +53,7 @@ class Kernel:
     resources: dict[str, int] = field(default_factory=dict)  # REG, STACK, LOCAL and others
     instructions: Counter[str] = field(default_factory=Counter)  # by opcode with its modifiers
     time_loop: Counter[str] = field(default_factory=Counter)  # only those in the loop with the tensor-core instructions
+    code: str = ""  # the disassembly
 
 
 def find_tool(name: str) -> str | None:
@@ -78,6 +80,7 @@ def kernels(library: Path, folder: Path) -> dict[str, dict[Name, Kernel]]:
         for mangled, code in _functions(_output(nvdisasm, "-c", cubin) if found else ""):
             if mangled not in found:
                 continue
+            found[mangled].code = code
             found[mangled].instructions, found[mangled].time_loop = _counts(code)
         return cubin.name.split(".")[-2], found
 
@@ -104,44 +107,6 @@ def _functions(assembly: str) -> Iterator[tuple[str, str]]:
 
 
 def _counts(code: str) -> tuple[Counter[str], Counter[str]]:
-    """Counts of each opcode in a function, and in the outermost loop around its tensor-core instructions.
-
-    The loop consists of all instructions on a path from a tensor-core instruction back to itself.
-    """
-    opcodes: list[str] = []
-    targets: list[list[str]] = []
-    falls_through: list[bool] = []
-    labels: dict[str, int] = {}
-    for line in code.splitlines():
-        if match := _INSTRUCTION.match(line):
-            guard, opcode, operands = match.groups()
-            opcodes.append(opcode)
-            targets.append(_TARGET.findall(operands))
-            # A branch with further operands besides its target is conditional. A subroutine returns. BSYNC, where the
-            # threads of a diverged warp meet, stands directly before the place where it continues.
-            leaves = opcode.split(".")[0] in ("BRA", "BRX", "EXIT", "RET")
-            falls_through.append(not leaves or guard is not None or "," in operands)
-        elif match := _LABEL.match(line.strip()):
-            labels[match[1]] = len(opcodes)
-
-    after: list[list[int]] = [[labels[target] for target in names] for names in targets]
-    before: list[list[int]] = [[] for _ in opcodes]
-    for at, places in enumerate(after):
-        if falls_through[at] and at + 1 < len(opcodes):
-            places.append(at + 1)
-        for place in places:
-            before[place].append(at)
-    multiply = next((at for at, opcode in enumerate(opcodes) if opcode.startswith("HMMA")), None)
-    loop = set() if multiply is None else _reached(multiply, after) & _reached(multiply, before)
-    return Counter(opcodes), Counter(opcodes[at] for at in loop)
-
-
-def _reached(start: int, neighbours: list[list[int]]) -> set[int]:
-    """All instructions that can be reached from `start` in one step or more."""
-    found: set[int] = set()
-    left = [start]
-    while left:
-        new = set(neighbours[left.pop()]) - found
-        found |= new
-        left += new
-    return found
+    """Counts of each opcode in a function, and in the outermost loop around its tensor-core instructions."""
+    flow = Flow(code)
+    return Counter(flow.opcodes), Counter(flow.opcodes[at] for at in flow.time_loop)

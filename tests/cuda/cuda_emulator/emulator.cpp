@@ -391,17 +391,21 @@ bool Emulator::complete(int arrivals, int parity) {
   return done;
 }
 
-void Emulator::push(int offset, uint32_t word, int arrivals, int rank) {
+void Emulator::push(int offset, const Words& v, int arrivals, int rank) {
   const auto where = [&] { return "push to byte " + text(offset) + " of the cluster's block " + text(rank); };
   if (rank < 0 || rank >= grid_.cluster || grid_.cluster == 1) fail(where() + ": there is no such block");
-  if (offset < 0 || offset + 4 > grid_.shared_bytes || offset % 4 != 0) fail(where() + ": not a word of it");
+  const int bytes = sizeof v;
+  if (offset < 0 || offset + bytes > grid_.shared_bytes || offset % bytes != 0) fail(where() + ": not words of it");
   Block& target = blocks_[rank];
   const VectorClock& clock = blocks_[warp_->block].clocks[thread()];
   if (!target.inbox.initialized_before(arrivals, clock[rank])) fail(where() + ": its barrier may not be ready");
-  if (!target.shared.untouched_since(offset, 4, clock[rank])) fail(where() + ": it may still be in use there");
-  const std::string error = target.inbox.announce(offset);
-  if (!error.empty()) fail(where() + ": " + error);
-  pushes_.add({visits_ + 1 + random_delay(), 0, warp_->block, rank, offset, word, arrivals, clock});
+  if (!target.shared.untouched_since(offset, bytes, clock[rank])) fail(where() + ": it may still be in use there");
+  for (int i = 0; i < 4; ++i) {  // each word arrives on its own
+    const int at = offset + 4 * i;
+    const std::string error = target.inbox.announce(at);
+    if (!error.empty()) fail(where() + ": " + error);
+    pushes_.add({visits_ + 1 + random_delay(), 0, warp_->block, rank, at, v.w[i], arrivals, clock});
+  }
   progress_ = true;
 }
 
@@ -467,13 +471,16 @@ void trap() { throw std::runtime_error("trap"); }
 void Arrivals::init() const { emulator().init(offset_); }
 void Arrivals::expect(int bytes) const { emulator().expect(offset_, bytes); }
 bool Arrivals::complete(int parity) const { return emulator().complete(offset_, parity); }
-void push(int offset, uint32_t word, const Arrivals& arrivals, int rank) {
-  emulator().push(offset, word, arrivals.offset(), rank);
+void push(int offset, const Words& v, const Arrivals& arrivals, int rank) {
+  emulator().push(offset, v, arrivals.offset(), rank);
 }
 
 float shuffle_xor(float value, int lanes) {
   emulator().meet(Meeting::kShuffle, {&value, {static_cast<uint32_t>(lanes) % 32}, {}});
   return value;
+}
+uint32_t shuffle_xor(uint32_t value, int lanes) {
+  return emulation::same_bits<uint32_t>(shuffle_xor(emulation::same_bits<float>(value), lanes));
 }
 
 Words load_exchanged(const void* from) { return emulator().load_exchanged(from); }

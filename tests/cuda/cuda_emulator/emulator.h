@@ -38,6 +38,9 @@ int block_count();
 void sync_block();
 void sync_warp();
 float shuffle_xor(float value, int lanes);
+uint32_t shuffle_xor(uint32_t value, int lanes);
+template <class T>
+void not_before(T&) {}
 
 constexpr bool kHasClusters = true;
 [[noreturn]] void trap();
@@ -53,7 +56,7 @@ class Arrivals {
  private:
   int offset_;
 };
-void push(int offset, uint32_t word, const Arrivals& arrivals, int rank);
+void push(int offset, const Words& v, const Arrivals& arrivals, int rank);
 
 Words load_exchanged(const void* from);
 void store_exchanged(void* to, uint32_t word);

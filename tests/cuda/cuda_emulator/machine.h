@@ -78,7 +78,7 @@ class Emulator {
   void init(int arrivals);
   void expect(int arrivals, int bytes);
   bool complete(int arrivals, int parity);
-  void push(int offset, uint32_t word, int arrivals, int rank);
+  void push(int offset, const Words& v, int arrivals, int rank);
   unsigned char* shared_bytes(int64_t offset, int bytes, int alignment, Access access);
   int thread() const { return warp_->first + lane_; }
   int block_index() const { return blocks_[warp_->block].index; }

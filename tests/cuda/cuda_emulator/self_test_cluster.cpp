@@ -37,27 +37,28 @@ struct Ring {
 };
 
 constexpr int kRingThreads = 64;
-constexpr int ring_bytes(int cluster) { return 16 + 2 * cluster * kRingThreads * 4; }
+constexpr int ring_bytes(int cluster) { return 16 + 2 * cluster * kRingThreads * 16; }
 
-// In every round each thread adds the word that a thread of the previous block has pushed. Every block pushes to all
+// In every round each thread adds a word that a thread of the previous block has pushed. Every block pushes to all
 // blocks, so that a block that has received all words of a round knows that all blocks have finished the round before.
 FUSED_RNN_KERNEL(kRingThreads) pass_around(Ring p, int cluster) {
   const int thread = thread_index(), rank = block_index() % cluster, before = (rank + cluster - 1) % cluster;
   const auto fault = [&](Fault f) { return p.fault == f && rank == 1; };
   const auto slot = [&](int round, int from) {
-    return 16 + ((fault(Fault::kOneSlot) ? 0 : round % 2) * cluster + from) * kRingThreads * 4;
+    return 16 + ((fault(Fault::kOneSlot) ? 0 : round % 2) * cluster + from) * kRingThreads * 16;
   };
   const auto arrivals = [&](int round) { return Arrivals(round % 2 * 8); };
   const auto expect = [&](int round) {
-    const int extra = fault(Fault::kTooLittleExpected) ? -4 : fault(Fault::kTooMuchExpected) ? 4 : 0;
-    if (!fault(Fault::kNothingExpected)) arrivals(round).expect(cluster * kRingThreads * 4 + extra);
+    const int extra = fault(Fault::kTooLittleExpected) ? -16 : fault(Fault::kTooMuchExpected) ? 16 : 0;
+    if (!fault(Fault::kNothingExpected)) arrivals(round).expect(cluster * kRingThreads * 16 + extra);
     if (fault(Fault::kExpectedTwice)) arrivals(round).expect(0);
   };
   const auto send = [&](int round, uint32_t value) {
-    int to = slot(round, rank) + thread * 4;
+    int to = slot(round, rank) + thread * 16;
+    const Words words{{value, value + 1, value + 2, value + 3}};
     if (fault(Fault::kBeyondTheBlock) && thread == 5) to += ring_bytes(cluster);
-    if (fault(Fault::kOntoABarrier) && thread == 5) to = 8;
-    for (int i = 0; i < cluster; ++i) push(to, value, arrivals(round), fault(Fault::kNoSuchBlock) ? cluster : i);
+    if (fault(Fault::kOntoABarrier) && thread == 5) to = 0;
+    for (int i = 0; i < cluster; ++i) push(to, words, arrivals(round), fault(Fault::kNoSuchBlock) ? cluster : i);
   };
   if (thread == 0) {
     for (int round = 0; round < 2; ++round) {
@@ -75,8 +76,8 @@ FUSED_RNN_KERNEL(kRingThreads) pass_around(Ring p, int cluster) {
       while (!arrivals(round).complete(parity)) relax();
       if (thread == 0) expect(round);
     }
-    if (fault(Fault::kWrittenOnTheWay)) shared_memory<uint32_t>(slot(round + 1, before))[thread] = 0;
-    value += shared_memory<uint32_t>(slot(round, before))[thread ^ 33];
+    if (fault(Fault::kWrittenOnTheWay)) shared_memory<uint32_t>(slot(round + 1, before))[4 * thread] = 0;
+    value += shared_memory<uint32_t>(slot(round, before))[4 * (thread ^ 33) + thread % 4];
     if (!fault(Fault::kNoBlockBarrier)) sync_block();
     if (round + 1 < p.rounds) send(round + 1, value);
   }
@@ -100,7 +101,7 @@ void test_ring() {
     for (int block = 0; block < blocks; ++block) {
       const int before = block / kCluster * kCluster + (block + kCluster - 1) % kCluster;
       for (int thread = 0; thread < kRingThreads; ++thread) {
-        expected[block * kRingThreads + thread] += last[before * kRingThreads + (thread ^ 33)];
+        expected[block * kRingThreads + thread] += last[before * kRingThreads + (thread ^ 33)] + thread % 4;
       }
     }
   }
@@ -127,7 +128,7 @@ void test_ring() {
     fails(Fault::kOneSlot);
     fails(Fault::kNoBlockBarrier, {"in use"});
     fails(Fault::kWrittenOnTheWay);
-    fails(Fault::kBeyondTheBlock, {"not a word of it"});
+    fails(Fault::kBeyondTheBlock, {"not words of it"});
     fails(Fault::kOntoABarrier, {"barrier"});
     fails(Fault::kNoSuchBlock, {"no such block"});
     fails(Fault::kEndsEarly, {"ended"});
@@ -191,20 +192,24 @@ struct Exchanged {
   int* missing_words;  // counts the words that were not ready when their reader timed out
 };
 
-// Every block of the cluster reads all rows. Each word encodes its time, row and unit.
+// Every block of the cluster reads all rows. Each value encodes its time, row and unit.
 FUSED_RNN_KERNEL(64) exchange_rows(Exchanged p) {
   const Sequence& q = p.sequence;
   const Block<RowsShape> block(q);
   const Layout layout(RowsShape::instance(), {1, q.H, 4}, q.division.tiles);
   ThroughCluster<Tf32, RowsShape> exchange({reinterpret_cast<float*>(p.rows), q.B, 2 * q.H, q.H, q.H}, block, layout,
                                            block.time(0, false));
-  const auto word = [&](int64_t t, int64_t b, int unit) { return static_cast<uint32_t>((t * q.B + b) * q.H + unit); };
+  const auto value = [&](int64_t t, int64_t b, int unit) {  // TF32 has eleven digits
+    return static_cast<float>(((t * q.B + b) * q.H + unit) % 2039);
+  };
   const auto publish = [&](int64_t t) {
     for (int j = 0; j < q.division.tiles; ++j) {
       const Tile tile = block.tile(j);
-      for (int row = block.row(0); row < tile.rows && block.unit() < q.H; row += RowsShape::kRowStep) {
-        exchange.publish(t, tile, row, block.unit(), 1);
-        exchange.publish(t, tile, row, q.H + block.unit(), word(t, tile.first + row, block.unit()));
+      const auto target = exchange.target(t, tile, block.row(0), block.unit());
+      for (int i = 0; i < RowsShape::kRowsPerThread; ++i) {
+        const bool exists = block.row(i) < tile.rows && block.unit() < q.H;
+        target.publish(i * RowsShape::kRowStep, 0, 1, exists);
+        target.publish(i * RowsShape::kRowStep, q.H, value(t, tile.first + block.row(i), block.unit()), exists);
       }
     }
   };
@@ -219,7 +224,7 @@ FUSED_RNN_KERNEL(64) exchange_rows(Exchanged p) {
       for (int column = thread_index() % 4 * 4; column < q.H; column += 16) {
         const Words words = source.load(0, column);
         for (int i = 0; i < 4; ++i) {
-          const uint32_t expected = row < tile.rows ? word(t, tile.first + row, column + i) : 0;
+          const uint32_t expected = row < tile.rows ? tf32_bits(value(t, tile.first + row, column + i)) : 0;
           if (words.w[i] == kNotReady) ++*p.missing_words;
           expect(words.w[i] == expected || words.w[i] == kNotReady, "a word of a row");
         }
