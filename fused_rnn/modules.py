@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import call, layers, policy, steps
+from fused_rnn import call, layers, policy, steps, tuned
 from fused_rnn.constructor import Variants
 from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
 from fused_rnn.spec import Spec
@@ -99,12 +99,14 @@ class FusedRNNBase(TorchConvertible, Variants):
             return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
         if self._is_plain(input, 3, hx):
             one_step = input.size(1 if self.batch_first else 0) == 1
-            if (
-                one_step
-                and self.backend == "auto"
-                and policy.torch_trains(self.mode.lower(), input, (hx, *self._flat_weights))
-            ):
-                return self._torchs(input, hx)
+            if self.backend == "auto" and (one_step or tuned.table.overrules):
+                choice = self._tuned_choice(input, hx) if tuned.table.overrules else None
+                if (
+                    one_step and policy.torch_trains(self.mode.lower(), input, (hx, *self._flat_weights))
+                    if choice is None
+                    else not choice.fused
+                ):
+                    return self._torchs(input, hx)
             h0, c0 = (None, None) if hx is None else hx if self.mode == "LSTM" else (hx, None)
             try:
                 y, *states = layers.stack(
@@ -230,6 +232,18 @@ class FusedRNNBase(TorchConvertible, Variants):
             ):
                 return False
         return True
+
+    def _tuned_choice(self, input: Tensor, hx: Any) -> policy.Choice | None:
+        """What the user's table says of a plain call."""
+        T, B, I = input.shape  # noqa: E741
+        states = () if hx is None else hx if self.mode == "LSTM" else (hx,)
+        train = torch.is_grad_enabled() and policy.any_requires_grad((input, *states, *self._flat_weights))
+        call = tuned.Call(
+            self.mode.lower(), input.dtype, None, *((B, T) if self.batch_first else (T, B)), I, self.hidden_size,
+            getattr(self, "proj_size", 0), self.num_layers, 2 if self.bidirectional else 1, False, train,
+            policy.precision(input),
+        )  # fmt: skip
+        return policy.tuned_choice(call, policy.CPU)
 
     @policy.runs_eagerly
     def _spec(self) -> Spec:
