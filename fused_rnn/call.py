@@ -120,6 +120,8 @@ def _choice(spec: Spec, input: Any, hx: Any, half: torch.dtype | None) -> policy
         T, B = (B, T) if dim == 3 and spec.batch_first else (T, B)
         if T == 0:
             return None
+    on_gpu = policy.on_cuda(data)
+    asks = half is not None or data.dtype is torch.bfloat16 or on_gpu or tuned.table.asked  # else all is fused
     return policy.choose(
         spec.cell,
         data.dtype,
@@ -133,9 +135,9 @@ def _choice(spec: Spec, input: Any, hx: Any, half: torch.dtype | None) -> policy
         proj_size=spec.proj_size,
         steps=input.batch_sizes.size(0) if packed else 1,
         backend=spec.backend,
-        differentiable=torch.is_grad_enabled() and policy.any_requires_grad(tensors),
+        differentiable=asks and torch.is_grad_enabled() and policy.any_requires_grad(tensors),
         half=half,
-        on_gpu=policy.on_cuda(data),
+        on_gpu=on_gpu,
         device=data.device,
     )
 

@@ -98,15 +98,17 @@ class FusedRNNBase(TorchConvertible, Variants):
         ):
             return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
         if self._is_plain(input, 3, hx):
-            one_step = input.size(1 if self.batch_first else 0) == 1
-            if self.backend == "auto" and (one_step or tuned.table.overrules):
-                choice = self._tuned_choice(input, hx) if tuned.table.overrules else None
-                if (
-                    one_step and policy.torch_trains(self.mode.lower(), input, (hx, *self._flat_weights))
-                    if choice is None
-                    else not choice.fused
-                ):
-                    return self._torchs(input, hx)
+            choice = self._tuned_choice(input, hx) if tuned.table.overrules and self.backend == "auto" else None
+            if choice is not None:
+                torch_computes = not choice.fused
+            else:
+                torch_computes = (
+                    input.size(1 if self.batch_first else 0) == 1
+                    and self.backend == "auto"
+                    and policy.torch_trains(self.mode.lower(), input, (hx, *self._flat_weights))
+                )
+            if torch_computes:
+                return self._torchs(input, hx)
             h0, c0 = (None, None) if hx is None else hx if self.mode == "LSTM" else (hx, None)
             try:
                 y, *states = layers.stack(
@@ -233,17 +235,21 @@ class FusedRNNBase(TorchConvertible, Variants):
                 return False
         return True
 
+    @policy.runs_eagerly
     def _tuned_choice(self, input: Tensor, hx: Any) -> policy.Choice | None:
         """What the user's table says of a plain call."""
-        T, B, I = input.shape  # noqa: E741
+        first, second, _ = input.shape
         states = () if hx is None else hx if self.mode == "LSTM" else (hx,)
-        train = torch.is_grad_enabled() and policy.any_requires_grad((input, *states, *self._flat_weights))
-        call = tuned.Call(
-            self.mode.lower(), input.dtype, None, *((B, T) if self.batch_first else (T, B)), I, self.hidden_size,
-            getattr(self, "proj_size", 0), self.num_layers, 2 if self.bidirectional else 1, False, train,
-            policy.precision(input),
-        )  # fmt: skip
-        return policy.tuned_choice(call, policy.CPU)
+        return policy.tuned_plain(
+            self.mode.lower(),
+            input,
+            *((second, first) if self.batch_first else (first, second)),
+            self.hidden_size,
+            getattr(self, "proj_size", 0),
+            self.num_layers,
+            2 if self.bidirectional else 1,
+            (*states, *self._flat_weights),
+        )
 
     @policy.runs_eagerly
     def _spec(self) -> Spec:

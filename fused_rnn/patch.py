@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.jit._builtins import _register_builtin
 from torch.nn.modules import rnn
 
-from fused_rnn import layers, policy
+from fused_rnn import layers, policy, tuned
 from fused_rnn.tally import Tally
 
 
@@ -95,7 +95,8 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
         if not _regular(cell, input, states, weights, bidirectional) or input.dim() != 3:
             return None
         x = input.transpose(0, 1) if batch_first else input
-        if x.size(0) == 0:
+        T, B, _ = x.shape
+        if T == 0 or _torch_is_faster(cell, x, T, B, states, weights, num_layers, bidirectional, False):
             return None
         h0, c0 = (*states, None)[:2]
         directions, dropout = 2 if bidirectional else 1, dropout if train else 0.0
@@ -115,6 +116,9 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         states = _states(cell, hx)
         if not _regular(cell, data, states, weights, bidirectional):
+            return None
+        T, N = batch_sizes.size(0), data.size(0)
+        if T and _torch_is_faster(cell, data, T, max(1, N // T), states, weights, num_layers, bidirectional, True):
             return None
         h0, c0 = (*states, None)[:2]
         directions, dropout = 2 if bidirectional else 1, dropout if train else 0.0
@@ -147,6 +151,21 @@ def _regular(cell: str, x: Any, states: Any, weights: Any, bidirectional: Any) -
         and policy.fusible(x, *states, *weights)
         and isinstance(bidirectional, bool)
     )
+
+
+def _torch_is_faster(
+    cell: str, x: Tensor, T: int, B: int, states: Any, weights: Any, num_layers: int, bidirectional: bool, packed: bool
+) -> bool:
+    """Whether the user's table says so; where it says nothing, nothing is measured, as torch.nn is patched."""
+    if torch.compiler.is_compiling() or not tuned.table.asked:
+        return False
+    P, H = states[0].size(-1), states[-1].size(-1)
+    directions = 2 if bidirectional else 1
+    tensors = *states, *weights
+    choice = policy.tuned_plain(
+        cell, x, T, B, H, P if P != H else 0, num_layers, directions, tensors, packed=packed, may_measure=False
+    )
+    return choice is not None and not choice.fused
 
 
 def _cell(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -100,14 +100,15 @@ def choose(
         return Choice(True, "backend is 'fused'")
     if torch.compiler.is_compiling():  # sizes may be symbols, which a comparison would guard
         return Choice(not on_gpu, "in a compiled graph the device decides")
-    if properties is None and tuned.table.may_answer(device):
+    if properties is None and (tuned.table.asked or (on_gpu and tuned.table.measures(device))):
         # A plain step of a module on a CPU never asks; another is a sequence of one step.
         step_asks = kind == "step" and (on_gpu or half is not None or dtype not in ALWAYS_FUSED)
         if kind in ("packed", "sequence") or step_asks:
             size = (steps, T // max(1, steps) or 1) if kind == "packed" else (T, B)
+            wide = dtype is torch.float32 and half is None
             call = tuned.Call(
                 cell, dtype, half, *size, I, H, proj_size, num_layers, directions, kind == "packed", differentiable,
-                int(cuda.tf32_allowed()) if on_gpu else precision(_FLOAT32) if dtype is torch.float32 else HIGHEST,
+                0 if not wide else int(cuda.tf32_allowed()) if on_gpu else precision(_FLOAT32),
             )  # fmt: skip
             choice = tuned_choice(call, device, may_measure)
             if choice is not None:
@@ -158,6 +159,26 @@ def tuned_choice(call: tuned.Call, device: torch.device, may_measure: bool = Tru
     if not fused and device.type == "cpu" and call.cell == "lstm" and lacks_threads():
         return None
     return Choice(fused, "fused_rnn.tune measured it on this machine", "tuned", result.instance)
+
+
+def tuned_plain(
+    cell: str,
+    x: Tensor,
+    T: int,
+    B: int,
+    H: int,
+    proj_size: int,
+    num_layers: int,
+    directions: int,
+    tensors: Sequence[Tensor | None],
+    *,
+    packed: bool = False,
+    may_measure: bool = True,
+) -> Choice | None:
+    """`tuned_choice` of a call outside of autocast, on a CPU, with x and these tensors."""
+    train = torch.is_grad_enabled() and any_requires_grad((x, *tensors))
+    sizes = T, B, x.size(-1), H, proj_size, num_layers, directions
+    return tuned_choice(tuned.Call(cell, x.dtype, None, *sizes, packed, train, precision(x)), CPU, may_measure)
 
 
 @cache

@@ -105,6 +105,7 @@ class Table:
         path: of the file; None for a table in memory.
         mode: "read"; or "first use" to measure calls that the table does not have; or "off" to measure nothing that
             nobody asked for, whatever torch.backends.cudnn.benchmark says.
+        asked: whether it may have an answer to any call.
         overrules: whether it may have an answer that differs from the rules for plain float32 calls on a CPU.
     """
 
@@ -122,7 +123,7 @@ class Table:
 
     def _refresh(self) -> None:
         listens = self._listeners > 0 or self._unread or self.mode == "first use"
-        self._asked = listens or bool(self._results)
+        self.asked = listens or bool(self._results)
         self.overrules = listens or any(
             result.backend == "torch" and machine.startswith("cpu") and not call.autocast and not call.packed
             for (machine, call), result in self._results.items()
@@ -139,10 +140,6 @@ class Table:
         with self._lock:
             self._listeners += change
             self._refresh()
-
-    def may_answer(self, device: torch.device) -> bool:
-        """Whether it may have an answer to any call on this device."""
-        return self._asked or self.measures(device)
 
     def measures(self, device: torch.device) -> bool:
         """Whether a call on this device that the table does not have is to be measured."""

@@ -106,7 +106,7 @@ def _calls_of(model: torch.nn.Module, example_input: Any) -> list[tuple[Call, to
     """The distinct calls in one forward of a model that ask for the user's table."""
     calls: dict[tuple[Call, torch.device], tuple[Call, torch.device]] = {}
     with tuned.answering(lambda call, device: calls.setdefault((call.bucket(), device), (call, device)) and None):
-        model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+        model(*example_input) if type(example_input) is tuple else model(example_input)
     return list(calls.values())
 
 
@@ -174,32 +174,40 @@ def _measured(
     Args:
         advance: is told how many seconds have passed since it was told last.
 
+    Raises:
+        RuntimeError: nothing can compute it, for want of memory.
+
     Warns:
         UserWarning: the kernels computed wrong values.
     """
     subject = _Subject(call, device)
-    rivals = _rivals(call, device)
+    rivals = _correct(_rivals(call, device), subject)
+    return _decide(rivals, _samples(rivals, subject, device, seconds, advance), device.type)
+
+
+def _correct(rivals: dict[str, Result], subject: _Subject) -> dict[str, Result]:
+    """Those rivals that can compute the call, and do it as accurately as torch.nn."""
     values: dict[str, list[Tensor]] = {}
     for name, rival in rivals.items():
         try:
             with tuned.answering(lambda call, device, rival=rival: rival):  # type: ignore[misc]
                 values[name] = subject.run()
-        except RuntimeError:  # torch.nn does not know this dtype on this processor
-            if device.type != "cpu":
-                raise
+        except RuntimeError as error:  # such as torch.nn, if it does not know this dtype on this processor
+            why = error
+    if not values:
+        raise why
     torchs, *ours = rivals
     if torchs in values:
         exact = subject.exact()
         for name in ours:
-            if wrong := _differs(call, values[name], values[torchs], exact):
+            if name in values and (wrong := _differs(subject.call, values[name], values[torchs], exact)):
                 del values[name]
                 warnings.warn(
-                    f"fused_rnn: {name} computes {wrong} of {call} less accurately than torch.nn, which computes such "
-                    "calls from now on; please report this",
+                    f"fused_rnn: {name} computes {wrong} of {subject.call} less accurately than torch.nn, and is not "
+                    "taken for such calls; please report this",
                     stacklevel=2,
                 )
-    rivals = {name: rivals[name] for name in values}
-    return _decide(rivals, _samples(rivals, subject, device, seconds, advance), device.type)
+    return {name: rival for name, rival in rivals.items() if name in values}
 
 
 def _rivals(call: Call, device: torch.device) -> dict[str, Result]:
@@ -247,7 +255,7 @@ class _Subject:
             rows = 2 * call.B - 1
             x = torch.randn(call.T, rows, call.I, generator=generator, device=device, dtype=dtype)
             lengths = [math.ceil(call.T * row / rows) for row in range(rows, 0, -1)]
-            x, self.batch_sizes, *_ = pack_padded_sequence(x, torch.tensor(lengths))
+            x, self.batch_sizes, *_ = pack_padded_sequence(x, torch.tensor(lengths, device="cpu"))
         self.x = x.detach().requires_grad_(call.train)
         width = call.directions * (call.proj_size or call.H)
         self.dy = torch.randn(*x.shape[:-1], width, generator=generator, device=device, dtype=torch.float32)

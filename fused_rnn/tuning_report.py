@@ -29,7 +29,7 @@ def progress(seconds: float) -> Iterator[Callable[[float], Any]]:
 def show(results: Mapping[Call, Result], machines: Sequence[str], path: str | None) -> None:
     """Print results, the machines that they hold for, and where they are stored."""
     rows = [_row(call, result) for call, result in results.items()]
-    heads = ("layer", "T,B,I,H,L", "pass", "torch.nn", "kernels", "speed-up", "chosen")
+    heads = ("layer", "T,B,I,H,L", "torch.nn", "kernels", "speed-up", "chosen")
     stored = f"stored in {path}" if path else "stored in memory, for this process"
     if not HAS_RICH:
         print(*machines, sep="\n")
@@ -58,13 +58,14 @@ def _row(call: Call, result: Result) -> tuple[str, ...]:
     if call.proj_size:
         layer.append(f"proj {call.proj_size}")
     layer += ["bidirectional"] * (call.directions == 2) + ["packed"] * call.packed
+    layer.append("training" if call.train else "inference")
     sizes = ",".join(map(str, (call.T, call.B, call.I, call.H, call.num_layers)))
     times = {"torch.nn": "", "kernels": ""}
     for name, seconds in sorted(result.seconds.items(), key=lambda item: -item[1]):
         times["torch.nn" if name in TORCH_NAMES else "kernels"] = _time(seconds)  # of the fastest kernel
     speedup = f"{result.speedup:.2f}" if all(times.values()) else "-"
     chosen = "torch.nn" if result.backend == "torch" else "kernels"
-    return (" ".join(layer), sizes, "training" if call.train else "inference", *times.values(), speedup, chosen)
+    return (" ".join(layer), sizes, *times.values(), speedup, chosen)
 
 
 def _time(seconds: float) -> str:
