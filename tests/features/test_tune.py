@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fused_rnn
 from fused_rnn import cuda, layers, operators, policy, tuned, tuning, tuning_report
 from fused_rnn.tuned import EVERY_STEP, Call, Result, Table
-from tuned_calls import CPU, H200, HIDDEN, SIZE, B, T, computes
+from tuned_calls import CALL, CPU, H200, HIDDEN, SIZE, B, T, computes
 from tuned_calls import clock as clock
 from tuned_calls import table as table
 from tuned_calls import torch_wins as torch_wins
