@@ -118,7 +118,6 @@ class Table:
 
     def _start(self) -> None:
         self._lock = threading.RLock()
-        self._find = lru_cache(maxsize=4096)(self._find_bucket)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -128,7 +127,8 @@ class Table:
             result.backend == "torch" and machine.startswith("cpu") and not call.autocast and not call.packed
             for (machine, call), result in self._results.items()
         )
-        self._find.cache_clear()
+        # Anew, not cleared: a thread that is searching now would store what is no longer so.
+        self._find = lru_cache(maxsize=4096)(lambda machine, call: self._results.get((machine, call.bucket())))
 
     def after_fork(self) -> None:
         """In a forked child, torch.nn waits for OpenMP's threads, which did not survive; the kernels do not."""
@@ -157,9 +157,6 @@ class Table:
             self._read()
         return self._find(machine, call)
 
-    def _find_bucket(self, machine: str, call: Call) -> Result | None:
-        return self._results.get((machine, call.bucket()))
-
     def of(self, machine: str) -> dict[Call, Result]:
         """All results of a machine."""
         if self._unread:
@@ -171,7 +168,7 @@ class Table:
             if not self._unread or self.path is None:
                 return  # another thread has read it
             try:
-                self._results = _read(self.path) | self._results
+                self._results = _load(self.path) | self._results
             except (OSError, ValueError) as error:
                 self._unread = False  # before the warning, which may be an error
                 self._refresh()
@@ -202,7 +199,7 @@ class Table:
             warnings.warn(f"fused_rnn cannot write its table of tuned calls: {error}", stacklevel=2)
 
 
-def _read(path: str) -> Results:
+def _load(path: str) -> Results:
     """The results in a file.
 
     Raises:
@@ -233,7 +230,7 @@ def _merge(path: str, results: Results) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)
         merged: Results = {}
         with contextlib.suppress(OSError, ValueError):
-            merged = _read(path)
+            merged = _load(path)
         merged |= results
         machines: dict[str, list[Any]] = {}
         for (machine, call), result in merged.items():

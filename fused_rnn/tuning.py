@@ -71,14 +71,12 @@ def tune(model: torch.nn.Module, example_input: Any, seconds: float = 10.0) -> d
     Warns:
         UserWarning: the kernels computed wrong values (torch.nn is taken), or the table cannot be written.
 
-    Example:
-        >>> import torch, fused_rnn
-        >>> gru = fused_rnn.GRU(3, 5)
-        >>> with torch.no_grad():  # inference; with gradients, forward and backward are measured
-        ...     results = fused_rnn.tune(gru, torch.randn(7, 2, 3), seconds=0.02)  # prints a table
-        ...
-        >>> [(call.cell, call.T, call.train) for call in results]
-        [('gru', 7, False)]
+    Example::
+
+        gru, x = fused_rnn.GRU(28, 64), torch.randn(20, 8, 28)
+        fused_rnn.tune(gru, x)  # forward and backward
+        with torch.no_grad():
+            fused_rnn.tune(gru, x)  # inference
     """
     if not 0 < seconds < math.inf:
         raise ValueError(f"tune: seconds must be positive, got {seconds}")
