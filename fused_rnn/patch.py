@@ -157,9 +157,9 @@ def _torch_is_faster(
     cell: str, x: Tensor, T: int, B: int, states: Any, weights: Any, num_layers: int, bidirectional: bool, packed: bool
 ) -> bool:
     """Whether the user's table says so; where it says nothing, nothing is measured, as torch.nn is patched."""
-    if torch.compiler.is_compiling() or not tuned.table.asked:
-        return False
     P, H = states[0].size(-1), states[-1].size(-1)
+    if torch.compiler.is_compiling() or H not in tuned.table.overrules:
+        return False
     directions = 2 if bidirectional else 1
     tensors = *states, *weights
     choice = policy.tuned_plain(

@@ -18,7 +18,7 @@ import platform
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_type_hints
 
@@ -98,6 +98,14 @@ Answer = Callable[[Call, torch.device], Result | None]
 Mode = Literal["off", "read", "first use"]
 
 
+class _EverySize:
+    def __contains__(self, size: object) -> bool:
+        return True
+
+
+_EVERY_SIZE = _EverySize()
+
+
 class Table:
     """The results of one file; threads may ask and store at the same time.
 
@@ -106,7 +114,8 @@ class Table:
         mode: "read"; or "first use" to measure calls that the table does not have; or "off" to measure nothing that
             nobody asked for, whatever torch.backends.cudnn.benchmark says.
         asked: whether it may have an answer to any call.
-        overrules: whether it may have an answer that differs from the rules for plain float32 calls on a CPU.
+        overrules: the hidden sizes for which it may name torch.nn on a CPU, outside of autocast. Calls of other sizes
+            ask nothing else.
     """
 
     def __init__(self, path: str | None, mode: Mode = "read") -> None:
@@ -123,10 +132,13 @@ class Table:
     def _refresh(self) -> None:
         listens = self._listeners > 0 or self._unread or self.mode == "first use"
         self.asked = listens or bool(self._results)
-        self.overrules = listens or any(
-            result.backend == "torch" and machine.startswith("cpu") and not call.autocast and not call.packed
+        self.overrules: Container[int] = frozenset(
+            call.H
             for (machine, call), result in self._results.items()
+            if result.backend == "torch" and machine.startswith("cpu") and call.autocast is None
         )
+        if listens:
+            self.overrules = _EVERY_SIZE
         # Anew, not cleared: a thread that is searching now would store what is no longer so.
         self._find = lru_cache(maxsize=4096)(lambda machine, call: self._results.get((machine, call.bucket())))
 
