@@ -130,7 +130,7 @@ def plan(
     ):
         return Plan("fused", "steps", choice.reason, source=choice.source)
     forward, backward = (
-        next(p for p in plans if choice.instance in (tuned.PLANNED, p["instance"]))
+        next((p for p in plans if choice.instance in (tuned.PLANNED, p["instance"])), {})  # it may have no backward
         for plans in (cuda.plans(cell, dtype, B, H, directions, backward, properties) for backward in (False, True))
     )
     source = "tuned" if choice.source == "tuned" else "model"

@@ -121,6 +121,11 @@ def test_plan_says_where_its_answer_comes_from(torch_wins: Table, monkeypatch: p
         plan = fused_rnn.plan("gru", **on_gpu, device="cuda")
         assert (plan.backend, plan.way, plan.source) == ("fused", way, "tuned")
         assert plan.forward == (other if way == "resident" else {})
+    planned = cuda.plans  # the fastest kernel in inference may not fit in backward
+    monkeypatch.setattr(cuda, "plans", lambda *question: [] if question[5] else planned(*question))
+    tuned.table.put({("cuda: an H200", call._replace(train=False)): Result("fused", other["instance"])})
+    plan = fused_rnn.plan("gru", **on_gpu, device="cuda", requires_grad=False)
+    assert (plan.way, plan.forward, plan.backward) == ("resident", other, {})
 
 
 def test_the_tuned_kernel_reaches_the_operators(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
