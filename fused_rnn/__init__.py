@@ -41,6 +41,7 @@ from fused_rnn.patch import patched
 from fused_rnn.planning import plan
 from fused_rnn.stream import Stream
 from fused_rnn.tool_tables import install as _install_tool_tables
+from fused_rnn.tuning import tune
 
 _install_tool_tables()
 
@@ -78,4 +79,5 @@ __all__ = [
     "patched",
     "plan",
     "replace",
+    "tune",
 ]

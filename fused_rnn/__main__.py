@@ -1,14 +1,15 @@
-"""``python -m fused_rnn run script.py [args]`` and ``python -m fused_rnn info``."""
+"""``python -m fused_rnn run script.py [args]``, ``python -m fused_rnn info`` and ``python -m fused_rnn tune``."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 
 import torch
 
 import fused_rnn
-from fused_rnn import _C, cuda, launch, policy, self_check
+from fused_rnn import _C, cuda, launch, policy, self_check, tuned
 
 
 def info() -> dict[str, str]:
@@ -19,12 +20,13 @@ def info() -> dict[str, str]:
         "built with": f"torch {build['torch']}, compiler {build['compiler']}, OpenMP {build['openmp']}",
         "torch": torch.__version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "cpu": f"{_cpu_name()}, {os.cpu_count()} logical processors",
+        "cpu": f"{tuned.cpu_name()}, {os.cpu_count()} logical processors",
         "instruction set": f"{_chosen_isa()} (this machine has: {', '.join(_C.supported_cpu_isas())})",
         "precision": _precision(),
         "threads": str(torch.get_num_threads()),
         "cuda kernels": _cuda_kernels(),
         "torch's cuda": torch.version.cuda or "none",
+        "tuned": _tuned(),
     }
 
 
@@ -52,13 +54,32 @@ def _precision() -> str:
         return "unknown, as the instruction set"
 
 
-def _cpu_name() -> str:
+def _tuned() -> str:
+    devices = [torch.device("cpu")]
+    if cuda.available() and torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
     try:
-        with open("/proc/cpuinfo") as lines:
-            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+        counts = [f"{len(tuned.table.of(tuned.machine(device)))} calls on {device.type}" for device in devices]
+    except RuntimeError:
+        return "unknown, as the instruction set"
+    text = f"{', '.join(counts)}, in {tuned.table.path or 'memory'}"
+    if len(devices) > 1 and cuda.device_properties(devices[1])[2] not in cuda.MEASURED:
+        text += "; nobody measured this GPU: where it is not tuned, cuDNN computes"
+    return text
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Tune the call that the command line describes."""
+    T, B, I, H, L = options.shape  # noqa: E741
+    if options.device == "cuda" and not torch.cuda.is_available():
+        options.error("torch has no CUDA device")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, options.dtype)
+    more = {"nonlinearity": "relu"} if options.cell == "rnn_relu" else {}
+    make = getattr(fused_rnn, options.cell.split("_")[0].upper())
+    module = make(I, H, L, bidirectional=options.bidirectional, device=device, dtype=dtype, **more)
+    with torch.set_grad_enabled(options.train):
+        fused_rnn.tune(module, torch.zeros(T, B, I, device=device, dtype=dtype), options.seconds)
 
 
 def main() -> None:
@@ -66,6 +87,9 @@ def main() -> None:
     options = launch.parser().parse_args()
     if options.command == "run":
         launch.run(options)
+    if options.command == "tune":
+        tune(options)
+        return
     for name, value in info().items():
         print(f"{name + ':':<17} {value}")
 

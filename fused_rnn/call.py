@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import autocast, layers, policy, reference
+from fused_rnn import autocast, layers, policy, reference, tuned
 from fused_rnn.options import LayerOptions
 from fused_rnn.policy import CASTABLE, HIGHEST, autocast_dtype, runs_eagerly
 from fused_rnn.spec import Spec
@@ -50,9 +50,14 @@ def run(
     is_torchs = torchs is not None and not has_keywords
     data = input.data if isinstance(input, PackedSequence) else input
     half = autocast_dtype(data.device) if isinstance(data, Tensor) else None
-    if is_torchs and torchs is not None and not _operators_compute(spec, input, hx, half):
-        return torchs(input, hx)
+    instance = tuned.PLANNED
+    if is_torchs and torchs is not None:
+        choice = _choice(spec, input, hx, half)
+        if choice is None or not choice.fused:
+            return torchs(input, hx)
+        instance = choice.instance
     call = Call(spec, input, hx)
+    call.instance = instance
     if has_keywords:
         call.take_keywords(resets, reset_state, lengths, return_state_sequence)
     if call.T == 0:
@@ -73,7 +78,8 @@ def run(
             and not (not_on_cuda and policy.on_cuda(call.x))
             and policy.kernels_work(call.x)
         )
-    has_options = has_keywords or call.norms or spec.recompute or spec.has_rates or call.precision != HIGHEST
+    has_options = has_keywords or call.norms or spec.recompute or spec.has_rates
+    has_options = has_options or call.precision != HIGHEST or call.instance != tuned.PLANNED
     with torch.autocast(call.x.device.type, enabled=False) if half is not None else _NO_CONTEXT:
         results = layers.stack(
             spec.cell,
@@ -94,30 +100,32 @@ def run(
     return call.results(results, casts)
 
 
-def _operators_compute(spec: Spec, input: Any, hx: Any, half: torch.dtype | None) -> bool:
-    """Whether the operators compute a call without keywords, before torch.nn's own checks of its sizes."""
+def _choice(spec: Spec, input: Any, hx: Any, half: torch.dtype | None) -> policy.Choice | None:
+    """Who computes a call without keywords, before torch.nn's own checks; None if the operators cannot."""
     packed = isinstance(input, PackedSequence)
     data, states = input.data if packed else input, () if hx is None else spec.states(hx)
     if not isinstance(data, Tensor) or states is None or type(spec.bidirectional) is not bool:
-        return False
+        return None
     if any(t is None for t in (*states, *spec._flat_weights)):
-        return False
+        return None
     tensors = (data, *states, *spec._flat_weights)
     castable = half is not None and _casts(spec, data, states, spec._flat_weights, packed) is not None
     if not policy.fusible(*tensors, castable=castable):
-        return False
+        return None
     dim = data.dim()
     if packed:
         if input.batch_sizes.numel() == 0:
-            return False
+            return None
         T, B = data.size(0), 1
     elif dim not in (2, 3) or any(s.dim() != dim for s in states):
-        return False
+        return None
     else:
         T, B = (data.size(0), 1) if dim == 2 else data.shape[:2]
         T, B = (B, T) if dim == 3 and spec.batch_first else (T, B)
         if T == 0:
-            return False
+            return None
+    on_gpu = policy.on_cuda(data)
+    asks = half is not None or data.dtype is torch.bfloat16 or on_gpu or tuned.table.asked  # else all is fused
     return policy.choose(
         spec.cell,
         data.dtype,
@@ -128,15 +136,14 @@ def _operators_compute(spec: Spec, input: Any, hx: Any, half: torch.dtype | None
         kind="packed" if packed else "sequence",
         num_layers=spec.num_layers,
         directions=spec.directions,
-        projected=spec.proj_size > 0,
+        proj_size=spec.proj_size,
+        steps=input.batch_sizes.size(0) if packed else 1,
         backend=spec.backend,
-        differentiable=(half is not None or data.dtype is torch.bfloat16)
-        and torch.is_grad_enabled()
-        and policy.any_requires_grad(tensors),
+        differentiable=asks and torch.is_grad_enabled() and policy.any_requires_grad(tensors),
         half=half,
-        on_gpu=policy.on_cuda(data),
+        on_gpu=on_gpu,
         device=data.device,
-    ).fused
+    )
 
 
 def _casts(spec: Spec, data: Any, states: Sequence[Any], weights: Sequence[Any], packed: bool) -> autocast.Casts | None:
@@ -157,6 +164,7 @@ class Call:
         T: the number of time steps.
         resets, lengths, reset_states, wants_sequence: as in `fused_rnn.LSTM.forward`, time first.
         precision: of the products of float32, one of `fused_rnn.policy`.
+        instance: of the CUDA kernel, for the layers' options.
 
     Raises:
         ValueError, RuntimeError, TypeError: input or hx does not fit; for shapes and dtypes as in torch.nn.
@@ -167,6 +175,7 @@ class Call:
     reset_states: tuple[Tensor | None, ...] = (None, None)
     wants_sequence = False
     precision = HIGHEST
+    instance = tuned.PLANNED
 
     def __init__(self, spec: Spec, input: Any, hx: Any) -> None:
         self.spec, self.name = spec, spec.name
@@ -355,7 +364,7 @@ class Call:
         return LayerOptions(
             self.batch_sizes, self.resets, self.lengths, drop_h, zone_h, zone_c, reset_h, reset_c, norm_hh, norm_c,
             norm_c_bias, norm_ih, c_sequence=self.wants_sequence and spec.has_c, precision=self.precision,
-            recompute=spec.recompute,
+            recompute=spec.recompute, instance=self.instance,
         )  # fmt: skip
 
     def _of_layer(self, state: Tensor | None, which: int, index: int) -> Tensor | None:

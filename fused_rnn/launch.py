@@ -46,7 +46,38 @@ def parser() -> argparse.ArgumentParser:
     runner.add_argument("args", nargs=argparse.REMAINDER, help="the target's own arguments")
     runner.set_defaults(error=runner.error)
     commands.add_parser("info", help="versions and the choices that were made on this machine")
+    tuner = commands.add_parser(
+        "tune",
+        help="time torch.nn and the fused kernels on this machine, for backend='auto'",
+        description="Times a layer on torch.nn and on the fused kernels, and stores who is faster on this machine: "
+        "modules with backend='auto' follow it.",
+    )
+    tuner.add_argument("--cell", choices=["rnn", "rnn_relu", "lstm", "gru"], required=True)
+    tuner.add_argument(
+        "--shape", type=_shape, required=True, metavar="T,B,I,H[,L]",
+        help="time steps, batch rows, input size, hidden size, layers",
+    )  # fmt: skip
+    tuner.add_argument("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32")
+    tuner.add_argument("--train", action="store_true", help="forward and backward instead of inference")
+    tuner.add_argument("--bidirectional", action="store_true")
+    tuner.add_argument("--seconds", type=_seconds, default=10.0, help="about how long to measure (default: 10)")
+    tuner.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if torch has a CUDA device")
+    tuner.set_defaults(error=tuner.error)
     return parser
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = [int(size) if size.isdecimal() else 0 for size in text.split(",")]
+    if len(sizes) not in (4, 5) or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expected T,B,I,H or T,B,I,H,L, got {text!r}")
+    return (*sizes, 1)[:5]
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return seconds
 
 
 def run(options: argparse.Namespace) -> NoReturn:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import call, layers, policy, steps
+from fused_rnn import call, layers, policy, steps, tuned
 from fused_rnn.constructor import Variants
 from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
 from fused_rnn.spec import Spec
@@ -98,12 +98,18 @@ class FusedRNNBase(TorchConvertible, Variants):
         ):
             return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
         if self._is_plain(input, 3, hx):
-            one_step = input.size(1 if self.batch_first else 0) == 1
-            if (
-                one_step
-                and self.backend == "auto"
-                and policy.torch_trains(self.mode.lower(), input, (hx, *self._flat_weights))
-            ):
+            choice = None
+            if self.hidden_size in tuned.table.overrules and self.backend == "auto":
+                choice = self._tuned_choice(input, hx)
+            if choice is not None:
+                torch_computes = not choice.fused
+            else:
+                torch_computes = (
+                    input.size(1 if self.batch_first else 0) == 1
+                    and self.backend == "auto"
+                    and policy.torch_trains(self.mode.lower(), input, (hx, *self._flat_weights))
+                )
+            if torch_computes:
                 return self._torchs(input, hx)
             h0, c0 = (None, None) if hx is None else hx if self.mode == "LSTM" else (hx, None)
             try:
@@ -230,6 +236,22 @@ class FusedRNNBase(TorchConvertible, Variants):
             ):
                 return False
         return True
+
+    @policy.runs_eagerly
+    def _tuned_choice(self, input: Tensor, hx: Any) -> policy.Choice | None:
+        """What the user's table says of a plain call."""
+        first, second, _ = input.shape
+        states = () if hx is None else hx if self.mode == "LSTM" else (hx,)
+        return policy.tuned_plain(
+            self.mode.lower(),
+            input,
+            *((second, first) if self.batch_first else (first, second)),
+            self.hidden_size,
+            getattr(self, "proj_size", 0),
+            self.num_layers,
+            2 if self.bidirectional else 1,
+            (*states, *self._flat_weights),
+        )
 
     @policy.runs_eagerly
     def _spec(self) -> Spec:

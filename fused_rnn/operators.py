@@ -56,7 +56,7 @@ def forward(
     else:
         both = weights if len(weights) > 5 else (*weights, *NO_WEIGHTS)
         o = options
-        arguments = (*both, operator_tensors_of(o), o.c_sequence, o.deterministic, o.tf32, o.precision)
+        arguments = (*both, operator_tensors_of(o), o.c_sequence, o.deterministic, o.tf32, o.precision, o.instance)
     run = partial(cuda.in_tf32, forward_operator) if options.tf32 else forward_operator
     return run(x, h0, c0, NUMBER[cell], train, *arguments)
 
@@ -92,7 +92,7 @@ def backward(
     need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs_of_weights
     more: tuple[Any, ...] = ()
     if options is not NO_OPTIONS:
-        flags = (options.deterministic, options.tf32, options.precision)
+        flags = (options.deterministic, options.tf32, options.precision, options.instance)
         more = (operator_tensors_of(options), reset_steps, dc_sequence, *flags)
     run = partial(cuda.in_tf32, backward_operator) if options.tf32 else backward_operator
     dx, dh0, dc0, *rest = run(

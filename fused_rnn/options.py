@@ -14,7 +14,8 @@ class LayerOptions(NamedTuple):
     The tensors come first: those without a gradient, then those that may need one. The operators take all of them but
     norm_ih (csrc/bindings/options.h), in whose place they receive the normalised product of the input. `deterministic`
     makes a row's results independent of its batch; `tf32` multiplies float32 in TF32 on CUDA; `precision` is that of
-    float32's products on a CPU (`fused_rnn.policy`); `recompute` is the autograd's.
+    float32's products on a CPU (`fused_rnn.policy`); `recompute` is the autograd's; `instance` names a CUDA kernel
+    (csrc/bindings/schemas.h).
     """
 
     batch_sizes: Tensor | None = None
@@ -34,6 +35,7 @@ class LayerOptions(NamedTuple):
     tf32: bool = False
     precision: int = 0
     recompute: bool = False
+    instance: int = -1
 
 
 _place = LayerOptions._fields.index

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.jit._builtins import _register_builtin
 from torch.nn.modules import rnn
 
-from fused_rnn import layers, policy
+from fused_rnn import layers, policy, tuned
 from fused_rnn.tally import Tally
 
 
@@ -95,7 +95,7 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
         if not _regular(cell, input, states, weights, bidirectional) or input.dim() != 3:
             return None
         x = input.transpose(0, 1) if batch_first else input
-        if x.size(0) == 0:
+        if x.size(0) == 0 or _torch_is_faster(cell, x, None, states, weights, num_layers, bidirectional):
             return None
         h0, c0 = (*states, None)[:2]
         directions, dropout = 2 if bidirectional else 1, dropout if train else 0.0
@@ -115,6 +115,8 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         states = _states(cell, hx)
         if not _regular(cell, data, states, weights, bidirectional):
+            return None
+        if _torch_is_faster(cell, data, batch_sizes, states, weights, num_layers, bidirectional):
             return None
         h0, c0 = (*states, None)[:2]
         directions, dropout = 2 if bidirectional else 1, dropout if train else 0.0
@@ -147,6 +149,22 @@ def _regular(cell: str, x: Any, states: Any, weights: Any, bidirectional: Any) -
         and policy.fusible(x, *states, *weights)
         and isinstance(bidirectional, bool)
     )
+
+
+def _torch_is_faster(
+    cell: str, x: Tensor, batch_sizes: Tensor | None, states: Any, weights: Any, num_layers: int, bidirectional: bool
+) -> bool:
+    """Whether the user's table says so; where it says nothing, nothing is measured, as torch.nn is patched."""
+    if torch.compiler.is_compiling() or (H := states[-1].size(-1)) not in tuned.table.overrules:
+        return False
+    T = x.size(0) if batch_sizes is None else batch_sizes.size(0)
+    B = x.size(1) if batch_sizes is None else max(1, x.size(0) // max(1, T))
+    P, directions = states[0].size(-1), 2 if bidirectional else 1
+    choice = policy.tuned_plain(
+        cell, x, T, B, H, P if P != H else 0, num_layers, directions, (*states, *weights),
+        packed=batch_sizes is not None, may_measure=False,
+    )  # fmt: skip
+    return choice is not None and not choice.fused
 
 
 def _cell(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import torch
 
-from fused_rnn import _C, cuda, policy
+from fused_rnn import _C, cuda, policy, tuned
 from fused_rnn.cell_info import NUMBER
 
 
@@ -20,6 +20,9 @@ class Plan:
         way: "cpu" on a CPU. On CUDA "resident" (the recurrent weights stay on the chip for the whole sequence) or
             "steps" (one product and one pointwise kernel per time step). "torch" if torch.nn computes.
         reason: why.
+        source: where the answer comes from: "tuned" (`fused_rnn.tune` measured it on this machine), "shipped" (the
+            rules of this package and the module's settings), or "model" (besides, the planner's cost model chose the
+            resident kernel).
         forward: for the forward pass, the kernel, how the work is split, and on CUDA the estimated microseconds of a
             time step. Empty for "steps" and "torch".
         backward: the same for the backward pass.
@@ -30,6 +33,7 @@ class Plan:
     reason: str = ""
     forward: dict[str, Any] = field(default_factory=dict)
     backward: dict[str, Any] = field(default_factory=dict)
+    source: str = "shipped"
 
 
 def plan(
@@ -108,21 +112,29 @@ def plan(
         half=policy.autocast_dtype(device),
         on_gpu=device.type != "cpu",
         device=device,
+        steps=T,
         properties=properties,
+        may_measure=False,
     )
     if not choice.fused:
-        return Plan("torch", "torch", choice.reason)
+        return Plan("torch", "torch", choice.reason, source=choice.source)
     if device.type == "cpu":
         shared = _C.cpu_plan(
             NUMBER[cell], T, B, I, H, H, directions, torch.get_num_threads(), dtype is torch.float64,
             _precision(dtype, kind), policy.deterministic(),
         )  # fmt: skip
-        return Plan("fused", "cpu", choice.reason, shared, shared)
+        return Plan("fused", "cpu", choice.reason, shared, shared, choice.source)
     properties = properties or cuda.device_properties(device)
-    if T == 1 or not cuda.is_resident(cell, dtype, B, H, directions, properties):
-        return Plan("fused", "steps", choice.reason)
-    chosen = (cuda.plans(cell, dtype, B, H, directions, backward, properties)[0] for backward in (False, True))
-    return Plan("fused", "resident", choice.reason, *chosen)
+    if choice.instance == tuned.EVERY_STEP or (
+        choice.instance == tuned.PLANNED and (T == 1 or not cuda.is_resident(cell, dtype, B, H, directions, properties))
+    ):
+        return Plan("fused", "steps", choice.reason, source=choice.source)
+    forward, backward = (
+        next((p for p in plans if choice.instance in (tuned.PLANNED, p["instance"])), {})  # it may have no backward
+        for plans in (cuda.plans(cell, dtype, B, H, directions, backward, properties) for backward in (False, True))
+    )
+    source = "tuned" if choice.source == "tuned" else "model"
+    return Plan("fused", "resident", choice.reason, forward, backward, source)
 
 
 def _precision(dtype: torch.dtype, kind: policy.Kind) -> int:

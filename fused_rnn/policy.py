@@ -1,8 +1,9 @@
 """Who computes a call, and why: the kernels, torch.nn, or the specification.
 
 Modules, cells and `fused_rnn.plan` ask `choose` wherever torch.nn could compute the call as well, except for plain
-float32, float64 and float16 calls on a CPU, which the kernels always run. They take plain tensors of one dtype on one
-device, while nothing but a compiler observes or rewrites torch's operations (`fusible`).
+float32, float64 and float16 calls on a CPU, which the kernels run unless the user's table (`fused_rnn.tuned`) may say
+something else. They take plain tensors of one dtype on one device, while nothing but a compiler observes or rewrites
+torch's operations (`fusible`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from fused_rnn import _C, cuda, self_check
+from fused_rnn import _C, cuda, self_check, tuned
 
 BACKENDS = ("auto", "fused", "torch")
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
@@ -36,10 +37,17 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Choice(NamedTuple):
-    """Whether the kernels compute a call of ours (else torch.nn does), and why."""
+    """Whether the kernels compute a call of ours (else torch.nn does), and why.
+
+    Attributes:
+        source: "tuned" if the user's table says so, "shipped" if the rules of this package do.
+        instance: of the CUDA kernel (csrc/bindings/schemas.h).
+    """
 
     fused: bool
     reason: str
+    source: str = "shipped"
+    instance: int = tuned.PLANNED
 
 
 def choose(
@@ -53,13 +61,15 @@ def choose(
     kind: Kind = "sequence",
     num_layers: int = 1,
     directions: int = 1,
-    projected: bool = False,
+    proj_size: int = 0,
+    steps: int = 1,
     backend: str = "auto",
     differentiable: bool = False,
     half: torch.dtype | None = None,
     on_gpu: bool = False,
     device: torch.device = CPU,
     properties: cuda.Properties | None = None,
+    may_measure: bool = True,
 ) -> Choice:
     """Choose between the kernels and torch.nn for a call that both can compute.
 
@@ -68,19 +78,21 @@ def choose(
         dtype: of the tensors.
         T, B, I, H: time steps, rows, input and hidden size. A packed sequence counts as one row of all its steps.
         kind: "sequence", "packed", "step" for `step`, "cell" for a cell's forward.
-        num_layers, directions, projected: of the module.
+        num_layers, directions, proj_size: of the module.
+        steps: the time steps of a packed sequence.
         backend: of the module: "auto", "fused" or "torch".
         differentiable: whether the call records a gradient.
         half: autocast's dtype, or None outside of autocast.
         on_gpu: whether the device is a CUDA device.
         device: of the tensors.
         properties: of a CUDA device that is not in this machine; None means `device`'s own.
+        may_measure: whether a call that the user's table does not have may be measured, where the user wants that.
 
     The rules for the CPU were measured (benchmarks/NOTES.md). Those for CUDA are in `fused_rnn.cuda`.
     """
     if backend == "torch":
         return Choice(False, "backend is 'torch'")
-    if on_gpu and (projected or kind == "cell"):
+    if on_gpu and (proj_size or kind == "cell"):
         return Choice(False, "the CUDA kernels have no projections and no cells")
     if on_gpu and T * B * I == 0:
         return Choice(False, "the input is empty")
@@ -89,6 +101,19 @@ def choose(
         return Choice(refused is None, refused or "backend is 'fused'")
     if torch.compiler.is_compiling():  # sizes may be symbols, which a comparison would guard
         return Choice(not on_gpu, "in a compiled graph the device decides")
+    if properties is None and (tuned.table.asked or (on_gpu and tuned.table.measures(device))):
+        # A plain step of a module on a CPU never asks; another is a sequence of one step.
+        step_asks = kind == "step" and (on_gpu or half is not None or dtype not in ALWAYS_FUSED)
+        if kind in ("packed", "sequence") or step_asks:
+            size = (steps, T // max(1, steps) or 1) if kind == "packed" else (T, B)
+            wide = dtype is torch.float32 and half is None
+            call = tuned.Call(
+                cell, dtype, half, *size, I, H, proj_size, num_layers, directions, kind == "packed", differentiable,
+                0 if not wide else int(cuda.tf32_allowed()) if on_gpu else precision(_FLOAT32),
+            )  # fmt: skip
+            choice = tuned_choice(call, device, may_measure)
+            if choice is not None:
+                return choice
     if on_gpu:
         is_here = properties is None
         properties = cuda.device_properties(device) if properties is None else properties
@@ -128,6 +153,41 @@ def choose(
     )
 
 
+def tuned_choice(call: tuned.Call, device: torch.device, may_measure: bool = True) -> Choice | None:
+    """What the user's table says of a call; None if it says nothing, or nothing that holds for this call."""
+    if deterministic() or call.T * call.B * call.I * call.H == 0:
+        return None
+    result = tuned.ask(call, device, may_measure)
+    if result is None:
+        return None
+    fused = result.backend == "fused"
+    if not fused and device.type == "cpu" and call.cell == "lstm" and lacks_threads():
+        return None
+    if fused and device.type == "cuda" and self_check.why_not(device):
+        return None
+    return Choice(fused, "fused_rnn.tune measured it on this machine", "tuned", result.instance)
+
+
+def tuned_plain(
+    cell: str,
+    x: Tensor,
+    T: int,
+    B: int,
+    H: int,
+    proj_size: int,
+    num_layers: int,
+    directions: int,
+    tensors: Sequence[Tensor | None],
+    *,
+    packed: bool = False,
+    may_measure: bool = True,
+) -> Choice | None:
+    """`tuned_choice` of a call outside of autocast, on a CPU, with x and these tensors."""
+    train = torch.is_grad_enabled() and any_requires_grad((x, *tensors))
+    sizes = T, B, x.size(-1), H, proj_size, num_layers, directions
+    return tuned_choice(tuned.Call(cell, x.dtype, None, *sizes, packed, train, precision(x)), CPU, may_measure)
+
+
 @cache
 def bf16_unit() -> str:
     """The CPU kernels' instructions for products of bfloat16: the name of an instruction set, or "" without any."""
@@ -150,6 +210,7 @@ def precision(x: Tensor) -> int:
 
 
 _PRECISIONS = {"tf32": HIGH, "bf16": MEDIUM}
+_FLOAT32 = torch.empty(0)
 
 
 def autocast_precision(half: torch.dtype | None) -> int:

@@ -1,4 +1,4 @@
-"""Selects the tests that run (see default_set.py), and makes them import the installed fused_rnn.
+"""Selects the tests that run (see default_set.py), and makes them import the installed fused_rnn, without tuned calls.
 
 `python -m pytest` puts the source folder on the path, where without a build in place the sources alone cannot be
 imported.
@@ -15,6 +15,7 @@ import torch
 from default_set import default_set
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ["FUSED_RNN_TUNE"] = "0"  # tests, and the processes that they start, leave the user's table alone
 COLLECTED = pytest.StashKey[list[pytest.Item]]()
 
 if not any((ROOT / "fused_rnn").glob("_C.*.so")):

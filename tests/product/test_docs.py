@@ -23,7 +23,7 @@ import torch._dynamo
 import fused_rnn
 import run
 import tables
-from fused_rnn import constructor, convert, functional, reference
+from fused_rnn import constructor, convert, functional, reference, tuned
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = [fused_rnn] + [
@@ -42,6 +42,12 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 OPTIONAL = {"lightning", "sb3_contrib", "torchrl"}  # used in examples on pages that say how to install them
 SLOW = {"deployment.md": "compiles C++"}
 needs_docs = pytest.mark.skipif(not DOCS.is_dir(), reason=f"the documentation's sources are not in {DOCS}")
+
+
+@pytest.fixture(autouse=True)
+def table_of_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an example tunes holds in this example only."""
+    monkeypatch.setattr(tuned, "table", tuned.Table(None, "off"))
 
 
 def failures(text: str, names: dict[str, Any]) -> tuple[int, str]:

@@ -42,7 +42,7 @@ PYTHON = [
     {"_C", "options", "spec", "tally", "launch"},
     {"reference", "cell_info", "input_gates", "stream"},
     {"constructor", "cuda", "frozen_file"},
-    {"self_check"},
+    {"self_check", "tuned"},
     {"policy", "operators"},
     {"autocast", "layers", "fakes", "lowering"},
     {"call", "compiled", "patch", "planning"},
@@ -51,7 +51,8 @@ PYTHON = [
     {"survey", "tool_tables"},
     {"convert"},
     {"modules", "cells"},
-    {"functional", "frozen"},
+    {"tuning_report"},
+    {"functional", "frozen", "tuning"},
     {"__init__"},
     {"__main__"},
 ]

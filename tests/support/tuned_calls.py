@@ -1,0 +1,65 @@
+"""Fixtures for tests of `fused_rnn.tune`: a table of the test's own, and a clock that shows what the test wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from contract import fused_calls
+from fused_rnn import tuned, tuning
+from fused_rnn.tuned import Call, Result, Table
+
+CPU = torch.device("cpu")
+H200 = (132, 232448, 90)
+T, B, SIZE, HIDDEN = 6, 3, 4, 5
+CALL = Call("gru", torch.float32, None, T, B, SIZE, HIDDEN, 0, 1, 1, False, False, 0)
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Table]:
+    """The user's table, in a folder of the test."""
+    own, of_all = Table(str(tmp_path / "tuned.json")), tuned.table
+    monkeypatch.setattr(tuning, "_hopeless", set())
+    with monkeypatch.context() as patch:
+        patch.setattr(tuned, "table", own)
+        yield own
+    assert of_all.mode == "off" and not of_all.asked, "the test has changed the table of all tests"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """The seconds that a call takes on each backend, in place of the real ones."""
+    seconds = {"torch": 1.0, "fused": 1.0}
+
+    def stub(run: Callable[[], Any], count: int) -> float:
+        run()
+        answer = tuned.ask(CALL, CPU, False)  # the rival
+        assert answer is not None
+        return count * seconds[answer.backend]
+
+    monkeypatch.setattr(tuning, "_cpu_seconds", stub)
+    monkeypatch.setattr(tuning, "MOST_ROUNDS", 3)
+    return seconds
+
+
+def computes(call: Callable[[], Any]) -> str:
+    """Who computes the call."""
+    with fused_calls() as calls:
+        call()
+    return "fused" if calls else "torch"
+
+
+@pytest.fixture
+def torch_wins(table: Table, clock: dict[str, float]) -> Table:
+    """A table that names torch.nn for every call that is tuned."""
+    clock["torch"] = 0.5
+    return table
+
+
+def machine_results() -> dict[Call, Result]:
+    """The results of this machine in the test's table."""
+    return tuned.table.of(tuned.machine(CPU))
