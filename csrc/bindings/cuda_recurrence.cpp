@@ -39,7 +39,7 @@ cuda::StepNorms norms(const Options& o, int64_t d, void* statistics) {
 }
 // What blocks exchange through L2: no word of it has been published, where its words are waited for.
 void make_unpublished(const CudaLayer& l, const cuda::Plan& plan, const Tensor& exchanged) {
-  if (plan.instance.exchange != cuda::Exchange::kThroughL2) return;
+  if (!cuda::through_l2(plan.instance.exchange)) return;
   cuda::fill_with_ones(exchanged.data_ptr(), exchanged.numel() * l.element(), l.stream);
 }
 
@@ -58,7 +58,7 @@ void CudaForward::run_resident() const {
   const CudaLayer& l = layer;
   const int64_t D = l.D, T = l.T, B = l.B, H = l.H;
   const cuda::Plan plan = l.plan(false);
-  const bool exchanges = plan.instance.exchange == cuda::Exchange::kThroughL2;
+  const bool exchanges = cuda::through_l2(plan.instance.exchange);
   const Tensor h_prev = kept ? kept->h_prev : l.new_tensor({exchanges ? D : 0, T, B, l.padded_H});
   make_unpublished(l, plan, h_prev);
   cuda::ForwardParams params{l.sequence(), {}};

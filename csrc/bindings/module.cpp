@@ -137,9 +137,8 @@ PYBIND11_MODULE(_C, m) {
         py::list all;
         for (const Plan& p : plans(problem, {sms, shared_bytes, capability})) {
           py::dict d;
-          d["kernel"] = p.instance.exchange == Exchange::kAlone       ? "alone"
-                        : p.instance.exchange == Exchange::kThroughL2 ? "through_l2"
-                                                                      : "through_cluster";
+          const char* const kernels[] = {"alone", "through_l2", "through_cluster", "split_columns"};
+          d["kernel"] = kernels[static_cast<int>(p.instance.exchange)];
           d["instance"] = p.index;
           d["unit_warps"] = p.instance.unit_warps;
           d["depth_warps"] = p.instance.depth_warps;

@@ -4,12 +4,14 @@
 // its units. At every step it multiplies them by the gate gradients that all parts published at the next step (in
 // forward's order), which gives the gradients of its units' h; it runs the cell's backward and publishes the gate
 // gradients of its units. The caller multiplies the published dgates into the gradients of weights and input. After the
-// last step, one more product gives dh0.
+// last step, one more product gives dh0. With kSplitColumns the blocks of a cluster split the product's columns and
+// exchange the sums (reduction.cuh).
 #pragma once
 
 #include "../cells/cells.h"
 #include "exchange.cuh"
 #include "product.cuh"
+#include "reduction.cuh"
 #include "regularised.cuh"
 #include "row_options.cuh"
 
@@ -19,7 +21,7 @@ namespace cuda {
 template <class Cell, class E, class Shape>
 FUSED_RNN_KERNEL(Shape::kThreads)
 backward(const BackwardParams params) {
-  using Weights = ResidentProduct<E, 1, Shape>;
+  using Weights = ResidentProduct<E, Shape::kShares, Shape>;
   if constexpr (!can_run(Shape::kExchange)) {
     trap();
     return;
@@ -29,14 +31,19 @@ backward(const BackwardParams params) {
   const BackwardDirection& d = params.direction[block.direction()];
   const int H = q.H, Hp = padded<E>(H), unit = block.unit(), columns = Cell::kGates * Hp;
   const bool is_unit = unit < H;
-  const Layout layout(Shape::instance(), {1, columns, sizeof(typename E::Stored)}, q.division.tiles);
+  const Product share = backward_product(Shape::kExchange, columns, sizeof(typename E::Stored));
+  const int first_column = block.rank() * share.columns, rest = columns - first_column;
+  const int own_columns = rest < share.columns ? (rest < 0 ? 0 : rest) : share.columns;
+  const Layout layout(Shape::instance(), share, q.division.tiles);
   const auto sums = shared_memory<typename Weights::Sums>(layout.sums);
   const auto states = shared_memory<float>(layout.state);
   typename ExchangeFor<E, Shape>::Type exchange(
-      Rows<E>{static_cast<typename E::Stored*>(d.dgates), q.B, Cell::kGrads * Hp, Cell::kHiddenGrads * Hp, columns},
+      Rows<E>{static_cast<typename E::Stored*>(d.dgates), q.B, Cell::kGrads * Hp,
+              Cell::kHiddenGrads * Hp + first_column, own_columns},
       block, layout, block.time(0, true));
-  Weights weights(static_cast<const typename E::Stored*>(d.w_hh_t), H, columns, block.first_unit(),
-                  shared_memory<Words>(layout.weights));
+  typename SumsFor<Weights, Shape>::Type reduction(block, layout);
+  Weights weights(static_cast<const typename E::Stored*>(d.w_hh_t) + first_column, H, columns, own_columns,
+                  block.first_unit() - block.rank() * Shape::kUnits, shared_memory<Words>(layout.weights));
 
   constexpr bool kEarlyOptions = Shape::kRowsPerThread == 1;  // as in forward
 
@@ -85,6 +92,7 @@ backward(const BackwardParams params) {
         weights.multiply(exchange.source(after, tile, weights.lane_row(), weights.lane_column()), sums);
       }
       sync_block();
+      if (step > 0) reduction.exchange();
 
       const State<Shape> state(states, block, tile);
       FUSED_RNN_UNROLL
@@ -92,16 +100,15 @@ backward(const BackwardParams params) {
         const int row = block.row(i);
         if (row >= Shape::kRows) break;
         const bool present = is_unit && row < tile.rows;
-        float product[1] = {}, dh = state.load(0, i), dc = state.load(1, i), dh_prev = 0.0f;
-        if (step > 0) Weights::add(sums, row, block.local_unit(), product);
-        if (!present) product[0] = 0.0f;  // NaN if a gradient of the row is NaN
-        SplitGradient<float> dh_split{dh + product[0] + dy[i].value(), 0.0f},
-            dc_split{dc + dc_sequence[i].value(), 0.0f};
+        float product = 0.0f, dh = state.load(0, i), dc = state.load(1, i), dh_prev = 0.0f;
+        if (step > 0) product = reduction.sum(row, block.local_unit());
+        if (!present) product = 0.0f;  // NaN if a gradient of the row is NaN
+        SplitGradient<float> dh_split{dh + product + dy[i].value(), 0.0f}, dc_split{dc + dc_sequence[i].value(), 0.0f};
         if (q.has_options && present) {
           const int64_t b = tile.first + row;
           RowOptions<E>& o = options[i];
           if (!kEarlyOptions) o.load(q, d, block.direction(), t, b, unit);
-          dh += d.drop_h ? product[0] * o.drop_h.value() : product[0];
+          dh += d.drop_h ? product * o.drop_h.value() : product;
           if (o.restarts()) {
             // The next step read the reset states instead of this step's: they receive the gradients, this step none.
             const int64_t at = block.time(step - 1, true) * d.dreset.step + b * H + unit;
@@ -155,6 +162,7 @@ backward(const BackwardParams params) {
     }
   }
   exchange.finish();
+  reduction.finish();
 }
 
 }  // namespace cuda

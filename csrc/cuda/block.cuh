@@ -28,6 +28,8 @@ class Block {
   FUSED_RNN_DEVICE const Sequence& sequence() const { return sequence_; }
   FUSED_RNN_DEVICE int direction() const { return direction_; }
   FUSED_RNN_DEVICE int first_unit() const { return first_unit_; }
+  // This block's number among those that split columns.
+  FUSED_RNN_DEVICE static int rank() { return block_index() % Shape::kShares; }
   // This thread's unit: its index in the block and in the layer. The latter may be H or more in the last block.
   FUSED_RNN_DEVICE int local_unit() const { return Shape::unit(thread_index()); }
   FUSED_RNN_DEVICE int unit() const { return first_unit_ + local_unit(); }

@@ -2,7 +2,7 @@
 //
 // ThroughL2: through global memory. Each word is its own ready flag: the host fills all of them with kNotReady, each is
 // written once, and a reader loads it again until it is ready. Since a word is read either whole or not at all, this
-// needs no fence and no grid barrier.
+// needs no fence and no grid barrier. For kThroughL2 and kSplitColumns.
 // ThroughCluster: the blocks of a team are a cluster. They push their words into each other's shared memory, where
 // mbarriers count the bytes.
 // Alone: one block has all units. The rows are in its shared memory, ordered by the block's barriers.
@@ -333,7 +333,9 @@ struct ExchangeFor<E, Shape, Exchange::kThroughCluster> {
 };
 
 // Whether the architecture that is being compiled for has this exchange.
-constexpr bool can_run(Exchange exchange) { return exchange != Exchange::kThroughCluster || kHasClusters; }
+constexpr bool can_run(Exchange exchange) {
+  return kHasClusters || (exchange != Exchange::kThroughCluster && exchange != Exchange::kSplitColumns);
+}
 
 }  // namespace cuda
 }  // namespace fused_rnn

@@ -34,7 +34,7 @@ forward(const ForwardParams params) {
   const auto states = shared_memory<float>(layout.state);
   typename ExchangeFor<E, Shape>::Type exchange(Rows<E>{static_cast<typename E::Stored*>(d.h_prev), q.B, Hp, 0, Hp},
                                                 block, layout, block.time(0, false));
-  Weights weights(static_cast<const typename E::Stored*>(d.w_hh), H, Hp, block.first_unit(),
+  Weights weights(static_cast<const typename E::Stored*>(d.w_hh), H, Hp, Hp, block.first_unit(),
                   shared_memory<Words>(layout.weights));
 
   float b_ih[G], b_hh[G];

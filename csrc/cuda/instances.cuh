@@ -62,9 +62,8 @@ void launch_parts(void (*kernel)(Params), const Plan& plan, Params params, void*
   }
   // Blocks of a team wait for each other, so they must run at the same time. The hardware guarantees that for the
   // blocks of a cluster; ThroughL2 needs a cooperative launch.
-  const Exchange exchange = plan.instance.exchange;
   const Grid grid{plan.blocks(q.directions), plan.instance.threads(), plan.shared_bytes,
-                  exchange == Exchange::kThroughL2, exchange == Exchange::kThroughCluster ? plan.division.parts : 1};
+                  through_l2(plan.instance.exchange), plan.instance.cluster(plan.division.parts)};
   for (int64_t row = 0; row < q.B; row += plan.rows) {
     q.first_row = row;
     q.last_row = std::min(q.B, row + plan.rows);
@@ -88,8 +87,13 @@ template <class Cell>
 struct Instances {
   static void run_forward(Element element, const Plan& plan, ForwardParams params, void* stream) {
     with_element(element, [&](auto e) {
-      with_shape(plan.instance,
-                 [&](auto shape) { launch_parts(&forward<Cell, decltype(e), decltype(shape)>, plan, params, stream); });
+      with_shape(plan.instance, [&](auto shape) {
+        if constexpr (has_forward(decltype(shape)::kExchange)) {
+          launch_parts(&forward<Cell, decltype(e), decltype(shape)>, plan, params, stream);
+        } else {
+          throw std::logic_error("fused_rnn: this kernel instance has no forward");
+        }
+      });
     });
   }
   static void run_backward(Element element, const Plan& plan, BackwardParams params, void* stream) {

@@ -87,7 +87,8 @@ struct BackwardDirection {
   const void* dc_n;         // [B, H]; null: zeros. LSTM
   ResetState dreset;        // [T, B, H] out; the caller zeroes it first
   void* dgates;  // [T, B, kGrads*Hp] out: gate gradients, which the caller multiplies into those of weights and
-                 // input. With kThroughL2 the blocks exchange them here: the caller fills it with kNotReady
+                 // input. With kThroughL2 and kSplitColumns the blocks exchange them here: the caller fills it with
+                 // kNotReady
   void* dh0;     // [B, H] out; null: not needed
   void* dc0;     // [B, H] out; null: not needed. LSTM
 };

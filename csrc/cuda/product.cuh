@@ -21,28 +21,26 @@ class ResidentProduct {
     float of[kWidth];
   };
 
-  // weights: [kGates * H, columns]; this block's units begin at first_unit.
-  FUSED_RNN_DEVICE ResidentProduct(const Stored* weights, int H, int columns, int first_unit, Shared<Words> shared)
+  // weights: [kGates * H, columns] in rows `stride` apart; the units begin at first_unit. If blocks split columns,
+  // their units take the place of the gates: the weights are [H, columns].
+  FUSED_RNN_DEVICE ResidentProduct(const Stored* weights, int H, int stride, int columns, int first_unit,
+                                   Shared<Words> shared)
       : columns_(columns),
         pairs_(Product{kGates, columns, sizeof(Stored)}.pairs(Shape::kDepthWarps)),
         first_column_(warp() / Shape::kUnitWarps * pairs_ * kPairColumns + lane() % 4 * kLaneColumns),
         shared_(shared) {
-    const int shared_pairs = Product{kGates, columns, sizeof(Stored)}.shared_pairs(Shape::kDepthWarps);
-    first_shared_ = warp() * shared_pairs * kGates * 2 * 32 + lane();
+    const int shared_operands = Product{kGates, columns, sizeof(Stored)}.shared_operands(Shape::kDepthWarps);
+    first_shared_ = warp() * shared_operands * 2 * 32 + lane();
     const int unit = first_unit + warp() % Shape::kUnitWarps * kTileUnits + lane() / 4;
     FUSED_RNN_UNROLL
-    for (int pair = 0; pair < kRegisterPairs; ++pair) {
-      FUSED_RNN_UNROLL
-      for (int gate = 0; gate < kGates; ++gate) load_pair(weights, H, unit, gate, pair, registers_[pair][gate]);
+    for (int i = 0; i < kRegisterOperands; ++i) {
+      load_pair(weights, H, stride, unit, i % kGates, i / kGates, registers_[i]);
     }
-    for (int pair = kRegisterPairs; pair < pairs_; ++pair) {
+    for (int i = kRegisterOperands; i < pairs_ * kGates; ++i) {
+      Words a[2];
+      load_pair(weights, H, stride, unit, i % kGates, i / kGates, a);
       FUSED_RNN_UNROLL
-      for (int gate = 0; gate < kGates; ++gate) {
-        Words a[2];
-        load_pair(weights, H, unit, gate, pair, a);
-        FUSED_RNN_UNROLL
-        for (int step = 0; step < 2; ++step) shared_[shared_index(pair, gate, step)] = a[step];
-      }
+      for (int step = 0; step < 2; ++step) shared_[shared_index(i, step)] = a[step];
     }
     sync_warp();
   }
@@ -61,13 +59,14 @@ class ResidentProduct {
     for (int tile = 0; tile < Shape::kRowTiles; ++tile) {
       float sums[kGates * kSplit][4] = {};
       const auto in_shared = [&](int pair, int gate, int step) -> Words {
-        return shared_[shared_index(pair, gate, step)];
+        return shared_[shared_index(pair * kGates + gate, step)];
       };
       FUSED_RNN_UNROLL
-      for (int first = 0; first < kRegisterPairs; first += kChunk) {
+      for (int first = 0; first < kRegisterChunks * kChunk; first += kChunk) {
         if (first >= pairs_) break;
         multiply_chunk(source, tile, first, b, sums, [&](int pair, int gate, int step) -> Words {
-          return pair < kRegisterPairs ? registers_[pair][gate][step] : in_shared(pair, gate, step);
+          const int i = pair * kGates + gate;
+          return i < kRegisterOperands ? registers_[i][step] : in_shared(pair, gate, step);
         });
       }
       for (int first = kRegisterChunks * kChunk; first < pairs_; first += kChunk) {
@@ -89,9 +88,9 @@ class ResidentProduct {
   }
 
  private:
-  static constexpr int kRegisterPairs = register_pairs(kGates);
-  static constexpr int kRegisterChunks = (kRegisterPairs + 3) / 4;
-  static constexpr int kChunk = 4;                    // pairs whose loads are in flight together
+  static constexpr bool kSplits = Shape::kShares > 1 && kGates == Shape::kShares;
+  static constexpr int kChunk = kSplits ? kSplitChunkPairs : kChunkPairs;  // pairs of a chunk
+  static constexpr int kRegisterChunks = (kRegisterOperands + kChunk * kGates - 1) / (kChunk * kGates);
   static constexpr int kSplit = kGates == 1 ? 4 : 1;  // independent sums per gate, to hide the latency of mma
   static constexpr int kLaneColumns = 16 / sizeof(Stored);
   static constexpr int kPairColumns = 4 * kLaneColumns;
@@ -100,17 +99,19 @@ class ResidentProduct {
   FUSED_RNN_DEVICE static int warp() { return thread_index() / 32; }
 
   FUSED_RNN_DEVICE int column(int pair) const { return first_column_ + pair * kPairColumns; }
-  FUSED_RNN_DEVICE int shared_index(int pair, int gate, int step) const {
-    return first_shared_ + (((pair - kRegisterPairs) * kGates + gate) * 2 + step) * 32;
+  FUSED_RNN_DEVICE int shared_index(int i, int step) const {
+    return first_shared_ + ((i - kRegisterOperands) * 2 + step) * 32;
   }
 
-  FUSED_RNN_DEVICE void load_pair(const Stored* weights, int H, int unit, int gate, int pair, Words (&a)[2]) const {
+  FUSED_RNN_DEVICE void load_pair(const Stored* weights, int H, int stride, int unit, int gate, int pair,
+                                  Words (&a)[2]) const {
     FUSED_RNN_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int row = unit + half * 8;
+      const int row = unit + half * 8 + (kSplits ? gate * Shape::kUnits : 0);
       Words v{};
       if (pair < pairs_ && row < H && column(pair) < columns_) {
-        v = *reinterpret_cast<const Words*>(weights + (static_cast<int64_t>(gate) * H + row) * columns_ + column(pair));
+        const int64_t first = kSplits ? 0 : static_cast<int64_t>(gate) * H;
+        v = *reinterpret_cast<const Words*>(weights + (first + row) * stride + column(pair));
       }
       FUSED_RNN_UNROLL
       for (int step = 0; step < 2; ++step) {
@@ -159,21 +160,24 @@ class ResidentProduct {
   FUSED_RNN_DEVICE static void store(Shared<Sums> shared, int tile, const float (&sums)[kGates * kSplit][4]) {
     FUSED_RNN_UNROLL
     for (int i = 0; i < 4; ++i) {
+      constexpr PartialSums kPartial{kGates, Shape::kRows};
+      const int row = kTileRows * tile + sum_row(lane(), i), unit = sum_unit(lane(), i);
       Sums total{};
       FUSED_RNN_UNROLL
       for (int gate = 0; gate < kGates; ++gate) {
-        total.of[gate] = sums[gate * kSplit][i];
+        float& sum = total.of[kSplits ? 0 : gate];
+        sum = sums[gate * kSplit][i];
         FUSED_RNN_UNROLL
-        for (int k = 1; k < kSplit; ++k) total.of[gate] += sums[gate * kSplit + k][i];
+        for (int k = 1; k < kSplit; ++k) sum += sums[gate * kSplit + k][i];
+        if (kSplits) shared[kPartial.at(warp(), row, unit, gate)] = total;
       }
-      shared[PartialSums{kGates, Shape::kRows}.at(warp(), kTileRows * tile + sum_row(lane(), i), sum_unit(lane(), i))] =
-          total;
+      if (!kSplits) shared[kPartial.at(warp(), row, unit)] = total;
     }
   }
 
   int columns_, pairs_, first_column_, first_shared_;
   Shared<Words> shared_;
-  Words registers_[kRegisterPairs][kGates][2];
+  Words registers_[kRegisterOperands][2];
 };
 
 }  // namespace cuda

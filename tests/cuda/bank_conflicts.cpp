@@ -56,6 +56,25 @@ void check_sums(const std::string& name, int gates) {
   }
 }
 
+// The sums that the blocks of a cluster exchange.
+template <class Shape>
+void check_exchanged_sums(const std::string& name) {
+  const PartialSums sums{kSplitBlocks, Shape::kRows};
+  for (int warp = 0; warp < Shape::kDepthWarps; ++warp) {
+    for (int to = 0; to < kSplitBlocks; ++to) {
+      for (int tile = 0; tile < Shape::kRowTiles; ++tile) {
+        const int first = kTileRows * tile;
+        for (int i = 0; i < 4; ++i) {
+          check("sums for other blocks stored, " + name, 4,
+                [&](int lane) { return 4 * sums.at(warp, first + sum_row(lane, i), sum_unit(lane, i), to); });
+        }
+        check("sums for other blocks loaded, " + name, 16,
+              [&](int lane) { return 4 * sums.at(warp, first + lane / 4, lane % 4 * 4, to); });
+      }
+    }
+  }
+}
+
 void check_rows(const std::string& name, const Instance& instance, int columns) {
   const Layout layout(instance, {1, columns, 2}, 1);
   check("rows loaded, " + name, 16, [&](int lane) { return lane / 4 * layout.slot_stride + lane % 4 * 16; });
@@ -70,6 +89,12 @@ int main() {
       #unit_warps "x" #depth_warps "x" #row_tiles ", gates: " + std::to_string(gates), gates);
     FUSED_RNN_INSTANCES(CHECK_SUMS)
   }
+#define CHECK_EXCHANGED(exchange, unit_warps, depth_warps, row_tiles)                                                \
+  if (Exchange::exchange == Exchange::kSplitColumns) {                                                               \
+    check_exchanged_sums<Shape<Exchange::exchange, unit_warps, depth_warps, row_tiles>>(#unit_warps "x" #depth_warps \
+                                                                                                    "x" #row_tiles); \
+  }
+  FUSED_RNN_INSTANCES(CHECK_EXCHANGED)
   for (const int columns : {8, 64, 128, 200, 512, 4096}) {
 #define CHECK_ROWS(exchange, unit_warps, depth_warps, row_tiles) \
   check_rows(#exchange ", columns: " + std::to_string(columns),  \

@@ -9,6 +9,7 @@
 #include "cuda_check.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -29,21 +30,22 @@ constexpr uint64_t kPatience = 10'000'000'000;
 // ---- Cases ----------------------------------------------------------------------------------------------------------
 
 // The instances of --quick: one block, exchange through L2 with one and with several tiles of rows and warps of units,
-// and a cluster. -DCHECK_INSTANCES replaces them.
+// a cluster, and clusters that split columns. -DCHECK_INSTANCES replaces them.
 #if defined(CHECK_INSTANCES)
 constexpr bool kAllMechanisms = false;
 #else
 constexpr bool kAllMechanisms = true;
-#define CHECK_INSTANCES(X) \
-  X(kAlone, 8, 1, 1)       \
-  X(kThroughL2, 1, 8, 1)   \
-  X(kThroughL2, 2, 4, 2)   \
-  X(kThroughCluster, 1, 8, 1)
+#define CHECK_INSTANCES(X)    \
+  X(kAlone, 8, 1, 1)          \
+  X(kThroughL2, 1, 8, 1)      \
+  X(kThroughL2, 2, 4, 2)      \
+  X(kThroughCluster, 1, 8, 1) \
+  X(kSplitColumns, 1, 8, 1)
 #endif
 
 // The batch has `tiles_of_rows` whole tiles and `rows` more rows; the device has room for `teams` and `tiles`.
-// instances: 'a': kAlone; 'o': one warp of units; 't': two or more warps of units; 'r': only instances with row_tiles
-// = 1. flags: as in Layer, and 'q': included in --quick.
+// instances: 'a': kAlone; 's': kSplitColumns; of the others 'o': one warp of units; 't': two or more warps of units;
+// 'r': only instances with row_tiles = 1. flags: as in Layer, and 'q': included in --quick.
 struct Case {
   int64_t H, T;
   int directions, teams, tiles;
@@ -51,7 +53,10 @@ struct Case {
   const char *instances, *flags;
   bool has(char flag) const { return std::strchr(flags, flag) != nullptr; }
   bool runs(const Instance& i) const {
-    const char kind = i.exchange == Exchange::kAlone ? 'a' : i.unit_warps == 1 ? 'o' : 't';
+    const char kind = i.exchange == Exchange::kAlone          ? 'a'
+                      : i.exchange == Exchange::kSplitColumns ? 's'
+                      : i.unit_warps == 1                     ? 'o'
+                                                              : 't';
     return std::strchr(instances, kind) && (i.row_tiles == 1 || !std::strchr(instances, 'r'));
   }
   // H, adjusted for clusters, which have 2 to 8 parts.
@@ -63,16 +68,18 @@ struct Case {
 };
 
 const Case kCases[] = {
-    {37, 3, 2, 2, 2, 2, 5, "aot", "bsdclpq"},  // two directions, two teams, one of which has an empty tile
-    {37, 3, 2, 1, 1, 0, 5, "aot", "bsdcq"},    // without options
-    {21, 3, 2, 2, 2, 4, 3, "aor", "bsdceq"},   // a second launch
-    {103, 3, 1, 1, 1, 1, 2, "a", "sdlq"},      // a second launch; columns in shared memory
-    {37, 3, 1, 1, 1, 0, 6, "aot", "bdnlq"},    // NaN
-    {29, 3, 2, 1, 2, 1, 2, "aot", "sdclpmq"},  // masks
-    {21, 4, 2, 2, 2, 4, 3, "aor", "bsdcv"},   {1, 1, 1, 1, 1, 0, 1, "aot", "dp"},
-    {17, 5, 1, 1, 1, 0, 1, "aot", "sz"},      {128, 2, 2, 1, 2, 2, 3, "a", "bsdlz"},
-    {64, 3, 2, 2, 3, 5, 0, "aotr", "sdl"},  // nothing to pad
-    {403, 2, 1, 1, 1, 0, 3, "tr", "bsd"},   // columns in shared memory, split over several warps
+    {37, 3, 2, 2, 2, 2, 5, "aots", "bsdclpq"},  // two directions, two teams, one of which has an empty tile
+    {21, 3, 2, 2, 2, 4, 3, "aors", "bsdceq"},   // a second launch
+    {103, 3, 1, 1, 1, 1, 2, "a", "sdlq"},       // a second launch; columns in shared memory
+    {37, 3, 1, 1, 1, 0, 6, "aots", "bdnlq"},    // NaN
+    {29, 3, 2, 1, 2, 1, 2, "aots", "sdclpmq"},  // masks
+    {37, 3, 2, 1, 1, 0, 5, "aots", "bsdcq"},    // without options
+    {21, 4, 2, 2, 2, 4, 3, "aors", "bsdcv"},   {1, 1, 1, 1, 1, 0, 1, "aots", "dp"},
+    {17, 5, 1, 1, 1, 0, 1, "aots", "sz"},      {128, 2, 2, 1, 2, 2, 3, "a", "bsdlz"},
+    {64, 3, 2, 2, 3, 5, 0, "aotrs", "sdl"},  // nothing to pad
+    {403, 2, 1, 1, 1, 0, 3, "tr", "bsd"},    // columns in shared memory, split over several warps
+    {1030, 2, 1, 1, 1, 0, 3, "s", "sd"},     // the same, split over several blocks
+    {260, 3, 1, 1, 2, 1, 5, "s", "sdlq"},    // several clusters in a team
 };
 
 const char* const kElementNames[] = {"bf16", "fp16", "tf32"};
@@ -104,7 +111,9 @@ void with_compiled_shape(const Instance& instance, const F& f) {
 }
 void run_forward(const CellInfo&, Element, const Plan& plan, const ForwardParams& params) {
   with_compiled_shape(plan.instance, [&](auto shape) {
-    launch_parts(&forward<CHECK_CELL, CHECK_ELEMENT, decltype(shape)>, plan, params, nullptr);
+    if constexpr (has_forward(decltype(shape)::kExchange)) {
+      launch_parts(&forward<CHECK_CELL, CHECK_ELEMENT, decltype(shape)>, plan, params, nullptr);
+    }
   });
 }
 void run_backward(const CellInfo&, Element, const Plan& plan, const BackwardParams& params) {
@@ -138,9 +147,9 @@ void require(bool condition, const std::string& what) {
   if (!condition) throw std::runtime_error(what);
 }
 
-Product product(const Layer& l, bool backward) {
+Product product(const Layer& l, Exchange exchange, bool backward) {
   const int gates = static_cast<int>(l.cell.gates), Hp = static_cast<int>(l.Hp), bytes = element_bytes(l.element);
-  return backward ? Product{1, gates * Hp, bytes} : Product{gates, Hp, bytes};
+  return backward ? backward_product(exchange, gates * Hp, bytes) : Product{gates, Hp, bytes};
 }
 
 Problem problem(const Layer& l, int instance, bool backward) {
@@ -148,10 +157,10 @@ Problem problem(const Layer& l, int instance, bool backward) {
 }
 
 // The mechanisms of a launch. The cases must cover each of them.
-enum { kAloneOnChip, kCluster, kParts, kTeams, kTiles, kEmptyTile, kLaunches, kSharedColumns, kMechanisms };
-const char* const kMechanismNames[] = {
-    "a block alone", "a cluster",           "several parts",    "several teams",
-    "several tiles", "a tile without rows", "several launches", "columns in shared memory"};
+enum { kAloneOnChip, kCluster, kClusters, kParts, kTeams, kTiles, kEmptyTile, kLaunches, kSharedColumns, kMechanisms };
+const char* const kMechanismNames[] = {"a block alone",       "a cluster",        "several clusters in a team",
+                                       "several parts",       "several teams",    "several tiles",
+                                       "a tile without rows", "several launches", "columns in shared memory"};
 int reached[kMechanisms];
 
 void count_mechanisms(const Layer& l, const Plan& p, bool backward) {
@@ -159,27 +168,36 @@ void count_mechanisms(const Layer& l, const Plan& p, bool backward) {
   const int64_t tiles = (l.B + p.instance.rows() - 1) / p.instance.rows(), launches = (l.B + p.rows - 1) / p.rows;
   reached[kAloneOnChip] += p.instance.exchange == Exchange::kAlone;
   reached[kCluster] += p.instance.exchange == Exchange::kThroughCluster;
+  reached[kClusters] += p.instance.exchange == Exchange::kSplitColumns && d.parts > kSplitBlocks;
   reached[kParts] += d.parts > 1, reached[kTeams] += d.teams > 1, reached[kTiles] += d.tiles > 1;
   reached[kEmptyTile] += launches == 1 && tiles < d.teams * d.tiles, reached[kLaunches] += launches > 1;
-  reached[kSharedColumns] += product(l, backward).shared_pairs(p.instance.depth_warps) > 0;
+  reached[kSharedColumns] += product(l, p.instance.exchange, backward).shared_operands(p.instance.depth_warps) > 0;
+}
+
+// The instance of forward that goes with one of backward: if that has no forward, the same without splitting.
+int forward_instance(int instance) {
+  Instance in = kAllInstances[instance];
+  if (!has_forward(in.exchange)) in.exchange = Exchange::kThroughL2;
+  const auto equal = [&](const Instance& i) { return same(i, in); };
+  return static_cast<int>(std::find_if(std::begin(kAllInstances), std::end(kAllInstances), equal) - kAllInstances);
 }
 
 // The planner's plan for a device that has room for exactly these teams and tiles. A device always has room for two or
 // more clusters; if that is too many, the plan is reduced afterwards.
 Plan planned(const Layer& l, int instance, int teams, int tiles, bool backward) {
   const Instance& in = kAllInstances[instance];
-  const int parts = static_cast<int>((l.H + in.units() - 1) / in.units()), all_teams = static_cast<int>(l.D) * teams;
-  const bool cluster = in.exchange == Exchange::kThroughCluster;
+  const int parts = in.parts(static_cast<int>(l.H)), all_teams = static_cast<int>(l.D) * teams;
+  const int blocks = in.cluster(parts), clusters = all_teams * (parts / blocks);
   Device device = current_device();
-  device.sms = cluster ? 16 * ((all_teams + 16 / parts - 1) / (16 / parts)) : all_teams * parts;
-  device.shared_bytes = Layout(in, product(l, backward), tiles).total;
+  device.sms = blocks > 1 ? 16 * ((clusters + 16 / blocks - 1) / (16 / blocks)) : all_teams * parts;
+  device.shared_bytes = Layout(in, product(l, in.exchange, backward), tiles).total;
   std::optional<Plan> result = plan(problem(l, instance, backward), device);
   require(result.has_value(), "no plan");
-  if (cluster && result->division.teams > teams) {
+  if (blocks > 1 && result->division.teams > teams) {
     const int64_t all_tiles = (l.B + in.rows() - 1) / in.rows(), needed_tiles = (all_tiles + teams - 1) / teams;
     result->division.teams = teams, result->division.tiles = static_cast<int>(std::min<int64_t>(tiles, needed_tiles));
     result->rows = static_cast<int64_t>(teams) * result->division.tiles * in.rows();
-    result->shared_bytes = Layout(in, product(l, backward), result->division.tiles).total;
+    result->shared_bytes = Layout(in, product(l, in.exchange, backward), result->division.tiles).total;
   }
   count_mechanisms(l, *result, backward);
   return *result;
@@ -211,7 +229,7 @@ void forward_pass(const Layer& l, Inputs& in, Results& out, const Plan& plan, bo
     p.zones.h = {in[0][kZoneH].data(d * l.H), l.zone_stride()},
     p.zones.c = {in[0][kZoneC].data(d * l.H), l.zone_stride()};
     p.c_sequence = out.outputs[0][kCs].data(d * l.H);
-    p.h_prev = train || plan.instance.exchange == Exchange::kThroughL2 ? o[kHPrev].data() : nullptr;
+    p.h_prev = train || through_l2(plan.instance.exchange) ? o[kHPrev].data() : nullptr;
     p.saved = train ? o[kSaved].data() : nullptr;
     p.state_prev = train ? static_cast<float*>(o[kStatePrev].data()) : nullptr;
   }
@@ -330,21 +348,21 @@ uint64_t emulated_time() {
   return time;
 }
 
-// Launches without the block of one part. The other blocks must time out once, not at every step, set the error flag
-// and store NaN.
+// Launches without the block of one part, or without one cluster of a team. The other blocks must time out once, not at
+// every step, set the error flag and store NaN.
 void check_missing_part(const CellInfo& cell, Element element, int instance) {
-  const Layer l(cell, element, 12, 2, 2 * kAllInstances[instance].units() + 5, 1, "bsd");
+  const int part_units = kAllInstances[instance].units(), missing = kAllInstances[instance].cluster(1);
+  const Layer l(cell, element, 12, 2, 2 * missing * part_units + 5, 1, "bsd");
   Inputs in;
   draw(l, in);
-  Plan forward = planned(l, instance, 1, 1, false), backward = planned(l, instance, 1, 1, true);
+  Plan forward = planned(l, forward_instance(instance), 1, 1, false), backward = planned(l, instance, 1, 1, true);
   Results whole(l);
   forward_pass(l, in, whole, forward, true, kPatience);
   require(*error_word() == 0, "a block has waited in vain");
 
   constexpr uint64_t round = 1'000'000, patience = 5 * round;
   set_nanoseconds_per_round(round);
-  const int64_t units = --forward.division.parts * kAllInstances[instance].units();
-  --backward.division.parts;
+  const int64_t units = --forward.division.parts * part_units;
   Results out(l);
   const uint64_t start = emulated_time();
   forward_pass(l, in, out, forward, true, patience);
@@ -354,9 +372,10 @@ void check_missing_part(const CellInfo& cell, Element element, int instance) {
   require_nan(out.outputs[0][kY], l.H, units, "y");
   require_nan(out.outputs[0][kHn], l.H, units, "h_n");
   *error_word() = 0;
+  backward.division.parts -= missing;
   backward_pass(l, in, whole, backward, patience);
   require(*error_word() == 1, "backward has not noticed that a part is missing");
-  require_nan(whole.outputs[0][kDh0], l.H, units, "dh0");
+  require_nan(whole.outputs[0][kDh0], l.H, backward.division.parts * part_units, "dh0");
   *error_word() = 0;
   set_nanoseconds_per_round(1000);
 }
@@ -367,7 +386,7 @@ void check_short_waits(const CellInfo& cell, Element element, int instance) {
   Inputs in;
   draw(l, in);
   Results out(l);
-  forward_pass(l, in, out, planned(l, instance, 1, 1, false), true, 50'000);
+  forward_pass(l, in, out, planned(l, forward_instance(instance), 1, 1, false), true, 50'000);
   backward_pass(l, in, out, planned(l, instance, 1, 1, true), 50'000);
   require(*error_word() == 0, "the watchdog has taken many short waits for a long one");
 }
@@ -391,9 +410,7 @@ struct Options {
 };
 
 std::string text(const Instance& i) {
-  return (i.exchange == Exchange::kAlone       ? "alone "
-          : i.exchange == Exchange::kThroughL2 ? "shared out "
-                                               : "cluster ") +
+  return std::string(std::array{"alone ", "shared out ", "cluster ", "split "}[static_cast<int>(i.exchange)]) +
          std::to_string(i.unit_warps) + "x" + std::to_string(i.depth_warps) + "x" + std::to_string(i.row_tiles);
 }
 
@@ -419,7 +436,7 @@ int check_all(const CellInfo& cell, Element element, const Options& options) {
       if (!c.runs(in) || (options.quick && !c.has('q'))) continue;
       const Layer l(cell, element, c.T, c.tiles_of_rows * in.rows() + c.rows, c.units(in), c.directions, c.flags);
       named(prefix + text(in) + " H=" + std::to_string(l.H) + " B=" + std::to_string(l.B), [&] {
-        const Plan forward = planned(l, instance, c.teams, c.tiles, false);
+        const Plan forward = planned(l, forward_instance(instance), c.teams, c.tiles, false);
         check(l, forward, planned(l, instance, c.teams, c.tiles, true), options.seeds);
       });
       ++cases;

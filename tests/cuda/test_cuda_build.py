@@ -36,8 +36,8 @@ def source(name: str) -> str:
     return (CSRC / name).read_text().replace("\\\n", "")
 
 
-def constant(name: str, file: str) -> int:
-    (value,) = re.findall(rf"constexpr int {name} = (\d+);", source(file))
+def constant(name: str) -> int:
+    (value,) = re.findall(rf"constexpr int (?:\w+ = \d+, )*{name} = (\d+)[,;]", source("cuda/layout.h"))
     return int(value)
 
 
@@ -70,11 +70,12 @@ def exchanges() -> list[str]:
 
 def resident(kernels: Kernels) -> list[tuple[str, sass.Name, sass.Kernel]]:
     """The kernels that keep the recurrent weights on the chip, without those for clusters on sm_80, which has none."""
+    clusters = ("kThroughCluster", "kSplitColumns")
     return [
         (architecture, name, kernel)
         for architecture, found in kernels.items()
         for name, kernel in found.items()
-        if name.shape and not (architecture == "sm_80" and exchanges()[name.shape[0]] == "kThroughCluster")
+        if name.shape and not (architecture == "sm_80" and exchanges()[name.shape[0]] in clusters)
     ]
 
 
@@ -88,8 +89,8 @@ def flows(kernels: Kernels, *exchanging: str) -> Iterator[tuple[str, sass.Name, 
 def rows_per_thread(name: sass.Name) -> int:
     """Rows of a tile that a thread computes: a block's threads are spread over its units first."""
     _, unit_warps, depth_warps, row_tiles = name.shape
-    row_step = 32 * unit_warps * depth_warps // (constant("kTileUnits", "cuda/layout.h") * unit_warps)
-    return -(-constant("kTileRows", "cuda/layout.h") * row_tiles // row_step)
+    row_step = 32 * unit_warps * depth_warps // (constant("kTileUnits") * unit_warps)
+    return -(-constant("kTileRows") * row_tiles // row_step)
 
 
 def matching(instructions: Counter[str], pattern: str) -> int:
@@ -101,6 +102,8 @@ def test_every_kernel_is_there_for_every_architecture(kernels: Kernels) -> None:
     whole = ("forward", "backward")
     steps = [f"{kind}_{function}" for kind in ("step", "normalised") for function in whole]
     expected = {sass.Name(*key) for key in product(whole, policies(), ("Bf16", "Fp16", "Tf32"), instances())}
+    # A cluster that splits columns has only backward.
+    expected = {n for n in expected if n.function == "backward" or exchanges()[n.shape[0]] != "kSplitColumns"}
     expected |= {sass.Name(*key) for key in product(steps, policies(), ("Bf16", "Fp16", "Float32", "Float64"))}
     assert len(policies()) == len(reference.CELLS)
     assert instances()
@@ -128,19 +131,24 @@ def test_a_block_of_every_kernel_can_be_launched(kernels: Kernels) -> None:
             assert -(-registers // 8) * 8 * 32 * unit_warps * depth_warps <= 65536, (architecture, name)
 
 
-def weights(cell: str, function: str) -> tuple[int, int, int]:
+def splits(name: sass.Name) -> bool:
+    return exchanges()[name.shape[0]] == "kSplitColumns"
+
+
+def weights(name: sass.Name) -> tuple[int, int, int]:
     """For one tile: tensor-core instructions, those with weights from registers, and places that load rows.
 
     A warp takes the columns of its weights in pairs of tensor-core steps, one instruction for each step and gate, and
-    the pairs in chunks of kChunk. Chunks that begin with pairs in registers are unrolled; the others share one loop,
-    whose code occurs once. Backward has one product, of all gates' gradients. An instruction takes four
-    registers of weights, which gives the second number without counting pairs.
+    the pairs in chunks of kChunkPairs. Chunks that begin with pairs in registers are unrolled; the others share a loop,
+    whose code occurs once. Backward has one product, of all gates' gradients, or one for each block of a cluster that
+    splits columns. An instruction takes four registers of weights, which gives the second number without counting
+    pairs.
     """
-    gates = reference.GATES[policies()[cell]] if function == "forward" else 1
-    kept, chunk = constant("kWeightRegisters", "cuda/layout.h"), constant("kChunk", "cuda/product.cuh")
-    register_pairs = kept // (8 * gates)
-    chunks = -(-register_pairs // chunk) + 1
-    return chunks * chunk * 2 * gates, register_pairs * 2 * gates, (1 + chunks) * chunk
+    gates = reference.GATES[policies()[name.cell]] if name.function == "forward" else 1
+    gates = constant("kSplitBlocks") if splits(name) else gates
+    kept, chunk = constant("kWeightRegisters"), constant("kSplitChunkPairs" if splits(name) else "kChunkPairs")
+    chunks = -(-kept // (8 * gates * chunk)) + 1
+    return chunks * chunk * 2 * gates, kept // 4, (1 + chunks) * chunk
 
 
 @needs_sources
@@ -152,7 +160,7 @@ def test_the_time_loop_multiplies_as_the_source_says(kernels: Kernels) -> None:
     """
     opcodes = {"Bf16": "HMMA.16816.F32.BF16", "Fp16": "HMMA.16816.F32", "Tf32": "HMMA.1688.F32.TF32"}
     for architecture, name, kernel in resident(kernels):
-        products, _, _ = weights(name.cell, name.function)
+        products, _, _ = weights(name)
         count = kernel.time_loop[opcodes[name.element]]
         assert count in (products, products * name.shape[3]), (architecture, name)
         # No others: neither outside of the loop nor of another type.
@@ -167,16 +175,17 @@ def test_the_time_loop_takes_weights_from_the_chip(kernels: Kernels) -> None:
     """
     wide, exchange = r"LDG?\.\S*\b(64|128|256)\b", r"LDG?\.\S*\b128\.STRONG\.GPU"
     for architecture, name, kernel in resident(kernels):
-        products, from_registers, rows = weights(name.cell, name.function)
+        products, from_registers, rows = weights(name)
         exchanged = matching(kernel.time_loop, exchange)
         assert matching(kernel.time_loop, wide) == exchanged, (architecture, name)
         assert matching(kernel.instructions, wide) > exchanged, (architecture, name)  # proves that the pattern matches
-        assert (exchanged > 0) == (exchanges()[name.shape[0]] == "kThroughL2"), (architecture, name)
+        assert (exchanged > 0) == (exchanges()[name.shape[0]] in ("kThroughL2", "kSplitColumns")), (architecture, name)
 
         # Operands that are not in registers are in shared memory, with one load each. So are the partial sums of
-        # several gates, one load for each depth warp and row of a thread.
+        # several gates, one load for each depth warp and row of a thread; and those that a block of a cluster adds up
+        # for another one, one load for each depth warp and tile of rows.
         several_gates = name.function == "forward" and reference.GATES[policies()[name.cell]] > 1
-        sums = name.shape[2] * rows_per_thread(name) if several_gates else 0
+        sums = name.shape[2] * (name.shape[3] if splits(name) else rows_per_thread(name) if several_gates else 0)
         tiles = kernel.time_loop["LDS.128"] - (0 if exchanged else rows) - sums
         copies = matching(kernel.time_loop, "HMMA") // products
         assert tiles == copies * (products - from_registers), (architecture, name)
@@ -201,7 +210,7 @@ def test_the_time_loop_reads_no_more_than_its_data(kernels: Kernels) -> None:
 
 def test_no_load_is_waited_for_before_the_product(kernels: Kernels) -> None:
     """The loads of a step's data are in flight together, and while the blocks wait for each other's words."""
-    for architecture, name, flow in flows(kernels, "kThroughL2", "kThroughCluster"):
+    for architecture, name, flow in flows(kernels, "kThroughL2", "kThroughCluster", "kSplitColumns"):
         barriers = flow.all(sass_flow.BARRIER, flow.time_loop)
         assert barriers, (architecture, name)
         assert flow.touched_loads(barriers) == [], (architecture, name)
@@ -210,10 +219,10 @@ def test_no_load_is_waited_for_before_the_product(kernels: Kernels) -> None:
 @needs_sources
 def test_a_chunks_missing_words_are_loaded_again_together(kernels: Kernels) -> None:
     """A loop that polls has the loads of a whole chunk: one latency, not one for each. All elements poll alike."""
-    chunk = constant("kChunk", "cuda/product.cuh")
-    for architecture, name, flow in flows(kernels, "kThroughL2"):
+    for architecture, name, flow in flows(kernels, "kThroughL2", "kSplitColumns"):
         if name.element != "Bf16":
             continue
+        chunk = constant("kSplitChunkPairs" if splits(name) else "kChunkPairs")
         loads = [
             len(flow.all(sass_flow.EXCHANGE_LOAD, loop))
             for loop in flow.loops(flow.time_loop)

@@ -220,7 +220,7 @@ def test_lengths_outside_of_the_sequence(instance: int, lengths: list[int]) -> N
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("instance", [-(2**63), -3, 10, 2**31, 2**32 + 1, 2**63 - 1])
+@pytest.mark.parametrize("instance", [-(2**63), -3, 10, 13, 2**31, 2**32 + 1, 2**63 - 1])
 def test_kernels_that_are_not_there(instance: int) -> None:
     arguments = forward_arguments("gru", instance, 1, torch.float32, "padded", False)
     with pytest.raises(RuntimeError, match=r"this kernel|there is no kernel"):

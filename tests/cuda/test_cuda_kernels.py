@@ -26,6 +26,7 @@ ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "tf32": "Tf32"}
 INSTANCES = {
     "alone": "X(kAlone, 8, 1, 1)",
     "cluster": "X(kThroughCluster, 1, 8, 1)",
+    "split": "X(kThroughL2, 1, 8, 1) X(kSplitColumns, 1, 8, 1)",  # split_columns has no forward of its own
     "few": "X(kAlone, 8, 1, 1) X(kThroughL2, 1, 8, 1) X(kThroughL2, 2, 4, 2)",
 }
 # sigmoid and tanh shift their constants' sign bits out, which every supported compiler defines.
@@ -112,8 +113,9 @@ class Mutant:
 
 _FORWARD, _BACKWARD, _PRODUCT, _EXCHANGE = "forward.cuh", "backward.cuh", "product.cuh", "exchange.cuh"
 _BLOCK, _ELEMENT, _REGULARISED, _OPTIONS = "block.cuh", "element.h", "regularised.cuh", "row_options.cuh"
+_REDUCTION = "reduction.cuh"
 _EXISTS = "is_unit ? operand : 0.0f, row < tile.rows && unit < Hp"
-_ALONE, _CLUSTER = {"exchange": "alone"}, {"exchange": "cluster"}
+_ALONE, _CLUSTER, _SPLIT = {"exchange": "alone"}, {"exchange": "cluster"}, {"exchange": "split"}
 # Faults that cannot be detected and are left out:
 # - Both sync_warp() of product.cuh: mma itself synchronises the emulator's warps, and a lane reads only those weights
 #   in shared memory that it wrote. They make a GPU's lanes converge and do not order memory.
@@ -128,7 +130,7 @@ MUTANTS = [
     Mutant("forward: none before the steps", _FORWARD, "  }\n  sync_block();\n", "  }\n"),
     Mutant("forward: none behind the product", _FORWARD, "sums);\n      sync_block();", "sums);"),
     Mutant("forward: none behind the cell", _FORWARD, "      sync_block();\n    }\n", "    }\n"),
-    Mutant("backward: none behind the product", _BACKWARD, "      sync_block();\n\n", "\n"),
+    Mutant("backward: none behind the product", _BACKWARD, "      sync_block();\n      if (step", "      if (step"),
     Mutant("backward: none behind the cell", _BACKWARD, "      sync_block();\n    }\n", "    }\n"),
     # The exchange through L2.
     Mutant("nothing is ever missing", _EXCHANGE, "return v.w[0] == kNotReady ||", "return false &&"),
@@ -272,6 +274,68 @@ MUTANTS = [
         "gru",
         **_CLUSTER,
     ),
+    # Clusters that split columns.
+    Mutant(
+        "split: no barrier behind the product",
+        _BACKWARD,
+        "      sync_block();\n      if (step",
+        "      if (step",
+        **_SPLIT,
+    ),
+    Mutant("split: no barrier behind the cell", _BACKWARD, "      sync_block();\n    }\n", "    }\n", **_SPLIT),
+    Mutant("split: no barrier at the start", _REDUCTION, "    }\n    sync_cluster();\n", "    }\n", **_SPLIT),
+    Mutant(
+        "split: does not wait", _REDUCTION, "while (!arrivals(slot).complete(parity) &&", "while (false &&", **_SPLIT
+    ),
+    Mutant("split: parity of every product", _REDUCTION, "products_ >> 1 & 1;", "products_ & 1;", **_SPLIT),
+    Mutant("split: one slot", _REDUCTION, "slots_ + slot * kSlotBytes", "slots_ + 0 * kSlotBytes", **_SPLIT),
+    Mutant("split: one barrier", _REDUCTION, "arrivals_ + slot * 8", "arrivals_ + 0 * slot", **_SPLIT),
+    Mutant(
+        "split: nothing is expected at first", _REDUCTION, "        arrivals(slot).expect(kSlotBytes);\n", "", **_SPLIT
+    ),
+    Mutant(
+        "split: nothing is expected again",
+        _REDUCTION,
+        "gave_up()) arrivals(slot).expect(kSlotBytes);",
+        "gave_up()) {}",
+        **_SPLIT,
+    ),
+    Mutant("split: all expect", _REDUCTION, "if (thread_index() == 0 && !watchdog_", "if (!watchdog_", **_SPLIT),
+    Mutant(
+        "split: expects less",
+        _REDUCTION,
+        "kSplitBlocks * Shape::kRows * Shape::kUnits * 4;",
+        "Shape::kRows * 16;",
+        **_SPLIT,
+    ),
+    Mutant(
+        "split: all push to one place",
+        _REDUCTION,
+        "Block<Shape>::rank(), row, unit), words",
+        "0, row, unit), words",
+        **_SPLIT,
+    ),
+    Mutant(
+        "split: pushes to itself",
+        _REDUCTION,
+        "arrivals(slot), to);",
+        "arrivals(slot), Block<Shape>::rank());",
+        **_SPLIT,
+    ),
+    Mutant(
+        "split: pushes another's sums", _REDUCTION, "at(depth, row, unit, to)", "at(depth, row, unit, to ^ 1)", **_SPLIT
+    ),
+    Mutant("split: depth warps dropped", _REDUCTION, "depth < Shape::kDepthWarps;", "depth < 1;", **_SPLIT),
+    Mutant("split: blocks dropped", _REDUCTION, "from < kSplitBlocks;", "from < 1;", **_SPLIT),
+    Mutant(
+        "split: all take the first columns",
+        _BACKWARD,
+        "block.rank() * share.columns",
+        "0 * share.columns",
+        **_SPLIT,
+    ),
+    Mutant("split: columns behind the last", _BACKWARD, "rest < share.columns ?", "false ?", **_SPLIT),
+    Mutant("split: weights of its own units", _PRODUCT, "kSplits ? gate * Shape::kUnits : 0", "0", **_SPLIT),
 ]
 
 

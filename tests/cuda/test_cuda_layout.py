@@ -36,6 +36,7 @@ def test_no_access_has_a_bank_conflict(tmp_path: Path) -> None:
         ("row / 2 * 40", "row / 2 * 32", "sums stored"),
         ("rows / 2 * 40 + 16", "rows / 2 * 40", "sums loaded"),
         ("row * 17", "row * 16", "sums stored"),
+        ("(row / 2 * 8 + place) % 32", "place", "sums for other blocks stored"),
         ("128 * 128 + 64", "128 * 128", "rows loaded"),
     ],
 )

@@ -53,9 +53,8 @@ void Emulator::run(const Grid& grid, const std::function<void()>& kernel) {
   if (grid.shared_bytes < 0 || grid.shared_bytes > device.shared_bytes) refuse("shared memory");
   if (grid.cooperative && grid.blocks > device.sms) refuse("more blocks than can run at the same time");
   if (grid.cluster < 1 || grid.cluster > kMaxClusterBlocks || grid.blocks % grid.cluster != 0) refuse("clusters");
-  if (grid.cluster > 1 && (device.capability < 90 || grid.cooperative)) refuse("clusters here");
-  grid_ = grid;
-  kernel_ = &kernel;
+  if (grid.cluster > 1 && device.capability < 90) refuse("clusters here");
+  grid_ = grid, kernel_ = &kernel;
   error_.clear();
   races_ = 0;
 
@@ -65,10 +64,8 @@ void Emulator::run(const Grid& grid, const std::function<void()>& kernel) {
     order[i] = i;
     std::swap(order[i], order[random.below(i + 1)]);
   }
-  std::vector<int> indices;
-  for (const int cluster : order) {
-    for (int i = 0; i < grid.cluster; ++i) indices.push_back(cluster * grid.cluster + i);
-  }
+  std::vector<int> indices(grid.blocks);
+  for (int i = 0; i < grid.blocks; ++i) indices[i] = order[i / grid.cluster] * grid.cluster + i % grid.cluster;
   for (int i = 0; i < grid.blocks && error_.empty(); i += together) run_together(&indices[i], together);
   exchange_.deliver_all();
 
@@ -100,7 +97,7 @@ void Emulator::begin(Block& block, int index, int slot) {
   if (grid_.cluster > 1) {
     block.inbox.begin(grid_.shared_bytes, grid_.threads);
     block.clocks.assign(grid_.threads, VectorClock{});
-    for (VectorClock& clock : block.clocks) clock[slot] = block.interval;
+    for (VectorClock& clock : block.clocks) clock[slot % grid_.cluster] = block.interval;
   }
   for (int thread = 0; thread < grid_.threads; ++thread) {
     const size_t i = static_cast<size_t>(slot) * grid_.threads + thread;
@@ -114,7 +111,7 @@ void Emulator::run_together(const int* indices, int count) {
   if (fibers_.size() < threads) fibers_.resize(threads);
   order_.clear();
   pushes_.clear();
-  cluster_waiting_ = 0;
+  cluster_waiting_.assign(count / grid_.cluster, 0);
   for (int i = 0; i < count; ++i) begin(blocks_[i], indices[i], i);
   step_ = nanoseconds_per_round;
   idle_rounds_ = 0;
@@ -174,10 +171,8 @@ std::string Emulator::who_waits() const {
   int lines = 0;
   const auto add = [&](const Warp& warp, uint32_t lanes, const std::string& where) {
     if (lanes == 0 || ++lines > 9) return;
-    if (lines == 9) {
-      waiting += "\n  and others";
-      return;
-    }
+    if (lines == 9) waiting += "\n  and others";
+    if (lines == 9) return;
     const int others = __builtin_popcount(lanes) - 1;
     waiting += "\n  block " + text(blocks_[warp.block].index) + " thread " + text(warp.first + __builtin_ctz(lanes));
     if (others > 0) waiting += " and " + text(others) + " others of its warp";
@@ -242,7 +237,7 @@ void Emulator::leave() {
   Block& block = blocks_[warp_->block];
   if (warp_->arrived != 0) fail(std::string("ends while its warp waits for it at ") + name(warp_->meeting));
   if (block.waiting != 0) fail("ends while its block waits for it at sync_block");
-  if (cluster_waiting_ != 0) fail("ends while its cluster waits for it at sync_cluster");
+  if (cluster_waiting_[warp_->block / grid_.cluster] != 0) fail("ends while its cluster waits for it at sync_cluster");
   ++block.left;
   progress_ = true;
 }
@@ -258,9 +253,9 @@ void Emulator::meet(Meeting kind, const Operands& operands) {
   Block& block = blocks_[warp.block];
   const bool whole_cluster = kind == Meeting::kSyncCluster, whole_block = kind == Meeting::kSyncBlock;
   // The blocks [first, last) of which all threads must meet; none if only the warp meets.
-  const int first = whole_cluster ? 0 : warp.block;
-  const int last = whole_cluster ? grid_.cluster : whole_block ? warp.block + 1 : warp.block;
-  int& waiting = whole_cluster ? cluster_waiting_ : block.waiting;
+  const int first = whole_cluster ? first_of_cluster() : warp.block;
+  const int last = whole_cluster ? first + grid_.cluster : whole_block ? warp.block + 1 : warp.block;
+  int& waiting = whole_cluster ? cluster_waiting_[warp.block / grid_.cluster] : block.waiting;
   bool ended = warp.left != 0;
   for (int i = first; i < last; ++i) ended = ended || blocks_[i].left != 0;
   if (ended) fail(std::string("at ") + name(kind) + ", but others ended");
@@ -323,8 +318,8 @@ void Emulator::end_interval(Block& block) {
     warp.ready = kAllLanes;
   }
   if (grid_.cluster == 1) return;
-  const int slot = static_cast<int>(block.warps.front().block);
-  for (VectorClock& clock : block.clocks) clock[slot] = block.interval;
+  const int rank = block.warps.front().block % grid_.cluster;
+  for (VectorClock& clock : block.clocks) clock[rank] = block.interval;
   share(block, 0, grid_.threads);
 }
 
@@ -370,9 +365,9 @@ void Emulator::store_to_host(int32_t* to, int32_t value) {
 }
 
 void Emulator::init(int arrivals) {
-  const Block& block = blocks_[warp_->block];
   if (grid_.cluster == 1) fail("Arrivals outside of a cluster");
-  const std::string error = blocks_[warp_->block].inbox.init(arrivals, block.time);
+  Block& block = blocks_[warp_->block];
+  const std::string error = block.inbox.init(arrivals, block.time);
   if (!error.empty()) fail("Arrivals::init, " + error);
 }
 
@@ -396,7 +391,8 @@ void Emulator::push(int offset, const Words& v, int arrivals, int rank) {
   if (rank < 0 || rank >= grid_.cluster || grid_.cluster == 1) fail(where() + ": there is no such block");
   const int bytes = sizeof v;
   if (offset < 0 || offset + bytes > grid_.shared_bytes || offset % bytes != 0) fail(where() + ": not words of it");
-  Block& target = blocks_[rank];
+  const int to = first_of_cluster() + rank;
+  Block& target = blocks_[to];
   const VectorClock& clock = blocks_[warp_->block].clocks[thread()];
   if (!target.inbox.initialized_before(arrivals, clock[rank])) fail(where() + ": its barrier may not be ready");
   if (!target.shared.untouched_since(offset, bytes, clock[rank])) fail(where() + ": it may still be in use there");
@@ -404,7 +400,7 @@ void Emulator::push(int offset, const Words& v, int arrivals, int rank) {
     const int at = offset + 4 * i;
     const std::string error = target.inbox.announce(at);
     if (!error.empty()) fail(where() + ": " + error);
-    pushes_.add({visits_ + 1 + random_delay(), 0, warp_->block, rank, at, v.w[i], arrivals, clock});
+    pushes_.add({visits_ + 1 + random_delay(), 0, warp_->block, to, at, v.w[i], arrivals, clock});
   }
   progress_ = true;
 }

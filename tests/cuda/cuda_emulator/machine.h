@@ -107,6 +107,7 @@ class Emulator {
   uint64_t random_delay();
   [[noreturn]] void fail(const std::string& what) const;
   std::string who_waits() const;
+  int first_of_cluster() const { return warp_->block / grid_.cluster * grid_.cluster; }
   Fiber& fiber() { return fibers_[warp_->block * grid_.threads + thread()]; }
 
   Grid grid_{};
@@ -117,7 +118,7 @@ class Emulator {
   std::vector<Warp*> order_;  // the warps that have not ended, in the order of their turns
   Exchange exchange_;
   Pushes pushes_;
-  int cluster_waiting_ = 0;  // threads that wait at sync_cluster
+  std::vector<int> cluster_waiting_;  // in each cluster, threads that wait at sync_cluster
 
   Warp* warp_ = nullptr;  // of the running thread
   int lane_ = 0;

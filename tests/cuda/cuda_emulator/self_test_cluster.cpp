@@ -1,10 +1,11 @@
 // Checks the emulation of clusters: their barriers, the words that blocks push to each other, and the mbarriers that
-// count them. Also checks that the kernels' exchange through a cluster ends if one of its blocks is too late.
+// count them. Also checks that the kernels' exchanges through a cluster end if one of its blocks is too late.
 #include <string>
 #include <vector>
 
 #include "cluster.h"
 #include "exchange.cuh"
+#include "reduction.cuh"
 #include "self_test.h"
 
 namespace self_test {
@@ -24,6 +25,7 @@ enum class Fault {
   kNoBlockBarrier,
   kWrittenOnTheWay,
   kBeyondTheBlock,
+  kNotAligned,
   kOntoABarrier,
   kNoSuchBlock,
   kEndsEarly,
@@ -57,6 +59,7 @@ FUSED_RNN_KERNEL(kRingThreads) pass_around(Ring p, int cluster) {
     int to = slot(round, rank) + thread * 16;
     const Words words{{value, value + 1, value + 2, value + 3}};
     if (fault(Fault::kBeyondTheBlock) && thread == 5) to += ring_bytes(cluster);
+    if (fault(Fault::kNotAligned) && thread == 5) to += 4;
     if (fault(Fault::kOntoABarrier) && thread == 5) to = 0;
     for (int i = 0; i < cluster; ++i) push(to, words, arrivals(round), fault(Fault::kNoSuchBlock) ? cluster : i);
   };
@@ -110,6 +113,11 @@ void test_ring() {
     set_schedule_seed(seed);
     expect_success("ring", ring<kCluster>, grid, Ring{Fault::kNone, rounds, sums.data()});
     expect(sums == expected, "the sums of a ring");
+    // All clusters at the same time.
+    sums.assign(sums.size(), 0);
+    expect_success("rings", ring<kCluster>, {blocks, kRingThreads, ring_bytes(kCluster), true, kCluster},
+                   Ring{Fault::kNone, rounds, sums.data()});
+    expect(sums == expected, "the sums of rings");
     // These faults are detected when a word is pushed, when it is read, or at expect(), whichever comes first.
     const auto fails = [&](Fault fault, std::vector<const char*> messages = {"push to byte", "the word at", "expect"}) {
       const std::string error = error_of(ring<kCluster>, grid, Ring{fault, rounds, sums.data()});
@@ -129,13 +137,13 @@ void test_ring() {
     fails(Fault::kNoBlockBarrier, {"in use"});
     fails(Fault::kWrittenOnTheWay);
     fails(Fault::kBeyondTheBlock, {"not words of it"});
+    fails(Fault::kNotAligned, {"not words of it"});
     fails(Fault::kOntoABarrier, {"barrier"});
     fails(Fault::kNoSuchBlock, {"no such block"});
     fails(Fault::kEndsEarly, {"ended"});
     fails(Fault::kEndsAtBarrier, {"sync_cluster"});
   }
   expect_error("refused", ring<kCluster>, {blocks + 1, kRingThreads, ring_bytes(kCluster), false, kCluster}, Ring{});
-  expect_error("refused", ring<kCluster>, {blocks, kRingThreads, ring_bytes(kCluster), true, kCluster}, Ring{});
   expect_error("refused", ring<kCluster>, {36, kRingThreads, ring_bytes(kCluster), false, 9}, Ring{});
   const Device device = current_device();
   set_current_device({132, 166912, 80});
@@ -266,6 +274,65 @@ void test_exchange_of_rows() {
   *error_word() = 0;
 }
 
+// ---- The kernels' sums ----------------------------------------------------------------------------------------------
+
+using SumsShape = Shape<Exchange::kSplitColumns, 1, 8, 2>;
+
+struct Reduced {
+  Sequence sequence;
+  int late_block, late_product;  // waits before this product for delay nanoseconds
+  uint64_t delay;
+  int* missing_sums;  // counts the sums whose reader timed out
+};
+
+// A warp's sums depend on its block and number, on the product, and on the block, row and unit that they are for.
+FUSED_RNN_KERNEL(256) reduce(Reduced p) {
+  const Block<SumsShape> block(p.sequence);
+  const Layout layout(SumsShape::instance(), {kSplitBlocks, 64, 4}, 1);
+  ClusterSums<SumsShape> reduction(block, layout);
+  const int rank = block.rank(), warp = thread_index() / 32;
+  for (int product = 0; product < 5; ++product) {
+    if (block_index() == p.late_block && product == p.late_product) {
+      const uint64_t start = nanoseconds();
+      while (nanoseconds() - start < p.delay) relax();
+    }
+    for (int i = thread_index() % 32; i < kSplitBlocks * SumsShape::kRows * SumsShape::kUnits; i += 32) {
+      const int to = i / (SumsShape::kRows * SumsShape::kUnits), unit = i % SumsShape::kUnits,
+                row = i / SumsShape::kUnits % SumsShape::kRows;
+      shared_memory<float>(layout.sums)[PartialSums{kSplitBlocks, SumsShape::kRows}.at(warp, row, unit, to)] =
+          static_cast<float>(((product * 8 + to) * 16 + row) * 16 + unit + 1000 * (warp - rank));
+    }
+    sync_block();
+    reduction.exchange();
+    for (int i = 0; i < SumsShape::kRowsPerThread; ++i) {
+      const float sum = reduction.sum(block.row(i), block.local_unit());
+      if (sum != sum) ++*p.missing_sums;
+      const int expected = 64 * (((product * 8 + rank) * 16 + block.row(i)) * 16 + block.local_unit());
+      expect(sum != sum || sum == static_cast<float>(expected), "the sum of a row and unit");
+    }
+    sync_block();
+  }
+  reduction.finish();
+}
+
+void test_sums() {
+  for (uint64_t seed = 0; seed < 6; ++seed) {
+    set_schedule_seed(seed);
+    for (const bool late : {false, true}) {
+      Sequence q{};
+      q.division = {2 * kSplitBlocks, 1, 1};
+      q.error = error_word(), q.patience = 50000;  // a round of the emulator takes 1000
+      int missing_sums = 0;
+      *error_word() = 0;
+      const Layout layout(SumsShape::instance(), {kSplitBlocks, 64, 4}, 1);
+      expect_success("sums", reduce, {2 * kSplitBlocks, 256, layout.total, true, kSplitBlocks},
+                     Reduced{q, late ? 9 : -1, 2, 1000000, &missing_sums});
+      expect((*error_word() != 0) == late && (missing_sums != 0) == late, "that only a late block is given up");
+    }
+  }
+  *error_word() = 0;
+}
+
 }  // namespace
 
 void test_clusters() {
@@ -273,6 +340,7 @@ void test_clusters() {
   test_ring<2>();
   test_ring<5>();
   test_exchange_of_rows();
+  test_sums();
 }
 
 }  // namespace self_test
