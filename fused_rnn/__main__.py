@@ -35,7 +35,10 @@ def _cuda_kernels() -> str:
         return "not built, or torch has no CUDA"
     if not torch.cuda.is_available():
         return "built; torch sees no GPU"
-    fault = self_check.why_not(torch.device("cuda", torch.cuda.current_device()))
+    try:
+        fault = self_check.why_not(torch.device("cuda"))
+    except torch.OutOfMemoryError:
+        return "built; the GPU has no memory left for their self-check"
     return f"built; {fault or f'right on this {torch.cuda.get_device_name()}, by their self-check'}"
 
 
@@ -71,15 +74,19 @@ def _tuned() -> str:
 def tune(options: argparse.Namespace) -> None:
     """Tune the call that the command line describes."""
     T, B, I, H, L = options.shape  # noqa: E741
-    if options.device == "cuda" and not torch.cuda.is_available():
-        options.error("torch has no CUDA device")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    has_gpu = torch.cuda.is_available() and cuda.available()
+    if options.device == "cuda" and not has_gpu:
+        options.error("--device cuda needs a CUDA device and a build with the CUDA kernels")
+    device = torch.device(options.device or ("cuda" if has_gpu else "cpu"))
     dtype = getattr(torch, options.dtype)
     more = {"nonlinearity": "relu"} if options.cell == "rnn_relu" else {}
     make = getattr(fused_rnn, options.cell.split("_")[0].upper())
-    module = make(I, H, L, bidirectional=options.bidirectional, device=device, dtype=dtype, **more)
-    with torch.set_grad_enabled(options.train):
-        fused_rnn.tune(module, torch.zeros(T, B, I, device=device, dtype=dtype), options.seconds)
+    try:
+        module = make(I, H, L, bidirectional=options.bidirectional, device=device, dtype=dtype, **more)
+        with torch.set_grad_enabled(options.train):
+            fused_rnn.tune(module, torch.zeros(T, B, I, device=device, dtype=dtype), options.seconds)
+    except RuntimeError as error:  # no memory, most likely
+        options.error(str(error))
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import autocast, layers, policy, reference, tuned
-from fused_rnn.options import LayerOptions
+from fused_rnn.options import PLANNED, LayerOptions
 from fused_rnn.policy import CASTABLE, HIGHEST, autocast_dtype, runs_eagerly
 from fused_rnn.spec import Spec
 
@@ -50,7 +50,7 @@ def run(
     is_torchs = torchs is not None and not has_keywords
     data = input.data if isinstance(input, PackedSequence) else input
     half = autocast_dtype(data.device) if isinstance(data, Tensor) else None
-    instance = tuned.PLANNED
+    instance = PLANNED
     if is_torchs and torchs is not None:
         choice = _choice(spec, input, hx, half)
         if choice is None or not choice.fused:
@@ -76,10 +76,10 @@ def run(
         takes_operators = (
             policy.fusible(call.x, *tensors)
             and not (not_on_cuda and policy.on_cuda(call.x))
-            and policy.kernels_work(call.x)
+            and (call.x.is_cpu or policy.kernels_work(call.x))
         )
     has_options = has_keywords or call.norms or spec.recompute or spec.has_rates
-    has_options = has_options or call.precision != HIGHEST or call.instance != tuned.PLANNED
+    has_options = has_options or call.precision != HIGHEST or call.instance != PLANNED
     with torch.autocast(call.x.device.type, enabled=False) if half is not None else _NO_CONTEXT:
         results = layers.stack(
             spec.cell,
@@ -125,7 +125,10 @@ def _choice(spec: Spec, input: Any, hx: Any, half: torch.dtype | None) -> policy
         if T == 0:
             return None
     on_gpu = policy.on_cuda(data)
-    asks = half is not None or data.dtype is torch.bfloat16 or on_gpu or tuned.table.asked  # else all is fused
+    # Whether the choice depends on it; a compiler would guard the table that its graphs do not follow.
+    asks = not torch.compiler.is_compiling() and (
+        half is not None or data.dtype is torch.bfloat16 or on_gpu or tuned.table.asked
+    )
     return policy.choose(
         spec.cell,
         data.dtype,
@@ -175,7 +178,7 @@ class Call:
     reset_states: tuple[Tensor | None, ...] = (None, None)
     wants_sequence = False
     precision = HIGHEST
-    instance = tuned.PLANNED
+    instance = PLANNED
 
     def __init__(self, spec: Spec, input: Any, hx: Any) -> None:
         self.spec, self.name = spec, spec.name

@@ -61,7 +61,11 @@ def parser() -> argparse.ArgumentParser:
     tuner.add_argument("--train", action="store_true", help="forward and backward instead of inference")
     tuner.add_argument("--bidirectional", action="store_true")
     tuner.add_argument("--seconds", type=_seconds, default=10.0, help="about how long to measure (default: 10)")
-    tuner.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if torch has a CUDA device")
+    tuner.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="default: cuda where its kernels can run",
+    )
     tuner.set_defaults(error=tuner.error)
     return parser
 

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+PLANNED, EVERY_STEP = -1, -2
+"""Values of `instance` (csrc/bindings/schemas.h): the planner's kernel, and a product for every step."""
+
 
 class LayerOptions(NamedTuple):
     """What one layer computes beyond torch.nn's; the meaning of the fields is in `fused_rnn.reference.layer`.
@@ -35,7 +38,7 @@ class LayerOptions(NamedTuple):
     tf32: bool = False
     precision: int = 0
     recompute: bool = False
-    instance: int = -1
+    instance: int = PLANNED
 
 
 _place = LayerOptions._fields.index

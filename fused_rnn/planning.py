@@ -7,8 +7,9 @@ from typing import Any, get_args
 
 import torch
 
-from fused_rnn import _C, cuda, policy, tuned
+from fused_rnn import _C, cuda, policy
 from fused_rnn.cell_info import NUMBER
+from fused_rnn.options import EVERY_STEP, PLANNED
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,12 @@ def plan(
         )  # fmt: skip
         return Plan("fused", "cpu", choice.reason, shared, shared, choice.source)
     properties = properties or cuda.device_properties(device)
-    if choice.instance == tuned.EVERY_STEP or (
-        choice.instance == tuned.PLANNED and (T == 1 or not cuda.is_resident(cell, dtype, B, H, directions, properties))
+    if choice.instance == EVERY_STEP or (
+        choice.instance == PLANNED and (T == 1 or not cuda.is_resident(cell, dtype, B, H, directions, properties))
     ):
         return Plan("fused", "steps", choice.reason, source=choice.source)
     forward, backward = (
-        next((p for p in plans if choice.instance in (tuned.PLANNED, p["instance"])), {})  # it may have no backward
+        next((p for p in plans if choice.instance in (PLANNED, p["instance"])), {})  # it may have no backward
         for plans in (cuda.plans(cell, dtype, B, H, directions, backward, properties) for backward in (False, True))
     )
     source = "tuned" if choice.source == "tuned" else "model"

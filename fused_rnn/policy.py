@@ -19,6 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from fused_rnn import _C, cuda, self_check, tuned
+from fused_rnn.options import PLANNED
 
 BACKENDS = ("auto", "fused", "torch")
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
@@ -47,7 +48,7 @@ class Choice(NamedTuple):
     fused: bool
     reason: str
     source: str = "shipped"
-    instance: int = tuned.PLANNED
+    instance: int = PLANNED
 
 
 def choose(
@@ -163,9 +164,18 @@ def tuned_choice(call: tuned.Call, device: torch.device, may_measure: bool = Tru
     fused = result.backend == "fused"
     if not fused and device.type == "cpu" and call.cell == "lstm" and lacks_threads():
         return None
-    if fused and device.type == "cuda" and self_check.why_not(device):
+    if fused and device.type == "cuda" and (self_check.why_not(device) or not _has_kernel(call, result, device)):
         return None
     return Choice(fused, "fused_rnn.tune measured it on this machine", "tuned", result.instance)
+
+
+def _has_kernel(call: tuned.Call, result: tuned.Result, device: torch.device) -> bool:
+    """Whether the table's kernel is there: another build may have numbered them in another way."""
+    if result.instance < 0:
+        return True
+    dtype, properties = call.autocast or call.dtype, cuda.device_properties(device)
+    plans = cuda.plans(call.cell, dtype, call.B, call.H, call.directions, False, properties)
+    return result.instance in {plan["instance"] for plan in plans}
 
 
 def tuned_plain(

@@ -1,10 +1,10 @@
 """The user's table: what `fused_rnn.tune` measured on this machine, and where it is kept.
 
-`fused_rnn.policy` asks it before it follows its own rules. Who has never tuned pays for one look at `Table.asked`: a
+`fused_rnn.policy` asks it before it follows its own rules. Without a table a call costs one look at `Table.asked`: a
 file is looked for when the package is imported, and read when the first call asks.
 
 The table is a JSON file in the user's cache folder. Its results are listed for each machine: a device with a driver, a
-number of threads, the versions of torch, cuDNN and this package. Whoever writes it merges his results with those that
+number of threads, the versions of torch, cuDNN and this package. A writer merges its results with those that
 are there, under a lock, and replaces the file as a whole, so that no reader ever sees a half of it.
 """
 
@@ -25,12 +25,10 @@ from typing import Any, Literal, NamedTuple, get_type_hints
 import torch
 
 from fused_rnn import _C, cuda
+from fused_rnn.options import EVERY_STEP, PLANNED
 
 FORMAT = 1
 """Of the file. A file of another format counts as foreign."""
-
-PLANNED, EVERY_STEP = -1, -2
-"""Values of `instance` (csrc/bindings/schemas.h): the planner's kernel, and a product for every step."""
 
 FIRST_USE_VARIABLE = "FUSED_RNN_TUNE"
 

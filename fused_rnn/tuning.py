@@ -6,7 +6,8 @@ divided by its own. Torch.nn must give way to kernels that are 5 % faster on a G
 CPU, for which the kernels were measured on other machines, it must itself be 5 % faster to be taken.
 
 The rivals of a CPU are torch.nn and the kernels with the process's instruction set, because that is chosen once per
-process (FUSED_RNN_CPU_ISA). On CUDA they are cuDNN, the planner's two best resident kernels, and a product per step.
+process (FUSED_RNN_CPU_ISA). On CUDA they are cuDNN, the planner's two best resident kernels, in training also its best
+one for each pass, and a product per step.
 
 Weights and data come from a generator of their own, and nothing of the caller's is written to.
 """
@@ -28,9 +29,10 @@ from torch import Tensor
 from torch.nn.modules import rnn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from fused_rnn import cuda, layers, policy, reference, tuned, tuning_report
+from fused_rnn import cuda, layers, policy, reference, self_check, tuned, tuning_report
 from fused_rnn.modules import GRU, LSTM, RNN
-from fused_rnn.tuned import EVERY_STEP, TORCH_NAMES, Call, Result
+from fused_rnn.options import EVERY_STEP
+from fused_rnn.tuned import TORCH_NAMES, Call, Result
 
 MARGIN = 1.05
 """How much faster a challenger must be."""
@@ -44,7 +46,7 @@ GPU_PLANS = 2
 _TORCH = Result("torch")
 
 _lock = threading.Lock()  # two measurements at a time would disturb each other
-_hopeless: set[Call] = set()  # buckets whose measurement failed: not to be tried at every use
+_hopeless: set[tuple[str, Call]] = set()  # machines' buckets whose measurement failed: not to be tried at every use
 
 
 def tune(model: torch.nn.Module, example_input: Any, seconds: float = 10.0) -> dict[Call, Result]:
@@ -58,7 +60,7 @@ def tune(model: torch.nn.Module, example_input: Any, seconds: float = 10.0) -> d
     Args:
         model: a module of this package, or any model that contains some.
         example_input: what the model is called with; a tuple is passed as several arguments.
-        seconds: about how long to measure, in total.
+        seconds: about how long to measure, in total; calls that take long are measured a dozen times all the same.
 
     Returns:
         The result of each distinct call.
@@ -89,15 +91,16 @@ def tune(model: torch.nn.Module, example_input: Any, seconds: float = 10.0) -> d
             "(fused_rnn.replace converts a model) with backend='auto', outside of torch.compile and of deterministic "
             "algorithms"
         )
-    results: dict[Call, Result] = {}
+    results: dict[tuple[Call, torch.device], Result] = {}
     with _lock, tuning_report.progress(seconds) as advance:
         for call, device in calls:
             with _own_settings(call, device):
-                results[call] = _measured(call, device, seconds / len(calls), advance)
-    tuned.table.put({(tuned.machine(device), call.bucket()): results[call] for call, device in calls})
+                result = results[call, device] = _measured(call, device, seconds / len(calls), advance)
+            tuned.table.put({(tuned.machine(device), call.bucket()): result})  # at once: the next may fail
     machines = dict.fromkeys(tuned.machine(device) for _, device in calls)
-    tuning_report.show(results, list(machines), tuned.table.path)
-    return results
+    by_call = {call: result for (call, _), result in results.items()}
+    tuning_report.show(by_call, list(machines), tuned.table.path)
+    return by_call
 
 
 def _calls_of(model: torch.nn.Module, example_input: Any) -> list[tuple[Call, torch.device]]:
@@ -117,19 +120,19 @@ def _on_first_use(call: Call, device: torch.device) -> Result | None:
     distributed = torch.distributed
     alone = not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    bucket = call.bucket()
-    if capturing or not alone or bucket in _hopeless or _obstacle() or not _lock.acquire(blocking=False):
+    key = tuned.machine(device), call.bucket()
+    if capturing or not alone or key in _hopeless or _obstacle() or not _lock.acquire(blocking=False):
         return None
     try:
         with _own_settings(call, device):
             result = _measured(call, device, FIRST_USE_SECONDS)
     except RuntimeError as error:  # out of memory
-        _hopeless.add(bucket)
+        _hopeless.add(key)
         warnings.warn(f"fused_rnn could not measure {call}: {error}", stacklevel=2)
         return None
     finally:
         _lock.release()
-    tuned.table.put({(tuned.machine(device), bucket): result})
+    tuned.table.put({key: result})
     return result
 
 
@@ -178,6 +181,8 @@ def _measured(
     Warns:
         UserWarning: the kernels computed wrong values.
     """
+    if device.type == "cpu" and policy.lacks_threads():  # torch.nn's LSTM is never taken then
+        raise RuntimeError("OpenMP gives fewer threads than torch asks for (OMP_THREAD_LIMIT, OMP_DYNAMIC)")
     subject = _Subject(call, device)
     rivals = _correct(_rivals(call, device), subject)
     return _decide(rivals, _samples(rivals, subject, device, seconds, advance), device.type)
@@ -196,7 +201,10 @@ def _correct(rivals: dict[str, Result], subject: _Subject) -> dict[str, Result]:
         raise why
     torchs, *ours = rivals
     if torchs in values:
-        exact = subject.exact()
+        try:
+            exact = subject.exact()
+        except torch.OutOfMemoryError:  # float64, step by step, takes several times what a rival does
+            exact = [value.double() for value in values[torchs]]
         for name in ours:
             if name in values and (wrong := _differs(subject.call, values[name], values[torchs], exact)):
                 del values[name]
@@ -213,9 +221,13 @@ def _rivals(call: Call, device: torch.device) -> dict[str, Result]:
     if device.type != "cuda":
         return {TORCH_NAMES[0]: _TORCH, "kernels": Result("fused")}
     rivals = {TORCH_NAMES[1]: _TORCH}
+    if self_check.why_not(device):
+        return rivals
     dtype = call.autocast or call.dtype
     properties = cuda.device_properties(device)
     if cuda.is_resident(call.cell, dtype, call.B, call.H, call.directions, properties) and call.T > 1:
+        if call.train:  # kSplitColumns has backward alone
+            rivals["planner"] = Result("fused")
         cost: dict[int, float] = {}
         for backward in (False, True) if call.train else (False,):
             plans = cuda.plans(call.cell, dtype, call.B, call.H, call.directions, backward, properties)
@@ -318,9 +330,11 @@ def _samples(
     runs: dict[str, Callable[[], Any]] = dict.fromkeys(rivals, subject.run)
     if device.type == "cuda":
         clock = _cuda_seconds
-        for name, rival in rivals.items():
+        for name, rival in rivals.items() if not subject.call.packed else ():  # whose rows come from the host
             with tuned.answering(lambda call, device, rival=rival: rival):  # type: ignore[misc]
                 runs[name] = _captured(subject.run, device)
+        if subject.run in runs.values():  # a graph and a call cannot be compared
+            runs = dict.fromkeys(rivals, subject.run)
 
     def take(name: str, count: int) -> float:
         with tuned.answering(lambda call, device: rivals[name]):
@@ -352,7 +366,7 @@ def _cpu_seconds(run: Callable[[], Any], count: int) -> float:
 
 
 def _cuda_seconds(run: Callable[[], Any], count: int) -> float:
-    """The same by the GPU's own clock."""
+    """`_cpu_seconds`, by CUDA events."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(count):
@@ -371,8 +385,8 @@ def _captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            run()
+        with torch.cuda.stream(current), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()  # the outer context gives the stream back even if the end of the capture raises
     except RuntimeError:  # some calls cannot be captured, such as those that copy from the host
         return run
     return graph.replay
@@ -384,8 +398,7 @@ def _decide(rivals: dict[str, Result], samples: dict[str, list[float]], device_t
     torchs = next((name for name in rivals if name in TORCH_NAMES), None)
     ours = [name for name in rivals if name != torchs]
     if torchs is None or not ours:  # there is no choice
-        (first, *_) = rivals.values()
-        return first._replace(seconds=seconds)
+        return rivals[min(rivals, key=seconds.__getitem__)]._replace(seconds=seconds)
     speedups = {
         name: median(theirs / own for theirs, own in zip(samples[torchs], samples[name], strict=True)) for name in ours
     }

@@ -17,7 +17,7 @@ import fused_rnn
 from cases import CASES, Case
 from emulated import gpu as gpu
 from fused_rnn import cuda, layers, policy, reference, tuned, tuning
-from fused_rnn.options import LayerOptions, operator_tensors_of
+from fused_rnn.options import EVERY_STEP, LayerOptions, operator_tensors_of
 from test_amp import torchs_lstm_takes
 from test_gpu import PRECISIONS, Precision, farther, results, rounded_to_tf32, tf32_results
 from test_modules import GRADCHECKS
@@ -283,10 +283,10 @@ def test_a_tuned_kernel_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     module = getattr(fused_rnn, name)(5, 40, 2, dtype=torch.bfloat16)
     x = torch.randn(4, 3, 5, dtype=torch.bfloat16)
     cell = "rnn_tanh" if name == "RNN" else name.lower()
-    instances = [plan["instance"] for plan in cuda.plans(cell, torch.bfloat16, 3, 40, 1, True, emulated.H200)]
+    instances = [plan["instance"] for plan in cuda.plans(cell, torch.bfloat16, 3, 40, 1, False, emulated.H200)]
     assert len(instances) >= 2
     expected = getattr(torch.nn, name).forward(module, x)[0]
-    for instance in (*instances, tuned.EVERY_STEP):
+    for instance in (*instances, EVERY_STEP):
         with tuned.answering(lambda call, device, instance=instance: tuned.Result("fused", instance)):
             y, _ = module(x)
             assert emulated.last_was_resident() == (instance >= 0)
@@ -302,5 +302,5 @@ def test_tuning_accepts_the_kernels(cell: str, packed: bool, monkeypatch: pytest
     monkeypatch.setattr(cuda, "device_properties", lambda device: emulated.H200)
     call = tuned.Call(cell, torch.bfloat16, None, 5, 3, 5, 40, 0, 2, 1, packed, True, 0)
     rivals = tuning._rivals(call, torch.device("cuda"))
-    assert [rival.backend for rival in rivals.values()] == ["torch", "fused", "fused", "fused"]
+    assert [rival.backend for rival in rivals.values()] == ["torch", "fused", "fused", "fused", "fused"]
     assert tuning._correct(rivals, tuning._Subject(call, torch.device("cpu"))) == rivals

@@ -212,6 +212,7 @@ def test_info_says_what_came_of_it(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cuda, "available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GPU of a test")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
     assert info()["cuda kernels"] == "built; right on this GPU of a test, by their self-check"
     monkeypatch.setattr(self_check, "_results", {})
     gpu.fault = "y of gru is off"

@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
 from fused_rnn import cuda, layers, operators, policy, tuned, tuning, tuning_report
-from fused_rnn.tuned import EVERY_STEP, Call, Result, Table
+from fused_rnn.options import EVERY_STEP, PLANNED
+from fused_rnn.tuned import Call, Result, Table
 from tuned_calls import CALL, CPU, H200, HIDDEN, SIZE, B, T, computes
 from tuned_calls import clock as clock
 from tuned_calls import table as table
@@ -51,7 +52,7 @@ def test_a_gpu_leaves_cudnn_only_for_what_is_faster() -> None:
     assert decide("cuda", torch=[1.06], a=[1.0]).backend == "fused"
     best = decide("cuda", torch=[3.0, 3.0], a=[2.0, 2.0], bb=[1.0, 1.0], ccc=[4.0, 4.0])
     assert best[:3] == ("fused", 2, 3.0) and best.seconds == {"cuDNN": 3.0, "a": 2.0, "bb": 1.0, "ccc": 4.0}
-    assert decide("cuda", torch=[1.0], a=[2.0], bb=[4.0])[:3] == ("torch", tuned.PLANNED, 0.5)
+    assert decide("cuda", torch=[1.0], a=[2.0], bb=[4.0])[:3] == ("torch", PLANNED, 0.5)
 
 
 def test_neighbouring_turns_are_compared() -> None:
@@ -80,8 +81,8 @@ def test_the_rivals_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [rival.instance for rival in rivals.values()] == [-1, *best, EVERY_STEP]
     assert [rival.backend for rival in rivals.values()] == ["torch", "fused", "fused", "fused"]
     both = {plan["instance"] for plan in plans[0]} & {plan["instance"] for plan in plans[1]}
-    trained = [r.instance for r in tuning._rivals(call._replace(train=True), gpu).values()][1:-1]
-    assert len(trained) == 2 and set(trained) <= both
+    planner, *trained = [r.instance for r in tuning._rivals(call._replace(train=True), gpu).values()][1:-1]
+    assert planner == PLANNED and len(trained) == 2 and set(trained) <= both
     for other in (dict(dtype=torch.float32), dict(dtype=torch.float64), dict(T=1)):
         assert list(tuning._rivals(call._replace(**other), gpu)) == ["cuDNN", "step by step"]
 

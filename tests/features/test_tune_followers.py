@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import fused_rnn
 from contract import survives
 from fused_rnn import cuda, operators, policy, tuned, tuning
-from fused_rnn.tuned import EVERY_STEP, Call, Result, Table
+from fused_rnn.options import EVERY_STEP
+from fused_rnn.tuned import Call, Result, Table
 from tuned_calls import CPU, H200, HIDDEN, SIZE, B, T, computes, machine_results
 from tuned_calls import clock as clock
 from tuned_calls import table as table
