@@ -87,9 +87,10 @@ template <class Cell>
 struct Instances {
   static void run_forward(Element element, const Plan& plan, ForwardParams params, void* stream) {
     with_element(element, [&](auto e) {
+      using E = decltype(e);  // named here because g++ takes the captured e for a reference below
       with_shape(plan.instance, [&](auto shape) {
         if constexpr (has_forward(decltype(shape)::kExchange)) {
-          launch_parts(&forward<Cell, decltype(e), decltype(shape)>, plan, params, stream);
+          launch_parts(&forward<Cell, E, decltype(shape)>, plan, params, stream);
         } else {
           throw std::logic_error("fused_rnn: this kernel instance has no forward");
         }
