@@ -76,7 +76,7 @@ def run(
         takes_operators = (
             policy.fusible(call.x, *tensors)
             and not (not_on_cuda and policy.on_cuda(call.x))
-            and (call.x.is_cpu or policy.kernels_work(call.x))
+            and policy.kernels_work(call.x)
         )
     has_options = has_keywords or call.norms or spec.recompute or spec.has_rates
     has_options = has_options or call.precision != HIGHEST or call.instance != PLANNED

@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,8 +177,13 @@ def test_a_failure_warns_once_and_torch_computes(gpu: Gpu, fault: str | Exceptio
 
 def test_calls_that_torch_nn_cannot_compute_take_the_specification(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """`resets`, for example. The tensors are the CPU's, taken for the GPU's."""
+    gpu.fault = "a fault"
+    of_gpu: Any = SimpleNamespace(is_cpu=False, device=GPU)
+    with pytest.warns(UserWarning, match="a fault"):
+        assert not policy.kernels_work(of_gpu)
+    kernels_work = policy.kernels_work
     monkeypatch.setattr(policy, "on_cuda", lambda x: True)
-    monkeypatch.setattr(self_check, "why_not", lambda device: "a fault")
+    monkeypatch.setattr(policy, "kernels_work", lambda x: kernels_work(of_gpu))
     torch.manual_seed(0)
     module = fused_rnn.GRU(3, 4, backend="fused")
     x, resets = torch.randn(5, 2, 3), torch.rand(5, 2) < 0.5
