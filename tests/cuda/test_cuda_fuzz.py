@@ -16,13 +16,13 @@ from torch import Tensor
 
 import emulated
 from fused_rnn import policy, reference
+from fused_rnn.options import EVERY_STEP, PLANNED
 from operator_calls import OPTIONS, by_name, folded
 from test_fuzz import DAMAGES, DISGUISES, check, damaged, searched
 
 pytestmark = emulated.marks
 
 CELLS = list(reference.CELLS)
-PLANNED, EVERY_STEP = -1, -2  # values of `instance`; csrc/bindings/schemas.h
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from contract import tensors
 from emulated import gpu as gpu
 from emulated import patch_operators
 from fused_rnn import layers, operators, policy, reference
-from fused_rnn.options import LayerOptions
+from fused_rnn.options import EVERY_STEP, LayerOptions
 from fused_rnn.reference import GATES
 from operator_calls import by_name
 from test_gpu import PRECISIONS, Precision, farther, rounded_to_tf32
@@ -69,7 +69,6 @@ CASES = [(cell, v) for cell in reference.CELLS for v in VARIANTS if cell == "lst
 # f16 and f32 differ from other precisions only in the number format and need fewer cases.
 EMULATED = [(*case, name) for name in PRECISIONS for case in (CASES[::3] if name in ("f16", "f32") else CASES)]
 T, B, SIZE = 4, 6, 5
-EVERY_STEP = -2  # value of `instance`: kEveryStep of csrc/bindings/schemas.h
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Inputs:
 
         state = (B, H) if v.rows == "step" else (D, B, H)
         tensors = {"x": draw(*shape, SIZE), "h0": draw(*state)} | ({"c0": draw(*state)} if c else {})
-        steering: dict[str, Any] = {}
+        steering: dict[str, Any] = {} if v.resident else {"instance": EVERY_STEP}
         if v.rows == "packed":
             steering["batch_sizes"] = sizes
         if v.rows in ("segments", "packed"):
@@ -180,7 +179,7 @@ def ways_taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_is_the_specification(cell: str, variant: Variant, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     precision = PRECISIONS[name]
     dtype = precision.dtype
-    emulated.use(monkeypatch, tf32=precision.tf32, instance=-1 if variant.resident else EVERY_STEP)
+    emulated.use(monkeypatch, tf32=precision.tf32)
     ways = ways_taken(monkeypatch)
     inputs = Inputs.drawn(cell, variant, dtype)
     actual = inputs.results(layers.layer, dtype)
@@ -271,8 +270,8 @@ def test_fake_kernels_agree(cell: str, variant: Variant, monkeypatch: pytest.Mon
         operator = getattr(torch.ops.fused_rnn_emulator, name).default
 
         def call(*arguments: Any) -> Any:
-            calls.append((operator, (*arguments, -1 if variant.resident else EVERY_STEP)))
-            return operator(*calls[-1][1])
+            calls.append((operator, arguments))
+            return operator(*arguments)
 
         return call
 

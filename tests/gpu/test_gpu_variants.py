@@ -6,7 +6,6 @@ The cases are those of the emulator tests. The reference is computed on the CPU.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from itertools import product
 
 import pytest
@@ -15,10 +14,9 @@ from torch import Tensor
 
 import fused_rnn
 from contract import fused_calls, tensors
-from emulated import patch_operators
-from fused_rnn import layers, operators, reference
+from fused_rnn import layers, reference
 from gpu.timing import tf32_allowed
-from test_cuda_variants import CASES, EVERY_STEP, VARIANTS, Inputs, Variant, assert_is_the_specification
+from test_cuda_variants import CASES, VARIANTS, Inputs, Variant, assert_is_the_specification
 from test_gpu import (
     GPU,
     Precision,
@@ -38,13 +36,8 @@ _LARGER += [replace(VARIANTS[-3], H=H, D=1) for H in (512, 1024)]
 
 @each_precision
 @pytest.mark.parametrize(("cell", "variant"), [*CASES, *product(reference.CELLS, _LARGER)], ids=str)
-def test_is_the_specification(
-    cell: str, variant: Variant, precision: Precision, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_is_the_specification(cell: str, variant: Variant, precision: Precision) -> None:
     """Computed twice: the second time is bitwise equal."""
-    if not variant.resident:
-        each = (partial(o, instance=EVERY_STEP) for o in (operators.forward_operator, operators.backward_operator))
-        patch_operators(monkeypatch, *each)
     inputs = Inputs.drawn(cell, variant, precision.dtype)
 
     def run() -> dict[str, Tensor]:

@@ -76,12 +76,12 @@ def operator(name: str, **options: Any) -> Any:
     return functools.partial(getattr(torch.ops.fused_rnn_emulator, name).default, **options)
 
 
-def use(patch: pytest.MonkeyPatch, *, tf32: bool = True, **options: Any) -> None:
-    """Run every layer on the CUDA operators, with these options in each call."""
+def use(patch: pytest.MonkeyPatch, *, tf32: bool = True) -> None:
+    """Run every layer on the CUDA operators."""
     load_once()
     patch.setattr(policy, "on_cuda", lambda x: True)
     patch.setattr(cuda, "tf32_allowed", lambda: tf32)
-    patch_operators(patch, operator("forward", **options), operator("backward", **options))
+    patch_operators(patch, operator("forward"), operator("backward"))
 
 
 @pytest.fixture(autouse=True)
