@@ -178,10 +178,10 @@ MUTANTS = [
     Mutant("forward: weights not padded", _FORWARD, "d.w_hh), H, Hp,", "d.w_hh), H, H,"),
     Mutant("weights of units behind the last", _PRODUCT, " && row < H && ", " && ", sanitized=True),
     Mutant("weights of columns behind the last", _PRODUCT, " && column(pair) < columns_", ""),
-    Mutant("partial sums dropped", _PRODUCT, "k < kSplit; ++k) total", "k < 1; ++k) total"),
+    Mutant("partial sums dropped", _PRODUCT, "k < kSplit; ++k) sum", "k < 1; ++k) sum"),
     Mutant("depth warps dropped", _PRODUCT, "depth < Shape::kDepthWarps; ++depth", "depth < 1; ++depth"),
     Mutant("shared weights: warps overlap", _PRODUCT, "first_shared_ = warp() *", "first_shared_ = 0 *"),
-    Mutant("shared weights: gates overlap", _PRODUCT, "* kGates + gate) * 2 + step)", "* kGates + gate) + step)"),
+    Mutant("shared weights: operands overlap", _PRODUCT, "kRegisterOperands) * 2 + step", "kRegisterOperands) + step"),
     Mutant(
         "the next tile's rows too late", _PRODUCT, "start(source, tile + 1, 0, next)", "start(source, tile, 0, next)"
     ),
