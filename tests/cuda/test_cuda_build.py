@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -79,10 +79,12 @@ def resident(kernels: Kernels) -> list[tuple[str, sass.Name, sass.Kernel]]:
     ]
 
 
-def flows(kernels: Kernels, *exchanging: str) -> Iterator[tuple[str, sass.Name, sass_flow.Flow]]:
-    """The paths through the resident kernels with these exchanges."""
+def flows(
+    kernels: Kernels, *exchanging: str, where: Callable[[str, sass.Name], bool]
+) -> Iterator[tuple[str, sass.Name, sass_flow.Flow]]:
+    """The paths through the resident kernels with these exchanges, where `where(architecture, name)` is true."""
     for architecture, name, kernel in resident(kernels):
-        if exchanges()[name.shape[0]] in exchanging:
+        if exchanges()[name.shape[0]] in exchanging and where(architecture, name):
             yield architecture, name, sass_flow.Flow(kernel.code)
 
 
@@ -214,11 +216,11 @@ def test_no_load_is_waited_for_before_the_product(kernels: Kernels) -> None:
     On sm_90a; elsewhere nvcc copies a loaded register in some kernels of backward.
     """
     waiting = {}
-    for architecture, name, flow in flows(kernels, "kThroughL2", "kThroughCluster", "kSplitColumns"):
+    exchanging = ("kThroughL2", "kThroughCluster", "kSplitColumns")
+    for _, name, flow in flows(kernels, *exchanging, where=lambda architecture, name: architecture == "sm_90a"):
         barriers = flow.all(sass_flow.BARRIER, flow.time_loop)
-        assert barriers, (architecture, name)
-        touched = flow.touched_loads(barriers)
-        if touched and architecture == "sm_90a":
+        assert barriers, name
+        if touched := flow.touched_loads(barriers):
             waiting[name] = touched
     assert waiting == {}
 
@@ -226,9 +228,8 @@ def test_no_load_is_waited_for_before_the_product(kernels: Kernels) -> None:
 @needs_sources
 def test_a_chunks_missing_words_are_loaded_again_together(kernels: Kernels) -> None:
     """A loop that polls has the loads of a whole chunk: one latency, not one for each. All elements poll alike."""
-    for architecture, name, flow in flows(kernels, "kThroughL2", "kSplitColumns"):
-        if name.element != "Bf16":
-            continue
+    exchanging = ("kThroughL2", "kSplitColumns")
+    for architecture, name, flow in flows(kernels, *exchanging, where=lambda _, name: name.element == "Bf16"):
         chunk = constant("kSplitChunkPairs" if splits(name) else "kChunkPairs")
         loads = [
             len(flow.all(sass_flow.EXCHANGE_LOAD, loop))
@@ -252,9 +253,11 @@ BEFORE = {
 def test_h_is_published_before_anything_else_is_stored(kernels: Kernels) -> None:
     """And after at least a third fewer instructions than once, since other blocks wait for it."""
     checked = 0
-    for architecture, name, flow in flows(kernels, "kThroughL2"):
-        if name.function != "forward" or rows_per_thread(name) > 1:
-            continue  # a thread with several rows publishes one after the other
+
+    def publishes_once(_: str, name: sass.Name) -> bool:  # a thread with several rows publishes one after the other
+        return name.function == "forward" and rows_per_thread(name) == 1
+
+    for architecture, name, flow in flows(kernels, "kThroughL2", where=publishes_once):
         publish, barriers = (flow.all(kind, flow.time_loop) for kind in (sass_flow.PUBLISH, sass_flow.BARRIER))
         for barrier in barriers:
             others = barriers - {barrier}
