@@ -14,6 +14,7 @@ import torch
 
 from fused_rnn import tuned
 from fused_rnn.tuned import Call, Result, Table
+from tuned_calls import put_results
 
 CALL = Call("lstm", torch.float32, None, 64, 32, 16, 128, 0, 1, 1, False, False, 0)
 HERE, ELSEWHERE = "cpu: this one", "cpu: another one"
@@ -158,16 +159,13 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 WRITERS, RESULTS = 4, 25
 
 
-def write(path: str, writer: int) -> None:
-    table = Table(path)
-    for number in range(RESULTS):
-        table.put({(f"writer {writer}", CALL._replace(H=number)): RESULT})
-
-
 def test_processes_write_at_the_same_time(path: str) -> None:
     """No result is lost, and a reader always finds a whole file."""
     processes = multiprocessing.get_context("spawn")
-    writers = [processes.Process(target=write, args=(path, number)) for number in range(WRITERS)]
+    writers = [
+        processes.Process(target=put_results, args=(path, f"writer {number}", CALL, RESULT, RESULTS))
+        for number in range(WRITERS)
+    ]
     for writer in writers:
         writer.start()
     with warnings.catch_warnings():

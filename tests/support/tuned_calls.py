@@ -19,6 +19,13 @@ T, B, SIZE, HIDDEN = 6, 3, 4, 5
 CALL = Call("gru", torch.float32, None, T, B, SIZE, HIDDEN, 0, 1, 1, False, False, 0)
 
 
+def put_results(path: str, machine: str, call: Call, result: Result, count: int) -> None:
+    """Put results of calls with 0 to count - 1 units into a table, one by one. Here, where a spawned process finds it."""
+    table = Table(path)
+    for units in range(count):
+        table.put({(machine, call._replace(H=units)): result})
+
+
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Table]:
     """The user's table, in a folder of the test."""
