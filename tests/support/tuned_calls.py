@@ -20,7 +20,7 @@ CALL = Call("gru", torch.float32, None, T, B, SIZE, HIDDEN, 0, 1, 1, False, Fals
 
 
 def put_results(path: str, machine: str, call: Call, result: Result, count: int) -> None:
-    """Put results of calls with 0 to count - 1 units into a table, one by one. Here, where a spawned process finds it."""
+    """Put results of calls with 0 to count - 1 units, one by one; a spawned process finds this function here."""
     table = Table(path)
     for units in range(count):
         table.put({(machine, call._replace(H=units)): result})
