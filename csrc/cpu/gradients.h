@@ -46,7 +46,7 @@ class Products {
     return ceil_div(N, kBlock) * SplitPanel::size(K, kBlock, parts) + SplitRows::size(kMostRows, K, parts);
   }
   static int64_t transposed_workspace(int64_t N, int64_t K, int parts) {
-    const int64_t depth = least(K, kRowsAtOnce), blocks = least(ceil_div(N, kBlock), blocks_at_once(depth));
+    const int64_t depth = least(K, kRowsAtOnce), blocks = least(ceil_div(N, kBlock), kBlocksAtOnce);
     if (!parts) return depth * (blocks * kBlock + kChunk);
     return kMostRows * depth + blocks * SplitPanel::size(depth, kBlock, parts) +
            SplitRows::size(kMostRows, depth, parts);
@@ -104,9 +104,8 @@ class Products {
     const int chunk = parts_ ? kMostRows : kChunk;
     T* const columns = workspace_;
     T* const panels = columns + chunk * least(K, kRowsAtOnce);
-    const int64_t at_once = blocks_at_once(least(K, kRowsAtOnce));
-    for (int64_t begin = share.block; begin < share.block_end; begin += at_once) {
-      const int64_t end = least(begin + at_once, share.block_end);
+    for (int64_t begin = share.block; begin < share.block_end; begin += kBlocksAtOnce) {
+      const int64_t end = least(begin + kBlocksAtOnce, share.block_end);
       for (int64_t k = 0; k < K; k += kRowsAtOnce) {
         const int64_t count = least(kRowsAtOnce, K - k), panel = count * kBlock;
         for (int64_t block = begin; block < end; ++block) {
@@ -143,10 +142,9 @@ class Products {
  private:
   static constexpr int U = kUnitVectors<1>;
   static constexpr int64_t kBlock = U * kLanes<T>;
-  // `transposed` packs b from kRowsWorthPacking rows on, kRowsAtOnce at a time, and so many of its blocks that they fit
-  // the second-level cache, which bounds the workspace.
-  static constexpr int64_t kRowsWorthPacking = 8, kRowsAtOnce = 512;
-  static int64_t blocks_at_once(int64_t rows) { return 8 * kRowsAtOnce / (rows > 0 ? rows : 1); }
+  // `transposed` packs b from kRowsWorthPacking rows on, so many rows and blocks at a time: they fit the second-level
+  // cache and bound the workspace.
+  static constexpr int64_t kRowsWorthPacking = 8, kRowsAtOnce = 512, kBlocksAtOnce = 8;
   static constexpr bool kSplits = sizeof(T) == sizeof(float);  // into bfloat16 parts, if LayerShape::parts says so
 
   // a^T b for a K too small for packing: each element of the result is a sum of a few products, written once.
