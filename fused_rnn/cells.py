@@ -47,10 +47,11 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         parameters: Any = self._parameters
         weights = [parameters.get(name) for name in _WEIGHTS]
         h0, c0 = (*states, None, None)[:2]
-        if (self.bias and (weights[2] is None or weights[3] is None)) or not policy.plain_step(input, h0, c0, weights):
+        complete = not (self.bias and (weights[2] is None or weights[3] is None))
+        if complete and policy.torch_trains_cell(cell, input, h0, weights):
+            return layers.torchs_rnn_step(cell, input, h0, weights)
+        if not (complete and policy.plain_step(input, h0, c0, weights)):
             return self._run_any(cell, input, hx, states)
-        if policy.torch_trains(cell, input, (h0, *weights)):
-            return super().forward(input, hx)
         try:
             return layers.step(cell, input, h0, c0, (*weights, None))
         except RuntimeError:  # a size or dtype does not fit

@@ -186,6 +186,7 @@ class FusedRNNBase(TorchConvertible, Variants):
                     self.num_layers,
                     self.mode == "LSTM" and self.proj_size > 0,
                     self.dropout if self.training else 0.0,
+                    self.backend,
                 )
             except RuntimeError:  # a size or dtype does not fit
                 FusedRNNBase.forward(self, input.unsqueeze(1 if self.batch_first else 0), hx)  # raises torch.nn's error

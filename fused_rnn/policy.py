@@ -123,7 +123,7 @@ def choose(
         if reason is None and is_here:
             reason = self_check.why_not(device)
         return Choice(reason is None, reason or "the weights stay on the chip")
-    one_step = kind == "cell" or (kind == "sequence" and T == 1)
+    one_step = kind in ("cell", "step") or (kind == "sequence" and T == 1)
     if one_step and differentiable and half is None and torch_trains_step(cell, dtype):
         return Choice(False, "torch.nn's autograd nodes of a single step of an RNN cost less than ours")
     if deterministic():
@@ -238,6 +238,21 @@ def torch_trains_step(cell: str, dtype: torch.dtype) -> bool:
 def torch_trains(cell: str, x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
     """`torch_trains_step` of a call with one step, of x and these tensors, that nothing observes."""
     return torch_trains_step(cell, x.dtype) and torch.is_grad_enabled() and any_requires_grad((x, *tensors))
+
+
+def torch_trains_cell(cell: str, x: Any, h0: Any, weights: Sequence[Any]) -> bool:
+    """`torch_trains` of a cell's call with any arguments, asked before all else: every check costs a percent of it."""
+    return (
+        torch.is_grad_enabled()
+        and cell.startswith("rnn")
+        and type(x) in PLAIN_TYPES
+        and x.dim() == 2
+        and (h0 is None or (type(h0) in PLAIN_TYPES and h0.dim() == 2))
+        and x.dtype in KERNEL_DTYPES
+        and weights[0] is not None is not weights[1]  # parametrised ones are no parameters
+        and any_requires_grad((weights[1], x, h0, *weights))
+        and not (deterministic() or torch.is_autocast_enabled("cpu") or watched())
+    )
 
 
 def lacks_threads() -> bool:
