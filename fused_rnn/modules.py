@@ -99,7 +99,7 @@ class FusedRNNBase(TorchConvertible, Variants):
             return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
         if self._is_plain(input, 3, hx):
             choice = None
-            if self.hidden_size in tuned.table.overrules and self.backend == "auto":
+            if self.hidden_size in tuned.table.torch_hidden_sizes and self.backend == "auto":
                 choice = self._tuned_choice(input, hx)
             if choice is not None:
                 torch_computes = not choice.fused

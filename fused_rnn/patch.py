@@ -155,7 +155,7 @@ def _torch_is_faster(
     cell: str, x: Tensor, batch_sizes: Tensor | None, states: Any, weights: Any, num_layers: int, bidirectional: bool
 ) -> bool:
     """Whether the user's table says so; where it says nothing, nothing is measured, as torch.nn is patched."""
-    if torch.compiler.is_compiling() or (H := states[-1].size(-1)) not in tuned.table.overrules:
+    if torch.compiler.is_compiling() or (H := states[-1].size(-1)) not in tuned.table.torch_hidden_sizes:
         return False
     T = x.size(0) if batch_sizes is None else batch_sizes.size(0)
     B = x.size(1) if batch_sizes is None else max(1, x.size(0) // max(1, T))

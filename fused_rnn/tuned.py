@@ -112,8 +112,8 @@ class Table:
         mode: "read"; or "first use" to measure calls that the table does not have; or "off" to measure nothing that
             nobody asked for, whatever torch.backends.cudnn.benchmark says.
         asked: whether it may have an answer to any call.
-        overrules: the hidden sizes for which it may name torch.nn on a CPU, outside of autocast. Calls of other sizes
-            ask nothing else.
+        torch_hidden_sizes: the hidden sizes for which it may name torch.nn on a CPU, outside of autocast. Calls of
+            other sizes ask nothing else.
     """
 
     def __init__(self, path: str | None, mode: Mode = "read") -> None:
@@ -130,13 +130,13 @@ class Table:
     def _refresh(self) -> None:
         listens = self._listeners > 0 or self._unread or self.mode == "first use"
         self.asked = listens or bool(self._results)
-        self.overrules: Container[int] = frozenset(
+        self.torch_hidden_sizes: Container[int] = frozenset(
             call.H
             for (machine, call), result in self._results.items()
             if result.backend == "torch" and machine.startswith("cpu") and call.autocast is None
         )
         if listens:
-            self.overrules = _EVERY_SIZE
+            self.torch_hidden_sizes = _EVERY_SIZE
         # Anew, not cleared: a thread that is searching now would store what is no longer so.
         self._find = lru_cache(maxsize=4096)(lambda machine, call: self._results.get((machine, call.bucket())))
 
@@ -304,7 +304,7 @@ def user_path() -> str | None:
     return os.path.join(cache, "fused_rnn", "tuned.json") if os.path.isabs(cache) else None
 
 
-def _of_user() -> Table:
+def _user_table() -> Table:
     wish = os.environ.get(FIRST_USE_VARIABLE, "")
     if wish not in ("", "0", "1"):
         warnings.warn(f"{FIRST_USE_VARIABLE} must be 0 or 1, got {wish!r}: it is ignored", stacklevel=2)
@@ -313,7 +313,7 @@ def _of_user() -> Table:
     return Table(user_path(), "first use" if wish == "1" else "read")
 
 
-table = _of_user()
+table = _user_table()
 """The table that `fused_rnn.policy` asks."""
 
 on_first_use: Answer | None = None

@@ -68,7 +68,7 @@ def tune(model: torch.nn.Module, example_input: Any, seconds: float = 10.0) -> d
     Raises:
         ValueError: the model made no call that could be tuned, or `seconds` is not positive.
         RuntimeError: within `fused_rnn.patched`, where torch.nn runs on the kernels, too; or in a forked process, where
-            torch.nn may wait forever.
+            torch.nn may wait forever; or OpenMP gives fewer threads than torch asks for; or there is no memory.
 
     Warns:
         UserWarning: the kernels computed wrong values (torch.nn is taken), or the table cannot be written.
@@ -206,7 +206,7 @@ def _correct(rivals: dict[str, Result], subject: _Subject) -> dict[str, Result]:
         except torch.OutOfMemoryError:  # float64, step by step, takes several times what a rival does
             exact = [value.double() for value in values[torchs]]
         for name in ours:
-            if name in values and (wrong := _differs(subject.call, values[name], values[torchs], exact)):
+            if name in values and (wrong := _inaccurate_result(subject.call, values[name], values[torchs], exact)):
                 del values[name]
                 warnings.warn(
                     f"fused_rnn: {name} computes {wrong} of {subject.call} less accurately than torch.nn, and is not "
@@ -295,7 +295,7 @@ class _Subject:
         return [result.detach() for result in results]
 
 
-def _differs(call: Call, values: list[Tensor], expected: list[Tensor], exact: list[Tensor]) -> str | None:
+def _inaccurate_result(call: Call, values: list[Tensor], expected: list[Tensor], exact: list[Tensor]) -> str | None:
     """Which result is less accurate than the tests allow; None if all are as they should be.
 
     An error may be twice torch.nn's, and a gradient's four times, plus some roundings at the scale of the arithmetic.

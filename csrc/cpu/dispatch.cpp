@@ -277,7 +277,7 @@ Plan frozen_plan(const LayerShape& s, int64_t threads) {
   const bool rounds = s.weights == WeightFormat::kInt8;
   const int64_t units = cell_info(s.cell).gates * s.H, vector = kernels().vector_bytes;
   const int64_t size = rounds ? 1 : s.weights == WeightFormat::kBfloat16 ? 2 : 4;
-  const int64_t read = s.P + (s.T > 1 && s.B < 8 ? 0 : s.I);  // with few rows, x is multiplied beforehand
+  const int64_t read = s.P + (s.T > 1 && s.B < 8 ? 0 : s.I);  // with few rows, about, x comes beforehand
   const double row = units * ((s.P + s.I) * (rounds ? 0.5 : 1) + kActivation) / (kProducts * vector);
   const double weights = units * read * size / (kBytes * vector);
   const double waits = kWait * (1 + rounds) * (1 + s.projected);

@@ -66,14 +66,14 @@ def test_all_else_must_be_equal(path: str) -> None:
 
 def test_an_empty_table_is_never_asked(path: str) -> None:
     table = Table(path)
-    assert not table.asked and CALL.H not in table.overrules
+    assert not table.asked and CALL.H not in table.torch_hidden_sizes
     table.put({(HERE, CALL): Result("fused")})
-    assert table.asked and CALL.H not in table.overrules
+    assert table.asked and CALL.H not in table.torch_hidden_sizes
     table.put({("cuda: a GPU", CALL): RESULT, (HERE, CALL._replace(autocast=torch.bfloat16)): RESULT})
-    assert CALL.H not in table.overrules  # plain calls on a CPU still run on the kernels
+    assert CALL.H not in table.torch_hidden_sizes  # plain calls on a CPU still run on the kernels
     table.put({(HERE, CALL): RESULT})
-    assert CALL.H in table.overrules and CALL.H + 1 not in table.overrules
-    assert CALL.H in Table(path).overrules and CALL.H + 1 in Table(path).overrules  # not read yet
+    assert CALL.H in table.torch_hidden_sizes and CALL.H + 1 not in table.torch_hidden_sizes
+    assert CALL.H in Table(path).torch_hidden_sizes and CALL.H + 1 in Table(path).torch_hidden_sizes  # not read yet
 
 
 def entry(**fields: object) -> str:
