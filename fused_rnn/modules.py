@@ -98,19 +98,10 @@ class FusedRNNBase(TorchConvertible, Variants):
         ):
             return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
         if self._is_plain(input, 3, hx):
-            choice = None
             if self.hidden_size in tuned.table.torch_hidden_sizes and self.backend == "auto":
                 choice = self._tuned_choice(input, hx)
-            if choice is not None:
-                torch_computes = not choice.fused
-            else:
-                torch_computes = (
-                    input.size(1 if self.batch_first else 0) == 1
-                    and self.backend == "auto"
-                    and policy.torch_trains(self.mode.lower(), input, (hx, *self._flat_weights))
-                )
-            if torch_computes:
-                return self._torchs(input, hx)
+                if choice is not None and not choice.fused:
+                    return self._torchs(input, hx)
             h0, c0 = (None, None) if hx is None else hx if self.mode == "LSTM" else (hx, None)
             try:
                 y, *states = layers.stack(

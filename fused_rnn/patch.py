@@ -87,11 +87,7 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
         bidirectional: bool,
         batch_first: bool,
     ) -> Any:
-        one_step = isinstance(input, Tensor) and input.dim() == 3 and input.size(1 if batch_first else 0) == 1
         states = _states(cell, hx)
-        compiling = torch.compiler.is_compiling()
-        if one_step and not compiling and policy.torch_trains(cell, input, (*states, *weights)):
-            return None
         if not _regular(cell, input, states, weights, bidirectional) or input.dim() != 3:
             return None
         x = input.transpose(0, 1) if batch_first else input

@@ -123,9 +123,8 @@ def choose(
         if reason is None and is_here:
             reason = self_check.why_not(device)
         return Choice(reason is None, reason or "the weights stay on the chip")
-    one_step = kind in ("cell", "step") or (kind == "sequence" and T == 1)
-    if one_step and differentiable and half is None and torch_trains_step(cell, dtype):
-        return Choice(False, "torch.nn's autograd nodes of a single step of an RNN cost less than ours")
+    if kind in ("cell", "step") and differentiable and half is None and torch_trains_step(cell, dtype):
+        return Choice(False, "the autograd nodes of torch's function for an RNN's cell cost less than ours")
     if deterministic():
         return Choice(True, "deterministic: a row's result does not depend on its batch")
     if (half or dtype) is not torch.bfloat16 or not HAS_BF16_PRODUCTS or (cell == "lstm" and lacks_threads()):
@@ -231,12 +230,12 @@ def autocast_precision(half: torch.dtype | None) -> int:
 
 
 def torch_trains_step(cell: str, dtype: torch.dtype) -> bool:
-    """Whether torch.nn computes a cell, or a sequence of one step, that records a gradient, outside of autocast."""
+    """Whether torch's function for cells computes a cell or `step` that records a gradient, outside of autocast."""
     return cell.startswith("rnn") and dtype in KERNEL_DTYPES and not deterministic()
 
 
 def torch_trains(cell: str, x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
-    """`torch_trains_step` of a call with one step, of x and these tensors, that nothing observes."""
+    """`torch_trains_step` of a call of x and these tensors that nothing observes."""
     return torch_trains_step(cell, x.dtype) and torch.is_grad_enabled() and any_requires_grad((x, *tensors))
 
 

@@ -52,7 +52,7 @@ def test_a_step_is_a_sequence_of_one(
     x = torch.randn(size["B"], size["I"]).to(dtype)
     time_dim = 1 if module.batch_first else 0
     _, hx = module(x.unsqueeze(time_dim))
-    with torch.no_grad():  # in training, torch.nn computes one step of an RNN
+    with torch.no_grad():  # in training, torch.nn computes an RNN's step
         expected, final = module(x.unsqueeze(time_dim), hx)
         y, stepped = module.step(x, hx)
     assert torch.equal(y, expected.squeeze(time_dim))

@@ -47,9 +47,8 @@ def test_matches_torch(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_inference_equals_training(case: Case) -> None:
-    """The same kernels run, bit for bit; `backend="fused"`, because "auto" trains one step of an RNN on torch.nn."""
+    """The same kernels run, bit for bit."""
     _, ours, _ = case.modules(torch.float32)
-    ours.backend = "fused"
     data = case.data(torch.float32)
     with torch.no_grad():
         inference = case.run(ours, data)
