@@ -1,4 +1,4 @@
-"""Writes the tables of committed results into README.md and docs/performance.md.
+"""Writes the tables of committed results into README.md and the pages of docs.
 
     python benchmarks/tables.py
 
@@ -16,8 +16,17 @@ from statistics import geometric_mean
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "performance.md", DOCS / "how-to" / "streaming.md")
 CELLS = {"RNN": ["rnn"], "LSTM": ["lstm"], "GRU": ["gru"]}
+FORMATS = ("float32", "bfloat16", "int8")  # of frozen weights
+RIVALS = {
+    "torch.nn": "torch.nn",
+    "`step`": "step",
+    "ONNX Runtime": "onnxruntime",
+    "ONNX Runtime int8": "onnxruntime_int8",
+    "torch int8": "torch_int8",
+}
 CONDITIONS = list(product((1, 2), ("inference", "training")))  # threads and mode
 
 Rows = list[dict[str, str]]
@@ -114,6 +123,56 @@ def programs(results: Path) -> str:
     return table(["processor", "program", *(condition(*each) for each in CONDITIONS)], lines) + versions(suites)
 
 
+def stream_times(results: Path) -> str:
+    """Microseconds of a call of one row on one thread: of torch.nn and the others, and of each format of weights."""
+    streams = measured("stream", results)
+    lines = []
+    for device, rows in streams.items():
+        chosen = [row for row in under(rows, 1, "inference") if row["B"] == "1" and int(row["H"]) >= 64]
+        layers: dict[tuple[str, int, int, int], Rows] = {}  # a row for each format, in the order of FORMATS
+        for row in chosen:
+            layers.setdefault((row["cell"], int(row["T"]), int(row["L"]), int(row["H"])), []).append(row)
+        for cell in ("lstm", "gru"):
+            for layer in sorted(layer for layer in layers if layer[0] == cell):
+                float32, *_, int8 = formats = layers[layer]
+                others = [(int8 if rival.endswith("int8") else float32)[rival] for rival in RIVALS.values()]
+                times = [*others, *(row["fused_rnn"] for row in formats)]
+                lines.append([device, size(*layer), *map(microseconds, times)])
+    return table(["processor", "one row", *RIVALS, *FORMATS], lines) + versions(streams)
+
+
+def size(cell: str, T: int, L: int, H: int) -> str:
+    """A layer in words: "GRU 256, 2 layers, 100 steps"."""
+    layers = f", {L} layers" if L > 1 else ""
+    steps = f", {T} steps" if T > 1 else ""
+    return f"{cell.upper()} {H}{layers}{steps}"
+
+
+def microseconds(seconds: str) -> str:
+    """Two digits below ten; "-" if nothing was measured."""
+    if not seconds:
+        return "-"
+    time = float(seconds) * 1e6
+    return f"{time:.1f}" if time < 10 else f"{time:.0f}"
+
+
+def streams(results: Path) -> str:
+    """For each format of weights the means of the others' times over its own, with the least."""
+    suites = measured("stream", results)
+    lines = []
+    for device, rows in suites.items():
+        for threads, weights in product((1, 2), FORMATS):
+            chosen = [row for row in under(rows, threads, "inference") if row["row"].endswith(weights)]
+            lines.append([device, str(threads), weights, *(advantage(chosen, rival) for rival in RIVALS.values())])
+    return table(["processor", "threads", "weights", *RIVALS], lines) + versions(suites)
+
+
+def advantage(rows: Rows, rival: str) -> str:
+    """The mean of the ratios, and the least; "-" if the rival did not run."""
+    ratios = [float(row[f"{rival} ratio"]) for row in rows if row[f"{rival} ratio"]]
+    return f"{geometric_mean(ratios):.1f} ({min(ratios):.2f})" if ratios else "-"
+
+
 def under(rows: Rows, threads: int, mode: str) -> Rows:
     return [row for row in rows if (row["threads"], row["mode"]) == (str(threads), mode)]
 
@@ -137,7 +196,15 @@ def versions(measurements: dict[str, Rows]) -> str:
     return f"\n\n({'; '.join(runs)}.)"
 
 
-TABLES = {"speed": speed, "grid": grid, "tutorials": tutorials, "steps": steps, "programs": programs}
+TABLES = {
+    "speed": speed,
+    "grid": grid,
+    "tutorials": tutorials,
+    "steps": steps,
+    "programs": programs,
+    "streams": streams,
+    "stream_times": stream_times,
+}
 
 
 def updated(text: str, results: Path = RESULTS) -> str:

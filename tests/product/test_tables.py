@@ -52,6 +52,16 @@ def results(tmp_path: Path) -> Path:
         tmp_path / "one" / "programs.csv",
         [each | {"row": "prog"} | run for each in grid if each["torch.nn ratio"] == 8],
     )
+    rivals = {"torch.nn": 4e-6, "step": 3e-6, "onnxruntime": 2e-6, "onnxruntime_int8": None, "torch_int8": 12.6e-6}
+    stream = [
+        {"row": f"one_row {weights}", "cell": cell, "T": T, "B": 1, "H": 64, "L": 2, "threads": 1, "mode": "inference"}
+        | {"fused_rnn": seconds}
+        | {rival: time and time * faster for rival, time in rivals.items()}
+        | {f"{rival} ratio": time and time / seconds for rival, time in rivals.items()}
+        for T, cell in ((9, "lstm"), (1, "gru"))
+        for weights, seconds, faster in (("float32", 2e-6, 1), ("bfloat16", 1e-6, 1), ("int8", T * 1e-6, 10))
+    ]
+    write(tmp_path / "two" / "stream.csv", [row | run for row in stream])
     return tmp_path
 
 
@@ -81,6 +91,21 @@ def test_steps_show_the_mean_and_the_range(results: Path) -> None:
 
 def test_programs(results: Path) -> None:
     assert tables.programs(results).splitlines()[2] == "| CPU two | prog | 8.00 | 8.00 | 8.00 | 8.00 |"
+
+
+def test_streams_show_the_mean_and_the_least(results: Path) -> None:
+    """int8 takes 9 and 1 us, in the mean 3."""
+    lines = tables.streams(results).splitlines()
+    assert lines[2] == "| CPU two | 1 | float32 | 2.0 (2.00) | 1.5 (1.50) | 1.0 (1.00) | - | 6.3 (6.30) |"
+    assert lines[4] == "| CPU two | 1 | int8 | 1.3 (0.44) | 1.0 (0.33) | 0.7 (0.22) | - | 4.2 (1.40) |"
+
+
+def test_times_of_streams_are_microseconds_of_the_format_that_the_rival_has(results: Path) -> None:
+    lines = tables.stream_times(results).splitlines()
+    assert lines[2:4] == [
+        "| CPU two | LSTM 64, 2 layers, 9 steps | 4.0 | 3.0 | 2.0 | - | 126 | 2.0 | 1.0 | 9.0 |",
+        "| CPU two | GRU 64, 2 layers | 4.0 | 3.0 | 2.0 | - | 126 | 2.0 | 1.0 | 1.0 |",
+    ]
 
 
 def test_only_tables_of_a_page_change(results: Path) -> None:
