@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import call, layers, policy, steps, tuned
 from fused_rnn.constructor import Variants
 from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
+from fused_rnn.options import PLANNED
 from fused_rnn.spec import Spec
 
 if TYPE_CHECKING:
@@ -98,11 +99,11 @@ class FusedRNNBase(TorchConvertible, Variants):
         ):
             return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
         if self._is_plain(input, 3, hx):
-            choice = None
-            if self.hidden_size in tuned.table.torch_hidden_sizes and self.backend == "auto":
+            choice, instance = None, PLANNED
+            if self.hidden_size in tuned.table.hidden_sizes and self.backend == "auto":
                 choice = self._tuned_choice(input, hx)
             if choice is not None:
-                torch_computes = not choice.fused
+                torch_computes, instance = not choice.fused, choice.instance
             else:
                 torch_computes = (
                     input.size(1 if self.batch_first else 0) == 1
@@ -123,6 +124,7 @@ class FusedRNNBase(TorchConvertible, Variants):
                     self.num_layers,
                     2 if self.bidirectional else 1,
                     self.dropout if self.training else 0.0,
+                    instance=instance,
                 )
             except RuntimeError:  # a size or dtype does not fit
                 call.run(self._spec(), self._torchs, input, hx)  # raises torch.nn's error
