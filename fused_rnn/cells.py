@@ -48,20 +48,22 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         weights = [parameters.get(name) for name in _WEIGHTS]
         h0, c0 = (*states, None, None)[:2]
         complete = not (self.bias and (weights[2] is None or weights[3] is None))
-        torch_trains = complete and policy.torch_trains_cell(cell, input, h0, weights)
-        if not (torch_trains or (complete and policy.plain_step(input, h0, c0, weights))):
+        choice = None
+        if complete and policy.torch_trains_cell(cell, input, h0, weights):
+            if tuned.table.cell_hidden_sizes:
+                choice = policy.tuned_cell(cell, input, self.hidden_size, h0, c0, weights)
+            if choice is None or not choice.fused:
+                return layers.torchs_rnn_step(cell, input, h0, weights)
+        elif not (complete and policy.plain_step(input, h0, c0, weights)):
             return self._run_any(cell, input, hx, states)
-        choice, instance = None, PLANNED
-        if self.hidden_size in tuned.table.cell_hidden_sizes:
+        elif tuned.table.cell_hidden_sizes:
             choice = policy.tuned_cell(cell, input, self.hidden_size, h0, c0, weights)
-        if torch_trains and (choice is None or not choice.fused):
-            return layers.torchs_rnn_step(cell, input, h0, weights)
-        if choice is not None:
-            if not choice.fused:
+            if choice is not None and not choice.fused:
                 return super().forward(input, hx)
-            instance = choice.instance
         try:
-            return layers.step(cell, input, h0, c0, (*weights, None), instance)
+            if choice is not None and choice.instance != PLANNED:
+                return layers.step_of_instance(choice.instance, cell, input, h0, c0, (*weights, None))
+            return layers.step(cell, input, h0, c0, (*weights, None))
         except RuntimeError:  # a size or dtype does not fit
             self._run_any(cell, input, hx, states)  # raises torch.nn's error
             raise

@@ -155,27 +155,27 @@ def layer(
 
 
 def step(
-    cell: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor | None],
-    instance: int = PLANNED,
+    cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
     """Compute one time step of one layer: ``[B, I]`` and states ``[B, ...]`` to h' and c' (empty but for the LSTM).
 
     Raises:
         RuntimeError: a tensor does not fit the others in shape, dtype or device.
     """
-    if instance != PLANNED:
-        h, _, c, *_ = layer_of_operators(cell, x, h0, c0, weights, LayerOptions(instance=instance))
-        return h, c
     if torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
         options = LayerOptions(deterministic=True) if deterministic() else NO_OPTIONS
         tensors = () if options is NO_OPTIONS else differentiable_of(options)
         h, _, c = _apply(cell, len(weights), options, x, h0, c0, *weights, *tensors)
         return h, c
     return operators.step(x, h0, c0, NUMBER[cell], *weights, deterministic())
+
+
+def step_of_instance(
+    instance: int, cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """`step` on the kernels of this number (csrc/bindings/schemas.h)."""
+    h, _, c, *_ = layer_of_operators(cell, x, h0, c0, weights, LayerOptions(instance=instance))
+    return h, c
 
 
 def torchs_rnn_step(cell: str, x: Tensor, h0: Tensor | None, weights: Sequence[Tensor | None]) -> Tensor:

@@ -189,17 +189,20 @@ def _cell(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
         h0, c0 = (*states, None, None)[:2]
         batched = isinstance(h0, Tensor) and h0.dim() == 2 and not torch.compiler.is_compiling()
         choice = None
-        if batched and len(states) == count and (H := h0.size(1)) in tuned.table.cell_hidden_sizes:
-            choice = policy.tuned_cell(cell, input, H, h0, c0, weights, may_measure=False)
+        if batched and len(states) == count and tuned.table.cell_hidden_sizes:
+            choice = policy.tuned_cell(cell, input, h0.size(1), h0, c0, weights, may_measure=False)
         if choice is not None:
             if not choice.fused:
                 return original(input, hx, *weights)
         elif batched and policy.torch_trains(cell, input, (h0, *weights)):
             return original(input, hx, *weights)
         if len(states) == count and policy.plain_step(input, h0, c0, weights):
-            instance = PLANNED if choice is None else choice.instance
+            five = (*(*weights, None, None)[:4], None)
             try:
-                h, c = layers.step(cell, input, h0, c0, (*(*weights, None, None)[:4], None), instance)
+                if choice is not None and choice.instance != PLANNED:
+                    h, c = layers.step_of_instance(choice.instance, cell, input, h0, c0, five)
+                else:
+                    h, c = layers.step(cell, input, h0, c0, five)
             except RuntimeError:  # a size or dtype does not fit
                 original(input, hx, *weights)  # raises torch.nn's error
                 raise

@@ -205,8 +205,8 @@ def tuned_plain(
 def tuned_cell(
     cell: str, x: Any, H: int, h0: Any, c0: Any, weights: Sequence[Any], may_measure: bool = True
 ) -> Choice | None:
-    """`tuned_plain` of a cell's call with any arguments."""
-    if not plain_step(x, h0, c0, weights):
+    """`tuned_plain` of a cell's call with any arguments, if the table may say something of its hidden size."""
+    if H not in tuned.table.cell_hidden_sizes or not plain_step(x, h0, c0, weights):
         return None
     sizes = 1, x.size(0), H, 0, 1, 1
     return tuned_plain(cell, x, *sizes, (h0, c0, *weights), kind="cell", may_measure=may_measure)

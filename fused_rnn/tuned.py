@@ -140,8 +140,9 @@ class Table:
 
     def _hidden_sizes(self, of_cells: bool) -> Container[int]:
         def changes(call: Call, result: Result) -> bool:
-            steps = call.T == 1 and call.train and call.cell.startswith("rnn")  # the rules leave this to torch.nn
-            return result.backend != ("torch" if steps else "fused") or result.instruction_set != ""
+            if call.T == 1 and call.train and call.cell.startswith("rnn"):  # torch.nn's by the rules, at least a cell
+                return call.kind != "cell" or result.backend == "fused"
+            return result.backend == "torch" or result.instruction_set != ""
 
         return frozenset(
             call.H
