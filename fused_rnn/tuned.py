@@ -60,6 +60,12 @@ class Call(NamedTuple):
     train: bool
     precision: int
 
+    @property
+    def is_torchs(self) -> bool:
+        """Whether the rules leave this call of a cell on a CPU to torch (`fused_rnn.policy.torch_trains_step`)."""
+        is_plain = self.dtype in (torch.float32, torch.float64) and self.autocast is None
+        return self.kind == "cell" and self.train and self.cell.startswith("rnn") and is_plain
+
     def bucket(self) -> Call:
         """The call that stands for this one in the table: T, B and I are rounded to powers of two."""
         return self._replace(T=_rounded(self.T), B=_rounded(self.B), I=_rounded(self.I))
@@ -140,9 +146,9 @@ class Table:
 
     def _hidden_sizes(self, of_cells: bool) -> Container[int]:
         def changes(call: Call, result: Result) -> bool:
-            if call.T == 1 and call.train and call.cell.startswith("rnn"):  # torch.nn's by the rules, at least a cell
-                return call.kind != "cell" or result.backend == "fused"
-            return result.backend == "torch" or result.instruction_set != ""
+            if call.T == 1 and call.train and call.cell.startswith("rnn") and call.kind != "cell":
+                return True  # modules and patched() have a rule for these
+            return (result.backend == "torch") is not call.is_torchs or result.instruction_set != ""
 
         return frozenset(
             call.H

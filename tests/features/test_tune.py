@@ -152,11 +152,21 @@ def test_cells(
     torch.testing.assert_close(ours(x), getattr(nn, name).forward(ours, x))
 
 
+@pytest.mark.parametrize(("train", "backend"), [(False, "fused"), (True, "torch")])
+def test_the_rules_decide_a_draw(train: bool, backend: str, table: Table, clock: dict[str, float]) -> None:
+    """A cell of an RNN in training stays torch's, and then asks nothing."""
+    clock["torch"] = 1.04 if train else 0.96
+    cell, x = fused_rnn.RNNCell(SIZE, HIDDEN).requires_grad_(train), torch.randn(B, SIZE)
+    (result,) = fused_rnn.tune(cell, x, 0.01).values()
+    assert result.backend == backend == computes(lambda: cell(x))
+    assert table.asked and not table.cell_hidden_sizes
+
+
 def decide(device_type: str, **seconds: list[float]) -> Result:
     names = {"torch": "cuDNN" if device_type == "cuda" else "torch.nn"}
     samples = {names.get(name, name): times for name, times in seconds.items()}
     rivals = {name: Result("torch") if name in tuned.TORCH_NAMES else Result("fused", len(name)) for name in samples}
-    return tuning._decide(rivals, samples, device_type)
+    return tuning._decide(rivals, samples, device_type, device_type == "cuda")
 
 
 def test_a_gpu_leaves_cudnn_only_for_what_is_faster() -> None:
