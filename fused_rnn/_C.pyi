@@ -56,6 +56,7 @@ def cpu_plan(
     precision: int,
     deterministic: bool,
     weights: int = 0,
+    instance: int = -1,
 ) -> dict[str, Any]: ...
 def cuda_plans(
     cell: int,

@@ -167,7 +167,7 @@ class Call:
         T: the number of time steps.
         resets, lengths, reset_states, wants_sequence: as in `fused_rnn.LSTM.forward`, time first.
         precision: of the products of float32, one of `fused_rnn.policy`.
-        instance: of the CUDA kernel, for the layers' options.
+        instance: of the kernels, for the layers' options.
 
     Raises:
         ValueError, RuntimeError, TypeError: input or hx does not fit; for shapes and dtypes as in torch.nn.

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn import autocast, layers, policy, reference
+from fused_rnn import autocast, layers, policy, reference, tuned
 from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
-from fused_rnn.options import NO_OPTIONS, LayerOptions
+from fused_rnn.options import NO_OPTIONS, PLANNED, LayerOptions
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -48,11 +48,21 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         weights = [parameters.get(name) for name in _WEIGHTS]
         h0, c0 = (*states, None, None)[:2]
         complete = not (self.bias and (weights[2] is None or weights[3] is None))
+        choice = None
         if complete and policy.torch_trains_cell(cell, input, h0, weights):
-            return layers.torchs_rnn_step(cell, input, h0, weights)
-        if not (complete and policy.plain_step(input, h0, c0, weights)):
+            if tuned.table.cell_hidden_sizes:
+                choice = policy.tuned_cell(cell, input, self.hidden_size, h0, c0, weights)
+            if choice is None or not choice.fused:
+                return layers.torchs_rnn_step(cell, input, h0, weights)
+        elif not (complete and policy.plain_step(input, h0, c0, weights)):
             return self._run_any(cell, input, hx, states)
+        elif tuned.table.cell_hidden_sizes:
+            choice = policy.tuned_cell(cell, input, self.hidden_size, h0, c0, weights)
+            if choice is not None and not choice.fused:
+                return super().forward(input, hx)
         try:
+            if choice is not None and choice.instance != PLANNED:
+                return layers.step_of_instance(choice.instance, cell, input, h0, c0, (*weights, None))
             return layers.step(cell, input, h0, c0, (*weights, None))
         except RuntimeError:  # a size or dtype does not fit
             self._run_any(cell, input, hx, states)  # raises torch.nn's error
@@ -79,7 +89,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         check_ranks(type(self).__name__, input, states)
         if not self._fits(input, states):
             return super().forward(input, hx)
-        transformed = not policy.torch_has_rule()
+        transformed, instance = not policy.torch_has_rule(), PLANNED
         if not (transformed or policy.fusible(input)):
             return super().forward(input, hx)
         parameters = self._parameters
@@ -89,10 +99,13 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         casts = autocast.casts(cell, input, states, weights)
         if not transformed:
             tensors = (input, *states, *weights)
-            if not policy.fusible(*tensors, castable=casts is not None) or not (
-                computed or self._choice(cell, input, states, weights).fused
-            ):
+            if not policy.fusible(*tensors, castable=casts is not None):
                 return super().forward(input, hx)
+            if not computed:
+                choice = self._choice(cell, input, states, weights)
+                if not choice.fused:
+                    return super().forward(input, hx)
+                instance = choice.instance
         if casts is not None:
             (input,), states, weights = (casts.into(tensors) for tensors in ((input,), states, weights))
         batched = input.dim() == 2
@@ -103,7 +116,9 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         precision = policy.HIGHEST
         if casts is not None and not policy.on_cuda(input):
             precision = policy.autocast_precision(policy.autocast_dtype(input.device))
-        options = NO_OPTIONS if precision == policy.HIGHEST else LayerOptions(precision=precision)
+        options = NO_OPTIONS
+        if precision != policy.HIGHEST or instance != PLANNED:
+            options = LayerOptions(precision=precision, instance=instance)
         with nullcontext() if casts is None else torch.autocast(input.device.type, enabled=False):
             h, _, c = run(cell, input, h0, c0, (*weights, None), options)
         results: Any = [s if batched else s.squeeze(0) for s in (h, c) if s is not None]

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from fused_rnn import cuda, input_gates, operators, policy, reference
 from fused_rnn.cell_info import NUMBER
 from fused_rnn.operators import forward_operator
-from fused_rnn.options import NO_OPTIONS, LayerOptions, constants_of, differentiable_of, flags_of, tensors_of
+from fused_rnn.options import NO_OPTIONS, PLANNED, LayerOptions, constants_of, differentiable_of, flags_of, tensors_of
 from fused_rnn.policy import COMPILERS_TYPES, FAKE_TYPES, any_requires_grad, deterministic, runs_eagerly
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def stack(
     sequences: bool = False,
     widths: Sequence[Sequence[int]] | None = None,
     run: Callable[..., Any] | None = None,
+    instance: int = PLANNED,
 ) -> list[Tensor]:
     """Compute all layers of a torch.nn.RNN, LSTM or GRU.
 
@@ -57,6 +58,7 @@ def stack(
         widths: the sizes of h, and of c, in every layer, if the states of layers lie side by side in the last
             dimension.
         run: computes one layer; `layer` if None. `fused_rnn.reference.layer` makes this the specification.
+        instance: of the kernels (csrc/bindings/schemas.h), unless `options_of` says it.
 
     Returns:
         y ``[T, B, D*P]`` or ``[N, D*P]``, h_n ``[L*D, B, P]``, for the LSTM c_n ``[L*D, B, H]``, and with `sequences` h
@@ -70,7 +72,9 @@ def stack(
     h_n: list[Tensor] = []
     c_n: list[Any] = []
     steps: list[tuple[Tensor, ...]] = []
-    options = NO_OPTIONS if batch_sizes is None else LayerOptions(batch_sizes)
+    options = NO_OPTIONS
+    if batch_sizes is not None or instance != PLANNED:
+        options = LayerOptions(batch_sizes, instance=instance)
     for index in range(num_layers):
         if index > 0 and dropout > 0:
             x = torch.dropout(x, dropout, True)
@@ -164,6 +168,14 @@ def step(
         h, _, c = _apply(cell, len(weights), options, x, h0, c0, *weights, *tensors)
         return h, c
     return operators.step(x, h0, c0, NUMBER[cell], *weights, deterministic())
+
+
+def step_of_instance(
+    instance: int, cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """`step` on the kernels of this number (csrc/bindings/schemas.h)."""
+    h, _, c, *_ = layer_of_operators(cell, x, h0, c0, weights, LayerOptions(instance=instance))
+    return h, c
 
 
 def torchs_rnn_step(cell: str, x: Tensor, h0: Tensor | None, weights: Sequence[Tensor | None]) -> Tensor:

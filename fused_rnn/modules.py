@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import call, layers, policy, steps, tuned
 from fused_rnn.constructor import Variants
 from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
+from fused_rnn.options import PLANNED
 from fused_rnn.spec import Spec
 
 if TYPE_CHECKING:
@@ -98,10 +99,12 @@ class FusedRNNBase(TorchConvertible, Variants):
         ):
             return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
         if self._is_plain(input, 3, hx):
-            if self.hidden_size in tuned.table.torch_hidden_sizes and self.backend == "auto":
+            instance = PLANNED
+            if self.hidden_size in tuned.table.hidden_sizes and self.backend == "auto":
                 choice = self._tuned_choice(input, hx)
                 if choice is not None and not choice.fused:
                     return self._torchs(input, hx)
+                instance = PLANNED if choice is None else choice.instance
             h0, c0 = (None, None) if hx is None else hx if self.mode == "LSTM" else (hx, None)
             try:
                 y, *states = layers.stack(
@@ -114,6 +117,7 @@ class FusedRNNBase(TorchConvertible, Variants):
                     self.num_layers,
                     2 if self.bidirectional else 1,
                     self.dropout if self.training else 0.0,
+                    instance=instance,
                 )
             except RuntimeError:  # a size or dtype does not fit
                 call.run(self._spec(), self._torchs, input, hx)  # raises torch.nn's error

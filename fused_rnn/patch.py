@@ -18,6 +18,7 @@ from torch.jit._builtins import _register_builtin
 from torch.nn.modules import rnn
 
 from fused_rnn import layers, policy, tuned
+from fused_rnn.options import PLANNED
 from fused_rnn.tally import Tally
 
 
@@ -91,11 +92,16 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
         if not _regular(cell, input, states, weights, bidirectional) or input.dim() != 3:
             return None
         x = input.transpose(0, 1) if batch_first else input
-        if x.size(0) == 0 or _torch_is_faster(cell, x, None, states, weights, num_layers, bidirectional):
+        if x.size(0) == 0:
+            return None
+        choice = _tuned_choice(cell, x, None, states, weights, num_layers, bidirectional)
+        if not choice.fused:
             return None
         h0, c0 = (*states, None)[:2]
         directions, dropout = 2 if bidirectional else 1, dropout if train else 0.0
-        y, *states = layers.stack(cell, x, h0, c0, weights, has_biases, num_layers, directions, dropout)
+        y, *states = layers.stack(
+            cell, x, h0, c0, weights, has_biases, num_layers, directions, dropout, instance=choice.instance
+        )
         return (y.transpose(0, 1) if batch_first else y, *states)
 
     def packed(
@@ -112,13 +118,16 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
         states = _states(cell, hx)
         if not _regular(cell, data, states, weights, bidirectional):
             return None
-        if _torch_is_faster(cell, data, batch_sizes, states, weights, num_layers, bidirectional):
+        choice = _tuned_choice(cell, data, batch_sizes, states, weights, num_layers, bidirectional)
+        if not choice.fused:
             return None
         h0, c0 = (*states, None)[:2]
         directions, dropout = 2 if bidirectional else 1, dropout if train else 0.0
-        return tuple(
-            layers.stack(cell, data, h0, c0, weights, has_biases, num_layers, directions, dropout, batch_sizes)
-        )
+        results = layers.stack(
+            cell, data, h0, c0, weights, has_biases, num_layers, directions, dropout, batch_sizes,
+            instance=choice.instance,
+        )  # fmt: skip
+        return tuple(results)
 
     @policy.runs_eagerly
     def fused(*args: Any) -> Any:
@@ -147,20 +156,23 @@ def _regular(cell: str, x: Any, states: Any, weights: Any, bidirectional: Any) -
     )
 
 
-def _torch_is_faster(
+_KERNELS = policy.Choice(True, "within patched()")
+
+
+def _tuned_choice(
     cell: str, x: Tensor, batch_sizes: Tensor | None, states: Any, weights: Any, num_layers: int, bidirectional: bool
-) -> bool:
-    """Whether the user's table says so; where it says nothing, nothing is measured, as torch.nn is patched."""
-    if torch.compiler.is_compiling() or (H := states[-1].size(-1)) not in tuned.table.torch_hidden_sizes:
-        return False
+) -> policy.Choice:
+    """What the user's table says; where it says nothing, nothing is measured, as torch.nn is patched."""
+    if torch.compiler.is_compiling() or (H := states[-1].size(-1)) not in tuned.table.hidden_sizes:
+        return _KERNELS
     T = x.size(0) if batch_sizes is None else batch_sizes.size(0)
     B = x.size(1) if batch_sizes is None else max(1, x.size(0) // max(1, T))
     P, directions = states[0].size(-1), 2 if bidirectional else 1
     choice = policy.tuned_plain(
         cell, x, T, B, H, P if P != H else 0, num_layers, directions, (*states, *weights),
-        packed=batch_sizes is not None, may_measure=False,
+        kind="sequence" if batch_sizes is None else "packed", may_measure=False,
     )  # fmt: skip
-    return choice is not None and not choice.fused
+    return _KERNELS if choice is None else choice
 
 
 def _cell(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -172,11 +184,21 @@ def _cell(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
         states = _states(cell, hx)
         h0, c0 = (*states, None, None)[:2]
         batched = isinstance(h0, Tensor) and h0.dim() == 2 and not torch.compiler.is_compiling()
-        if batched and policy.torch_trains(cell, input, (h0, *weights)):
+        choice = None
+        if batched and len(states) == count and tuned.table.cell_hidden_sizes:
+            choice = policy.tuned_cell(cell, input, h0.size(1), h0, c0, weights, may_measure=False)
+        if choice is not None:
+            if not choice.fused:
+                return original(input, hx, *weights)
+        elif batched and policy.torch_trains(cell, input, (h0, *weights)):
             return original(input, hx, *weights)
         if len(states) == count and policy.plain_step(input, h0, c0, weights):
+            five = (*(*weights, None, None)[:4], None)
             try:
-                h, c = layers.step(cell, input, h0, c0, (*(*weights, None, None)[:4], None))
+                if choice is not None and choice.instance != PLANNED:
+                    h, c = layers.step_of_instance(choice.instance, cell, input, h0, c0, five)
+                else:
+                    h, c = layers.step(cell, input, h0, c0, five)
             except RuntimeError:  # a size or dtype does not fit
                 original(input, hx, *weights)  # raises torch.nn's error
                 raise

@@ -122,7 +122,7 @@ def plan(
     if device.type == "cpu":
         shared = _C.cpu_plan(
             NUMBER[cell], T, B, I, H, H, directions, torch.get_num_threads(), dtype is torch.float64,
-            _precision(dtype, kind), policy.deterministic(),
+            _precision(dtype, kind), policy.deterministic(), instance=choice.instance,
         )  # fmt: skip
         return Plan("fused", "cpu", choice.reason, shared, shared, choice.source)
     properties = properties or cuda.device_properties(device)

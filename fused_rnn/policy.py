@@ -42,7 +42,7 @@ class Choice(NamedTuple):
 
     Attributes:
         source: "tuned" if the user's table says so, "shipped" if the rules of this package do.
-        instance: of the CUDA kernel (csrc/bindings/schemas.h).
+        instance: of the kernels (csrc/bindings/schemas.h).
     """
 
     fused: bool
@@ -104,12 +104,13 @@ def choose(
         return Choice(not on_gpu, "in a compiled graph the device decides")
     if properties is None and (tuned.table.asked or (on_gpu and tuned.table.measures(device))):
         # A plain step of a module on a CPU never asks; another is a sequence of one step.
-        step_asks = kind == "step" and (on_gpu or half is not None or dtype not in ALWAYS_FUSED)
-        if kind in ("packed", "sequence") or step_asks:
+        step_asks = on_gpu or half is not None or dtype not in ALWAYS_FUSED
+        if kind != "step" or step_asks:
             size = (steps, T // max(1, steps) or 1) if kind == "packed" else (T, B)
             wide = dtype is torch.float32 and half is None
             call = tuned.Call(
-                cell, dtype, half, *size, I, H, proj_size, num_layers, directions, kind == "packed", differentiable,
+                cell, dtype, half, *size, I, H, proj_size, num_layers, directions,
+                "sequence" if kind == "step" else kind, differentiable,
                 0 if not wide else int(cuda.tf32_allowed()) if on_gpu else precision(_FLOAT32),
             )  # fmt: skip
             choice = tuned_choice(call, device, may_measure)
@@ -160,12 +161,15 @@ def tuned_choice(call: tuned.Call, device: torch.device, may_measure: bool = Tru
     result = tuned.ask(call, device, may_measure)
     if result is None:
         return None
-    fused = result.backend == "fused"
-    if not fused and device.type == "cpu" and call.cell == "lstm" and lacks_threads():
+    fused, instance = result.backend == "fused", result.instance
+    if device.type == "cpu":
+        sets = tuned.instruction_sets()
+        if (result.instruction_set not in sets) if fused else (call.cell == "lstm" and lacks_threads()):
+            return None
+        instance = sets[result.instruction_set] if fused else PLANNED
+    elif fused and (self_check.why_not(device) or not _has_kernel(call, result, device)):
         return None
-    if fused and device.type == "cuda" and (self_check.why_not(device) or not _has_kernel(call, result, device)):
-        return None
-    return Choice(fused, "fused_rnn.tune measured it on this machine", "tuned", result.instance)
+    return Choice(fused, "fused_rnn.tune measured it on this machine", "tuned", instance)
 
 
 def _has_kernel(call: tuned.Call, result: tuned.Result, device: torch.device) -> bool:
@@ -188,13 +192,23 @@ def tuned_plain(
     directions: int,
     tensors: Sequence[Tensor | None],
     *,
-    packed: bool = False,
+    kind: Kind = "sequence",
     may_measure: bool = True,
 ) -> Choice | None:
     """`tuned_choice` of a call outside of autocast, on a CPU, with x and these tensors."""
     train = torch.is_grad_enabled() and any_requires_grad((x, *tensors))
     sizes = T, B, x.size(-1), H, proj_size, num_layers, directions
-    return tuned_choice(tuned.Call(cell, x.dtype, None, *sizes, packed, train, precision(x)), CPU, may_measure)
+    return tuned_choice(tuned.Call(cell, x.dtype, None, *sizes, kind, train, precision(x)), CPU, may_measure)
+
+
+def tuned_cell(
+    cell: str, x: Any, H: int, h0: Any, c0: Any, weights: Sequence[Any], may_measure: bool = True
+) -> Choice | None:
+    """`tuned_plain` of a cell's call with any arguments, if the table may say something of its hidden size."""
+    if H not in tuned.table.cell_hidden_sizes or not plain_step(x, h0, c0, weights):
+        return None
+    sizes = 1, x.size(0), H, 0, 1, 1
+    return tuned_plain(cell, x, *sizes, (h0, c0, *weights), kind="cell", may_measure=may_measure)
 
 
 @cache

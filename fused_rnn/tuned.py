@@ -19,7 +19,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple, get_type_hints
 
 import torch
@@ -27,7 +27,7 @@ import torch
 from fused_rnn import _C, cuda
 from fused_rnn.options import EVERY_STEP, PLANNED
 
-FORMAT = 1
+FORMAT = 2
 """Of the file. A file of another format counts as foreign."""
 
 FIRST_USE_VARIABLE = "FUSED_RNN_TUNE"
@@ -41,7 +41,7 @@ class Call(NamedTuple):
         dtype: of the input, and outside of autocast of the weights.
         autocast: the dtype that autocast casts to, or None.
         T, B, I, H, proj_size, num_layers, directions: the sizes. B is the mean over the steps of a packed sequence.
-        packed: whether the input is a packed sequence.
+        kind: "sequence", "packed", or "cell" for the forward of an RNNCell and so on, with T == 1.
         train: whether the call records a gradient.
         precision: of products of float32: one of `fused_rnn.policy` on a CPU, 1 for TF32 on CUDA, else 0.
     """
@@ -56,9 +56,15 @@ class Call(NamedTuple):
     proj_size: int
     num_layers: int
     directions: int
-    packed: bool
+    kind: str
     train: bool
     precision: int
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether the rules leave this call of a cell on a CPU to torch (`fused_rnn.policy.torch_trains_step`)."""
+        is_plain = self.dtype in (torch.float32, torch.float64) and self.autocast is None
+        return self.kind == "cell" and self.train and self.cell.startswith("rnn") and is_plain
 
     def bucket(self) -> Call:
         """The call that stands for this one in the table: T, B and I are rounded to powers of two."""
@@ -78,12 +84,14 @@ class Result(NamedTuple):
         instance: of the CUDA kernel.
         speedup: torch.nn's time divided by that of the fastest kernels: a median of ratios of neighbouring samples.
         seconds: by name of what was timed, the median time of a call.
+        instruction_set: of the CPU kernels, if it is not the process's own (a key of `instruction_sets`).
     """
 
     backend: str
     instance: int = PLANNED
     speedup: float = 1.0
     seconds: Mapping[str, float] = {}
+    instruction_set: str = ""
 
 
 TORCH_NAMES = ("torch.nn", "cuDNN")
@@ -112,8 +120,8 @@ class Table:
         mode: "read"; or "first use" to measure calls that the table does not have; or "off" to measure nothing that
             nobody asked for, whatever torch.backends.cudnn.benchmark says.
         asked: whether it may have an answer to any call.
-        torch_hidden_sizes: the hidden sizes for which it may name torch.nn on a CPU, outside of autocast. Calls of
-            other sizes ask nothing else.
+        hidden_sizes, cell_hidden_sizes: the hidden sizes, of sequences and of cells, for which it may say of a call on
+            a CPU outside of autocast what the rules do not say. Plain calls of other sizes ask nothing else.
     """
 
     def __init__(self, path: str | None, mode: Mode = "read") -> None:
@@ -130,15 +138,21 @@ class Table:
     def _refresh(self) -> None:
         listens = self._listeners > 0 or self._unread or self.mode == "first use"
         self.asked = listens or bool(self._results)
-        self.torch_hidden_sizes: Container[int] = frozenset(
-            call.H
-            for (machine, call), result in self._results.items()
-            if result.backend == "torch" and machine.startswith("cpu") and call.autocast is None
+        self.hidden_sizes, self.cell_hidden_sizes = (
+            _EVERY_SIZE if listens else self._hidden_sizes(of_cells) for of_cells in (False, True)
         )
-        if listens:
-            self.torch_hidden_sizes = _EVERY_SIZE
         # Anew, not cleared: a thread that is searching now would store what is no longer so.
         self._find = lru_cache(maxsize=4096)(lambda machine, call: self._results.get((machine, call.bucket())))
+
+    def _hidden_sizes(self, of_cells: bool) -> Container[int]:
+        return frozenset(
+            call.H
+            for (machine, call), result in self._results.items()
+            if (call.kind == "cell") is of_cells
+            and ((result.backend == "torch") is not call.is_torchs or result.instruction_set != "")
+            and machine.startswith("cpu")
+            and call.autocast is None
+        )
 
     def after_fork(self) -> None:
         """In a forked child, torch.nn waits for OpenMP's threads, which did not survive; the kernels do not."""
@@ -290,6 +304,7 @@ def _result(fields: Any) -> Result:
         result.backend not in ("fused", "torch")
         or type(result.instance) is not int
         or result.instance < EVERY_STEP
+        or type(result.instruction_set) is not str
         or not all(type(number) is float for number in numbers)
     ):
         raise TypeError(f"{fields!r}")
@@ -369,7 +384,25 @@ def machine(device: torch.device) -> str:
 
 @lru_cache(maxsize=64)
 def _cpu(threads: int) -> str:
-    return f"cpu: {cpu_name()}, {threads} thread{'s' * (threads > 1)}, {_C.cpu_isa()}, {_versions()}"
+    sets = "/".join((_C.cpu_isa(), *filter(None, instruction_sets())))
+    return f"cpu: {cpu_name()}, {threads} thread{'s' * (threads > 1)}, {sets}, {_versions()}"
+
+
+@cache
+def instruction_sets() -> dict[str, int]:
+    """By name, the `instance` (csrc/bindings/schemas.h) of the CPU kernels' instruction sets that are compared.
+
+    The first is the process's own, with an empty name. It is alone if FUSED_RNN_CPU_ISA names it.
+    """
+    sets = {"": PLANNED}
+    if not os.environ.get("FUSED_RNN_CPU_ISA"):
+        for place, name in enumerate(_C.supported_cpu_isas()):
+            if place > 0 and name not in _NEVER_FASTER:
+                sets[name] = place
+    return sets
+
+
+_NEVER_FASTER = ("portable", "amx_emulated")
 
 
 @lru_cache(maxsize=64)
@@ -388,11 +421,15 @@ def _versions() -> str:
     return f"torch {torch.__version__}, fused_rnn {fused_rnn.__version__}"
 
 
-def cpu_name() -> str:
-    """The processor's name."""
+def cpu_name(cpu_info: str | os.PathLike[str] = "/proc/cpuinfo") -> str:
+    """The processor's name; on Arm, where the system has only numbers, those of the makers and kinds of its cores."""
     try:
-        with open("/proc/cpuinfo") as lines:
-            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        with open(cpu_info) as file:
+            fields = [tuple(map(str.strip, line.split(":", 1))) for line in file if ":" in line]
     except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+        fields = []
+    names = [value for field, value in fields if field == "model name"]
+    if names:
+        return names[0]
+    numbers = [f"{field[4:]} {value}" for field, value in fields if field in ("CPU implementer", "CPU part")]
+    return " ".join((platform.processor() or platform.machine(), *dict.fromkeys(numbers)))

@@ -2,12 +2,14 @@
 
 A call is measured with random weights and data of its sizes. Everything that could compute it, the rivals, first has to
 give torch.nn's values; then they take turns, and a rival's speed is the median over the turns of torch.nn's time
-divided by its own. Torch.nn must give way to kernels that are 5 % faster on a GPU, where nothing else is known; on a
-CPU, for which the kernels were measured on other machines, it must itself be 5 % faster to be taken.
+divided by its own. Torch.nn must give way to kernels that are 5 % faster on a GPU, where nothing else is known, and in
+cells that the rules leave to it; in other calls on a CPU, for which the kernels were measured on other machines, it
+must itself be 5 % faster to be taken.
 
-The rivals of a CPU are torch.nn and the kernels with the process's instruction set, because that is chosen once per
-process (FUSED_RNN_CPU_ISA). On CUDA they are cuDNN, the planner's two best resident kernels, in training also its best
-one for each pass, and a product per step.
+The rivals of a CPU are torch.nn and the kernels, with the process's instruction set and, unless FUSED_RNN_CPU_ISA names
+that, with each other one of the processor that computes the call in another way; those must be 5 % faster than the
+process's own. On CUDA they are cuDNN, the planner's two best resident kernels, in training also its best one for each
+pass, and a product per step.
 
 Weights and data come from a generator of their own, and nothing of the caller's is written to.
 """
@@ -18,7 +20,7 @@ import contextlib
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from statistics import median
 from time import perf_counter
@@ -29,7 +31,9 @@ from torch import Tensor
 from torch.nn.modules import rnn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from fused_rnn import cuda, layers, policy, reference, self_check, tuned, tuning_report
+from fused_rnn import _C, cuda, layers, policy, reference, self_check, tuned, tuning_report
+from fused_rnn.cell_info import NUMBER
+from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
 from fused_rnn.modules import GRU, LSTM, RNN
 from fused_rnn.options import EVERY_STEP
 from fused_rnn.tuned import TORCH_NAMES, Call, Result
@@ -53,9 +57,10 @@ def tune(model: torch.nn.Module, example_input: Any, seconds: float = 10.0) -> d
     """Measure who computes the recurrent layers of a model faster on this machine: torch.nn or the kernels.
 
     Runs the model once, as ``model(example_input)``, notes the calls of its `fused_rnn.RNN`, `LSTM` and `GRU` modules,
-    and measures each distinct one with random data of its sizes. The results go into the user's table, which modules
-    with ``backend="auto"`` follow from then on, in this process and in later ones, for calls of about these sizes. They
-    are also printed. Modules with another backend, and those with options that torch.nn does not have, are left alone.
+    and on a CPU of its cells, and measures each distinct one with random data of its sizes. The results go into the
+    user's table, which modules with ``backend="auto"`` and cells follow from then on, in this process and in later
+    ones, for calls of about these sizes. They are also printed. Modules with another backend, and those with options
+    that torch.nn does not have, are left alone.
 
     Args:
         model: a module of this package, or any model that contains some.
@@ -87,9 +92,9 @@ def tune(model: torch.nn.Module, example_input: Any, seconds: float = 10.0) -> d
     calls = _calls_of(model, example_input)
     if not calls:
         raise ValueError(
-            f"tune: {type(model).__name__} made no call that could be tuned. It needs an RNN, LSTM or GRU of fused_rnn "
-            "(fused_rnn.replace converts a model) with backend='auto', outside of torch.compile and of deterministic "
-            "algorithms"
+            f"tune: {type(model).__name__} made no call that could be tuned. It needs an RNN, LSTM, GRU or cell of "
+            "fused_rnn (fused_rnn.replace converts a model) with backend='auto', outside of torch.compile and of "
+            "deterministic algorithms"
         )
     results: dict[tuple[Call, torch.device], Result] = {}
     with _lock, tuning_report.progress(seconds) as advance:
@@ -185,7 +190,8 @@ def _measured(
         raise RuntimeError("OpenMP gives fewer threads than torch asks for (OMP_THREAD_LIMIT, OMP_DYNAMIC)")
     subject = _Subject(call, device)
     rivals = _correct(_rivals(call, device), subject)
-    return _decide(rivals, _samples(rivals, subject, device, seconds, advance), device.type)
+    samples = _samples(rivals, subject, device, seconds, advance)
+    return _decide(rivals, samples, device.type, device.type == "cuda" or call.is_torchs)
 
 
 def _correct(rivals: dict[str, Result], subject: _Subject) -> dict[str, Result]:
@@ -219,7 +225,7 @@ def _correct(rivals: dict[str, Result], subject: _Subject) -> dict[str, Result]:
 def _rivals(call: Call, device: torch.device) -> dict[str, Result]:
     """By name, the answers that make the policy choose each of those that could compute a call; torch.nn first."""
     if device.type != "cuda":
-        return {TORCH_NAMES[0]: _TORCH, "kernels": Result("fused")}
+        return {TORCH_NAMES[0]: _TORCH} | _instruction_sets(call)
     rivals = {TORCH_NAMES[1]: _TORCH}
     if self_check.why_not(device):
         return rivals
@@ -238,8 +244,26 @@ def _rivals(call: Call, device: torch.device) -> dict[str, Result]:
     return rivals | {"step by step": Result("fused", EVERY_STEP)}
 
 
+def _instruction_sets(call: Call) -> dict[str, Result]:
+    """The kernels with each instruction set that computes the call in a way of its own; the process's own first."""
+    precision = policy.autocast_precision(call.autocast) or call.precision
+    if call.dtype is torch.bfloat16:
+        precision = policy.MEDIUM
+    rivals: dict[tuple[Any, ...], tuple[str, Result]] = {}
+    for name, instance in tuned.instruction_sets().items():
+        plan = _C.cpu_plan(
+            NUMBER[call.cell], call.T, call.B, call.I, call.H, call.proj_size or call.H, call.directions,
+            torch.get_num_threads(), call.dtype is torch.float64, precision, False, instance=instance,
+        )  # fmt: skip
+        # Those with products of bfloat16 are the one without in all calls that have no such products.
+        products = plan["products"], plan["products"].startswith("bfloat16") and plan["instruction_set"]
+        rival = f"kernels, {name}" if name else "kernels", Result("fused", instruction_set=name)
+        rivals.setdefault((plan["vector_bytes"], *products), rival)
+    return dict(rivals.values())
+
+
 class _Subject:
-    """A module of random weights, and its input, for one call."""
+    """A module of random weights, its input, and a cell's states, for one call."""
 
     def __init__(self, call: Call, device: torch.device) -> None:
         self.call = call
@@ -248,51 +272,67 @@ class _Subject:
         more: dict[str, Any] = {"nonlinearity": call.cell[4:]} if call.cell.startswith("rnn") else {}
         if call.proj_size:
             more["proj_size"] = call.proj_size
-        make: Any = {"lstm": LSTM, "gru": GRU}.get(call.cell, RNN)
-        module = make(
-            call.I, call.H, call.num_layers, bidirectional=call.directions == 2, device="meta",
-            dtype=torch.float32 if call.autocast else dtype, **more,
-        )  # fmt: skip
+        of_cell = call.kind == "cell"
+        if not of_cell:
+            more |= {"num_layers": call.num_layers, "bidirectional": call.directions == 2}
+        make: Any = _CLASSES[call.cell[:3]][of_cell]
+        module = make(call.I, call.H, device="meta", dtype=torch.float32 if call.autocast else dtype, **more)
         self.module = module.to_empty(device=device)  # without drawing from torch's own generator
         bound = call.H**-0.5
         with torch.no_grad():
             for weight in self.module.parameters():
                 weight.uniform_(-bound, bound, generator=generator)
-        x = torch.randn(call.T, call.B, call.I, generator=generator, device=device, dtype=dtype)
+        self.weights = list(self.module.parameters())
+        steps = () if of_cell else (call.T,)
+        x = torch.randn(*steps, call.B, call.I, generator=generator, device=device, dtype=dtype)
         self.batch_sizes = None
-        if call.packed:
+        if call.kind == "packed":
             # Rows of every length, whose mean number per step is B.
             rows = 2 * call.B - 1
             x = torch.randn(call.T, rows, call.I, generator=generator, device=device, dtype=dtype)
             lengths = [math.ceil(call.T * row / rows) for row in range(rows, 0, -1)]
             x, self.batch_sizes, *_ = pack_padded_sequence(x, torch.tensor(lengths, device="cpu"))
         self.x = x.detach().requires_grad_(call.train)
+        self.states = [
+            torch.randn(call.B, call.H, generator=generator, device=device, dtype=dtype).requires_grad_(call.train)
+            for _ in range((2 if call.cell == "lstm" else 1) if of_cell else 0)
+        ]
         width = call.directions * (call.proj_size or call.H)
         self.dy = torch.randn(*x.shape[:-1], width, generator=generator, device=device, dtype=torch.float32)
 
     def run(self) -> list[Tensor]:
-        """The output, the final states, and in training the gradients of the input and of all weights."""
+        """The output, the final states, and in training the gradients of the input, the states and all weights."""
         x = self.x if self.batch_sizes is None else PackedSequence(self.x, self.batch_sizes)
-        output, hidden = self.module.forward(x)  # no hook sees it
-        y = output.data if self.call.packed else output
-        return self._results(y, hidden if isinstance(hidden, tuple) else (hidden,), self.x, self.module._flat_weights)
+        if self.states:
+            hidden = self.module.forward(x, tuple(self.states) if len(self.states) > 1 else self.states[0])
+            output = hidden[0] if isinstance(hidden, tuple) else hidden
+        else:
+            output, hidden = self.module.forward(x)  # no hook sees it
+        y = output.data if self.batch_sizes is not None else output
+        inputs = (self.x, *self.states, *self.weights)
+        return self._results(y, hidden if isinstance(hidden, tuple) else (hidden,), inputs)
 
     def exact(self) -> list[Tensor]:
         """The results of `run` by the specification, in float64."""
         call = self.call
-        x, *weights = (t.detach().double().requires_grad_(call.train) for t in (self.x, *self.module._flat_weights))
+        inputs = [t.detach().double().requires_grad_(call.train) for t in (self.x, *self.states, *self.weights)]
+        x, *states = inputs[: 1 + len(self.states)]
+        h0, c0 = (*states, None, None)[:2]
         with torch.autocast(x.device.type, enabled=False):
             y, *hidden = layers.stack(
-                call.cell, x, None, None, weights, True, call.num_layers, call.directions,
+                call.cell, x, h0, c0, inputs[1 + len(states) :], True, call.num_layers, call.directions,
                 batch_sizes=self.batch_sizes, run=reference.layer,
             )  # fmt: skip
-            return self._results(y, hidden, x, weights)
+            return self._results(y, hidden, inputs)
 
-    def _results(self, y: Tensor, hidden: Iterable[Tensor], x: Tensor, weights: Iterable[Tensor]) -> list[Tensor]:
+    def _results(self, y: Tensor, hidden: Iterable[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         results = [y, *hidden]
         if self.call.train:
-            results += torch.autograd.grad(y, [x, *weights], self.dy.to(y.dtype))
+            results += torch.autograd.grad(y, inputs, self.dy.to(y.dtype))
         return [result.detach() for result in results]
+
+
+_CLASSES = {"lst": (LSTM, LSTMCell), "gru": (GRU, GRUCell), "rnn": (RNN, RNNCell)}
 
 
 def _inaccurate_result(call: Call, values: list[Tensor], expected: list[Tensor], exact: list[Tensor]) -> str | None:
@@ -330,7 +370,7 @@ def _samples(
     runs: dict[str, Callable[[], Any]] = dict.fromkeys(rivals, subject.run)
     if device.type == "cuda":
         clock = _cuda_seconds
-        for name, rival in rivals.items() if not subject.call.packed else ():  # whose rows come from the host
+        for name, rival in rivals.items() if subject.call.kind != "packed" else ():  # whose rows come from the host
             with tuned.answering(lambda call, device, rival=rival: rival):  # type: ignore[misc]
                 runs[name] = _captured(subject.run, device)
         if subject.run in runs.values():  # a graph and a call cannot be compared
@@ -392,17 +432,27 @@ def _captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     return graph.replay
 
 
-def _decide(rivals: dict[str, Result], samples: dict[str, list[float]], device_type: str) -> Result:
-    """The result from the samples of all rivals."""
+def _decide(rivals: dict[str, Result], samples: dict[str, list[float]], device_type: str, torch_first: bool) -> Result:
+    """The result from the samples of all rivals.
+
+    Args:
+        torch_first: whether torch.nn is who must be beaten by a margin, and not the kernels; the first of these are on
+            a CPU those with the process's instruction set.
+    """
     seconds = {name: median(times) for name, times in samples.items()}
     torchs = next((name for name in rivals if name in TORCH_NAMES), None)
     ours = [name for name in rivals if name != torchs]
-    if torchs is None or not ours:  # there is no choice
-        return rivals[min(rivals, key=seconds.__getitem__)]._replace(seconds=seconds)
-    speedups = {
-        name: median(theirs / own for theirs, own in zip(samples[torchs], samples[name], strict=True)) for name in ours
-    }
-    best = max(ours, key=speedups.__getitem__)
-    speedup = speedups[best]
-    fused = speedup >= MARGIN if device_type == "cuda" else speedup * MARGIN > 1
-    return (rivals[best] if fused else _TORCH)._replace(speedup=speedup, seconds=seconds)
+
+    def speedup(name: str, over: str) -> float:
+        return median(theirs / own for theirs, own in zip(samples[over], samples[name], strict=True))
+
+    if not ours:
+        return _TORCH._replace(seconds=seconds)
+    best = max(ours, key=lambda name: speedup(name, torchs or ours[0]))
+    if device_type == "cpu" and speedup(best, ours[0]) < MARGIN:
+        best = ours[0]
+    if torchs is None:
+        return rivals[best]._replace(seconds=seconds)
+    gain = speedup(best, torchs)
+    fused = gain >= MARGIN if torch_first else gain * MARGIN > 1
+    return (rivals[best] if fused else _TORCH)._replace(speedup=gain, seconds=seconds)

@@ -57,14 +57,14 @@ def _row(call: Call, result: Result) -> tuple[str, ...]:
         layer.append(str(call.autocast).replace("torch.", "autocast "))
     if call.proj_size:
         layer.append(f"proj {call.proj_size}")
-    layer += ["bidirectional"] * (call.directions == 2) + ["packed"] * call.packed
+    layer += ["bidirectional"] * (call.directions == 2) + [call.kind] * (call.kind != "sequence")
     layer.append("training" if call.train else "inference")
     sizes = ",".join(map(str, (call.T, call.B, call.I, call.H, call.num_layers)))
     times = {"torch.nn": "", "kernels": ""}
     for name, seconds in sorted(result.seconds.items(), key=lambda item: -item[1]):
         times["torch.nn" if name in TORCH_NAMES else "kernels"] = _time(seconds)  # of the fastest kernel
     speedup = f"{result.speedup:.2f}" if all(times.values()) else "-"
-    chosen = "torch.nn" if result.backend == "torch" else "kernels"
+    chosen = "torch.nn" if result.backend == "torch" else result.instruction_set or "kernels"
     return (" ".join(layer), sizes, *times.values(), speedup, chosen)
 
 

@@ -1,6 +1,5 @@
 """The machine and the versions of a run, and the folder of its results."""
 
-import platform
 import re
 import subprocess
 from datetime import datetime
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 
 import fused_rnn
+from fused_rnn import tuned
 
 RESULTS = Path(__file__).parents[1] / "results"  # committed; a folder for each processor
 DECORATION = re.compile(r"\((?:R|TM)\)|\b(?:CPU|Processor|\d+-Core)\b|@.*")
@@ -32,10 +32,9 @@ def cpu_name(cpu_info: Path = Path("/proc/cpuinfo")) -> str:
     AMX, or AVX2 where there is nothing newer, is named because virtual machines hide the model's number, and it decides
     which kernels run.
     """
-    fields = dict(re.findall(r"^(model name|flags)\s*: (.*)$", cpu_info.read_text(), re.M)) if cpu_info.exists() else {}
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    name = " ".join(DECORATION.sub(" ", name).split())
-    flags = fields.get("flags", "").split()
+    name = " ".join(DECORATION.sub(" ", tuned.cpu_name(cpu_info)).split())
+    found = re.search(r"^flags\s*: (.*)$", cpu_info.read_text(), re.M) if cpu_info.exists() else None
+    flags = found[1].split() if found else []
     if "amx_tile" in flags:
         return f"{name} with AMX"
     return f"{name} with AVX2" if "avx2" in flags and "avx512f" not in flags else name

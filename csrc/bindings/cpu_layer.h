@@ -7,17 +7,22 @@
 
 #include "../cpu/dispatch.h"
 #include "layer.h"
+#include "schemas.h"
 
 namespace fused_rnn {
 namespace bindings {
 
 class CpuLayer : public Layer {
  public:
+  const cpu::Kernels& kernels;
+
+  // instance: see schemas.h.
   CpuLayer(int64_t cell_number, torch::headeronly::IntHeaderOnlyArrayRef x, ScalarType stored,
            torch::headeronly::IntHeaderOnlyArrayRef w_hh, bool projected, bool two_directions,
-           const OptionalTensor& batch_sizes)
+           const OptionalTensor& batch_sizes, int64_t instance = kPlanned)
       : Layer(cell_number, Place(), x, stored, stored == ScalarType::Double ? stored : ScalarType::Float, w_hh,
-              projected, two_directions, batch_sizes) {}
+              projected, two_directions, batch_sizes),
+        kernels(cpu::kernels(instance)) {}
 
   // `precision` of float32's products, a cpu::Precision; that of bfloat16 tensors is bfloat16's. `forward`: whether it
   // reads bfloat16 weights as they are.
@@ -25,7 +30,7 @@ class CpuLayer : public Layer {
     FUSED_RNN_CHECK(precision >= 0 && precision < cpu::kPrecisions, "precision must be between 0 and ",
                     cpu::kPrecisions - 1, ", got ", precision);
     const bool is_bf16 = stored == ScalarType::BFloat16;
-    cpu::choose_products(shape, is_bf16 ? cpu::Precision::kMedium : static_cast<cpu::Precision>(precision));
+    cpu::choose_products(kernels, shape, is_bf16 ? cpu::Precision::kMedium : static_cast<cpu::Precision>(precision));
     shape.bf16_weights = forward && is_bf16 && shape.parts == 1;
   }
   Weights checked_weights(const OptionalTensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,

@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> frozen(Tensor model, int64_t cell, int64_t la
       p.c = m.has_c ? layer.offset(c_n, row * B * s.H) : nullptr;
       p.workspace = scratch.data() + d * workspace * layer.element();
     }
-    cpu::forward(params, torch::stable::get_num_threads());
+    cpu::forward(cpu::kernels(), params, torch::stable::get_num_threads());
   }
   return {y, h_n, c_n};
 }

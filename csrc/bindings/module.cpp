@@ -103,17 +103,19 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_plan",
       [](int cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t directions, int64_t threads,
-         bool is_double, int precision, bool deterministic, int weights) {
+         bool is_double, int precision, bool deterministic, int weights, int64_t instance) {
+        const Kernels& k = fused_rnn::cpu::kernels(instance);
         fused_rnn::LayerShape shape{};
         shape.cell = fused_rnn::bindings::cell_by_number(cell).kind;
         shape.T = T, shape.B = B, shape.I = I, shape.H = H, shape.P = P, shape.N = T * B, shape.directions = directions;
         shape.dtype = is_double ? fused_rnn::Dtype::kFloat64 : fused_rnn::Dtype::kFloat32;
         shape.deterministic = deterministic;
         shape.weights = static_cast<fused_rnn::WeightFormat>(weights);
-        fused_rnn::cpu::choose_products(shape, static_cast<fused_rnn::cpu::Precision>(precision));
+        fused_rnn::cpu::choose_products(k, shape, static_cast<fused_rnn::cpu::Precision>(precision));
         const fused_rnn::cpu::Plan plan = fused_rnn::cpu::plan(shape, threads);
         py::dict d;
-        d["instruction_set"] = fused_rnn::cpu::kernels().name;
+        d["instruction_set"] = k.name;
+        d["vector_bytes"] = k.vector_bytes;
         d["teams"] = plan.teams;
         d["workers"] = plan.workers;
         d["splits_units"] = plan.splits_units;
@@ -123,9 +125,10 @@ PYBIND11_MODULE(_C, m) {
       },
       "How many threads take a layer on the CPU, how they share it, and of which numbers its products are: of float32, "
       "or 1, 3 or 6 of bfloat16 for each. weights: how they are given, 0 as torch has them, else as a frozen file "
-      "says.",
+      "says. instance: a place in supported_cpu_isas(); -1: the instruction set in use.",
       py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P"), py::arg("directions"),
-      py::arg("threads"), py::arg("is_double"), py::arg("precision"), py::arg("deterministic"), py::arg("weights") = 0);
+      py::arg("threads"), py::arg("is_double"), py::arg("precision"), py::arg("deterministic"), py::arg("weights") = 0,
+      py::arg("instance") = -1);
   m.def(
       "cuda_plans",
       [](int cell, int element_bytes, int64_t batch, int hidden_size, int directions, bool backward, int sms,

@@ -38,10 +38,10 @@ Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bo
                 Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
                 OptionalTensor w_hh_reverse, OptionalTensor b_ih_reverse, OptionalTensor b_hh_reverse,
                 OptionalTensor w_hr_reverse, GivenOptions given, bool want_c_sequence, bool deterministic, bool,
-                int64_t precision, int64_t) {
+                int64_t precision, int64_t instance) {
   Options options(given);
   CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh.sizes(), w_hr.has_value(), w_hh_reverse.has_value(),
-                 options.batch_sizes);
+                 options.batch_sizes, instance);
   layer.end_at(options.lengths);
   layer.shape.train = train;
   layer.shape.deterministic = deterministic;
@@ -67,7 +67,7 @@ Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bo
   FUSED_RNN_CHECK(!want_c_sequence || layer.cell.has_c, "only the LSTM has c");
   const Tensor c_sequence = want_c_sequence ? layer.new_sequence(D * s.H) : empty({0}, layer.dtype);
   const Tensor reserve = empty({train ? D : 0, layer.reserve_rows(), layer.reserve_width()}, layer.dtype);
-  const int64_t workspace = whole_lines(cpu::kernels().forward_workspace(s));
+  const int64_t workspace = whole_lines(layer.kernels.forward_workspace(s));
   const Scratch scratch(D * workspace * layer.element());
 
   layer.clear_absent(y, D * s.P);
@@ -89,7 +89,7 @@ Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bo
       p.c = layer.cell.has_c ? layer.offset(c_n, d * layer.B * s.H) : nullptr;
       p.workspace = scratch.data() + d * workspace * layer.element();
     }
-    cpu::forward(params, threads());
+    cpu::forward(layer.kernels, params, threads());
   }
   const ScalarType out = layer.stored;
   return {converted(y, out), converted(h_n, out), converted(c_n, out), reserve, converted(c_sequence, out)};
@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, 
   const Weights w = layer.checked_weights(w_ih, w_hh, b_ih, b_hh, w_hr);
   const Tensor h = layer.new_state(s.P);
   const Tensor c = layer.first_c(c0);
-  const Scratch scratch(cpu::kernels().forward_workspace(s) * layer.element());
+  const Scratch scratch(layer.kernels.forward_workspace(s) * layer.element());
   if (s.N > 0 && s.P > 0) {
     ForwardParams params{s, {}};
     ForwardDirection& p = params.direction[0] = inputs_of_forward(x, w);
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, 
     p.y_stride = s.P;
     p.c = layer.cell.has_c ? c.data_ptr() : nullptr;
     p.workspace = scratch.data();
-    cpu::forward(params, threads());
+    cpu::forward(layer.kernels, params, threads());
   }
   return {converted(h, layer.stored), converted(c, layer.stored)};
 }
@@ -129,10 +129,10 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
                    bool need_dx, bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr,
                    OptionalTensor w_ih, Tensor w_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
                    OptionalTensor w_hh_reverse, OptionalTensor w_hr_reverse, GivenOptions given, int64_t reset_steps,
-                   OptionalTensor dc_sequence, bool deterministic, bool, int64_t precision, int64_t) {
+                   OptionalTensor dc_sequence, bool deterministic, bool, int64_t precision, int64_t instance) {
   Options options(given);
   CpuLayer layer(cell, x.sizes(), x.scalar_type(), w_hh.sizes(), w_hr.has_value(), w_hh_reverse.has_value(),
-                 options.batch_sizes);
+                 options.batch_sizes, instance);
   layer.end_at(options.lengths);
   layer.shape.deterministic = deterministic;
   layer.choose_products(precision, false);
@@ -192,8 +192,8 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
   const LayerShape chunk = cpu::chunk_shape(s);
   const bool chunked = chunk.T < s.T;
   const int64_t workers = cpu::gradient_workers(chunk, threads());
-  const int64_t workspace = whole_lines(cpu::kernels().backward_workspace(chunk));
-  const int64_t of_workers = workers * cpu::kernels().gradients_workspace(chunk);
+  const int64_t workspace = whole_lines(layer.kernels.backward_workspace(chunk));
+  const int64_t of_workers = workers * layer.kernels.gradients_workspace(chunk);
   const int64_t grads = chunk.N * layer.cell.grads * s.H, dh_total = s.projected ? chunk.N * s.P : 0;
   const int64_t dproduct = s.normalised ? chunk.N * rows : 0, dnormal = dnorm_c.defined() ? chunk.N * 2 * s.H : 0;
   const int64_t dh_chunk = chunked ? s.B * s.P : 0;
@@ -238,7 +238,7 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
     p.db_hh = need_db ? dw[d].b_hh.data_ptr() : nullptr;
     p.dw_hr = need_dw_hr && s.projected ? dw[d].w_hr.data_ptr() : nullptr;
   }
-  cpu::backward(params, threads(), workers);
+  cpu::backward(layer.kernels, params, threads(), workers);
   const auto& [w, r] = dw;
   const auto out = [&](const Tensor& t) {
     return layer.stored == layer.dtype || !t.defined() ? t : converted(t, layer.stored);

@@ -21,11 +21,12 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 // `cell`: its number, see cell_number.h. `options`: see options.h. `deterministic`: bit for bit the same for a row
 // alone and in any batch.
 //
-// For the CPU alone, and the same in both passes: `precision` of products of float32, cpu::Precision as a number.
+// For the CPU alone, and the same in both passes: `precision` of products of float32, cpu::Precision as a number. For
+// CUDA alone, and the same in both passes: `tf32`, whether products of float32 may be computed in TF32.
 //
-// For CUDA alone, and the same in both passes: `tf32`, whether products of float32 may be computed in TF32;
-// `instance`, the kernel, kPlanned, kEveryStep or a place in FUSED_RNN_INSTANCES (csrc/cuda/layout.h).
-constexpr int64_t kPlanned = -1;    // the planner's choice
+// `instance`, the same in both passes: on the CPU the instruction set, kPlanned or a place in cpu::supported(); on CUDA
+// the kernel, kPlanned, kEveryStep or a place in FUSED_RNN_INSTANCES (csrc/cuda/layout.h).
+constexpr int64_t kPlanned = -1;    // the planner's choice; on the CPU the process's
 constexpr int64_t kEveryStep = -2;  // a product and a pointwise kernel for every step
 
 constexpr const char* kForwardSchema =

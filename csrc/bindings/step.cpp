@@ -114,14 +114,15 @@ void step_into(OptionalTensor x, OptionalTensor h0, OptionalTensor c0, int64_t l
   reset_c = checked_reset(reset_c, "reset_c", {L, B, H}, type);
 
   s.deterministic = deterministic;
-  cpu::choose_products(s, cpu::Precision::kHighest);
+  const cpu::Kernels& k = cpu::kernels();
+  cpu::choose_products(k, s, cpu::Precision::kHighest);
   s.resets = static_cast<const uint8_t*>(data(resets));
   const auto* const is_active = static_cast<const uint8_t*>(data(active));
 
   // Scratch: the kernel's, y of a lower layer, states at resets, the rows that are active.
   const int64_t size = one.element();
   const auto lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
-  const int64_t workspace = lines(cpu::kernels().forward_workspace(s) * size);
+  const int64_t workspace = lines(k.forward_workspace(s) * size);
   const int64_t of_h = lines(B * P * size), of_c = lines(B * H * size);
   const Scratch scratch(workspace + 2 * of_h + of_c + B * static_cast<int64_t>(sizeof(int64_t)));
   char* next = scratch.data() + workspace;
@@ -158,7 +159,7 @@ void step_into(OptionalTensor x, OptionalTensor h0, OptionalTensor c0, int64_t l
   for (int64_t b = 0; last && is_active && b < B; ++b) {
     if (!is_active[b]) std::memset(static_cast<char*>(p.y) + b * p.y_stride * size, 0, P * size);
   }
-  if (s.N > 0) cpu::forward(params, torch::stable::get_num_threads());
+  if (s.N > 0) cpu::forward(k, params, torch::stable::get_num_threads());
 }
 
 // y [B, P], h [L, B, P] and c [L, B, H] (empty but for the LSTM). weights: of each layer w_ih, w_hh, then biases if

@@ -226,8 +226,7 @@ BackwardParams chunk(const BackwardParams& params, int64_t begin, int64_t end) {
   return part;
 }
 
-void backward_chunk(const BackwardParams& params, int64_t threads, int64_t gradient_workers) {
-  const Kernels& k = kernels();
+void backward_chunk(const Kernels& k, const BackwardParams& params, int64_t threads, int64_t gradient_workers) {
   if (params.shape.N > 0 && params.shape.P > 0) {  // else there may be any number of steps, and nothing in them
     run(params.shape, threads, [&](int64_t d, const Worker& worker) { k.backward(params, d, worker); });
   }
@@ -246,8 +245,15 @@ const Kernels& kernels() {
   return chosen;
 }
 
-void choose_products(LayerShape& shape, Precision precision) {
-  const Bf16Unit* const unit = kernels().bf16;
+const Kernels& kernels(int64_t place) {
+  if (place < 0) return kernels();
+  static const std::vector<const Kernels*> all = supported();
+  if (place < static_cast<int64_t>(all.size())) return *all[place];
+  throw std::runtime_error("there is no instruction set " + std::to_string(place) + " on this machine");
+}
+
+void choose_products(const Kernels& k, LayerShape& shape, Precision precision) {
+  const Bf16Unit* const unit = k.bf16;
   const auto parts = [&]() -> int {
     if (!unit || shape.dtype != Dtype::kFloat32) return 0;
     if (precision == Precision::kMedium) return 1;
@@ -325,8 +331,7 @@ Plan plan(const LayerShape& shape, int64_t threads) {
   return {teams, std::max<int64_t>(useful, 1), useful > 1};
 }
 
-void forward(const ForwardParams& params, int64_t threads) {
-  const Kernels& k = kernels();
+void forward(const Kernels& k, const ForwardParams& params, int64_t threads) {
   run(params.shape, threads, [&](int64_t d, const Worker& worker) { k.forward(params, d, worker); });
 }
 
@@ -346,11 +351,11 @@ LayerShape chunk_shape(const LayerShape& shape) {
   return longest;
 }
 
-void backward(const BackwardParams& params, int64_t threads, int64_t gradient_workers) {
+void backward(const Kernels& k, const BackwardParams& params, int64_t threads, int64_t gradient_workers) {
   const int64_t count = chunks(params.shape), T = params.shape.T;
-  if (count == 1) return backward_chunk(params, threads, gradient_workers);
+  if (count == 1) return backward_chunk(k, params, threads, gradient_workers);
   for (int64_t i = count; i-- > 0;) {
-    backward_chunk(chunk(params, T * i / count, T * (i + 1) / count), threads, gradient_workers);
+    backward_chunk(k, chunk(params, T * i / count, T * (i + 1) / count), threads, gradient_workers);
   }
 }
 

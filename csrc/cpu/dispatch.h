@@ -1,4 +1,5 @@
-// Runs a layer on the CPU. The instruction set is chosen once per process, the number of threads for each call.
+// Runs a layer on the CPU. The instruction set is the process's, unless a call names another; the number of threads is
+// chosen for each call.
 #pragma once
 
 #include <string>
@@ -19,6 +20,10 @@ FUSED_RNN_EXPORT const Kernels& kernels();
 // The kernels that this machine can run, best first.
 FUSED_RNN_EXPORT std::vector<const Kernels*> supported();
 
+// The kernels of a call: those at a place in supported(), or the ones in use for a negative place. Throws
+// std::runtime_error if there is no such place. Both passes of a layer must use the same.
+FUSED_RNN_EXPORT const Kernels& kernels(int64_t place);
+
 // How accurately products of float32 are computed, as torch.set_float32_matmul_precision() says it.
 enum class Precision : int32_t {
   kHighest,  // float32's own accuracy
@@ -28,7 +33,7 @@ enum class Precision : int32_t {
 constexpr int kPrecisions = 3;
 // Sets shape.parts and shape.bf16: whether to multiply bfloat16 parts of float32, and how many. To be called when all
 // else of the shape is known, and before a workspace is asked for.
-FUSED_RNN_EXPORT void choose_products(LayerShape& shape, Precision precision);
+FUSED_RNN_EXPORT void choose_products(const Kernels& k, LayerShape& shape, Precision precision);
 
 // How threads share a layer; see Worker.
 struct Plan {
@@ -38,14 +43,14 @@ struct Plan {
 };
 FUSED_RNN_EXPORT Plan plan(const LayerShape& shape, int64_t threads);
 
-void forward(const ForwardParams& params, int64_t threads);
+void forward(const Kernels& k, const ForwardParams& params, int64_t threads);
 
 // The shape of the largest chunk of steps in backward. Backward splits a long sequence into chunks and multiplies the
 // gate gradients of each before it goes on to the next, so that their buffers need only the size of one chunk.
 LayerShape chunk_shape(const LayerShape& shape);
 // How many threads share the products after each chunk; each needs a workspace.
 int64_t gradient_workers(const LayerShape& shape, int64_t threads);
-void backward(const BackwardParams& params, int64_t threads, int64_t gradient_workers);
+void backward(const Kernels& k, const BackwardParams& params, int64_t threads, int64_t gradient_workers);
 
 }  // namespace cpu
 }  // namespace fused_rnn

@@ -70,7 +70,7 @@ void Stream::run(const float* x, float* y, int64_t steps) {
       if (threads_ == 1) {
         k.forward(p, 0, alone);
       } else {
-        forward(p, threads_);
+        forward(k, p, threads_);
       }
     }
     x += count * batch_ * model_->input_size;

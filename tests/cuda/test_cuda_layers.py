@@ -300,7 +300,7 @@ def test_a_tuned_kernel_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_tuning_accepts_the_kernels(cell: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that a GPU would time computes what torch.nn does, in both passes."""
     monkeypatch.setattr(cuda, "device_properties", lambda device: emulated.H200)
-    call = tuned.Call(cell, torch.bfloat16, None, 5, 3, 5, 40, 0, 2, 1, packed, True, 0)
+    call = tuned.Call(cell, torch.bfloat16, None, 5, 3, 5, 40, 0, 2, 1, "packed" if packed else "sequence", True, 0)
     rivals = tuning._rivals(call, torch.device("cuda"))
     assert [rival.backend for rival in rivals.values()] == ["torch", "fused", "fused", "fused", "fused"]
     assert tuning._correct(rivals, tuning._Subject(call, torch.device("cpu"))) == rivals

@@ -14,8 +14,10 @@ import fused_rnn
 from fused_rnn import cuda, layers, operators, policy, tuned, tuning, tuning_report
 from fused_rnn.options import EVERY_STEP, PLANNED
 from fused_rnn.tuned import Call, Result, Table
-from tuned_calls import CALL, CPU, H200, HIDDEN, SIZE, B, T, computes
+from tuned_calls import CALL, CPU, H200, HIDDEN, OTHER_SET, SIZE, B, T, computes, machine_results
 from tuned_calls import clock as clock
+from tuned_calls import instances as instances
+from tuned_calls import instruction_sets as instruction_sets
 from tuned_calls import table as table
 from tuned_calls import torch_wins as torch_wins
 
@@ -40,11 +42,131 @@ def test_a_cpu_leaves_the_kernels_only_for_what_is_faster(
     assert computes(lambda: gru(torch.randn(T + 1, B, SIZE))) == expected  # the same bucket
 
 
+@pytest.mark.parametrize(
+    ("torchs", "others", "backend", "chosen"),
+    [
+        (2.0, 0.9, "fused", OTHER_SET),
+        (2.0, 0.97, "fused", ""),  # not by 5 %
+        (2.0, 1.1, "fused", ""),
+        (0.9, 0.8, "fused", OTHER_SET),
+        (0.5, 0.8, "torch", ""),
+    ],
+)
+def test_instruction_sets_are_compared(
+    torchs: float,
+    others: float,
+    backend: str,
+    chosen: str,
+    table: Table,
+    clock: dict[str, float],
+    instruction_sets: dict[str, int],
+    instances: list[int],
+) -> None:
+    """Another one is taken if it is 5 % faster than the process's own, in both passes; plan() names it."""
+    clock |= {"torch": torchs, OTHER_SET: others}
+    gru, x = fused_rnn.GRU(SIZE, HIDDEN, 2), torch.randn(T, B, SIZE, requires_grad=True)
+    (result,) = fused_rnn.tune(gru, x, 0.01).values()
+    assert (result.backend, result.instruction_set) == (backend, chosen)
+    assert result.seconds == {"torch.nn": torchs, "kernels": 1.0, f"kernels, {OTHER_SET}": others}
+    assert result.speedup == torchs / (others if chosen else min(others, 1.0) if backend == "torch" else 1.0)
+    assert Table(table.path).get(tuned.machine(CPU), next(iter(machine_results()))) == result
+    plan = fused_rnn.plan("gru", T=T, B=B, I=SIZE, H=HIDDEN, num_layers=2, device="cpu")
+    assert (plan.backend, plan.source) == (backend, "tuned")
+    if backend == "fused":
+        assert plan.forward["instruction_set"] == (chosen or tuned._C.cpu_isa()) == plan.backward["instruction_set"]
+    instances.clear()
+    y, _ = gru(x)
+    gradients = torch.autograd.grad(y.sum(), [x, *gru.parameters()])
+    assert instances == ([instruction_sets[chosen]] * 4 if chosen else [])
+    expected = nn.GRU.forward(gru, x)[0]
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.sum(), [x, *gru.parameters()]))
+
+
+def test_the_instruction_sets_that_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process's own, and each that computes a call in another way; the own alone where the user names it."""
+    own, *others = tuned._C.supported_cpu_isas()
+    usual = tuned.instruction_sets.__wrapped__
+    monkeypatch.delenv("FUSED_RNN_CPU_ISA", raising=False)
+    assert set(usual()) == {"", *others} - {"portable", "amx_emulated"}
+    assert all(tuned._C.supported_cpu_isas()[place] == name for name, place in usual().items() if name)
+    monkeypatch.setenv("FUSED_RNN_CPU_ISA", own)
+    assert usual() == {"": PLANNED}
+    every = {"": PLANNED, own: 0} | {name: place for place, name in enumerate(others, 1)}
+    monkeypatch.setattr(tuned, "instruction_sets", lambda: every)
+
+    def compared(dtype: torch.dtype) -> set[str]:
+        return {rival.instruction_set for rival in tuning._instruction_sets(CALL._replace(dtype=dtype)).values()}
+
+    assert compared(torch.bfloat16) == {"", *others}  # without the second name of the own
+    without_products = {"avx512", "avx512_bf16", "amx_emulated"}  # all of them are avx512 then
+    assert compared(torch.float64) == {"", *others} - (without_products if "avx512" in {own, *others} else {OTHER_SET})
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("faster", ["torch", "fused", OTHER_SET])
+def test_cells(
+    cell: str,
+    train: bool,
+    faster: str,
+    table: Table,
+    clock: dict[str, float],
+    instruction_sets: dict[str, int],
+    instances: list[int],
+) -> None:
+    """A loop over a cell is one call; modules and patched() follow, in float32 and under autocast."""
+    clock |= {"torch": 2.0, "fused": 2.0, OTHER_SET: 2.0} | {faster: 1.0}
+    name = {"lstm": "LSTMCell", "gru": "GRUCell"}.get(cell, "RNNCell")
+    ours, theirs = (getattr(library, name)(SIZE, HIDDEN) for library in (fused_rnn, nn))
+    x = torch.randn(B, SIZE)
+
+    class Loop(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            state = None
+            for _ in range(T):
+                state = ours(x, state)
+            return state if cell != "lstm" else state[0]
+
+    Loop.cell = ours
+    with torch.set_grad_enabled(train):
+        for half in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                ((call, result),) = fused_rnn.tune(Loop(), x, 0.01).items()
+                assert call == Call(
+                    cell, torch.float32, torch.bfloat16 if half else None, 1, B, SIZE, HIDDEN, 0, 1, 1, "cell", train, 0
+                )
+                backend = "torch" if faster == "torch" else "fused"
+                assert (result.backend, result.instruction_set) == (backend, faster if faster == OTHER_SET else "")
+                plan = fused_rnn.plan(cell, B=B, I=SIZE, H=HIDDEN, kind="cell", device="cpu")
+                assert (plan.backend, plan.source) == (backend, "tuned")
+                instances.clear()
+                assert computes(lambda: ours(x)) == backend
+                assert set(instances) <= {instruction_sets[result.instruction_set]}
+                assert instances or faster != OTHER_SET
+        with fused_rnn.patched():
+            assert computes(lambda: theirs(x)) == backend
+        assert computes(lambda: ours(torch.randn(50 * B, SIZE))) == (  # as untuned
+            "torch" if train and cell == "rnn_tanh" else "fused"
+        )
+    torch.testing.assert_close(ours(x), getattr(nn, name).forward(ours, x))
+
+
+@pytest.mark.parametrize(("train", "backend"), [(False, "fused"), (True, "torch")])
+def test_the_rules_decide_a_draw(train: bool, backend: str, table: Table, clock: dict[str, float]) -> None:
+    """A cell of an RNN in training stays torch's, and then asks nothing."""
+    clock["torch"] = 1.04 if train else 0.96
+    cell, x = fused_rnn.RNNCell(SIZE, HIDDEN).requires_grad_(train), torch.randn(B, SIZE)
+    (result,) = fused_rnn.tune(cell, x, 0.01).values()
+    assert result.backend == backend == computes(lambda: cell(x))
+    assert table.asked and not table.cell_hidden_sizes
+
+
 def decide(device_type: str, **seconds: list[float]) -> Result:
     names = {"torch": "cuDNN" if device_type == "cuda" else "torch.nn"}
     samples = {names.get(name, name): times for name, times in seconds.items()}
     rivals = {name: Result("torch") if name in tuned.TORCH_NAMES else Result("fused", len(name)) for name in samples}
-    return tuning._decide(rivals, samples, device_type)
+    return tuning._decide(rivals, samples, device_type, device_type == "cuda")
 
 
 def test_a_gpu_leaves_cudnn_only_for_what_is_faster() -> None:
@@ -72,7 +194,7 @@ def test_the_rivals_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN, the planner's two best kernels that compute both passes, and a product for every step."""
     monkeypatch.setattr(cuda, "device_properties", lambda device: H200)
     monkeypatch.setattr(cuda, "tf32_allowed", lambda: False)
-    call = Call("lstm", torch.bfloat16, None, 512, 64, 1024, 1024, 0, 1, 1, False, False, 0)
+    call = Call("lstm", torch.bfloat16, None, 512, 64, 1024, 1024, 0, 1, 1, "sequence", False, 0)
     plans = [cuda.plans("lstm", torch.bfloat16, 64, 1024, 1, backward, H200) for backward in (False, True)]
     gpu = torch.device("cuda")
     rivals = tuning._rivals(call, gpu)
@@ -91,7 +213,7 @@ def test_the_rivals_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Model(nn.Module):
-    """Three layers, one of them twice with other sizes, and some that are left alone."""
+    """Three layers, one of them twice with other sizes, a cell that is called twice, and some that are left alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,6 +224,7 @@ class Model(nn.Module):
         self.torchs = fused_rnn.GRU(HIDDEN, 8, backend="torch")
         self.plain = nn.GRU(HIDDEN, 9)
         self.varied = fused_rnn.LSTM(HIDDEN, HIDDEN, layer_norm=True)
+        self.cell = fused_rnn.GRUCell(HIDDEN, HIDDEN)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.b(self.a(x)[0].transpose(0, 1))[0].transpose(0, 1)
@@ -109,6 +232,7 @@ class Model(nn.Module):
             module(y)
         self.c(y[:, :1].expand(-1, 50, -1))
         self.c(pack_padded_sequence(y, torch.tensor([T, 3, 1])))
+        self.cell(y[0], self.cell(y[1]))
         return self.c(y)[0]
 
 
@@ -122,26 +246,31 @@ def test_a_model(table: Table, capsys: pytest.CaptureFixture[str]) -> None:
         module.register_forward_pre_hook(lambda module, args: seen.append(module))
     seen: list[Any] = []
     results = fused_rnn.tune(model, x, 0.2)
-    assert len(seen) == 11
-    assert [(call.cell, call.T, call.B, call.I, call.H, call.packed, call.train) for call in results] == [
-        ("lstm", T, B, SIZE, HIDDEN, False, True),
-        ("gru", T, B, 6, HIDDEN, False, True),
-        ("rnn_relu", T, B, HIDDEN, HIDDEN, False, True),
-        ("rnn_relu", T, 50, HIDDEN, HIDDEN, False, True),
-        ("rnn_relu", T, 1, HIDDEN, HIDDEN, True, True),
+    assert len(seen) == 13
+    assert [(call.cell, call.T, call.B, call.I, call.H, call.kind, call.train) for call in results] == [
+        ("lstm", T, B, SIZE, HIDDEN, "sequence", True),
+        ("gru", T, B, 6, HIDDEN, "sequence", True),
+        ("rnn_relu", T, B, HIDDEN, HIDDEN, "sequence", True),
+        ("rnn_relu", T, 50, HIDDEN, HIDDEN, "sequence", True),
+        ("rnn_relu", T, 1, HIDDEN, HIDDEN, "packed", True),
+        ("gru", 1, B, HIDDEN, HIDDEN, "cell", True),
     ]
     (lstm, *_) = results
     assert (lstm.proj_size, lstm.num_layers, lstm.directions, lstm.dtype) == (3, 2, 2, torch.float32)
     for result in results.values():
-        assert set(result.seconds) == {"torch.nn", "kernels"} and min(result.seconds.values()) > 0
-        assert 0.1 < result.speedup * result.seconds["kernels"] / result.seconds["torch.nn"] < 10
+        names = {f"kernels, {name}" if name else "kernels" for name in tuned.instruction_sets()}
+        assert {"torch.nn", "kernels"} <= set(result.seconds) <= {"torch.nn"} | names
+        assert min(result.seconds.values()) > 0
+        name = f"kernels, {result.instruction_set}" if result.instruction_set else "kernels"
+        if result.backend == "fused":
+            assert 0.1 < result.speedup * result.seconds[name] / result.seconds["torch.nn"] < 10
     assert Table(table.path).of(tuned.machine(CPU)) == {call.bucket(): result for call, result in results.items()}
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     torch.testing.assert_close(model(x), expected)
     printed = capsys.readouterr().out
-    assert table.path in printed.replace("\n", "") and "speed-up" in printed and printed.count("training") == 5
+    assert table.path in printed.replace("\n", "") and "speed-up" in printed and printed.count("training") == 6
 
 
 def test_without_rich(table: Table, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,8 +286,8 @@ def test_without_rich(table: Table, capsys: pytest.CaptureFixture[str], monkeypa
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 def test_values_are_checked(cell: str, dtype: torch.dtype, train: bool, recwarn: pytest.WarningsRecorder) -> None:
     """Right kernels pass in every dtype; wrong ones do not, and only torch.nn is left."""
-    for more in ({}, dict(packed=True), dict(num_layers=2, directions=2)):
-        call = Call(cell, dtype, None, T, B, SIZE, HIDDEN, 0, 1, 1, False, train, 0)._replace(**more)
+    for more in ({}, dict(kind="packed"), dict(num_layers=2, directions=2), dict(kind="cell", T=1)):
+        call = Call(cell, dtype, None, T, B, SIZE, HIDDEN, 0, 1, 1, "sequence", train, 0)._replace(**more)
         with tuning._own_settings(call, CPU):
             rivals = tuning._correct(tuning._rivals(call, CPU), tuning._Subject(call, CPU))
         assert "kernels" in rivals
@@ -196,8 +325,9 @@ def test_a_dtype_that_torch_does_not_know(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(fused_rnn.GRU, "_torchs", refuse)
     with torch.no_grad():
-        assert list(tuning._correct(tuning._rivals(CALL, CPU), subject)) == ["kernels"]
-        monkeypatch.setattr(layers, "forward_operator", refuse)
+        assert next(iter(tuning._correct(tuning._rivals(CALL, CPU), subject))) == "kernels"
+        for home in (layers, operators):
+            monkeypatch.setattr(home, "forward_operator", refuse)
         with pytest.raises(RuntimeError, match="not implemented for 'Half'"):
             tuning._correct(tuning._rivals(CALL, CPU), subject)
 

@@ -104,7 +104,7 @@ def test_wrong_command_lines(
 def test_run_follows_the_table(tmp_path: Path) -> None:
     """A script under ``python -m fused_rnn run`` leaves torch.nn's calls to torch.nn where that was faster."""
     (tmp_path / "script.py").write_text(f"import torch\ntorch.set_num_threads(1)\n{KERNELS}kernels()\n")
-    call = Call("lstm", torch.float32, None, 2, 1, 4, 5, 0, 1, 1, False, True, 0)
+    call = Call("lstm", torch.float32, None, 2, 1, 4, 5, 0, 1, 1, "sequence", True, 0)
     path = tmp_path / "fused_rnn" / "tuned.json"
     torch.set_num_threads(1)
     environment = dict(XDG_CACHE_HOME=str(tmp_path), FUSED_RNN_TUNE="")

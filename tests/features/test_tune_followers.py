@@ -15,11 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
 from contract import survives
-from fused_rnn import cuda, operators, policy, tuned, tuning
-from fused_rnn.options import EVERY_STEP
+from fused_rnn import cuda, policy, tuned, tuning
+from fused_rnn.options import EVERY_STEP, PLANNED
 from fused_rnn.tuned import Call, Result, Table
-from tuned_calls import CPU, H200, HIDDEN, SIZE, B, T, computes, machine_results
+from tuned_calls import CPU, H200, HIDDEN, OTHER_SET, SIZE, B, T, computes, machine_results
 from tuned_calls import clock as clock
+from tuned_calls import instances as instances
+from tuned_calls import instruction_sets as instruction_sets
 from tuned_calls import table as table
 from tuned_calls import torch_wins as torch_wins
 
@@ -116,7 +118,7 @@ def test_plan_says_where_its_answer_comes_from(torch_wins: Table, monkeypatch: p
     monkeypatch.setattr(cuda, "device_properties", lambda device: H200)
     monkeypatch.setattr(tuned, "machine", lambda device: "cuda: an H200")
     other = cuda.plans("gru", torch.bfloat16, 64, 1024, 1, False, H200)[1]
-    call = Call("gru", torch.bfloat16, None, 512, 64, 1024, 1024, 0, 1, 1, False, True, 0)
+    call = Call("gru", torch.bfloat16, None, 512, 64, 1024, 1024, 0, 1, 1, "sequence", True, 0)
     for instance, way in ((other["instance"], "resident"), (EVERY_STEP, "steps")):
         tuned.table.put({("cuda: an H200", call): Result("fused", instance)})
         plan = fused_rnn.plan("gru", **on_gpu, device="cuda")
@@ -129,20 +131,29 @@ def test_plan_says_where_its_answer_comes_from(torch_wins: Table, monkeypatch: p
     assert (plan.way, plan.forward, plan.backward) == ("resident", other, {})
 
 
-def test_the_tuned_kernel_reaches_the_operators(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In both passes; the CPU's operators ignore the number."""
-    seen: dict[str, list[Any]] = {"forward": [], "backward": []}
+def test_the_tuned_instruction_set_reaches_the_operators(
+    table: Table, instruction_sets: dict[str, int], instances: list[int]
+) -> None:
+    """In both passes of plain, unbatched and packed calls, also under patched(); not with keywords."""
+    gru, theirs = fused_rnn.GRU(SIZE, HIDDEN), nn.GRU(SIZE, HIDDEN)
+    x, other = torch.randn(T, B, SIZE, requires_grad=True), instruction_sets[OTHER_SET]
+    packed = pack_padded_sequence(x, torch.tensor([T, 3, 1]))
 
-    def noting(name: str) -> Any:
-        operator = getattr(operators, f"{name}_operator")
-        return lambda *arguments: seen[name].append(arguments) or operator(*arguments)
+    def used(call: Callable[[], Any]) -> list[int]:
+        instances.clear()
+        output = call()[0]
+        (output if isinstance(output, torch.Tensor) else output.data).sum().backward(retain_graph=True)
+        return list(instances)
 
-    for name in seen:
-        monkeypatch.setattr(operators, f"{name}_operator", noting(name))
-    gru, x = fused_rnn.GRU(SIZE, HIDDEN, batch_first=True), torch.randn(SIZE, requires_grad=True)
-    with tuned.answering(lambda call, device: Result("fused", 7)):
-        gru(x.expand(T, SIZE))[0].sum().backward()  # unbatched: not a plain call
-    assert [arguments[-1] for calls in seen.values() for arguments in calls] == [7, 7]
+    with tuned.answering(lambda call, device: Result("fused", instruction_set=OTHER_SET)):
+        for given in (x, x[:, 0], packed):
+            assert used(lambda given=given: gru(given)) == [other, other]
+        with fused_rnn.patched():
+            for given in (x, packed):
+                assert used(lambda given=given: theirs(given)) == [other, other]
+        assert used(lambda: gru(x, lengths=torch.full((B,), T))) == [PLANNED, PLANNED]
+    with tuned.answering(lambda call, device: Result("fused", instruction_set="of another machine")):
+        assert used(lambda: gru(x)) == []
 
 
 # ---- First use ------------------------------------------------------------------------------------------------------
@@ -169,7 +180,7 @@ def test_first_use(first_use: Table) -> None:
         handle.remove()
     assert seen == [gru] and torch.equal(torch.get_rng_state(), state)
     (call,) = machine_results()
-    assert call == Call("gru", torch.float32, None, 8, 4, SIZE, HIDDEN, 0, 1, 1, False, False, 0)
+    assert call == Call("gru", torch.float32, None, 8, 4, SIZE, HIDDEN, 0, 1, 1, "sequence", False, 0)
     gru(x)[0].sum().backward()
     assert [call.train for call in machine_results()] == [False, True]
     assert gru.weight_hh_l0.grad is not None
@@ -248,7 +259,7 @@ def test_threads_on_first_use(first_use: Table) -> None:
 def in_a_forked_child() -> None:
     torch.set_num_threads(2)
     gru, x = fused_rnn.GRU(64, 128), torch.randn(32, 16, 64)
-    key = tuned.machine(CPU), Call("gru", torch.float32, None, 32, 16, 64, 128, 0, 1, 1, False, True, 0)
+    key = tuned.machine(CPU), Call("gru", torch.float32, None, 32, 16, 64, 128, 0, 1, 1, "sequence", True, 0)
     tuned.table = Table(None, "first use")
     tuned.table.put({key: Result("torch")})
     assert computes(lambda: gru(x)) == "torch"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import platform
 import threading
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from fused_rnn import tuned
 from fused_rnn.tuned import Call, Result, Table
 from tuned_calls import put_results
 
-CALL = Call("lstm", torch.float32, None, 64, 32, 16, 128, 0, 1, 1, False, False, 0)
+CALL = Call("lstm", torch.float32, None, 64, 32, 16, 128, 0, 1, 1, "sequence", False, 0)
 HERE, ELSEWHERE = "cpu: this one", "cpu: another one"
 RESULT = Result("torch", -1, 0.75, {"torch.nn": 0.75, "kernels": 1.0})
 
@@ -28,8 +29,14 @@ def path(tmp_path: Path) -> str:
 
 
 def test_results_come_back_from_the_file(path: str) -> None:
-    packed = CALL._replace(cell="gru", dtype=torch.bfloat16, autocast=torch.float16, packed=True, train=True)
-    stored = {(HERE, CALL): RESULT, (HERE, packed): Result("fused", 3, 1.5, {"cuDNN": 1.5, "kernel 3": 1.0})}
+    other_set = Result("fused", -1, 1.5, {"kernels": 1.0}, "avx2")
+    packed = CALL._replace(cell="gru", dtype=torch.bfloat16, autocast=torch.float16, kind="packed", train=True)
+    cell = CALL._replace(kind="cell")
+    stored = {
+        (HERE, CALL): RESULT,
+        (HERE, cell): other_set,
+        (HERE, packed): Result("fused", 3, 1.5, {"cuDNN": 1.5, "kernel 3": 1.0}),
+    }
     Table(path).put(stored)
     Table(path).put({(ELSEWHERE, CALL): Result("fused")})  # keeps what is there
     table = Table(path)
@@ -58,7 +65,7 @@ def test_all_else_must_be_equal(path: str) -> None:
     table.put({(HERE, CALL.bucket()): RESULT})
     assert table.get(HERE, CALL._replace(T=70, B=40, I=17)) == RESULT
     others = dict(cell="gru", dtype=torch.float64, autocast=torch.bfloat16, H=127, proj_size=3, num_layers=2)
-    others |= dict(directions=2, packed=True, train=True, precision=1, T=200, B=3, I=32)
+    others |= dict(directions=2, kind="packed", train=True, precision=1, T=200, B=3, I=32)
     assert set(others) == set(Call._fields)
     for name, value in others.items():
         assert table.get(HERE, CALL._replace(**{name: value})) is None, name
@@ -66,14 +73,26 @@ def test_all_else_must_be_equal(path: str) -> None:
 
 def test_an_empty_table_is_never_asked(path: str) -> None:
     table = Table(path)
-    assert not table.asked and CALL.H not in table.torch_hidden_sizes
+    assert not table.asked and CALL.H not in table.hidden_sizes
     table.put({(HERE, CALL): Result("fused")})
-    assert table.asked and CALL.H not in table.torch_hidden_sizes
+    assert table.asked and CALL.H not in table.hidden_sizes
     table.put({("cuda: a GPU", CALL): RESULT, (HERE, CALL._replace(autocast=torch.bfloat16)): RESULT})
-    assert CALL.H not in table.torch_hidden_sizes  # plain calls on a CPU still run on the kernels
-    table.put({(HERE, CALL): RESULT})
-    assert CALL.H in table.torch_hidden_sizes and CALL.H + 1 not in table.torch_hidden_sizes
-    assert CALL.H in Table(path).torch_hidden_sizes and CALL.H + 1 in Table(path).torch_hidden_sizes  # not read yet
+    assert CALL.H not in table.hidden_sizes  # plain calls on a CPU still run on the kernels
+    table.put({(HERE, CALL): RESULT, (HERE, CALL._replace(H=7)): Result("fused", instruction_set="avx2")})
+    assert {CALL.H, 7} == table.hidden_sizes and not table.cell_hidden_sizes
+    assert CALL.H in Table(path).hidden_sizes and CALL.H + 1 in Table(path).hidden_sizes  # not read yet
+
+
+def test_what_the_rules_say_is_not_asked() -> None:
+    """An RNN's cell in training is torch.nn's by the rules, all other plain calls on a CPU are the kernels'."""
+    table, cell = Table(None), CALL._replace(T=1, kind="cell")
+    rnn = cell._replace(cell="rnn_tanh", train=True)
+    table.put({(HERE, cell): Result("fused"), (HERE, rnn): Result("torch")})
+    assert not table.cell_hidden_sizes
+    table.put({(HERE, cell._replace(H=1)): Result("torch"), (HERE, rnn._replace(H=2)): Result("fused")})
+    table.put({(HERE, rnn._replace(H=3, train=False)): Result("torch")})
+    table.put({(HERE, rnn._replace(H=4, kind="sequence")): Result("fused")})
+    assert table.cell_hidden_sizes == {1, 2, 3} and not table.hidden_sizes
 
 
 def entry(**fields: object) -> str:
@@ -103,6 +122,7 @@ WRONG = {
     "backend": entry(backend="fast"),
     "instance": entry(instance=-3),
     "speedup": entry(speedup=None),
+    "instruction set": entry(instruction_set=3),
     "seconds": entry(seconds={"kernels": "1"}),
     "seconds list": entry(seconds=[1.0]),
     "unknown field": entry(colour="green"),
@@ -214,6 +234,18 @@ def test_the_users_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_machine_is_named_by_all_that_matters() -> None:
     torch.set_num_threads(1)
     name = tuned.machine(torch.device("cpu"))
-    assert f", 1 thread, {tuned._C.cpu_isa()}, torch {torch.__version__}, fused_rnn " in name
+    assert f", 1 thread, {tuned._C.cpu_isa()}" in name and f", torch {torch.__version__}, fused_rnn " in name
+    assert all(f"/{isa}" in name for isa in tuned.instruction_sets() if isa)
     torch.set_num_threads(2)
     assert ", 2 threads, " in tuned.machine(torch.device("cpu"))
+
+
+def test_a_processor_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arm's cores have numbers; several kinds may be in one processor."""
+    monkeypatch.setattr(platform, "processor", lambda: "aarch64")
+    core = "processor\t: 0\nBogoMIPS\t: 50.00\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU part\t: {}\n\n"
+    (tmp_path / "cpuinfo").write_text("".join(map(core.format, ["0xd05", "0xd05", "0xd0a"])))
+    assert tuned.cpu_name(tmp_path / "cpuinfo") == "aarch64 implementer 0x41 part 0xd05 part 0xd0a"
+    (tmp_path / "cpuinfo").write_text("model name\t: Some CPU: fast\nmodel name\t: Some CPU: fast\n")
+    assert tuned.cpu_name(tmp_path / "cpuinfo") == "Some CPU: fast"
+    assert tuned.cpu_name(tmp_path / "nowhere") == "aarch64"

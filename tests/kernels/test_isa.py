@@ -19,7 +19,7 @@ from cases import CASES as ALL_LENGTHS
 from cases import Case
 from contract import survives
 from default_set import case_of
-from fused_rnn import _C, reference
+from fused_rnn import _C, reference, tuned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,6 +55,14 @@ def save_results(isa: str, path: str, wanted: list[str]) -> None:
     assert _C.cpu_isa() == isa
     named = {f"{case}-{name}": (case, dtype) for case in CASES for name, dtype in DTYPES.items()}
     torch.save({name: results(*named[name]) for name in wanted}, path)
+
+
+def results_with(isa: str, case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """`results` in this process, where every call names this instruction set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuned, "instruction_sets", lambda: {isa: ISAS.index(isa)})
+        with tuned.answering(lambda call, device: tuned.Result("fused", instruction_set=isa)):
+            return results(case, dtype)
 
 
 def fails_at_first_use() -> None:
@@ -95,10 +103,20 @@ def test_instruction_sets_agree(case: Case, dtype: str, by_isa: dict[str, dict[s
         found = by_isa[isa][f"{case}-{dtype}"]
         assert_same_rounding(found[: len(expected)], [t.detach() for t in expected])
         assert_same_rounding(found, by_isa["portable"][f"{case}-{dtype}"])
+        if case.T > 1:  # else the rules leave an RNN in training to torch.nn
+            assert all(map(torch.equal, results_with(isa, case, DTYPES[dtype]), found)), isa
 
 
 def test_an_unknown_instruction_set() -> None:
     survives(fails_at_first_use, FUSED_RNN_CPU_ISA="mmx2")
+
+
+def test_a_place_without_an_instruction_set() -> None:
+    gru, x = fused_rnn.GRU(3, 5), torch.ones(2, 1, 3)
+    with pytest.raises(RuntimeError, match=f"there is no instruction set {len(ISAS)} on this machine"):
+        torch.ops.fused_rnn.forward(
+            x, None, None, reference.CELLS.index("gru"), False, *gru._flat_weights, instance=len(ISAS)
+        )
 
 
 def test_an_empty_choice_is_none() -> None:

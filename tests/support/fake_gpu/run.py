@@ -140,14 +140,27 @@ def install_cuda() -> type:
 
 def install_library(mode: type) -> None:
     """Make fused_rnn take the CPU's operators, which have the same schemas, for the GPU's."""
+    import torch
+
     from fused_rnn import cuda, self_check
 
+    def of_any_kernel(operator: Any) -> Any:
+        """The operator without the number of a GPU's kernel, which names an instruction set on a CPU."""
+
+        def run(*arguments: Any, instance: int = 0, **named: Any) -> Any:
+            return operator(*arguments, **named)
+
+        run.default = operator.default
+        return run
+
+    operators = torch.ops.fused_rnn
+    operators.forward, operators.backward = of_any_kernel(operators.forward), of_any_kernel(operators.backward)
     cuda.available = lambda: True
     check = self_check.find_fault
 
     def find_fault(*arguments: Any) -> str | None:
         with mode("cpu"):  # modes belong to a thread, and the check has one of its own
-            return check(*arguments)
+            return check(*arguments, forward=operators.forward, backward=operators.backward)
 
     self_check.find_fault = find_fault
 
