@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <utility>
 
+#include "../cpu/memory.h"
 #include "tensors.h"
 
 namespace fused_rnn {
@@ -37,8 +38,7 @@ class Scratch {
     char* data = nullptr;
 
     Kept() = default;
-    explicit Kept(int64_t bytes) : size((bytes + 63) / 64 * 64) {
-      data = static_cast<char*>(std::aligned_alloc(64, size));
+    explicit Kept(int64_t bytes) : size(bytes), data(cpu::allocate(bytes)) {
       FUSED_RNN_CHECK(data, "no memory for ", size, " bytes of scratch");
     }
     Kept& operator=(Kept&& other) noexcept {

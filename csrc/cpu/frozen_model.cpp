@@ -1,7 +1,5 @@
 #include "frozen_model.h"
 
-#include <sys/mman.h>
-
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
@@ -11,6 +9,7 @@
 #include <string>
 
 #include "../cells/cell_info.h"
+#include "memory.h"
 
 namespace fused_rnn {
 namespace cpu {
@@ -80,15 +79,10 @@ class Reader {
   WeightFormat weights_;
 };
 
-// Zeros. Large ones are asked for in huge pages, which cost fewer misses of the TLB; where there are none, nothing
-// changes.
 char* zeroed(int64_t bytes) {
-  constexpr int64_t kHuge = 2 << 20;
-  const int64_t alignment = bytes >= kHuge ? kHuge : 64, size = (bytes + alignment - 1) / alignment * alignment;
-  char* const memory = static_cast<char*>(std::aligned_alloc(alignment, size));
-  if (!memory) throw std::runtime_error("fused_rnn: no memory for " + std::to_string(size) + " bytes of weights");
-  if (bytes >= kHuge) madvise(memory, size, MADV_HUGEPAGE);
-  std::memset(memory, 0, size);
+  char* const memory = allocate(bytes);
+  if (!memory) throw std::runtime_error("fused_rnn: no memory for " + std::to_string(bytes) + " bytes of weights");
+  std::memset(memory, 0, bytes);
   return memory;
 }
 
