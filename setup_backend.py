@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403 - the other hooks are setuptools'
 
-sys.path += [folder for folder in site.getsitepackages() if folder not in sys.path]
+folders = [*site.getsitepackages(), site.getusersitepackages()]
+sys.path += [folder for folder in folders if folder not in sys.path]
 
 
 def get_requires_for_build_wheel(config_settings=None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any
 
@@ -11,14 +10,14 @@ from fused_rnn.convert import Replaced
 
 if "pytorch_lightning" in sys.modules and "lightning" not in sys.modules:  # the same library under its other name
     from pytorch_lightning import Callback
+    from pytorch_lightning.utilities import rank_zero_info
 else:
     from lightning.pytorch import Callback
-
-log = logging.getLogger(__name__)
+    from lightning.pytorch.utilities import rank_zero_info
 
 
 class ReplaceRNNs(Callback):
-    """Calls `fused_rnn.replace` on the LightningModule at setup, in every process, and logs what it converted.
+    """Calls `fused_rnn.replace` on the LightningModule at setup, in every process; the first prints what it converted.
 
     Setup comes before the strategy wraps the model and before the optimisers are made, and parameters keep their names:
     any strategy and any checkpoint works. Checkpoints hold no trace of this package.
@@ -34,6 +33,5 @@ class ReplaceRNNs(Callback):
         """Converts, at the first of the stages of a trainer."""
         if self.replaced is None:
             self.replaced = fused_rnn.replace(pl_module)
-            if trainer.is_global_zero:
-                names = ", ".join(name or "the module itself" for name in self.replaced)
-                log.info("fused_rnn runs %s", names or "nothing: there is no recurrent module of torch.nn's")
+            names = ", ".join(name or "the module itself" for name in self.replaced)
+            rank_zero_info("fused_rnn runs %s", names or "nothing: there is no recurrent module of torch.nn's")

@@ -23,7 +23,7 @@ import torch._dynamo
 import fused_rnn
 import run
 import tables
-from fused_rnn import constructor, convert, functional, reference, tuned
+from fused_rnn import constructor, convert, functional, launch, reference, tuned
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = [fused_rnn] + [
@@ -97,10 +97,17 @@ def test_examples_of_pages(page: Path) -> None:
         pytest.skip(f"{page.name}: the examples with {', '.join(sorted(missing))}, which is not installed")
 
 
-def test_the_cpp_example_is_of_the_program_that_is_tested() -> None:
-    program = (ROOT / "tests/compose/run_package.cpp").read_text().splitlines()
-    lines = {line.strip() for block in blocks(DOCS / "how-to/deployment.md", "cpp") for line in block.splitlines()}
-    assert len(lines) >= 5 and lines <= {line.strip() for line in program}
+@needs_docs
+@pytest.mark.parametrize(
+    ("page", "language", "program"),
+    [
+        ("how-to/deployment.md", "cpp", "tests/compose/run_package.cpp"),
+        ("how-to/streaming.md", "c", "benchmarks/examples/stream.c"),
+    ],
+)
+def test_examples_in_other_languages_are_of_programs_that_are_tested(page: str, language: str, program: str) -> None:
+    lines = {line.strip() for block in blocks(DOCS / page, language) for line in block.splitlines()} - {""}
+    assert len(lines) >= 5 and lines <= {line.strip() for line in (ROOT / program).read_text().splitlines()}
 
 
 @needs_docs
@@ -114,6 +121,13 @@ def anchors(page: Path) -> set[str]:
     """The anchors that code hosts and Sphinx make from a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_prose_of_pages_is_no_wider_than_the_code(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = [line for line in text.splitlines() if not line.startswith(("| ", "!["))]
+    assert not [line for line in lines if len(line) > 120]
 
 
 @needs_docs
@@ -139,12 +153,15 @@ def test_files_that_pages_name_exist() -> None:
 
 @needs_docs
 def test_commands_of_pages_are_accepted() -> None:
-    commands = {
-        command for page in PAGES for command in re.findall(r"python benchmarks/run\.py([^`&\n]*)", page.read_text())
-    }
-    assert len(commands) >= 8
-    for command in commands:
-        run.command_line().parse_args(shlex.split(command))  # exits on unknown options
+    for program, parser, least in (
+        (r"benchmarks/run\.py()", run.command_line(), 8),
+        ("-m fused_rnn (tune --)", launch.parser(), 2),
+    ):
+        command_lines = re.compile(rf"python {program}([^`&#\n]*)")
+        found = {"".join(command) for page in PAGES for command in command_lines.findall(page.read_text())}
+        assert len(found) >= least
+        for command in found:
+            parser.parse_args(shlex.split(command))  # exits on unknown options
 
 
 @needs_docs
