@@ -275,7 +275,7 @@ class _Subject:
         of_cell = call.kind == "cell"
         if not of_cell:
             more |= {"num_layers": call.num_layers, "bidirectional": call.directions == 2}
-        make: Any = _CLASSES[call.cell[:3]][of_cell]
+        make: Any = _CLASSES[call.cell][of_cell]
         module = make(call.I, call.H, device="meta", dtype=torch.float32 if call.autocast else dtype, **more)
         self.module = module.to_empty(device=device)  # without drawing from torch's own generator
         bound = call.H**-0.5
@@ -332,7 +332,7 @@ class _Subject:
         return [result.detach() for result in results]
 
 
-_CLASSES = {"lst": (LSTM, LSTMCell), "gru": (GRU, GRUCell), "rnn": (RNN, RNNCell)}
+_CLASSES = {"lstm": (LSTM, LSTMCell), "gru": (GRU, GRUCell), "rnn_tanh": (RNN, RNNCell), "rnn_relu": (RNN, RNNCell)}
 
 
 def _inaccurate_result(call: Call, values: list[Tensor], expected: list[Tensor], exact: list[Tensor]) -> str | None:
