@@ -48,18 +48,14 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         weights = [parameters.get(name) for name in _WEIGHTS]
         h0, c0 = (*states, None, None)[:2]
         complete = not (self.bias and (weights[2] is None or weights[3] is None))
-        choice = None
-        if complete and policy.torch_trains_cell(cell, input, h0, weights):
-            if tuned.table.cell_hidden_sizes:
-                choice = policy.tuned_cell(cell, input, self.hidden_size, h0, c0, weights)
-            if choice is None or not choice.fused:
-                return layers.torchs_rnn_step(cell, input, h0, weights)
-        elif not (complete and policy.plain_step(input, h0, c0, weights)):
+        torch_trains = complete and policy.torch_trains_cell(cell, input, h0, weights)
+        if not torch_trains and not (complete and policy.plain_step(input, h0, c0, weights)):
             return self._run_any(cell, input, hx, states)
-        elif tuned.table.cell_hidden_sizes:
+        choice = None
+        if tuned.table.cell_hidden_sizes:
             choice = policy.tuned_cell(cell, input, self.hidden_size, h0, c0, weights)
-            if choice is not None and not choice.fused:
-                return super().forward(input, hx)
+        if torch_trains if choice is None else not choice.fused:
+            return layers.torchs_rnn_step(cell, input, h0, weights) if torch_trains else super().forward(input, hx)
         try:
             if choice is not None and choice.instance != PLANNED:
                 return layers.step_of_instance(choice.instance, cell, input, h0, c0, (*weights, None))

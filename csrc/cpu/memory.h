@@ -1,4 +1,4 @@
-// Memory that is read from end to end again and again: packed weights.
+// Memory for packed weights, which every step reads from end to end, and for the workspace of a call, where they lie.
 #pragma once
 
 #include <sys/mman.h>
