@@ -76,6 +76,7 @@ class _Functions(types.ModuleType):
 
 def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """torch.lstm, torch.gru, torch.rnn_tanh or torch.rnn_relu, both overloads, on the fused kernels."""
+    count = 2 if cell == "lstm" else 1
 
     def padded(
         input: Any,
@@ -89,7 +90,9 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
         batch_first: bool,
     ) -> Any:
         states = _states(cell, hx)
-        if not _regular(cell, input, states, weights, bidirectional) or input.dim() != 3:
+        h0, c0 = (*states, None, None)[:2]
+        plain = len(states) == count and policy.plain_call(3, input, h0, c0, weights)
+        if not plain and (not _regular(cell, input, states, weights, bidirectional) or input.dim() != 3):
             return None
         x = input.transpose(0, 1) if batch_first else input
         if x.size(0) == 0:
@@ -97,7 +100,6 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
         choice = _tuned_choice(cell, x, None, states, weights, num_layers, bidirectional)
         if not choice.fused:
             return None
-        h0, c0 = (*states, None)[:2]
         directions, dropout = 2 if bidirectional else 1, dropout if train else 0.0
         y, *states = layers.stack(
             cell, x, h0, c0, weights, has_biases, num_layers, directions, dropout, instance=choice.instance
@@ -163,7 +165,8 @@ def _tuned_choice(
     cell: str, x: Tensor, batch_sizes: Tensor | None, states: Any, weights: Any, num_layers: int, bidirectional: bool
 ) -> policy.Choice:
     """What the user's table says; where it says nothing, nothing is measured, as torch.nn is patched."""
-    if torch.compiler.is_compiling() or (H := states[-1].size(-1)) not in tuned.table.hidden_sizes:
+    sizes = tuned.table.hidden_sizes
+    if not sizes or torch.compiler.is_compiling() or (H := states[-1].size(-1)) not in sizes:
         return _KERNELS
     T = x.size(0) if batch_sizes is None else batch_sizes.size(0)
     B = x.size(1) if batch_sizes is None else max(1, x.size(0) // max(1, T))
@@ -192,7 +195,7 @@ def _cell(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
                 return original(input, hx, *weights)
         elif batched and policy.torch_trains(cell, input, (h0, *weights)):
             return original(input, hx, *weights)
-        if len(states) == count and policy.plain_step(input, h0, c0, weights):
+        if len(states) == count and policy.plain_call(2, input, h0, c0, weights):
             five = (*(*weights, None, None)[:4], None)
             try:
                 if choice is not None and choice.instance != PLANNED:

@@ -205,7 +205,7 @@ def tuned_cell(
     cell: str, x: Any, H: int, h0: Any, c0: Any, weights: Sequence[Any], may_measure: bool = True
 ) -> Choice | None:
     """`tuned_plain` of a cell's call with any arguments, if the table may say something of its hidden size."""
-    if H not in tuned.table.cell_hidden_sizes or not plain_step(x, h0, c0, weights):
+    if H not in tuned.table.cell_hidden_sizes or not plain_call(2, x, h0, c0, weights):
         return None
     sizes = 1, x.size(0), H, 0, 1, 1
     return tuned_plain(cell, x, *sizes, (h0, c0, *weights), kind="cell", may_measure=may_measure)
@@ -282,18 +282,21 @@ def plain(tensor: Any, dim: int) -> bool:
     return type(tensor) in PLAIN_TYPES and tensor.dim() == dim and tensor.is_cpu
 
 
-def plain_step(x: Any, h0: Any, c0: Any, weights: Sequence[Any]) -> bool:
-    """Whether the operators check all that is left to check in a cell's step, and compute it.
+def plain_call(dim: int, x: Any, h0: Any, c0: Any, weights: Sequence[Any]) -> bool:
+    """Whether the operators check all that is left to check, and compute it.
 
-    True for a batch of CPU tensors, if nothing observes torch's operations. States may be None, and weights, too.
+    True for CPU tensors, x and states of `dim` dimensions, if nothing observes torch's operations. `h0`, `c0` and all
+    weights but the first two may be None.
     """
     for t in (x, h0, c0, *weights):
         if t is not None and (type(t) not in PLAIN_TYPES or not t.is_cpu):
             return False
-    if x is None or x.dim() != 2 or x.dtype not in DTYPES or weights[0] is None or weights[1] is None:
+    if x is None or x.dim() != dim or x.dtype not in DTYPES or weights[0] is None or weights[1] is None:
         return False
     for state in (h0, c0):  # torch.nn takes some of another dtype or layout
-        if state is not None and (state.dim() != 2 or state.dtype is not x.dtype or state.layout is not torch.strided):
+        if state is not None and (
+            state.dim() != dim or state.dtype is not x.dtype or state.layout is not torch.strided
+        ):
             return False
     return not (torch.is_autocast_enabled("cpu") or watched())
 
