@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from fused_rnn import cuda, input_gates, operators, policy, reference
 from fused_rnn.cell_info import NUMBER
 from fused_rnn.operators import forward_operator
-from fused_rnn.options import NO_OPTIONS, PLANNED, LayerOptions, constants_of, differentiable_of, flags_of, tensors_of
+from fused_rnn.options import NO_OPTIONS, LayerOptions, constants_of, differentiable_of, flags_of, tensors_of
 from fused_rnn.policy import COMPILERS_TYPES, FAKE_TYPES, any_requires_grad, deterministic, runs_eagerly
 
 if TYPE_CHECKING:
@@ -36,29 +36,27 @@ def stack(
     num_layers: int,
     directions: int,
     dropout: float = 0.0,
-    batch_sizes: Tensor | None = None,
+    options: LayerOptions = NO_OPTIONS,
     options_of: Callable[[int, Tensor, Sequence[Tensor | None]], LayerOptions] | None = None,
     sequences: bool = False,
     widths: Sequence[Sequence[int]] | None = None,
     run: Callable[..., Any] | None = None,
-    instance: int = PLANNED,
 ) -> list[Tensor]:
     """Compute all layers of a torch.nn.RNN, LSTM or GRU.
 
     Args:
         cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
-        x: ``[T, B, I]``, or ``[N, I]`` with `batch_sizes`, the data of a packed sequence.
+        x: ``[T, B, I]``, or ``[N, I]`` with ``batch_sizes`` in the options, the data of a packed sequence.
         h0, c0: the initial states ``[L*D, B, P]`` and ``[L*D, B, H]``. None means zeros.
         weights: torch.nn's ``_flat_weights``: per layer and direction ``w_ih, w_hh[, b_ih, b_hh][, w_hr]``.
         has_biases, num_layers, directions: of the module.
         dropout: between the layers; 0 outside of training.
-        batch_sizes: int64 ``[T]``, or None.
-        options_of: returns a layer's options from its index, its input and its weights; None for torch.nn's layers.
+        options: of every layer.
+        options_of: returns a layer's options from its index, its input and its weights, in place of `options`.
         sequences: whether to return the states of every step.
         widths: the sizes of h, and of c, in every layer, if the states of layers lie side by side in the last
             dimension.
         run: computes one layer; `layer` if None. `fused_rnn.reference.layer` makes this the specification.
-        instance: of the kernels (csrc/bindings/schemas.h), unless `options_of` says it.
 
     Returns:
         y ``[T, B, D*P]`` or ``[N, D*P]``, h_n ``[L*D, B, P]``, for the LSTM c_n ``[L*D, B, H]``, and with `sequences` h
@@ -68,13 +66,10 @@ def stack(
     h_layers: Sequence[Tensor | None] = (h0,)
     c_layers: Sequence[Tensor | None] = (c0,)
     if num_layers > 1:
-        h_layers, c_layers = _by_layer(h0, widths, 0, num_layers), _by_layer(c0, widths, 1, num_layers)
+        h_layers, c_layers = by_layer(h0, widths, 0, num_layers), by_layer(c0, widths, 1, num_layers)
     h_n: list[Tensor] = []
     c_n: list[Any] = []
     steps: list[tuple[Tensor, ...]] = []
-    options = NO_OPTIONS
-    if batch_sizes is not None or instance != PLANNED:
-        options = LayerOptions(batch_sizes, instance=instance)
     for index in range(num_layers):
         if index > 0 and dropout > 0:
             x = torch.dropout(x, dropout, True)
@@ -110,10 +105,10 @@ def layer_weights(
     return tuple(five)
 
 
-def _by_layer(
+def by_layer(
     state: Tensor | None, widths: Sequence[Sequence[int]] | None, which: int, num_layers: int
 ) -> Sequence[Tensor | None]:
-    """``[..., D, B, size]`` of every layer."""
+    """``[..., D, B, size]`` of every layer, of h (`which` is 0) or c (1); `widths` as in `stack`."""
     if state is None:
         return (None,) * num_layers
     return state.chunk(num_layers, -3) if widths is None else state.split(list(widths[which]), -1)
@@ -142,7 +137,7 @@ def layer(
         y, h_n, c_n, *more = torch.ops.fused_rnn.layer.default(
             cell, x, h0, c0, weights, tensors_of(options), options.c_sequence, options.precision, options.recompute
         )
-    elif options is not NO_OPTIONS or deterministic() or policy.on_cuda(x) or policy.precision(x):
+    elif options is not NO_OPTIONS or deterministic() or policy.on_cuda(x) or _precision(x, NO_OPTIONS):
         y, h_n, c_n, *more = layer_of_operators(cell, x, h0, c0, weights, options)
     elif torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
         y, h_n, c_n = _apply(cell, len(weights), NO_OPTIONS, x, h0, c0, *weights)
@@ -173,7 +168,7 @@ def step(
 def step_of_instance(
     instance: int, cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
-    """`step` on the kernels of this number (csrc/bindings/schemas.h)."""
+    """`step` on these kernels (`fused_rnn.options`)."""
     h, _, c, *_ = layer_of_operators(cell, x, h0, c0, weights, LayerOptions(instance=instance))
     return h, c
 
@@ -203,7 +198,7 @@ def layer_of_operators(
         options = options._replace(deterministic=True)
     if x.dtype is torch.float32 and policy.on_cuda(x) and cuda.tf32_allowed():
         options = options._replace(tf32=True)
-    if options.precision == policy.HIGHEST and (precision := policy.precision(x)):
+    if options.precision == policy.HIGHEST and (precision := _precision(x, options)):
         options = options._replace(precision=precision)
     if torch.is_grad_enabled():
         tensors: tuple[Any, ...] = () if options is NO_OPTIONS else differentiable_of(options)
@@ -212,6 +207,11 @@ def layer_of_operators(
             return results
     y, h_n, c_n, more, _ = _run_forward(cell, _Inputs(x, h0, c0, tuple(weights)), options, False)
     return [y, h_n, c_n, *more]
+
+
+def _precision(x: Tensor, options: LayerOptions) -> int:
+    of_steps = x if options.batch_sizes is None else options.batch_sizes
+    return policy.precision(x, 1 if of_steps.dim() == 2 else of_steps.size(0))
 
 
 class _Inputs(NamedTuple):

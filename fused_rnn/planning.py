@@ -122,7 +122,7 @@ def plan(
     if device.type == "cpu":
         shared = _C.cpu_plan(
             NUMBER[cell], T, B, I, H, H, directions, torch.get_num_threads(), dtype is torch.float64,
-            _precision(dtype, kind), policy.deterministic(), instance=choice.instance,
+            _precision(dtype, T), policy.deterministic(), instance=choice.instance,
         )  # fmt: skip
         return Plan("fused", "cpu", choice.reason, shared, shared, choice.source)
     properties = properties or cuda.device_properties(device)
@@ -138,11 +138,11 @@ def plan(
     return Plan("fused", "resident", choice.reason, forward, backward, source)
 
 
-def _precision(dtype: torch.dtype, kind: policy.Kind) -> int:
-    """The precision of the CPU's products in such a call, now."""
+def _precision(dtype: torch.dtype, T: int) -> int:
+    """The precision of the CPU's products in T steps, now."""
     if dtype is torch.bfloat16:
         return policy.MEDIUM
     under_autocast = policy.autocast_precision(policy.autocast_dtype(policy.CPU))
-    if under_autocast != policy.HIGHEST or kind in ("step", "cell"):
+    if under_autocast != policy.HIGHEST or dtype is not torch.float32:
         return under_autocast
-    return policy.precision(torch.empty(0, dtype=dtype))
+    return policy.precision(policy.FLOAT32, T)

@@ -19,7 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from fused_rnn import _C, cuda, self_check, tuned
-from fused_rnn.options import PLANNED
+from fused_rnn.options import NO_OPTIONS, PLANNED, LayerOptions
 
 BACKENDS = ("auto", "fused", "torch")
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may mean something else by any operation
@@ -42,13 +42,19 @@ class Choice(NamedTuple):
 
     Attributes:
         source: "tuned" if the user's table says so, "shipped" if the rules of this package do.
-        instance: of the kernels (csrc/bindings/schemas.h).
+        instance: of the kernels (`fused_rnn.options`).
     """
 
     fused: bool
     reason: str
     source: str = "shipped"
     instance: int = PLANNED
+
+    def options(self, batch_sizes: Tensor | None = None) -> LayerOptions:
+        """The options of torch.nn's layers on the chosen kernels."""
+        if batch_sizes is None and self.instance == PLANNED:
+            return NO_OPTIONS
+        return LayerOptions(batch_sizes, instance=self.instance)
 
 
 def choose(
@@ -111,7 +117,7 @@ def choose(
             call = tuned.Call(
                 cell, dtype, half, *size, I, H, proj_size, num_layers, directions,
                 "sequence" if kind == "step" else kind, differentiable,
-                0 if not wide else int(cuda.tf32_allowed()) if on_gpu else precision(_FLOAT32),
+                0 if not wide else int(cuda.tf32_allowed()) if on_gpu else precision(FLOAT32, size[0]),
             )  # fmt: skip
             choice = tuned_choice(call, device, may_measure)
             if choice is not None:
@@ -198,7 +204,7 @@ def tuned_plain(
     """`tuned_choice` of a call outside of autocast, on a CPU, with x and these tensors."""
     train = torch.is_grad_enabled() and any_requires_grad((x, *tensors))
     sizes = T, B, x.size(-1), H, proj_size, num_layers, directions
-    return tuned_choice(tuned.Call(cell, x.dtype, None, *sizes, kind, train, precision(x)), CPU, may_measure)
+    return tuned_choice(tuned.Call(cell, x.dtype, None, *sizes, kind, train, precision(x, T)), CPU, may_measure)
 
 
 def tuned_cell(
@@ -217,13 +223,15 @@ def bf16_unit() -> str:
     return str(_C.cpu_bf16_unit())
 
 
-def precision(x: Tensor) -> int:
-    """How accurately torch's switches want float32 multiplied, if the kernels have a choice for such an input.
+def precision(x: Tensor, T: int) -> int:
+    """How accurately torch's switches want float32 multiplied in T steps, if the kernels have a choice for such an x.
+
+    They have none in a single step: splitting its weights takes longer than multiplying by them.
 
     torch's own switch for recurrent layers on oneDNN counts, ``torch.backends.mkldnn.rnn.fp32_precision``, and where it
     says nothing that for products, which ``torch.set_float32_matmul_precision`` sets, too.
     """
-    if x.dtype is not torch.float32 or not x.is_cpu or not bf16_unit():
+    if T == 1 or x.dtype is not torch.float32 or not x.is_cpu or not bf16_unit():
         return HIGHEST
     # What the switch's property asks, at a tenth of its time.
     own = torch._C._get_fp32_precision_getter("mkldnn", "rnn")
@@ -233,7 +241,7 @@ def precision(x: Tensor) -> int:
 
 
 _PRECISIONS = {"tf32": HIGH, "bf16": MEDIUM}
-_FLOAT32 = torch.empty(0)
+FLOAT32 = torch.empty(0, dtype=torch.float32, device=CPU)  # whatever torch's defaults are
 
 
 def autocast_precision(half: torch.dtype | None) -> int:
@@ -244,8 +252,8 @@ def autocast_precision(half: torch.dtype | None) -> int:
 
 
 def torch_trains_step(cell: str, dtype: torch.dtype) -> bool:
-    """Whether torch's function for cells computes a cell or `step` that records a gradient, outside of autocast."""
-    return cell.startswith("rnn") and dtype in KERNEL_DTYPES and not deterministic()
+    """`tuned.torch_trains_step`, unless a row's result must not depend on its batch."""
+    return tuned.torch_trains_step(cell, dtype) and not deterministic()
 
 
 def torch_trains(cell: str, x: Tensor, tensors: Sequence[Tensor | None]) -> bool:

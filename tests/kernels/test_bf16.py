@@ -318,6 +318,26 @@ def follows_torchs_switches() -> None:
         torch.ops.fused_rnn.forward(x, None, None, 2, False, *module._flat_weights, precision=3)
 
 
+def single_steps_keep_float32(cell: str) -> None:
+    """In modules and cells, with and without a gradient, batched or not: the same as at the highest precision."""
+    module, of_cell = getattr(fused_rnn, cell)(40, 40), getattr(fused_rnn, f"{cell}Cell")(40, 40)
+    x = torch.randn(9, 40)
+    found = []
+    for precision in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        results: list[object] = [module(x.unsqueeze(0))[0]]
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                for rows in (x, x[0]):
+                    results += [module.step(rows)[0], of_cell(rows)]
+        found.append(results)
+        for kind in ("step", "cell", "sequence"):
+            plan = fused_rnn.plan(cell.lower(), T=1, B=9, I=40, H=40, kind=kind, requires_grad=False, device="cpu")
+            assert plan.forward["products"] == "bfloat16x6"
+    for results in found[1:]:
+        torch.testing.assert_close(results, found[0], rtol=0, atol=0)
+
+
 def test_parts_add_up() -> None:
     survives(parts_add_up, **EMULATED)
 
@@ -328,7 +348,7 @@ def checks() -> Iterator[dict[tuple[str, str], Future[None]]]:
     with ThreadPoolExecutor(2) as pool:
         yield {
             (check.__name__, cell): pool.submit(survives, check, cell, **EMULATED, OMP_NUM_THREADS="1")
-            for check in (is_accurate, treats_special_values_as_torch, rows_are_independent)
+            for check in (is_accurate, treats_special_values_as_torch, rows_are_independent, single_steps_keep_float32)
             for cell in CELLS
         }
 
@@ -346,6 +366,11 @@ def test_special_values(cell: str, checks: dict[tuple[str, str], Future[None]]) 
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_row_does_not_depend_on_the_others(cell: str, checks: dict[tuple[str, str], Future[None]]) -> None:
     checks["rows_are_independent", cell].result()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_single_steps_keep_float32(cell: str, checks: dict[tuple[str, str], Future[None]]) -> None:
+    checks["single_steps_keep_float32", cell].result()
 
 
 def test_torchs_switches() -> None:
