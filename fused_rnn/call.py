@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import autocast, layers, policy, reference, tuned
-from fused_rnn.options import PLANNED, LayerOptions
+from fused_rnn.options import NO_OPTIONS, PLANNED, LayerOptions
 from fused_rnn.policy import CASTABLE, HIGHEST, autocast_dtype, runs_eagerly
 from fused_rnn.spec import Spec
 
@@ -47,16 +47,16 @@ def run(
         ValueError, RuntimeError, TypeError: the arguments do not fit.
     """
     has_keywords = not (resets is None and reset_state is None and lengths is None and return_state_sequence is False)
-    is_torchs = torchs is not None and not has_keywords
+    torch_knows = torchs is not None and not has_keywords
     data = input.data if isinstance(input, PackedSequence) else input
     half = autocast_dtype(data.device) if isinstance(data, Tensor) else None
     instance = PLANNED
-    if is_torchs and torchs is not None:
+    if torchs is not None and not has_keywords:
         choice = _choice(spec, input, hx, half)
         if choice is None or not choice.fused:
             return torchs(input, hx)
         instance = choice.instance
-    call = Call(spec, input, hx)
+    call = Arguments(spec, input, hx)
     call.instance = instance
     if has_keywords:
         call.take_keywords(resets, reset_state, lengths, return_state_sequence)
@@ -69,8 +69,8 @@ def run(
     if casts is not None:
         weights = call.cast(casts, weights)
         call.precision = HIGHEST if policy.on_cuda(call.x) else policy.autocast_precision(half)
-    takes_operators = is_torchs
-    if not is_torchs and spec.backend != "torch":
+    takes_operators = torch_knows
+    if not torch_knows and spec.backend != "torch":
         tensors = (*call.states, *call.reset_states, *weights, *chain(*call.norms))
         not_on_cuda = spec.proj_size > 0 or call.x.numel() == 0
         takes_operators = (
@@ -91,7 +91,7 @@ def run(
             spec.num_layers,
             spec.directions,
             spec.dropout if spec.training else 0.0,
-            batch_sizes=call.batch_sizes,
+            NO_OPTIONS if call.batch_sizes is None else LayerOptions(call.batch_sizes),
             options_of=call.layer_options if has_options else None,
             sequences=call.wants_sequence,
             widths=spec.state_widths if spec.side_by_side else None,
@@ -157,7 +157,7 @@ def _casts(spec: Spec, data: Any, states: Sequence[Any], weights: Sequence[Any],
 _NO_CONTEXT = nullcontext()
 
 
-class Call:
+class Arguments:
     """The arguments of one call in one form.
 
     Attributes:
@@ -167,7 +167,7 @@ class Call:
         T: the number of time steps.
         resets, lengths, reset_states, wants_sequence: as in `fused_rnn.LSTM.forward`, time first.
         precision: of the products of float32, one of `fused_rnn.policy`.
-        instance: of the kernels, for the layers' options.
+        instance: of the kernels (`fused_rnn.options`).
 
     Raises:
         ValueError, RuntimeError, TypeError: input or hx does not fit; for shapes and dtypes as in torch.nn.
@@ -350,7 +350,11 @@ class Call:
         D, P = spec.directions, w_hh.size(1)
         reset_h, reset_c = self.reset_states
         if spec.num_layers > 1:
-            reset_h, reset_c = (self._of_layer(state, which, index) for which, state in enumerate(self.reset_states))
+            widths = spec.state_widths if spec.side_by_side else None
+            of_layers = [
+                layers.by_layer(s, widths, which, spec.num_layers) for which, s in enumerate(self.reset_states)
+            ]
+            reset_h, reset_c = (states[index] for states in of_layers)
         norm_ih, norm_hh, norm_c, norm_c_bias = (*(self.norms[index] if self.norms else ()), *[None] * 4)[:4]
         drop_h = None
         if spec.recurrent_dropout > 0 and spec.training:
@@ -369,17 +373,6 @@ class Call:
             norm_c_bias, norm_ih, c_sequence=self.wants_sequence and spec.has_c, precision=self.precision,
             recompute=spec.recompute, instance=self.instance,
         )  # fmt: skip
-
-    def _of_layer(self, state: Tensor | None, which: int, index: int) -> Tensor | None:
-        spec = self.spec
-        if state is None:
-            return None
-        parts: Sequence[Tensor]
-        if spec.side_by_side:
-            parts = state.split(list(spec.state_widths[which]), -1)
-        else:
-            parts = state.chunk(spec.num_layers, -3)
-        return parts[index]
 
     def empty_results(self) -> tuple[Any, ...]:
         """The results without time steps: an empty output, and the given states."""

@@ -54,7 +54,8 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         choice = None
         if tuned.table.cell_hidden_sizes:
             choice = policy.tuned_cell(cell, input, self.hidden_size, h0, c0, weights)
-        if torch_trains if choice is None else not choice.fused:
+        use_torch = torch_trains if choice is None else not choice.fused
+        if use_torch:
             return layers.torchs_rnn_step(cell, input, h0, weights) if torch_trains else super().forward(input, hx)
         try:
             if choice is not None and choice.instance != PLANNED:

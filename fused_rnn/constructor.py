@@ -162,6 +162,8 @@ class Variants(torch.nn.RNNBase):
 
     def _resize(self, sizes: tuple[int, ...]) -> None:
         """Layers of sizes of their own, from layers of the first one's."""
+        if self.proj_size >= min(sizes):  # torch.nn compares it with the first
+            raise ValueError("proj_size has to be smaller than hidden_size")
         self.hidden_size: Any = sizes
         gates, D, P = GATES[self.mode.lower()], 2 if self.bidirectional else 1, self.proj_size
         for name in list(self._parameters):
@@ -258,8 +260,6 @@ def _with_first_size(
     num_layers = args[2] if len(args) > 2 else kwargs.pop("num_layers", len(sizes))
     if num_layers != len(sizes):
         raise ValueError(f"hidden_size names {len(sizes)} layers, but num_layers is {num_layers}")
-    if kwargs.get("proj_size", 0) >= min(sizes):
-        raise ValueError("proj_size has to be smaller than hidden_size")
     if args:
         return (args[0], sizes[0], len(sizes), *args[3:]), kwargs
     return (), kwargs | {"hidden_size": sizes[0], "num_layers": len(sizes)}  # torch.nn misses an input_size

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fused_rnn import _C, policy, survey
-from fused_rnn.call import Call, batch_major
+from fused_rnn.call import Arguments, batch_major
 from fused_rnn.cell_info import NUMBER
 from fused_rnn.cells import check_ranks
 from fused_rnn.convert import TorchConvertible
@@ -322,7 +322,7 @@ class FrozenRNN(_Frozen):
             x = input.transpose(0, 1) if self.batch_first else input
             y, h_n, c_n = self._run(x, h0, c0)
             return batch_major(y) if self.batch_first else y, (h_n, c_n) if self.mode == "LSTM" else h_n
-        call = Call(self._spec, input, hx)
+        call = Arguments(self._spec, input, hx)
         call.take_keywords(resets, reset_state, lengths, False)
         if call.T == 0:
             if lengths is None and resets is None:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import call, layers, policy, steps, tuned
 from fused_rnn.constructor import Variants
 from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
-from fused_rnn.options import PLANNED
+from fused_rnn.options import NO_OPTIONS
 from fused_rnn.spec import Spec
 
 if TYPE_CHECKING:
@@ -99,12 +99,13 @@ class FusedRNNBase(TorchConvertible, Variants):
         ):
             return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
         if self._is_plain(input, 3, hx):
-            instance = PLANNED
+            options = NO_OPTIONS
             if self.hidden_size in tuned.table.hidden_sizes and self.backend == "auto":
                 choice = self._tuned_choice(input, hx)
                 if choice is not None and not choice.fused:
                     return self._torchs(input, hx)
-                instance = PLANNED if choice is None else choice.instance
+                if choice is not None:
+                    options = choice.options()
             h0, c0 = (None, None) if hx is None else hx if self.mode == "LSTM" else (hx, None)
             try:
                 y, *states = layers.stack(
@@ -117,7 +118,7 @@ class FusedRNNBase(TorchConvertible, Variants):
                     self.num_layers,
                     2 if self.bidirectional else 1,
                     self.dropout if self.training else 0.0,
-                    instance=instance,
+                    options,
                 )
             except RuntimeError:  # a size or dtype does not fit
                 call.run(self._spec(), self._torchs, input, hx)  # raises torch.nn's error
@@ -165,9 +166,12 @@ class FusedRNNBase(TorchConvertible, Variants):
         """
         if self.bidirectional:
             raise ValueError(f"{type(self).__name__}.step: expected bidirectional=False, got {self.bidirectional}")
-        if isinstance(input, PackedSequence) or input.dim() not in (1, 2):
-            got = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D tensor"
-            raise RuntimeError(f"{type(self).__name__}.step: expected input to be 1-D or 2-D, got {got}")
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{type(self).__name__}.step: expected input to be a Tensor, got {type(input).__name__}")
+        if input.dim() not in (1, 2):
+            raise RuntimeError(
+                f"{type(self).__name__}.step: expected input to be 1-D or 2-D, got {input.dim()}-D tensor"
+            )
         if not (resets is None and reset_state is None and active is None and out is None):
             return steps.run(self._spec(), input, hx, resets, reset_state, active, out)
         if not self._varied and self._is_plain(input, 2, hx):

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 PLANNED, EVERY_STEP = -1, -2
-"""Values of `instance` (csrc/bindings/schemas.h): the planner's kernel, or on a CPU the process's instruction set; a
-product for every step."""
+"""Which kernels compute a layer, its `instance`: the planner's choice, or on a CPU the process's instruction set; a
+product for every step, on CUDA. Any other instance is the place of a CUDA kernel in FUSED_RNN_INSTANCES
+(csrc/cuda/layout.h), or of a CPU's instruction set in ``_C.supported_cpu_isas()``."""
 
 
 class LayerOptions(NamedTuple):
@@ -18,8 +19,7 @@ class LayerOptions(NamedTuple):
     The tensors come first: those without a gradient, then those that may need one. The operators take all of them but
     norm_ih (csrc/bindings/options.h), in whose place they receive the normalised product of the input. `deterministic`
     makes a row's results independent of its batch; `tf32` multiplies float32 in TF32 on CUDA; `precision` is that of
-    float32's products on a CPU (`fused_rnn.policy`); `recompute` is the autograd's; `instance` names a CUDA kernel,
-    or the instruction set on a CPU (csrc/bindings/schemas.h).
+    float32's products on a CPU (`fused_rnn.policy`); `recompute` is the autograd's; `instance` names the kernels.
     """
 
     batch_sizes: Tensor | None = None

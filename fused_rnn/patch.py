@@ -102,7 +102,7 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
             return None
         directions, dropout = 2 if bidirectional else 1, dropout if train else 0.0
         y, *states = layers.stack(
-            cell, x, h0, c0, weights, has_biases, num_layers, directions, dropout, instance=choice.instance
+            cell, x, h0, c0, weights, has_biases, num_layers, directions, dropout, choice.options()
         )
         return (y.transpose(0, 1) if batch_first else y, *states)
 
@@ -126,9 +126,8 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
         h0, c0 = (*states, None)[:2]
         directions, dropout = 2 if bidirectional else 1, dropout if train else 0.0
         results = layers.stack(
-            cell, data, h0, c0, weights, has_biases, num_layers, directions, dropout, batch_sizes,
-            instance=choice.instance,
-        )  # fmt: skip
+            cell, data, h0, c0, weights, has_biases, num_layers, directions, dropout, choice.options(batch_sizes)
+        )
         return tuple(results)
 
     @policy.runs_eagerly

@@ -61,14 +61,18 @@ class Call(NamedTuple):
     precision: int
 
     @property
-    def is_torchs(self) -> bool:
-        """Whether the rules leave this call of a cell on a CPU to torch (`fused_rnn.policy.torch_trains_step`)."""
-        is_plain = self.dtype in (torch.float32, torch.float64) and self.autocast is None
-        return self.kind == "cell" and self.train and self.cell.startswith("rnn") and is_plain
+    def left_to_torch(self) -> bool:
+        """Whether the shipped rules leave this call of a cell on a CPU to torch."""
+        return self.kind == "cell" and self.train and self.autocast is None and torch_trains_step(self.cell, self.dtype)
 
     def bucket(self) -> Call:
         """The call that stands for this one in the table: T, B and I are rounded to powers of two."""
         return self._replace(T=_rounded(self.T), B=_rounded(self.B), I=_rounded(self.I))
+
+
+def torch_trains_step(cell: str, dtype: torch.dtype) -> bool:
+    """Whether torch's own function computes a cell or `step` that records a gradient, on a CPU outside of autocast."""
+    return cell.startswith("rnn") and dtype in (torch.float32, torch.float64)
 
 
 def _rounded(size: int) -> int:
@@ -81,7 +85,7 @@ class Result(NamedTuple):
 
     Attributes:
         backend: "fused" or "torch".
-        instance: of the CUDA kernel.
+        instance: of the CUDA kernel (`fused_rnn.options`).
         speedup: torch.nn's time divided by that of the fastest kernels: a median of ratios of neighbouring samples.
         seconds: by name of what was timed, the median time of a call.
         instruction_set: of the CPU kernels, if it is not the process's own (a key of `instruction_sets`).
@@ -149,7 +153,7 @@ class Table:
             call.H
             for (machine, call), result in self._results.items()
             if (call.kind == "cell") is of_cells
-            and ((result.backend == "torch") is not call.is_torchs or result.instruction_set != "")
+            and ((result.backend == "torch") is not call.left_to_torch or result.instruction_set != "")
             and machine.startswith("cpu")
             and call.autocast is None
         )
@@ -390,7 +394,7 @@ def _cpu(threads: int) -> str:
 
 @cache
 def instruction_sets() -> dict[str, int]:
-    """By name, the `instance` (csrc/bindings/schemas.h) of the CPU kernels' instruction sets that are compared.
+    """By name, the instance (`fused_rnn.options`) of the CPU kernels' instruction sets that are compared.
 
     The first is the process's own, with an empty name. It is alone if FUSED_RNN_CPU_ISA names it.
     """

@@ -35,7 +35,7 @@ from fused_rnn import _C, cuda, layers, policy, reference, self_check, tuned, tu
 from fused_rnn.cell_info import NUMBER
 from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
 from fused_rnn.modules import GRU, LSTM, RNN
-from fused_rnn.options import EVERY_STEP
+from fused_rnn.options import EVERY_STEP, LayerOptions
 from fused_rnn.tuned import TORCH_NAMES, Call, Result
 
 MARGIN = 1.05
@@ -191,7 +191,7 @@ def _measured(
     subject = _Subject(call, device)
     rivals = _correct(_rivals(call, device), subject)
     samples = _samples(rivals, subject, device, seconds, advance)
-    return _decide(rivals, samples, device.type, device.type == "cuda" or call.is_torchs)
+    return _decide(rivals, samples, device.type, device.type == "cuda" or call.left_to_torch)
 
 
 def _correct(rivals: dict[str, Result], subject: _Subject) -> dict[str, Result]:
@@ -320,8 +320,8 @@ class _Subject:
         h0, c0 = (*states, None, None)[:2]
         with torch.autocast(x.device.type, enabled=False):
             y, *hidden = layers.stack(
-                call.cell, x, h0, c0, inputs[1 + len(states) :], True, call.num_layers, call.directions,
-                batch_sizes=self.batch_sizes, run=reference.layer,
+                call.cell, x, h0, c0, inputs[1 + len(states) :], True, call.num_layers, call.directions, 0.0,
+                LayerOptions(self.batch_sizes), run=reference.layer,
             )  # fmt: skip
             return self._results(y, hidden, inputs)
 

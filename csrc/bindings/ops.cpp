@@ -32,8 +32,6 @@ ForwardDirection inputs_of_forward(const Tensor& x, const Weights& w) {
   return p;
 }
 
-// y, h_n, c_n, reserve, c of every step (as y). c_n is empty without c, h_n for a single step (it would be y), reserve
-// without `train`, the last one unless it is wanted.
 Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bool train, OptionalTensor w_ih,
                 Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
                 OptionalTensor w_hh_reverse, OptionalTensor b_ih_reverse, OptionalTensor b_hh_reverse,
@@ -122,9 +120,6 @@ std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, 
   return {converted(h, layer.stored), converted(c, layer.stored)};
 }
 
-// dx, dh0, dc0, then dw_ih, dw_hh, db_ih, db_hh, dw_hr of each direction, then of the states at resets (reset_steps:
-// 1 if they are the same at all steps, -1 if each has its own, 0 if no gradient is wanted), of norm_hh [D, G*H], of
-// norm_c and norm_c_bias [D, 2, H]; what was not asked for is undefined: None in Python.
 Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor reserve, int64_t cell,
                    bool need_dx, bool need_dstate, bool need_dw_ih, bool need_dw_hh, bool need_db, bool need_dw_hr,
                    OptionalTensor w_ih, Tensor w_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,

@@ -90,17 +90,12 @@ struct SplitOperands {
   template <class Workspace>
   SplitOperands(const LayerShape& s, const ForwardProducts& products, const Workspace& part, float* workspace,
                 const cpu::Worker& worker) {
-    const int64_t begin = worker.splits_units ? 0 : worker.begin(s.B),
-                  end = worker.splits_units ? s.B : worker.end(s.B);
+    const auto begin = [&](int64_t rows) { return worker.splits_units ? 0 : worker.begin(rows); };
+    const auto end = [&](int64_t rows) { return worker.splits_units ? rows : worker.end(rows); };
     const int64_t rows = part.rows_of_x(s, products);
-    const bool shares = products.x_beforehand && !worker.splits_units && worker.count > 1;
-    x = Rows(workspace + part.split_x, rows, shares ? worker.begin(rows) : begin,
-             shares                  ? worker.end(rows)
-             : products.x_beforehand ? rows
-                                     : end,
-             s.I, s.parts);
-    h = Rows(workspace + part.split_h, s.B, begin, end, s.P, s.parts);
-    hidden = Rows(workspace + part.split_hidden, s.B, begin, end, s.H, s.parts);
+    x = Rows(workspace + part.split_x, rows, begin(rows), end(rows), s.I, s.parts);
+    h = Rows(workspace + part.split_h, s.B, begin(s.B), end(s.B), s.P, s.parts);
+    hidden = Rows(workspace + part.split_hidden, s.B, begin(s.B), end(s.B), s.H, s.parts);
   }
 };
 

@@ -48,7 +48,7 @@ struct Kernels {
 };
 
 extern const Kernels kPortable;
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 #endif

@@ -130,6 +130,7 @@ def test_weights_written_in_place_are_seen(name: str) -> None:
     ("call", "error", "message"),
     [
         (lambda m: m.step(torch.randn(2, 3, 4)), RuntimeError, r"GRU.step: expected input to be 1-D or 2-D, got 3-D"),
+        (lambda m: m.step([1.0]), TypeError, "GRU.step: expected input to be a Tensor, got list"),
         (lambda m: m.step(torch.randn(3, 5)), RuntimeError, r"input.size\(-1\) must be equal to input_size"),
         (lambda m: m.step(torch.randn(3, 4), torch.randn(1, 2, 5)), RuntimeError, r"Expected hidden size"),
         (lambda m: m.step(torch.randn(3, 4), torch.randn(2, 3, 5)), RuntimeError, r"Expected hidden size"),

@@ -21,7 +21,7 @@ from torch.nn.functional import layer_norm, linear
 import fused_rnn
 from contract import tensors
 from fused_rnn import functional, policy
-from fused_rnn.call import Call
+from fused_rnn.call import Arguments
 
 NAMES = ("RNN", "LSTM", "GRU")
 each_name = pytest.mark.parametrize("name", NAMES)
@@ -181,7 +181,7 @@ def test_recurrent_dropout_drops_the_same_units_at_every_step(name: str) -> None
     torch.manual_seed(0)
     module = getattr(fused_rnn, name)(3, 64, recurrent_dropout=0.4)
     x, spec = torch.zeros(9, 200, 3), module._spec()
-    found = Call(spec, x, None).layer_options(0, x, [*spec._flat_weights, None]).drop_h
+    found = Arguments(spec, x, None).layer_options(0, x, [*spec._flat_weights, None]).drop_h
     assert found.shape == (1, 200, 64)
     assert found.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
     assert abs(found.mean().item() - 1) < 0.04  # of 12,800 draws
@@ -370,6 +370,12 @@ def test_what_needs_c_is_the_lstms(name: str, options: dict[str, Any]) -> None:
     for option, value in options.items():
         with pytest.raises(ValueError, match="only supported for LSTM"):
             setattr(module, option, value)
+
+
+def test_every_layer_is_wider_than_the_projection() -> None:
+    for arguments, options in (((3, [8, 4], 2, True, False, 0.0, False, 6), {}), ((3, [8, 4]), {"proj_size": 6})):
+        with pytest.raises(ValueError, match="proj_size has to be smaller than hidden_size"):
+            fused_rnn.LSTM(*arguments, **options)
 
 
 def test_input_size_is_missed() -> None:

@@ -76,7 +76,7 @@ def test_reference_is_torch(case: Case) -> None:
     h0, c0 = (*states, None)[:2]
     output, *finals = layers.stack(
         theirs.mode.lower(), x, h0, c0, theirs._flat_weights, case.bias, case.L, 2 if case.bidirectional else 1,
-        batch_sizes=batch_sizes, run=reference.layer,
+        options=LayerOptions(batch_sizes), run=reference.layer,
     )  # fmt: skip
     if case.lengths:
         finals = [s.index_select(1, unsorted_indices) for s in finals]
