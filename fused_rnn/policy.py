@@ -136,28 +136,34 @@ def choose(
         return Choice(True, "deterministic: a row's result does not depend on its batch")
     if (half or dtype) is not torch.bfloat16 or not HAS_BF16_PRODUCTS or (cell == "lstm" and lacks_threads()):
         return Choice(True, "measured to be at least as fast")
-    # This processor multiplies bfloat16 at twice the speed of float32 or more, and so do torch.nn and the kernels; or
-    # the kernels widen it to float32, where FUSED_RNN_CPU_ISA wants that.
+    if _torch_is_faster(cell, T, B, H, kind, differentiable, half):
+        return Choice(False, "this processor multiplies bfloat16 fast")
+    return Choice(True, "measured to be at least as fast")
+
+
+def _torch_is_faster(
+    cell: str, T: int, B: int, H: int, kind: Kind, differentiable: bool, half: torch.dtype | None
+) -> bool:
+    """Whether torch.nn multiplies bfloat16 faster, on a processor that multiplies it at twice float32's speed or more.
+
+    So do the kernels, unless FUSED_RNN_CPU_ISA wants them to widen it to float32.
+    """
+    unit = bf16_unit()
     if half is not None and T == 1:
-        faster = differentiable and B * H**2 >= 2**21
-    elif bf16_unit() in ("avx512_bf16", "amx"):  # oneDNN's LSTM on one thread can be up to a third faster
+        return differentiable and B * H**2 >= 2**21
+    if unit in ("avx512_bf16", "amx"):  # oneDNN's LSTM on one thread can be up to a third faster
         alone = cell == "lstm" and kind != "cell" and torch.get_num_threads() == 1
-        if bf16_unit() == "amx":
-            faster = alone and B >= 16 and H % 32 == 0 and (8 if differentiable else 16) * B >= H
-        else:
-            faster = alone and B >= 3 and T * B * H >= 2**14 and not (differentiable and H >= 256)
-    elif bf16_unit():
-        faster = False
-    elif half is None:
+        if unit == "amx":
+            return alone and B >= 16 and H % 32 == 0 and (8 if differentiable else 16) * B >= H
+        return alone and B >= 3 and T * B * H >= 2**14 and not (differentiable and H >= 256)
+    if unit:
+        return False
+    if half is None:
         # torch.nn's LSTM gains from that unless it runs row by row, its RNN and GRU where their products are large.
-        faster = kind != "cell" and (B >= 3 if cell == "lstm" else B >= 8 and H >= 384)
-    elif cell == "lstm":
-        faster = T * B * H >= 8192 and (B >= 3 or not differentiable)
-    else:
-        faster = B * H**2 >= 3 * 2**20
-    return Choice(
-        not faster, "this processor multiplies bfloat16 fast" if faster else "measured to be at least as fast"
-    )
+        return kind != "cell" and (B >= 3 if cell == "lstm" else B >= 8 and H >= 384)
+    if cell == "lstm":
+        return T * B * H >= 8192 and (B >= 3 or not differentiable)
+    return B * H**2 >= 3 * 2**20
 
 
 def tuned_choice(call: tuned.Call, device: torch.device, may_measure: bool = True) -> Choice | None:
