@@ -185,15 +185,13 @@ def _cell(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def fused(input: Any, hx: Any, *weights: Tensor | None) -> Any:
         states = _states(cell, hx)
         h0, c0 = (*states, None, None)[:2]
-        batched = isinstance(h0, Tensor) and h0.dim() == 2 and not torch.compiler.is_compiling()
-        choice = None
-        if batched and len(states) == count and tuned.table.cell_hidden_sizes:
-            choice = policy.tuned_cell(cell, input, h0.size(1), h0, c0, weights, may_measure=False)
-        if choice is not None:
-            if not choice.fused:
+        choice, may_be_torchs = None, torch.is_grad_enabled() or tuned.table.cell_hidden_sizes
+        if may_be_torchs and isinstance(h0, Tensor) and h0.dim() == 2 and not torch.compiler.is_compiling():
+            if len(states) == count and tuned.table.cell_hidden_sizes:
+                choice = policy.tuned_cell(cell, input, h0.size(1), h0, c0, weights, may_measure=False)
+            use_torch = policy.torch_trains(cell, input, (h0, *weights)) if choice is None else not choice.fused
+            if use_torch:
                 return original(input, hx, *weights)
-        elif batched and policy.torch_trains(cell, input, (h0, *weights)):
-            return original(input, hx, *weights)
         if len(states) == count and policy.plain_call(2, input, h0, c0, weights):
             five = (*(*weights, None, None)[:4], None)
             try:

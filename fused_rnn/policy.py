@@ -264,7 +264,7 @@ def torch_trains_step(cell: str, dtype: torch.dtype) -> bool:
 
 def torch_trains(cell: str, x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
     """`torch_trains_step` of a call of x and these tensors that nothing observes."""
-    return torch_trains_step(cell, x.dtype) and torch.is_grad_enabled() and any_requires_grad((x, *tensors))
+    return torch.is_grad_enabled() and torch_trains_step(cell, x.dtype) and any_requires_grad((x, *tensors))
 
 
 def torch_trains_cell(cell: str, x: Any, h0: Any, weights: Sequence[Any]) -> bool:
