@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> frozen(Tensor model, int64_t cell, int64_t la
     y = layer.new_sequence(directions * s.P);
     layer.clear_absent(y, directions * s.P);
     if (s.N == 0) continue;
-    const int64_t workspace = (cpu::kernels().forward_workspace(s) + 15) / 16 * 16;  // whole cache lines
+    const int64_t workspace = whole_lines(cpu::kernels().forward_workspace(s));
     const Scratch scratch(directions * workspace * layer.element());
     ForwardParams params{s, {}};
     for (int64_t d = 0; d < directions; ++d) {

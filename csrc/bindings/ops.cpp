@@ -16,9 +16,6 @@ namespace bindings {
 
 namespace {
 
-// Elements up to the end of the last cache line.
-int64_t whole_lines(int64_t elements) { return (elements + 15) / 16 * 16; }
-
 int64_t threads() { return torch::stable::get_num_threads(); }
 
 ForwardDirection inputs_of_forward(const Tensor& x, const Weights& w) {

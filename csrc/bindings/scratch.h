@@ -10,6 +10,9 @@
 namespace fused_rnn {
 namespace bindings {
 
+// Elements up to the end of the last cache line, of float32; of wider ones up to the end of a line, too.
+inline int64_t whole_lines(int64_t elements) { return (elements + 15) / 16 * 16; }
+
 // Memory for the length of one call. Little lies on the stack. What is more is kept for the thread's next call, up to
 // kKept bytes: fresh memory from the system costs a page fault every 4 KB, for small layers more than the arithmetic.
 class Scratch {

@@ -121,9 +121,8 @@ void step_into(OptionalTensor x, OptionalTensor h0, OptionalTensor c0, int64_t l
 
   // Scratch: the kernel's, y of a lower layer, states at resets, the rows that are active.
   const int64_t size = one.element();
-  const auto lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
-  const int64_t workspace = lines(k.forward_workspace(s) * size);
-  const int64_t of_h = lines(B * P * size), of_c = lines(B * H * size);
+  const int64_t workspace = whole_lines(k.forward_workspace(s)) * size;
+  const int64_t of_h = whole_lines(B * P) * size, of_c = whole_lines(B * H) * size;
   const Scratch scratch(workspace + 2 * of_h + of_c + B * static_cast<int64_t>(sizeof(int64_t)));
   char* next = scratch.data() + workspace;
   char *const lower_y = next, *const at_reset_h = next += of_h, *const at_reset_c = next += of_h;
