@@ -52,7 +52,7 @@ def _chosen_isa() -> str:
 def _precision() -> str:
     try:
         names = ("highest", "high", "medium")
-        return f"{names[policy.precision(policy.FLOAT32, 2)]}, of products of float32 on the CPU"
+        return f"{names[policy.precision(policy.FLOAT32)]}, of products of float32 on the CPU"
     except RuntimeError:
         return "unknown, as the instruction set"
 

@@ -137,7 +137,7 @@ def layer(
         y, h_n, c_n, *more = torch.ops.fused_rnn.layer.default(
             cell, x, h0, c0, weights, tensors_of(options), options.c_sequence, options.precision, options.recompute
         )
-    elif options is not NO_OPTIONS or deterministic() or policy.on_cuda(x) or _precision(x, NO_OPTIONS):
+    elif options is not NO_OPTIONS or deterministic() or policy.on_cuda(x) or policy.precision(x):
         y, h_n, c_n, *more = layer_of_operators(cell, x, h0, c0, weights, options)
     elif torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
         y, h_n, c_n = _apply(cell, len(weights), NO_OPTIONS, x, h0, c0, *weights)
@@ -198,8 +198,10 @@ def layer_of_operators(
         options = options._replace(deterministic=True)
     if x.dtype is torch.float32 and policy.on_cuda(x) and cuda.tf32_allowed():
         options = options._replace(tf32=True)
-    if options.precision == policy.HIGHEST and (precision := _precision(x, options)):
-        options = options._replace(precision=precision)
+    if options.precision == policy.HIGHEST:
+        steps = x if options.batch_sizes is None else options.batch_sizes
+        precision = policy.precision(x, single_step=steps.dim() == 2 or steps.size(0) == 1)
+        options = options if precision == policy.HIGHEST else options._replace(precision=precision)
     if torch.is_grad_enabled():
         tensors: tuple[Any, ...] = () if options is NO_OPTIONS else differentiable_of(options)
         if any_requires_grad((x, h0, c0, *weights, *tensors)):
@@ -207,11 +209,6 @@ def layer_of_operators(
             return results
     y, h_n, c_n, more, _ = _run_forward(cell, _Inputs(x, h0, c0, tuple(weights)), options, False)
     return [y, h_n, c_n, *more]
-
-
-def _precision(x: Tensor, options: LayerOptions) -> int:
-    of_steps = x if options.batch_sizes is None else options.batch_sizes
-    return policy.precision(x, 1 if of_steps.dim() == 2 else of_steps.size(0))
 
 
 class _Inputs(NamedTuple):

@@ -145,4 +145,4 @@ def _precision(dtype: torch.dtype, T: int) -> int:
     under_autocast = policy.autocast_precision(policy.autocast_dtype(policy.CPU))
     if under_autocast != policy.HIGHEST or dtype is not torch.float32:
         return under_autocast
-    return policy.precision(policy.FLOAT32, T)
+    return policy.precision(policy.FLOAT32, T == 1)

@@ -117,7 +117,7 @@ def choose(
             call = tuned.Call(
                 cell, dtype, half, *size, I, H, proj_size, num_layers, directions,
                 "sequence" if kind == "step" else kind, differentiable,
-                0 if not wide else int(cuda.tf32_allowed()) if on_gpu else precision(FLOAT32, size[0]),
+                0 if not wide else int(cuda.tf32_allowed()) if on_gpu else precision(FLOAT32, size[0] == 1),
             )  # fmt: skip
             choice = tuned_choice(call, device, may_measure)
             if choice is not None:
@@ -210,7 +210,7 @@ def tuned_plain(
     """`tuned_choice` of a call outside of autocast, on a CPU, with x and these tensors."""
     train = torch.is_grad_enabled() and any_requires_grad((x, *tensors))
     sizes = T, B, x.size(-1), H, proj_size, num_layers, directions
-    return tuned_choice(tuned.Call(cell, x.dtype, None, *sizes, kind, train, precision(x, T)), CPU, may_measure)
+    return tuned_choice(tuned.Call(cell, x.dtype, None, *sizes, kind, train, precision(x, T == 1)), CPU, may_measure)
 
 
 def tuned_cell(
@@ -229,15 +229,15 @@ def bf16_unit() -> str:
     return str(_C.cpu_bf16_unit())
 
 
-def precision(x: Tensor, T: int) -> int:
-    """How accurately torch's switches want float32 multiplied in T steps, if the kernels have a choice for such an x.
+def precision(x: Tensor, single_step: bool = False) -> int:
+    """How accurately torch's switches want float32 multiplied, if the kernels have a choice for such an input.
 
     They have none in a single step: splitting its weights takes longer than multiplying by them.
 
     torch's own switch for recurrent layers on oneDNN counts, ``torch.backends.mkldnn.rnn.fp32_precision``, and where it
     says nothing that for products, which ``torch.set_float32_matmul_precision`` sets, too.
     """
-    if T == 1 or x.dtype is not torch.float32 or not x.is_cpu or not bf16_unit():
+    if single_step or x.dtype is not torch.float32 or not x.is_cpu or not bf16_unit():
         return HIGHEST
     # What the switch's property asks, at a tenth of its time.
     own = torch._C._get_fp32_precision_getter("mkldnn", "rnn")
