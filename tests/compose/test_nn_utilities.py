@@ -1,7 +1,7 @@
 """torch.nn.utils, torch.optim, swap_tensors, meta devices and old pickles, through training and checkpoints.
 
 Each runs on torch.nn's module and on ours, which must have equal parameters, buffers, results and errors. A single
-forward pass with a computed weight is tested in test_contract_tensors.py (K07), copies in test_contract_copying.py (L).
+forward pass with a computed weight is tested in test_contract_tensors.py, copies in test_contract_copying.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Contract X06, X07, X10, X11: subclasses, the patch, and user code that works on torch.nn's internals."""
+"""Conversion, the patch, and user code that works on torch.nn's internals."""
 
 import io
 import pickle
@@ -47,7 +47,7 @@ class Model(nn.Module):
 
 
 @each_module
-def test_x06_from_torch_and_back(key):
+def test_from_torch_and_back(key):
     expected, _ = pair(key)
     args = arguments(expected)
     wanted = expected(*args)
@@ -69,7 +69,7 @@ def test_x06_from_torch_and_back(key):
     close(plain(*args), expected(*args))
 
 
-def test_x06_from_torch_wants_torchs_own_classes():
+def test_from_torch_wants_torchs_own_classes():
     class Mine(nn.LSTM):
         pass
 
@@ -77,7 +77,7 @@ def test_x06_from_torch_wants_torchs_own_classes():
         assert error_of(fused_rnn.from_torch, module)[0] is TypeError
 
 
-def test_x06_replace():
+def test_replace():
     model = nn.ModuleDict({name: getattr(nn, name)(INPUT, HIDDEN) for name in NAMES})
     model["inner"] = nn.Sequential(nn.Linear(INPUT, INPUT), model["GRU"], nn.GRU(INPUT, HIDDEN))
     parameters, state = list(model.parameters()), list(model.state_dict())
@@ -93,7 +93,7 @@ def test_x06_replace():
     assert fused_rnn.replace(model) == []
 
 
-def test_x06_replace_keeps_hooks_and_optimisers():
+def test_replace_keeps_hooks_and_optimisers():
     model, seen = Model(nn), []
     model.rnn.register_forward_hook(lambda *_: seen.append(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -106,7 +106,7 @@ def test_x06_replace_keeps_hooks_and_optimisers():
 
 
 @each_call
-def test_x07_patched(key, packed):
+def test_patched(key, packed):
     module, _ = pair(key)
     args = arguments(module, packed=packed, grad=True)
     wanted, wanted_grads = module(*args), gradients(module, *args)
@@ -125,7 +125,7 @@ def test_x07_patched(key, packed):
 
 
 @each_call
-def test_x07_fused_operators_run_in_patched(key, packed):
+def test_fused_operators_run_in_patched(key, packed):
     """Without this test, a patch without effect would pass."""
     module, _ = pair(key)
     args = arguments(module, packed=packed)
@@ -138,7 +138,7 @@ def test_x07_fused_operators_run_in_patched(key, packed):
         assert not calls
 
 
-def test_x07_patched_ends_with_an_error():
+def test_patched_ends_with_an_error():
     original = rnn_functions._VF
     with pytest.raises(KeyError), fused_rnn.patched():
         with fused_rnn.patched():
@@ -149,7 +149,7 @@ def test_x07_patched_ends_with_an_error():
 
 
 @each_sequence
-def test_x07_dropout_in_patched(key):
+def test_dropout_in_patched(key):
     module, _ = pair(key, num_layers=3, dropout=0.4)
     args = arguments(module)
     torch.manual_seed(2)
@@ -160,7 +160,7 @@ def test_x07_dropout_in_patched(key):
 
 
 @one_of_each
-def test_x07_errors_in_patched(key):
+def test_errors_in_patched(key):
     module, _ = pair(key)
     input, hx = arguments(module)
     small = tuple(h[..., 1:] for h in hx) if isinstance(hx, tuple) else hx[..., 1:]
@@ -172,7 +172,7 @@ def test_x07_errors_in_patched(key):
 
 
 @one_of_each
-def test_x07_pickle_and_conversion_in_patched(key):
+def test_pickle_and_conversion_in_patched(key):
     module, _ = pair(key)
     with fused_rnn.patched():
         loaded = pickle.loads(pickle.dumps(module))
@@ -182,7 +182,7 @@ def test_x07_pickle_and_conversion_in_patched(key):
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-def test_x07_scripting_in_patched(name):
+def test_scripting_in_patched(name):
     model = Model(nn, name)
     input = torch.randn(6, 4, INPUT)
     wanted = model(input)
@@ -196,7 +196,7 @@ def test_x07_scripting_in_patched(name):
 
 
 @each_sequence
-def test_x10_flatten_parameters_every_forward(key):
+def test_flatten_parameters_every_forward(key):
     expected, actual = pair(key)
     for module in actual.modules():
         if isinstance(module, nn.RNNBase):
@@ -205,7 +205,7 @@ def test_x10_flatten_parameters_every_forward(key):
 
 
 @each_sequence
-def test_x10_initialise_by_flat_names(key):
+def test_initialise_by_flat_names(key):
     expected, actual = pair(key)
     for module in (expected, actual):
         torch.manual_seed(9)
@@ -216,7 +216,7 @@ def test_x10_initialise_by_flat_names(key):
 
 
 @pytest.mark.parametrize("key", ["rnn_deep", "lstm_deep", "gru_deep"])
-def test_x10_train_mode_without_dropout(key):
+def test_train_mode_without_dropout(key):
     expected, actual = pair(key, dropout=0.5)
     for model in (nn.Sequential(expected).eval(), nn.Sequential(actual).eval()):
         for module in model.modules():
@@ -226,7 +226,7 @@ def test_x10_train_mode_without_dropout(key):
     close(actual(*arguments(actual)), expected(*arguments(actual)))
 
 
-def test_x10_flatten_parameters_patched_in_the_base_class(monkeypatch):
+def test_flatten_parameters_patched_in_the_base_class(monkeypatch):
     calls = []
     monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda self: calls.append(self))
     module = fused_rnn.GRU(3, 5)
@@ -235,7 +235,7 @@ def test_x10_flatten_parameters_patched_in_the_base_class(monkeypatch):
 
 
 @each_sequence
-def test_x10_low_rank_weights(key):
+def test_low_rank_weights(key):
     """A subclass that computes its flat weights in _init_flat_weights, before every forward pass."""
     name, options = MODULES[key]
     results = []
@@ -258,7 +258,7 @@ def test_x10_low_rank_weights(key):
 
 
 @pytest.mark.parametrize("key", ["rnn_tanh", "lstm_deep", "gru"])
-def test_x10_users_call_torchs_operators(key):
+def test_users_call_torchs_operators(key):
     _, actual = pair(key)
     input, hx = arguments(actual)
     function = getattr(torch._VF, actual.mode.lower())
@@ -278,7 +278,7 @@ class GraphCounter:
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-def test_x11_compile_in_patched(name):
+def test_compile_in_patched(name):
     """Dynamo skips torch's rnn.py; the functions of the patch must not become graphs, either."""
     model = Model(nn, name)
     input = torch.randn(6, 4, INPUT)
@@ -292,7 +292,7 @@ def test_x11_compile_in_patched(name):
 
 
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
-def test_x11_compiled_cells_in_patched(name):
+def test_compiled_cells_in_patched(name):
     cell = getattr(nn, name)(INPUT, HIDDEN)
     args = arguments(cell)
     torch._dynamo.reset()
@@ -301,7 +301,7 @@ def test_x11_compiled_cells_in_patched(name):
         close(compiled(*args), cell(*args))
 
 
-def test_x11_export_in_patched():
+def test_export_in_patched():
     model, input = Model(nn, "GRU"), torch.randn(6, 4, INPUT)
     for strict in (False, True):
         with fused_rnn.patched():

@@ -1,4 +1,4 @@
-"""Contract F, G: packed sequences and cells give torch.nn's results and errors.
+"""Packed sequences and cells give torch.nn's results and errors.
 
 Functions named *_in_a_process make calls that have crashed torch.nn itself; survives() runs them in another process.
 """
@@ -46,7 +46,7 @@ STATE = torch.zeros(BATCH, HIDDEN)
 
 @each_sequence
 @each_precision
-def test_f01_packed(key, dtype):
+def test_packed(key, dtype):
     expected, actual = pair(key, dtype)
     packed, _ = arguments(actual, packed=True)
     output, state = actual(packed)
@@ -63,7 +63,7 @@ def test_f01_packed(key, dtype):
 
 
 @each_sequence
-def test_f02_packed_state_order(key):
+def test_packed_state_order(key):
     expected, actual = pair(key)
     packed, hx = arguments(actual, packed=True, grad=True)
     assert packed.sorted_indices is not None
@@ -73,7 +73,7 @@ def test_f02_packed_state_order(key):
 
 @each_sequence
 @pytest.mark.parametrize("layout", ["sliced", "transposed"])
-def test_f02_packed_data_of_any_strides(key, layout):
+def test_packed_data_of_any_strides(key, layout):
     expected, actual = pair(key)
     packed, hx = arguments(actual, packed=True)
     data = {
@@ -84,7 +84,7 @@ def test_f02_packed_data_of_any_strides(key, layout):
 
 
 @pytest.mark.parametrize("key", ["rnn_deep", "lstm_deep", "lstm_proj", "gru_deep"])
-def test_f03_reverse_starts_at_own_end(key):
+def test_reverse_starts_at_own_end(key):
     """The reverse direction's output of a row does not depend on the other rows."""
     _, actual = pair(key)
     rows = [torch.randn(n, INPUT) for n in LENGTHS]
@@ -103,14 +103,14 @@ def test_f03_reverse_starts_at_own_end(key):
         ((5, 3), torch.float64, ValueError, "RNN input dtype"),
     ],
 )
-def test_f04_packed_input_is_checked(key, shape, dtype, kind, text):
+def test_packed_input_is_checked(key, shape, dtype, kind, text):
     packed = PackedSequence(torch.zeros(shape, dtype=dtype), torch.tensor([2, 2, 1]))
     same_call_error(key, (packed,), kind, text)
 
 
 @pytest.mark.parametrize("key", ["rnn_tanh", "gru"])
 @pytest.mark.parametrize("shape", [(1, 3, 5), (2, 2, 5), (1, 2, 4)])
-def test_f04_packed_state_is_checked(key, shape):
+def test_packed_state_is_checked(key, shape):
     packed = PackedSequence(torch.zeros(5, 3), torch.tensor([2, 2, 1]))
     same_call_error(key, (packed, torch.zeros(shape)), RuntimeError, "Expected hidden size")
 
@@ -142,7 +142,7 @@ def unchecked_lstm_in_a_process():
                     error_of(plain, *args)
 
 
-def test_f05_packed_lstm_checks_itself():
+def test_packed_lstm_checks_itself():
     survives(unchecked_lstm_in_a_process)
 
 
@@ -162,20 +162,20 @@ def odd_batch_sizes_in_a_process():
                     close(result, expected(packed))
 
 
-def test_f06_odd_batch_sizes():
+def test_odd_batch_sizes():
     survives(odd_batch_sizes_in_a_process)
 
 
 @each_basic_sequence
 @pytest.mark.parametrize(("sizes", "kind"), [([1, 2], RuntimeError), ([], IndexError)])
-def test_f06_refused_batch_sizes(key, sizes, kind):
+def test_refused_batch_sizes(key, sizes, kind):
     packed = PackedSequence(torch.zeros(3, INPUT), torch.tensor(sizes, dtype=torch.int64))
     for module in pair(key):
         assert error_of(module, packed)[0] is kind
 
 
 @each_sequence
-def test_f07_ways_to_pack(key):
+def test_ways_to_pack(key):
     expected, actual = pair(key, batch_first=True)
     rows = [torch.randn(n, INPUT) for n in LENGTHS]
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -192,7 +192,7 @@ def test_f07_ways_to_pack(key):
 
 
 @each_cell
-def test_g01_cell_unbatched(key):
+def test_cell_unbatched(key):
     expected, actual = pair(key)
     input, hx = arguments(actual, batch=1)
     hx = tuple(h[0] for h in hx) if type(hx) is tuple else hx[0]
@@ -202,7 +202,7 @@ def test_g01_cell_unbatched(key):
 
 
 @each_cell
-def test_g01_cell_dimensions(key):
+def test_cell_dimensions(key):
     name = MODULES[key][0]
     text = f"{name}: Expected input to be 1D or 2D, got 3D instead"
     for hx in (None, zero_state(pair(key)[0])):
@@ -221,13 +221,13 @@ def test_g01_cell_dimensions(key):
         ((4, 3), (1, 5), "Input batch size 4 doesn't match hidden0 batch size 1"),
     ],
 )
-def test_g02_cell_sizes(key, input, state, text):
+def test_cell_sizes(key, input, state, text):
     args = torch.zeros(input), zero_state(pair(key)[0], *state)
     same_call_error(key, args, RuntimeError, text)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (3, 5), (1, 5)])
-def test_g02_cell_memory_size(shape):
+def test_cell_memory_size(shape):
     args = torch.zeros(4, 3), (torch.zeros(4, 5), torch.zeros(shape))
     same_call_error("lstm_cell", args, RuntimeError, "hidden1")
 
@@ -243,7 +243,7 @@ def test_g02_cell_memory_size(shape):
         ("gru_cell", (STATE, STATE), AttributeError),
     ],
 )
-def test_g03_cell_wrong_kind_of_state(key, hx, kind):
+def test_cell_wrong_kind_of_state(key, hx, kind):
     same_call_error(key, (torch.zeros(BATCH, INPUT), hx), kind)
 
 
@@ -254,14 +254,14 @@ def mixed_ranks_in_a_process():
             error_of(cell, torch.zeros(input), zero_state(cell, *shape))
 
 
-def test_g04_fused_refuses_mixed_ranks():
+def test_fused_refuses_mixed_ranks():
     """Stricter than torch.nn, whose LSTMCell crashes and whose RNNCell returns a wrong result."""
     survives(mixed_ranks_in_a_process)
 
 
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize(("batch", "width", "hidden"), [(0, 3, 5), (4, 3, 0), (4, 0, 0), (0, 0, 0)])
-def test_g05_empty_cells(name, batch, width, hidden):
+def test_empty_cells(name, batch, width, hidden):
     expected, actual = (getattr(library, name)(width, hidden) for library in (nn, fused_rnn))
     input = torch.zeros(batch, width, requires_grad=True)
     close(actual(input), expected(input))
@@ -271,7 +271,7 @@ def test_g05_empty_cells(name, batch, width, hidden):
 
 
 @each_cell
-def test_g05_cell_without_input(key):
+def test_cell_without_input(key):
     expected, actual = pair(key, sizes=(0, HIDDEN))
     args = arguments(actual, grad=True)
     close(actual(*args), expected(*args))
@@ -280,7 +280,7 @@ def test_g05_cell_without_input(key):
 
 @pytest.mark.parametrize(("name", "cell_name"), list(zip(SEQUENCES, CELLS, strict=True)))
 @each_precision
-def test_g05_chained_cells_equal_the_sequence(name, cell_name, dtype):
+def test_chained_cells_equal_the_sequence(name, cell_name, dtype):
     sequence = getattr(fused_rnn, name)(3, 5, dtype=dtype)
     cell = getattr(fused_rnn, cell_name)(3, 5, dtype=dtype)
     cell.load_state_dict({k.removesuffix("_l0"): v for k, v in sequence.state_dict().items()})

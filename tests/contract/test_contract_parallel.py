@@ -1,4 +1,4 @@
-"""Contract N10: DDP, FSDP1 and FSDP2 on two gloo processes train like one process of torch.nn.
+"""DDP, FSDP1 and FSDP2 on two gloo processes train like one process of torch.nn.
 
 The processes are started once; each rank writes its result of every variant to a file, which the
 tests read.
@@ -83,7 +83,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_n10_trains_like_one_process(results, variant):
+def test_trains_like_one_process(results, variant):
     expected = Model(nn)
     wanted = train(expected, torch.cat([part(rank) for rank in range(RANKS)], 1))
     found = [result[variant] for result in results]
@@ -91,7 +91,7 @@ def test_n10_trains_like_one_process(results, variant):
     close(torch.cat(found), wanted, grad=True)
 
 
-def test_n10_models_start_alike():
+def test_models_start_alike():
     expected, actual = Model(nn), Model(fused_rnn)
     close(list(actual.state_dict().values()), list(expected.state_dict().values()))
     close(copy.deepcopy(actual)(part(0)), expected(part(0)))

@@ -1,4 +1,4 @@
-"""Contract J, K: dtypes, devices, modes, and weights that change, are replaced, tied or computed, as in torch.nn."""
+"""Dtypes, devices, modes, and weights that change, are replaced, tied or computed, as in torch.nn."""
 
 import copy
 
@@ -47,7 +47,7 @@ def same_results_and_gradients(expected, actual, **options):
 
 @each_module
 @pytest.mark.parametrize("dtype", HALVES)
-def test_j01_half_precision(key, dtype):
+def test_half_precision(key, dtype):
     expected, actual = pair(key, dtype)
     args = arguments(actual, grad=True)
     reference = copy.deepcopy(expected).double()
@@ -63,7 +63,7 @@ def test_j01_half_precision(key, dtype):
 
 
 @each_module
-def test_j01_complex(key):
+def test_complex(key):
     expected, actual = pair(key, torch.complex64)
     args = arguments(actual, grad=True)
 
@@ -75,7 +75,7 @@ def test_j01_complex(key):
 
 
 @each_module
-def test_j02_factory_arguments(key):
+def test_factory_arguments(key):
     name, options = MODULES[key]
     build = getattr(fused_rnn, name)
     assert all(p.is_meta for p in build(3, 5, device="meta", **options).parameters())
@@ -95,7 +95,7 @@ def test_j02_factory_arguments(key):
 
 
 @each_module
-def test_j02_meta_forward_and_materialising(key):
+def test_meta_forward_and_materialising(key):
     expected, actual = pair(key)
     args = arguments(actual)
     wanted = tensors(expected(*args))
@@ -112,7 +112,7 @@ def test_j02_meta_forward_and_materialising(key):
 
 
 @each_module
-def test_j02_fake_tensors(key):
+def test_fake_tensors(key):
     expected, actual = pair(key)
     args = arguments(actual)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -124,7 +124,7 @@ def test_j02_fake_tensors(key):
 
 @each_call
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_j03_autocast(key, packed, dtype):
+def test_autocast(key, packed, dtype):
     """Dtypes equal torch.nn's; a float32 result comes from bfloat16 products, too. See also test_amp.py."""
     expected, actual = pair(key)
     input, hx = arguments(actual, packed=packed)
@@ -148,7 +148,7 @@ def test_j03_autocast(key, packed, dtype):
 
 
 @each_module
-def test_j03_autocast_leaves_float64_alone(key):
+def test_autocast_leaves_float64_alone(key):
     expected, actual = pair(key, torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         same_outcome(expected, actual, *arguments(actual))
@@ -166,7 +166,7 @@ CONVERSIONS = {
 
 @each_module
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-def test_j04_conversions(key, conversion):
+def test_conversions(key, conversion):
     expected, actual = pair(key)
     actual(*arguments(actual))
     before = list(actual.parameters())
@@ -178,7 +178,7 @@ def test_j04_conversions(key, conversion):
 
 
 @each_module
-def test_j05_inference_mode(key):
+def test_inference_mode(key):
     expected, outside = pair(key)
     args = arguments(expected)
     wanted = expected(*args)
@@ -194,7 +194,7 @@ def test_j05_inference_mode(key):
 
 
 @each_module
-def test_j05_inference_tensor_outside(key):
+def test_inference_tensor_outside(key):
     """An inference tensor as input of a module that records gradients: an error or correct gradients."""
     expected, actual = pair(key)
     with torch.inference_mode():
@@ -204,7 +204,7 @@ def test_j05_inference_tensor_outside(key):
 
 @one_of_each
 @pytest.mark.parametrize("where", ["input", "state", "weights"])
-def test_j06_two_devices(key, where):
+def test_two_devices(key, where):
     expected, actual = pair(key)
     input, hx = arguments(actual)
     if where == "input":
@@ -218,7 +218,7 @@ def test_j06_two_devices(key, where):
 
 
 @each_module
-def test_k01_new_parameter(key):
+def test_new_parameter(key):
     expected, actual = pair(key)
     actual(*arguments(actual))
     for name, parameter in list(actual.named_parameters()):
@@ -233,7 +233,7 @@ def test_k01_new_parameter(key):
 
 
 @each_module
-def test_k01_computed_weight(key):
+def test_computed_weight(key):
     """A plain tensor in place of a deleted parameter is used and receives a gradient."""
     results = []
     for module in pair(key):
@@ -253,7 +253,7 @@ def test_k01_computed_weight(key):
 
 
 @each_module
-def test_k01_parameter_registered_as_none(key):
+def test_parameter_registered_as_none(key):
     expected, actual = pair(key)
     for module in (expected, actual):
         name = weight_name(module)
@@ -265,7 +265,7 @@ def test_k01_parameter_registered_as_none(key):
 
 
 @each_module
-def test_k02_functional_call(key):
+def test_functional_call(key):
     expected, actual = pair(key)
     args = arguments(actual)
     own = actual(*args)
@@ -278,7 +278,7 @@ def test_k02_functional_call(key):
 
 
 @each_module
-def test_k02_parameters_dictionary(key):
+def test_parameters_dictionary(key):
     expected, actual = pair(key)
     args = arguments(actual)
     own, name = actual(*args), weight_name(actual)
@@ -291,7 +291,7 @@ def test_k02_parameters_dictionary(key):
 
 
 @pytest.mark.parametrize("key", ["rnn_deep", "lstm_deep", "gru_deep"])
-def test_k03_tied_weights(key):
+def test_tied_weights(key):
     expected, actual = pair(key)
     for module in (expected, actual):
         module.weight_hh_l0_reverse = module.weight_hh_l0
@@ -315,7 +315,7 @@ CHANGES = {
 
 @each_module
 @pytest.mark.parametrize("change", CHANGES)
-def test_k04_no_stale_copy(key, change):
+def test_no_stale_copy(key, change):
     expected, actual = pair(key)
     args = arguments(actual, grad=True)
     for module in (expected, actual):
@@ -326,7 +326,7 @@ def test_k04_no_stale_copy(key, change):
 
 
 @each_module
-def test_k04_training_steps(key):
+def test_training_steps(key):
     expected, actual = pair(key)
     args = arguments(actual)
     for module in (expected, actual):
@@ -344,7 +344,7 @@ def test_k04_training_steps(key):
 
 
 @each_sequence
-def test_k05_deleted_weight(key):
+def test_deleted_weight(key):
     expected, actual = pair(key)
     for module in (expected, actual):
         name = weight_name(module)
@@ -367,7 +367,7 @@ LAYOUTS = {
 
 @each_module
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_k06_weight_layouts(key, layout):
+def test_weight_layouts(key, layout):
     expected, actual = pair(key)
     for name, parameter in list(actual.named_parameters()):
         laid_out = LAYOUTS[layout](parameter)
@@ -377,7 +377,7 @@ def test_k06_weight_layouts(key, layout):
 
 
 @each_module
-def test_k06_views_of_one_buffer(key):
+def test_views_of_one_buffer(key):
     expected, actual = pair(key)
     flat = nn.utils.parameters_to_vector(expected.parameters()).detach() * 2
     for module in (expected, actual):
@@ -397,7 +397,7 @@ REWRITERS = {
 @each_module
 @pytest.mark.parametrize("rewriter", REWRITERS)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_k07_computed_weights(key, rewriter):
+def test_computed_weights(key, rewriter):
     expected, actual = pair(key)
     name = weight_name(actual)
     for module in (expected, actual):
@@ -417,7 +417,7 @@ def test_k07_computed_weights(key, rewriter):
 
 @each_module
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_k07_removed_again(key):
+def test_removed_again(key):
     expected, actual = pair(key)
     name = weight_name(actual)
     nn.utils.remove_weight_norm(nn.utils.weight_norm(actual, name), name)
@@ -431,7 +431,7 @@ def test_k07_removed_again(key):
 
 @each_module
 @pytest.mark.parametrize("flag", ["overwrite", "swap"])
-def test_k08_conversion_flags(key, flag):
+def test_conversion_flags(key, flag):
     expected, actual = pair(key)
     setter = getattr(torch.__future__, f"set_{flag}_module_params_on_conversion")
     setter(True)

@@ -1,4 +1,4 @@
-"""Contract N: jit, fx, export, compile, ONNX, quantisation, functorch and optimisers work as with torch.nn."""
+"""TorchScript, fx, export, compile, ONNX, quantisation, functorch and optimisers work as with torch.nn."""
 
 import copy
 import io
@@ -85,7 +85,7 @@ def reloaded(scripted):
 
 
 @each_name
-def test_n01_script(name):
+def test_script(name):
     expected, actual, input = models(name)
     scripted = torch.jit.script(actual)
     for program in (scripted, reloaded(scripted), torch.jit.freeze(scripted.eval())):
@@ -94,7 +94,7 @@ def test_n01_script(name):
 
 
 @each_sequence_name
-def test_n01_script_packed(name):
+def test_script_packed(name):
     expected, actual = PackedTagger(nn, name), PackedTagger(fused_rnn, name)
     packed = pack_sequence([torch.randn(n, INPUT) for n in (3, 6, 1)], enforce_sorted=False)
     scripted = torch.jit.script(actual)
@@ -104,7 +104,7 @@ def test_n01_script_packed(name):
 
 @each_name
 @pytest.mark.parametrize("training", [False, True])
-def test_n02_trace(name, training):
+def test_trace(name, training):
     expected, actual, input = models(name)
     traced = torch.jit.trace(actual.train(training), input)
     longer = torch.cat([input] * 2)
@@ -118,14 +118,14 @@ def test_n02_trace(name, training):
 
 
 @pytest.mark.parametrize(("name", "operator"), [("RNN", "rnn_tanh"), ("LSTM", "lstm"), ("GRU", "gru")])
-def test_n02_trace_records_one_operator(name, operator):
+def test_trace_records_one_operator(name, operator):
     _, actual, input = models(name)
     traced = torch.jit.trace(actual, input)
     assert str(traced.inlined_graph).count(f"aten::{operator}(") == 1
 
 
 @each_name
-def test_n03_fx_node(name):
+def test_fx_node(name):
     """One call_module node: the module is a leaf like torch.nn's."""
     expected, actual, input = models(name)
     traced = torch.fx.symbolic_trace(actual)
@@ -136,7 +136,7 @@ def test_n03_fx_node(name):
 
 @each_name
 @pytest.mark.parametrize("strict", [False, True])
-def test_n04_export(name, strict):
+def test_export(name, strict):
     expected, actual, input = models(name)
     batch = 1 if input.dim() == 3 else 0
     shapes = ({batch: torch.export.Dim("batch", min=2, max=64)},)
@@ -148,7 +148,7 @@ def test_n04_export(name, strict):
 
 
 @each_name
-def test_n05_compile(name):
+def test_compile(name):
     expected, actual, input = models(name)
     torch._dynamo.reset()
     compiled = torch.compile(actual, backend="aot_eager")
@@ -157,7 +157,7 @@ def test_n05_compile(name):
 
 
 @each_sequence_name
-def test_n05_full_graph(name):
+def test_full_graph(name):
     """Raises as for torch.nn or gives correct results; with allow_rnn always correct results."""
     expected, actual, input = models(name)
     torch._dynamo.reset()
@@ -170,7 +170,7 @@ def test_n05_full_graph(name):
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_n05_full_graph_cells(name):
+def test_full_graph_cells(name):
     expected, actual, input = models(name)
     torch._dynamo.reset()
     compiled = torch.compile(actual, backend="aot_eager", fullgraph=True)
@@ -179,7 +179,7 @@ def test_n05_full_graph_cells(name):
 
 
 @each_sequence_name
-def test_n06_onnx(name):
+def test_onnx(name):
     onnx = pytest.importorskip("onnx", reason="torch.onnx.export needs the package onnx")
     _, actual, input = models(name)
     file = io.BytesIO()
@@ -189,7 +189,7 @@ def test_n06_onnx(name):
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
-def test_n06_onnx_from_export(name):
+def test_onnx_from_export(name):
     pytest.importorskip("onnxscript", reason="the dynamo exporter needs the package onnxscript")
     _, actual, input = models(name)
     program = torch.onnx.export(actual.eval(), (input,), dynamo=True, verbose=False)
@@ -200,7 +200,7 @@ QUANTISABLE = ("LSTM", "GRU", *CELLS)
 
 
 @pytest.mark.parametrize("name", QUANTISABLE)
-def test_n07_dynamic_quantisation(name):
+def test_dynamic_quantisation(name):
     """A documented difference: it goes by exact class and so needs to_torch() first."""
     expected, actual, input = models(name)
     wanted = torch.ao.quantization.quantize_dynamic(expected, {nn.Linear, type(expected.rnn)})
@@ -211,7 +211,7 @@ def test_n07_dynamic_quantisation(name):
 
 
 @each_name
-def test_n07_quantisation_leaves_the_module_working(name):
+def test_quantisation_leaves_the_module_working(name):
     expected, actual, input = models(name)
     kinds = {nn.Linear, *(getattr(nn, kind) for kind in QUANTISABLE)}
     quantised = torch.ao.quantization.quantize_dynamic(actual, kinds)
@@ -220,7 +220,7 @@ def test_n07_quantisation_leaves_the_module_working(name):
 
 
 @each_module
-def test_n08_functional_gradients(key):
+def test_functional_gradients(key):
     expected, actual = pair(key)
     args = arguments(actual)
 
@@ -234,7 +234,7 @@ def test_n08_functional_gradients(key):
 
 
 @one_of_each
-def test_n08_jacobians(key):
+def test_jacobians(key):
     expected, actual = pair(key, torch.float64)
     input, hx = arguments(actual, time=2, batch=2)
     for transform in (torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
@@ -246,7 +246,7 @@ def test_n08_jacobians(key):
 
 
 @each_cell
-def test_n08_vmap_over_cells(key):
+def test_vmap_over_cells(key):
     expected, actual = pair(key)
     input, hx = arguments(actual)
     in_dims = (0, (0, 0) if isinstance(hx, tuple) else 0)
@@ -256,7 +256,7 @@ def test_n08_vmap_over_cells(key):
 
 @each_sequence
 @pytest.mark.parametrize("batched", [False, True])
-def test_n09_vmap_over_sequences(key, batched):
+def test_vmap_over_sequences(key, batched):
     """torch.nn raises; a result must equal a loop's."""
     expected, actual = pair(key)
     inputs = torch.stack([arguments(actual, seed=seed)[0] for seed in (1, 2, 3)])
@@ -279,7 +279,7 @@ OPTIMISERS = {
 
 @one_of_each
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
-def test_n11_optimisers(key, optimiser):
+def test_optimisers(key, optimiser):
     expected, actual = pair(key, torch.float64)
     args = arguments(actual)
     for module in (expected, actual):
@@ -294,7 +294,7 @@ def test_n11_optimisers(key, optimiser):
 
 
 @each_module
-def test_n11_averaged_model_and_vectors(key):
+def test_averaged_model_and_vectors(key):
     expected, actual = pair(key)
     args = arguments(actual)
     averages = [torch.optim.swa_utils.AveragedModel(m) for m in (expected, actual)]

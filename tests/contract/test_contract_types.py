@@ -1,4 +1,4 @@
-"""Contract M, P, X01-X05: classes, subclassing, signatures, and the cases in which torch's own operators must run."""
+"""Classes, subclassing, signatures, and the cases in which torch's own operators must run."""
 
 import inspect
 from contextlib import nullcontext, suppress
@@ -57,7 +57,7 @@ HELPERS = (
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_m01_isinstance(name):
+def test_isinstance(name):
     module = getattr(fused_rnn, name)(3, 5)
     base = nn.RNNBase if name in SEQUENCES else nn.RNNCellBase
     assert isinstance(module, getattr(nn, name)) and isinstance(module, base)
@@ -67,7 +67,7 @@ def test_m01_isinstance(name):
 
 
 @each_module
-def test_m02_fused_type_is_its_own(key):
+def test_fused_type_is_its_own(key):
     """A documented difference: type(m) is not torch.nn's class; the result of to_torch() has that class."""
     name = MODULES[key][0]
     expected, actual = pair(key)
@@ -99,7 +99,7 @@ def logging_subclass(base, calls):
 
 
 @pytest.mark.parametrize("key", ["rnn_relu", "gru_deep", "lstm_deep", *ONE_OF_EACH])
-def test_m03_overrides_are_called(key):
+def test_overrides_are_called(key):
     name, options = MODULES[key]
     logs, results = [], []
     for library in (nn, fused_rnn):
@@ -116,7 +116,7 @@ def test_m03_overrides_are_called(key):
     close(*reversed(results))
 
 
-def test_m03_override_that_changes_the_result():
+def test_override_that_changes_the_result():
     """check_forward_args may be disabled, and permute_hidden may do more than permute."""
     results = []
     for library in (nn, fused_rnn):
@@ -136,7 +136,7 @@ def test_m03_override_that_changes_the_result():
 
 @each_sequence
 @pytest.mark.parametrize("helper", [*HELPERS, "get_expected_cell_size"])
-def test_m04_helpers(key, helper):
+def test_helpers(key, helper):
     expected, actual = pair(key)
     wanted = getattr(type(expected), helper, None)
     assert (wanted is None) == (not hasattr(actual, helper))
@@ -146,7 +146,7 @@ def test_m04_helpers(key, helper):
 
 
 @each_sequence
-def test_m04_helpers_answer_alike(key):
+def test_helpers_answer_alike(key):
     expected, actual = pair(key)
     input, hx = arguments(actual)
     size = actual.get_expected_hidden_size(input, None)
@@ -160,7 +160,7 @@ def test_m04_helpers_answer_alike(key):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_m05_signatures(name):
+def test_signatures(name):
     expected, actual = getattr(nn, name), getattr(fused_rnn, name)
     for call in ("__init__", "forward"):
         found, wanted = (inspect.signature(getattr(c, call)) for c in (actual, expected))
@@ -178,7 +178,7 @@ class Marked(torch.Tensor):
 
 
 @each_call
-def test_m06_tensor_subclasses(key, packed):
+def test_tensor_subclasses(key, packed):
     expected, actual = pair(key)
     input, hx = arguments(actual, packed=packed)
     if packed:
@@ -211,7 +211,7 @@ class OperatorLog(TorchDispatchMode):
 
 @each_call
 @pytest.mark.parametrize("mode", [FunctionLog, OperatorLog])
-def test_m06_modes(key, packed, mode):
+def test_modes(key, packed, mode):
     expected, actual = pair(key)
     args = arguments(actual, packed=packed)
     with mode() as log:
@@ -225,7 +225,7 @@ def test_m06_modes(key, packed, mode):
 
 
 @each_call
-def test_m06_flop_counter(key, packed):
+def test_flop_counter(key, packed):
     counts = []
     for module in pair(key):
         with FlopCounterMode(display=False) as counter:
@@ -234,14 +234,14 @@ def test_m06_flop_counter(key, packed):
     assert counts[1] == counts[0]
 
 
-def test_p01_torchs_own_utilities():
+def test_torchs_own_utilities():
     for name in ("pack_padded_sequence", "pad_packed_sequence", "pack_sequence", "PackedSequence"):
         assert getattr(rnn_utils, name).__module__ == "torch.nn.utils.rnn"
         assert not hasattr(fused_rnn, name)
 
 
 @each_sequence
-def test_p01_packed_result(key):
+def test_packed_result(key):
     _, actual = pair(key)
     output, _ = actual(arguments(actual, packed=True)[0])
     assert type(output) is rnn_utils.PackedSequence
@@ -249,7 +249,7 @@ def test_p01_packed_result(key):
 
 
 @each_sequence
-def test_p02_batch_sizes(key):
+def test_batch_sizes(key):
     expected, actual = pair(key)
     data = torch.randn(6, INPUT)
     batch_sizes = torch.tensor([3, 2, 1])
@@ -262,14 +262,14 @@ def test_p02_batch_sizes(key):
 
 
 @each_sequence
-def test_p03_flatten_parameters_is_torchs(key):
+def test_flatten_parameters_is_torchs(key):
     """Its effect on modules that are moved to CUDA must remain."""
     _, actual = pair(key)
     assert type(actual).flatten_parameters is nn.RNNBase.flatten_parameters
 
 
 @each_sequence
-def test_x01_checks_are_torchs_own(key):
+def test_checks_are_torchs_own(key):
     expected, actual = pair(key)
     # Except extra_repr and reset_parameters, which handle fused_rnn's options (test_variant_modules.py).
     for helper in (*HELPERS, "__setattr__", "_apply"):
@@ -285,7 +285,7 @@ UNSUPPORTED = {
 
 @one_of_each
 @pytest.mark.parametrize("reason", UNSUPPORTED)
-def test_x02_torchs_operators_run(key, reason):
+def test_torchs_operators_run(key, reason):
     dtype, context = UNSUPPORTED[reason]
     expected, actual = pair(key, dtype)
     args = arguments(actual)
@@ -295,7 +295,7 @@ def test_x02_torchs_operators_run(key, reason):
 
 
 @each_module
-def test_x02_one_odd_weight(key):
+def test_one_odd_weight(key):
     """A single weight of another dtype or of a subclass prevents the fused kernels."""
     expected, actual = pair(key)
     name, weight = list(actual.named_parameters())[-1]
@@ -313,7 +313,7 @@ def test_x02_one_odd_weight(key):
 
 
 @each_module
-def test_x02_functorch(key):
+def test_functorch(key):
     expected, actual = pair(key, torch.float64)
     input, hx = arguments(actual)
 
@@ -324,7 +324,7 @@ def test_x02_functorch(key):
 
 
 @pytest.mark.parametrize("key", ["rnn_tanh", "lstm", "gru"])
-def test_x03_per_sample_gradients(key):
+def test_per_sample_gradients(key):
     grads = []
     for module in pair(key, torch.float64, batch_first=True):
         input, _ = arguments(module)
@@ -336,7 +336,7 @@ def test_x03_per_sample_gradients(key):
 
 
 @each_call
-def test_x04_gradient_penalty(key, packed):
+def test_gradient_penalty(key, packed):
     grads = []
     for module in pair(key):
         input, hx = arguments(module, packed=packed, grad=True)
@@ -404,11 +404,11 @@ def raw_operator_in_a_process():
             error_of(forward, **{**good, "batch_sizes": torch.tensor(sizes)})
 
 
-def test_x05_fused_operator_checks_itself():
+def test_fused_operator_checks_itself():
     """The operator can be called without the package's Python, so it must check everything."""
     survives(raw_operator_in_a_process)
 
 
-def test_x05_fused_checks_what_python_did_not():
+def test_fused_checks_what_python_did_not():
     """Stricter than torch.nn's operators, which broadcast or read out of bounds."""
     survives(no_python_checks_in_a_process)

@@ -1,8 +1,7 @@
 """Shared by the contract tests: the table of modules, their inputs, and the comparisons.
 
 Every test builds torch.nn's class and fused_rnn's class of the same name with the same parameters
-and requires the same results, gradients and errors. MODULES names the variants under test. The tests
-are numbered by section (A, B, ...) and clause (h03, x07).
+and requires the same results, gradients and errors. MODULES names the variants under test.
 """
 
 import copy
@@ -52,7 +51,7 @@ MODULES = {**SEQUENCE_MODULES, **CELL_MODULES}
 BASIC_SEQUENCES = ("rnn_tanh", "lstm", "gru")
 ONE_OF_EACH = ("rnn_tanh", "lstm", "gru", "rnn_tanh_cell", "lstm_cell", "gru_cell")
 
-# Contract X09: relative and absolute. The 16-bit types (a few ulp) are for mixed precision only.
+# Relative and absolute. The 16-bit types (a few ulp) are for mixed precision only.
 TOLERANCES = {
     torch.float64: (1e-8, 1e-9),
     torch.float32: (1e-4, 2e-5),
@@ -178,7 +177,7 @@ def checkpointed(module, args, reentrant):
 
 
 def close(actual, expected, grad=False):
-    """Assert equal structure, dtypes and shapes, and values within X09 (gradients: four times that)."""
+    """Assert equal structure, dtypes and shapes, and values within TOLERANCES (gradients: four times that)."""
     actual, expected = tensors(actual), tensors(expected)
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
