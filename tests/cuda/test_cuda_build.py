@@ -239,19 +239,19 @@ def test_a_chunks_missing_words_are_loaded_again_together(kernels: Kernels) -> N
         assert set(loads) - {0} == {chunk}, (architecture, name, loads)
 
 
-# Instructions from the barrier behind forward's product to the publication of h, on sm_90a, with one row per thread, at
-# a593a93: by the number of depth warps, whose sums are added.
-BEFORE = {
-    "lstm": {8: 348, 4: 307},
-    "gru": {8: 250, 4: 218},
-    "rnn_tanh": {8: 152, 4: 135},
-    "rnn_relu": {8: 116, 4: 99},
+# The most instructions from the barrier behind forward's product to the publication of h, on sm_90a, with one row per
+# thread, by the number of depth warps, whose sums are added: five more than nvcc 13.0 emits.
+TO_PUBLICATION = {
+    "lstm": {8: 225, 4: 204},
+    "gru": {8: 163, 4: 145},
+    "rnn_tanh": {8: 92, 4: 84},
+    "rnn_relu": {8: 63, 4: 55},
 }
 
 
 @needs_sources
 def test_h_is_published_before_anything_else_is_stored(kernels: Kernels) -> None:
-    """And after at least a third fewer instructions than once, since other blocks wait for it."""
+    """And after few instructions, since other blocks wait for it."""
     checked = 0
 
     def publishes_once(_: str, name: sass.Name) -> bool:  # a thread with several rows publishes one after the other
@@ -266,9 +266,8 @@ def test_h_is_published_before_anything_else_is_stored(kernels: Kernels) -> None
                 continue  # the barrier behind the cell
             stores = flow.all(sass_flow.STORE, flow.between(barrier, publish, others))
             assert stores == set(), (architecture, name)
-            before = BEFORE[policies()[name.cell]][name.shape[2]]
             if architecture == "sm_90a" and name.element == "Bf16":
-                assert 3 * distance <= 2 * before, (name, distance)
+                assert distance <= TO_PUBLICATION[policies()[name.cell]][name.shape[2]], (name, distance)
             checked += 1
     assert checked > 0
 
