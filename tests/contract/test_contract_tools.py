@@ -25,6 +25,7 @@ from contract import (
     loss,
     one_of_each,
     pair,
+    reloaded,
     same_outcome,
     tensors,
 )
@@ -75,13 +76,6 @@ def models(name, **options):
     shape = (4, INPUT) if name in CELLS else (6, 4, INPUT)
     input = torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape)
     return kind(nn, name, **options), kind(fused_rnn, name, **options), input
-
-
-def reloaded(scripted):
-    file = io.BytesIO()
-    torch.jit.save(scripted, file)
-    file.seek(0)
-    return torch.jit.load(file)
 
 
 @each_name

@@ -116,6 +116,11 @@ def test_there_and_back(key: str) -> None:
     for module in (fused, back):
         close(module(*args), plain(*args))
         close(gradients(module, *args), gradients(plain, *args), grad=True)
+    assert repr(fused) == repr(plain) == repr(back)
+    wanted, first = plain(*args), next(iter(plain.state_dict()))
+    setattr(fused, first, nn.Parameter(torch.zeros_like(getattr(fused, first))))  # of this module alone
+    close(plain(*args), wanted)
+    close(back(*args), wanted)
 
 
 @each_name

@@ -193,6 +193,14 @@ def saved_and_loaded(module):
     return torch.load(file, weights_only=False)
 
 
+def reloaded(scripted):
+    """The program that torch.jit.load reads from what torch.jit.save wrote of this one."""
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
 COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda module: pickle.loads(pickle.dumps(module)),
