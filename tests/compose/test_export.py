@@ -22,7 +22,7 @@ from torch.export import Dim
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import fused_rnn
-from contract import NAMES, close, gradients, tensors
+from contract import MODULES, NAMES, close, gradients, tensors
 from fused_rnn import functional
 from test_compile import HIDDEN, INPUT, built, fused
 
@@ -108,9 +108,10 @@ def test_each_class(name: str) -> None:
     module = getattr(fused_rnn, name)(INPUT, HIDDEN).eval()
     input = torch.randn((7, INPUT) if cell else (6, 7, INPUT))
     dims = {0: Dim.DYNAMIC} if cell else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    for context in (contextlib.nullcontext(), fused_rnn.patched()):
+    plain = contextlib.nullcontext()
+    for context, strict in ((plain, False), (fused_rnn.patched(), False), (plain, True)):
         with context:
-            program = torch.export.export(module, (input,), dynamic_shapes=(dims,))
+            program = torch.export.export(module, (input,), dynamic_shapes=(dims,), strict=strict)
         assert fused(program.graph_module) == ["layer.default"]
         other = torch.randn((8, INPUT) if cell else (9, 8, INPUT))
         close(program.module()(other), module(other))
@@ -255,16 +256,16 @@ def package_runs_without_python(model: nn.Module, package: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("key", ["rnn_deep", "lstm_deep", "gru_deep"])
 def test_onnx(key: str) -> None:
-    """Export through to_torch(), because ONNX has layers of its own."""
-    pytest.importorskip("onnx", reason="torch.onnx.export needs the package onnx")
+    """By the exporter that traces: each layer is a node of ONNX's own."""
+    onnx = pytest.importorskip("onnx", reason="torch.onnx.export needs the package onnx")
     runtime = pytest.importorskip("onnxruntime", reason="the exported model is run in onnxruntime")
     model = built(key).eval()
-    plain = copy.deepcopy(model)
-    plain.rnn = plain.rnn.to_torch()
     file = io.BytesIO()
     input = torch.randn(6, 7, INPUT)
     axes = {"input": {0: "a", 1: "b"}}
-    torch.onnx.export(plain, (input,), file, dynamo=False, input_names=["input"], dynamic_axes=axes)
+    torch.onnx.export(model, (input,), file, dynamo=False, input_names=["input"], dynamic_axes=axes)
+    nodes = [node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node]
+    assert nodes.count(MODULES[key][0]) == model.rnn.num_layers
     session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     for shape in [(6, 7, INPUT), (8, 9, INPUT)] if not model.rnn.batch_first else [(6, 7, INPUT)]:
         input = torch.randn(shape)

@@ -366,27 +366,6 @@ def test_gradients_accumulate(key, dtype):
         close([p.grad for p in actual.parameters()], wanted, grad=True)
 
 
-@each_module
-def test_gradcheck(key):
-    _, actual = pair(key, torch.float64)
-    input, hx = arguments(actual, time=3, batch=2, grad=True)
-
-    def call(*_):
-        return tuple(tensors(actual(input, hx)))
-
-    checked = tuple(leaves(actual, input, hx))
-    assert torch.autograd.gradcheck(call, checked, fast_mode=True)
-    assert torch.autograd.gradgradcheck(call, checked, fast_mode=True)
-
-
-@each_sequence
-def test_gradcheck_packed(key):
-    _, actual = pair(key, torch.float64)
-    input, hx = arguments(actual, packed=True, grad=True)
-    checked = tuple(leaves(actual, input, hx))
-    assert torch.autograd.gradcheck(lambda *_: tuple(tensors(actual(input, hx))), checked, fast_mode=True)
-
-
 def state_gradients(module, input_factor):
     """Gradients of the states with frozen weights, with a write to the input between forward and backward."""
     input, hx = arguments(module.requires_grad_(False))

@@ -70,10 +70,6 @@ def test_state_can_be_pickled(key):
     pickle.dumps(state)
 
 
-def without_proj_size(state, module):
-    del state["proj_size"]
-
-
 def with_old_all_weights(state, module):
     state["all_weights"] = state.pop("_all_weights")
 
@@ -83,7 +79,7 @@ def with_weights_in_place_of_names(state, module):
     del state["_flat_weights_names"], state["_flat_weights"]
 
 
-OLD_STATES = (without_proj_size, with_old_all_weights, with_weights_in_place_of_names)
+OLD_STATES = (with_old_all_weights, with_weights_in_place_of_names)
 
 
 @pytest.mark.parametrize("key", ["rnn_deep", "lstm_deep", "lstm", "gru_deep"])
@@ -160,17 +156,6 @@ def test_weights_only_loading(key):
             loaded = torch.load(file, weights_only=True)
         assert type(loaded) is getattr(library, name)
         close(loaded(*arguments(module)), module(*arguments(module)))
-
-
-@each_module
-def test_state_dict_weights_only(key):
-    expected, actual = pair(key)
-    file = io.BytesIO()
-    actual.reset_parameters()
-    torch.save(actual.state_dict(), file)
-    file.seek(0)
-    expected.load_state_dict(torch.load(file, weights_only=True))
-    close(actual(*arguments(actual)), expected(*arguments(actual)))
 
 
 @each_sequence

@@ -16,7 +16,6 @@ from contract import (
     BATCH,
     HIDDEN,
     INPUT,
-    MODULES,
     ONE_OF_EACH,
     TIME,
     arguments,
@@ -25,7 +24,6 @@ from contract import (
     each_basic_sequence,
     each_call,
     each_module,
-    each_precision,
     each_sequence,
     gradients,
     loss,
@@ -40,21 +38,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LARGE = {"sizes": (32, 128)}  # enough work for more than one thread
 LARGE_INPUT = {"time": 12, "batch": 8}
-
-# (time, batch, input, hidden): single, odd, powers of two, one more, wide, tall
-SHAPES = [(1, 1, 1, 2), (2, 3, 7, 9), (5, 1, 16, 64), (3, 17, 33, 65), (20, 8, 4, 32), (9, 2, 9, 3)]
-
-
-@each_call
-@each_precision
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients(key, packed, dtype, shape):
-    time, batch, *sizes = shape
-    changes = {"proj_size": 1} if "proj_size" in MODULES[key][1] else {}
-    expected, actual = pair(key, dtype, sizes=sizes, **changes)
-    args = arguments(actual, time=time, batch=batch, packed=packed, grad=True)
-    close(actual(*args), expected(*args))
-    close(gradients(actual, *args), gradients(expected, *args), grad=True)
 
 
 @pytest.mark.parametrize("key", ["lstm", "lstm_proj"])

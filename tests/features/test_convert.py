@@ -6,7 +6,6 @@ Converted models are compared with the originals: results, gradients, hooks, mod
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import warnings
 from collections.abc import Callable
@@ -261,18 +260,6 @@ def test_to_torch_of_a_users_subclass() -> None:
 
 
 # TorchScript accepts only exact classes, so models go through to_torch
-
-
-@each_name
-def test_script_of_to_torch(name: str) -> None:
-    fused = make(fused_rnn, name)
-    input, _ = arguments(fused)
-    scripted = torch.jit.script(nn.Sequential(fused.to_torch()))
-    file = io.BytesIO()
-    torch.jit.save(scripted, file)
-    file.seek(0)
-    for program in (scripted, torch.jit.load(file)):
-        close(program(input), fused(input))
 
 
 def test_scripting_a_model_keeps_its_results_and_parameters() -> None:
