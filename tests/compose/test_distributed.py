@@ -24,7 +24,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_rnn
-from contract import close, fused_calls, survives, tensors
+from contract import close, fused_calls, tensors
+from processes import survives
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow("starts processes that train together")]
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,8 @@ from torch.utils.cpp_extension import include_paths, library_paths
 import fused_rnn
 from contract import MODULES, NAMES, close, gradients, tensors
 from fused_rnn import functional
+from processes import python, succeeded, this_path
+from sources import run
 from test_compile import HIDDEN, INPUT, built, fused
 
 pytestmark = [
@@ -137,16 +136,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def elsewhere(code: str, folder: Path, *, path: bool = True) -> None:
     """Run code in another process, in folder; without `path` it can import only installed packages."""
-    places = os.pathsep.join(filter(None, sys.path)) if path else ""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": places},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    succeeded(python("-c", code, cwd=folder, PYTHONPATH=this_path() if path else ""))
 
 
 def test_a_saved_program_runs_elsewhere(tmp_path: Path) -> None:
@@ -235,17 +225,15 @@ def package_runs_without_python(model: nn.Module, package: str, tmp_path: Path) 
     libraries = [option for path in library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
     source = Path(__file__).with_name("run_package.cpp")
     command = ["g++", "-std=c++20", "-w", *headers, source, "-o", program, *libraries]
-    subprocess.run([*command, "-ltorch_cpu", "-lc10", "-ldl"], check=True)
+    succeeded(run(*command, "-ltorch_cpu", "-lc10", "-ldl"))
     inputs = [torch.randn(T, B, INPUT) for T, B in SIZES]
     files = [tmp_path / f"{T}x{B}" for T, B in SIZES]
     arguments: list[Any] = []
     for file, input in zip(files, inputs, strict=True):
         input.numpy().tofile(file)
         arguments += [file, *input.shape]
-    command = [str(word) for word in (program, fused_rnn.OPERATORS_LIBRARY, package, *arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    loaded = {Path(line.split()[-1]).name for line in done.stdout.splitlines()}
+    printed = succeeded(run(program, fused_rnn.OPERATORS_LIBRARY, package, *arguments))
+    loaded = {Path(line.split()[-1]).name for line in printed.splitlines()}
     assert Path(fused_rnn.OPERATORS_LIBRARY).name in loaded
     assert not [name for name in loaded if name.startswith("libpython")]
     for file, input in zip(files, inputs, strict=True):

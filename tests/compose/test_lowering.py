@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import subprocess
-import sys
 from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_rnn
 from contract import CELL_MODULES, CELLS, MODULES, NAMES, ONE_OF_EACH, SEQUENCE_MODULES, close, gradients, pair, tensors
+from processes import python, run, succeeded
 from test_compile import HIDDEN, INPUT
 
 pytestmark = [
@@ -281,9 +281,7 @@ import torch
 
 def without_us(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run code in a process that cannot import fused_rnn."""
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT + code], cwd=folder, capture_output=True, text=True, timeout=300
-    )
+    return python("-c", WITHOUT + code, cwd=folder)
 
 
 LOAD = """
@@ -306,8 +304,7 @@ def test_saved_programs_load_without_fused_rnn(tmp_path: Path) -> None:
         programs["patched"] = exported(expected, input, dynamic=False)
     for name, program in programs.items():
         torch.export.save(program, tmp_path / f"{name}.pt2")
-    done = without_us(f"NAMES = {[*programs]!r}" + LOAD, tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(without_us(f"NAMES = {[*programs]!r}" + LOAD, tmp_path))
     for name in programs:
         close(torch.load(tmp_path / f"{name}.pt"), expected(input))
 
@@ -324,9 +321,8 @@ torch.save(input, "input.pt")
 torch.save(model(input), "expected.pt")
 torch.export.save(torch.export.export(model, (input,)), "program.pt2")
 """)
-    subprocess.run([sys.executable, "-m", "fused_rnn", "run", script], cwd=tmp_path, check=True, timeout=300)
-    done = without_us('NAMES = ["program"]' + LOAD, tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(run(script, cwd=tmp_path))
+    succeeded(without_us('NAMES = ["program"]' + LOAD, tmp_path))
     close(torch.load(tmp_path / "program.pt"), torch.load(tmp_path / "expected.pt"))
 
 

@@ -21,7 +21,6 @@ from contract import (
     NAMES,
     ONE_OF_EACH,
     SEQUENCES,
-    TIME,
     arguments,
     close,
     each_call,
@@ -29,12 +28,10 @@ from contract import (
     each_sequence,
     error_of,
     fused_calls,
-    gradients,
     loss,
     one_of_each,
     pair,
     same_outcome,
-    survives,
     tensors,
 )
 
@@ -257,27 +254,3 @@ def test_per_sample_gradients(key):
         grads.append([p.grad_sample for p in module.parameters()])
     close(*reversed(grads), grad=True)
     assert grads[1][0].shape[0] == BATCH
-
-
-def no_python_checks_in_a_process():
-    """Sizes that only check_forward_args would reject reach the operators' own checks."""
-    for name in SEQUENCES:
-
-        class Unchecked(getattr(fused_rnn, name)):
-            def check_forward_args(self, input, hidden, batch_sizes):
-                pass
-
-        module = Unchecked(INPUT, HIDDEN)
-        good, hx = arguments(module)
-        shapes = [(1, 1, HIDDEN), (1, BATCH, 1), (0, BATCH, HIDDEN), (2, BATCH, HIDDEN)]
-        wrong_states = [tensors(hx)[0].new_zeros(shape) for shape in shapes]
-        calls = [(good, (h, h) if name == "LSTM" else h) for h in wrong_states]
-        calls += [(good[..., :1], hx), (torch.zeros(TIME, BATCH, 9), hx)]
-        for args in calls:
-            error_of(module, *args)
-        gradients(module, good, hx)
-
-
-def test_fused_checks_what_python_did_not():
-    """Stricter than torch.nn's operators, which broadcast or read out of bounds."""
-    survives(no_python_checks_in_a_process)

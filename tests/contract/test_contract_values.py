@@ -29,10 +29,10 @@ from contract import (
     loss,
     one_of_each,
     pair,
-    survives,
     tensors,
     unchanged,
 )
+from processes import survives
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

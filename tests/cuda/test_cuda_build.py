@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -23,6 +22,7 @@ import fused_rnn
 import sass
 import sass_flow
 from fused_rnn import cuda, reference
+from processes import python, succeeded
 from sources import CSRC, needs_sources
 
 LIBRARY = Path(fused_rnn.__file__).parent / "_cuda.so"
@@ -293,13 +293,6 @@ def test_the_library_uses_the_stable_abi_alone() -> None:
     assert [name for name in undefined if re.match(r"_ZN?[KVT]*[SN]?\d*(at|c10|caffe2|torch)\d", name)] == []
 
 
-def run_python(code: str, *arguments: str | Path, cwd: Path) -> str:
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_libtorch_cpu_is_all_it_needs_of_torch(tmp_path: Path) -> None:
     """RTLD_NOW resolves every symbol at once. `import torch` is avoided, since it may load torch's CUDA libraries."""
     torch_cpu = Path(find_spec("torch").origin).parent / "lib" / "libtorch_cpu.so"
@@ -309,7 +302,7 @@ for name in sys.argv[1:]:
     ctypes.CDLL(name, mode=os.RTLD_NOW)
 print(any("libtorch_cuda" in line for line in open("/proc/self/maps")))
 """
-    assert run_python(code, torch_cpu, LIBRARY, cwd=tmp_path) == "False\n"
+    assert succeeded(python("-c", code, torch_cpu, LIBRARY, cwd=tmp_path)) == "False\n"
 
 
 LOAD = """
@@ -326,7 +319,7 @@ for name in ("forward", "backward"):
 @pytest.mark.parametrize("order", [("_cuda.so", "_cpu.so"), ("_cpu.so", "_cuda.so")], ids=" ".join)
 def test_it_registers_the_cpus_operators_for_cuda(order: tuple[str, str], tmp_path: Path) -> None:
     """Without importing the package; independent of whether torch has CUDA and the machine a GPU."""
-    found = run_python(LOAD, *(LIBRARY.with_name(name) for name in order), cwd=tmp_path)
+    found = succeeded(python("-c", LOAD, *(LIBRARY.with_name(name) for name in order), cwd=tmp_path))
     assert found.splitlines() == ["fused_rnn::forward CPU CUDA", "fused_rnn::backward CPU CUDA"]
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import fused_rnn
-from contract import survives
 from fused_rnn import _C
+from processes import survives
 
 ISAS = _C.supported_cpu_isas()
 # More units than a block has, also of a projection, depths that are no multiple of any group or vector, and one of more

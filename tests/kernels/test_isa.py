@@ -17,9 +17,9 @@ from torch import Tensor
 import fused_rnn
 from cases import CASES as ALL_LENGTHS
 from cases import Case
-from contract import survives
 from default_set import case_of
 from fused_rnn import _C, reference, tuned
+from processes import survives
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,8 +11,9 @@ import torch
 
 import fused_rnn
 from cases import Case
-from contract import fused_calls, survives
+from contract import fused_calls
 from fused_rnn import _C, policy
+from processes import survives
 
 THREADS = 4
 SIZES = [  # split by rows, by units, by directions and their rows, and by the units of a single step

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 import fused_rnn
-from contract import survives, tensors
+from contract import tensors
+from processes import survives
 
 INPUT, HIDDEN = 3, 3  # equal, so that a wrong rank is not detected by its sizes
 WAYS = ("class", "replace", "patched")

@@ -5,12 +5,8 @@ and requires the same results, gradients and errors. MODULES names the variants 
 """
 
 import copy
-import inspect
 import io
-import os
 import pickle
-import subprocess
-import sys
 from contextlib import contextmanager, nullcontext, suppress
 
 import pytest
@@ -265,20 +261,3 @@ def fused_calls():
         yield calls
     names = (event.name for event in profiler.function_events)
     calls += [name for name in names if name.startswith("fused_rnn::")]
-
-
-def survives(function, *args, **environment):
-    """Run a module-level function in a Python process of its own, which must end normally.
-
-    Keywords are additional environment variables.
-    """
-    source, name = inspect.getsourcefile(function), function.__name__
-    run = subprocess.run(
-        [sys.executable, "-c", f"import runpy; runpy.run_path({source!r})[{name!r}](*{args!r})"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
-        cwd=os.path.dirname(source),
-        capture_output=True,
-        text=True,
-        timeout=600,  # only against deadlocks, since a busy machine is slow
-    )
-    assert run.returncode == 0, f"exit status {run.returncode}\n{run.stderr}"
