@@ -169,10 +169,6 @@ def check_functional() -> None:
                 compare(actual, expected, True, f"functional.{name.lower()}, input {list(x.shape)}, hx {structure}")
 
 
-def test_structures_of_functional() -> None:
-    survives(check_functional)
-
-
 def check_random_structures(seed: int) -> None:
     """Random structures, two levels deep, as states of every cell: no crash."""
     draw = random.Random(seed)
@@ -195,5 +191,10 @@ def check_random_structures(seed: int) -> None:
         assert not isinstance(result, Exception) or isinstance(result, TORCHS_ERRORS), (name, x.shape, hx, result)
 
 
-def test_random_structures() -> None:
-    survives(check_random_structures, 0)
+def check_functional_and_random_structures() -> None:
+    check_functional()
+    check_random_structures(0)
+
+
+def test_structures_of_functional_and_random_ones() -> None:
+    survives(check_functional_and_random_structures)
