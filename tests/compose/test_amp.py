@@ -100,7 +100,8 @@ RAGGED = [
     dict(T=6, B=4, I=20, H=48, L=2, bidirectional=True, lengths=(1, 6, 3, 3)),
 ]
 CASES = [Case(cell, **size) for cell in SEQUENCES for size in RAGGED] + [
-    Case("LSTM", T=6, B=9, I=5, H=33, proj_size=20)
+    Case("LSTM", T=6, B=9, I=5, H=33, proj_size=20),
+    Case("RNN", T=5, B=3, I=7, H=20, nonlinearity="relu"),
 ]
 
 

@@ -7,6 +7,7 @@ sizes of a call differ, because the compiler assumes that sizes which are equal 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_rnn
-from contract import CELL_MODULES, CELLS, MODULES, NAMES, SEQUENCES, allowed_error, close, pair, tensors
+from contract import CELL_MODULES, CELLS, MODULES, NAMES, SEQUENCES, allowed_error, arguments, close, pair, tensors
 
 INPUT, HIDDEN = 3, 5
 SIZES = [(6, 7), (9, 7), (11, 8)]  # T, B
@@ -320,15 +321,14 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert graphs.backward == ["backward.default"] * 2
 
 
-@pytest.mark.slow("torch.compile takes seconds a case")
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_without_the_switch(name: str) -> None:
-    """The graph breaks at the module, as at torch.nn's, and the module runs eagerly."""
+    """The graph breaks at the module, as at torch.nn's, and the module runs eagerly; so it does inside `patched`."""
     models = [Model(getattr(library, name)(INPUT, HIDDEN)) for library in (nn, fused_rnn)]
     models[1].load_state_dict(models[0].state_dict())
     counts = []
-    with torch._dynamo.config.patch(allow_rnn=False):
-        for model in models:
+    for model, context in zip([*models, models[0]], [nullcontext(), nullcontext(), fused_rnn.patched()], strict=True):
+        with context, torch._dynamo.config.patch(allow_rnn=False):
             torch._dynamo.reset()
             graphs = Graphs()
             input = torch.randn(6, 7, INPUT, requires_grad=True)
@@ -337,7 +337,7 @@ def test_without_the_switch(name: str) -> None:
             torch._dynamo.reset()
             with pytest.raises(torch._dynamo.exc.Unsupported, match="allow_rnn"):
                 torch.compile(model, backend="eager", fullgraph=True)(input)
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1] == counts[2]
 
 
 @pytest.mark.slow("torch.compile takes seconds a case")
@@ -359,17 +359,16 @@ def test_without_the_switch_nothing_inside_is_compiled(name: str) -> None:
     assert all(of.fail_type for of in ours)
 
 
-@pytest.mark.slow("torch.compile takes seconds a case")
 @pytest.mark.parametrize("name", NAMES)
 def test_patched(name: str) -> None:
-    """Inside `patched`, torch.nn's own classes compile to the fused operators."""
+    """Inside `patched`, torch.nn's own classes compile to the fused operators; cells do without the switch."""
     torch.manual_seed(0)
     module = getattr(nn, name)(INPUT, HIDDEN)
-    input = torch.randn((7, INPUT) if name in CELLS else (6, 7, INPUT))
-    wanted = module(input)
-    with fused_rnn.patched():
+    args = arguments(module)
+    wanted = module(*args)
+    with fused_rnn.patched(), torch._dynamo.config.patch(allow_rnn=name not in CELLS):
         compiled, graphs = whole(module)
-        close(compiled(input), wanted)
+        close(compiled(*args), wanted)
     assert graphs.traced == ["layer.default"]
 
 

@@ -15,22 +15,25 @@ from contract import CELL_MODULES, close, pair
 from test_compile import HIDDEN, INPUT, built, drawn, same, whole
 from test_compile import one_compiler as one_compiler
 
-pytestmark = pytest.mark.slow("torch.compile takes seconds a case")
+slow = pytest.mark.slow("torch.compile takes seconds a case")
 
 
 @pytest.mark.parametrize("key", CELL_MODULES)
 def test_cells(key: str) -> None:
+    """Cells need no switch that allows recurrent modules in graphs."""
     _, cell = pair(key, sizes=(INPUT, HIDDEN))
     compiled, graphs = whole(cell)
     states = 2 if isinstance(cell, nn.LSTMCell) else 1
-    for B in (7, 8):
-        h = [torch.randn(B, HIDDEN, requires_grad=True) for _ in range(states)]
-        same(compiled, cell, torch.randn(B, INPUT, requires_grad=True), tuple(h) if states == 2 else h[0])
+    with torch._dynamo.config.patch(allow_rnn=False):
+        for B in (7, 8):
+            h = [torch.randn(B, HIDDEN, requires_grad=True) for _ in range(states)]
+            same(compiled, cell, torch.randn(B, INPUT, requires_grad=True), tuple(h) if states == 2 else h[0])
     assert (graphs.traced, graphs.forward, graphs.backward) == (
         ["layer.default"], ["forward.default"], ["backward.default"],
     )  # fmt: skip
 
 
+@slow
 @pytest.mark.parametrize("key", CELL_MODULES)
 def test_a_loop_of_cells(key: str) -> None:
     """The loop is unrolled: one graph for any batch, one per number of steps."""
@@ -56,6 +59,7 @@ def step_arguments(model: Any, B: int) -> tuple[Tensor, Any, dict[str, Any]]:
     return torch.randn(B, INPUT, requires_grad=True), hx, masks | {"reset_state": values["learned"]}
 
 
+@slow
 @pytest.mark.parametrize(
     ("key", "names"),
     [("rnn_tanh", ""), ("lstm_batch_first", ""), ("gru", "resets"), ("lstm", "resets active reset_state")],
@@ -72,6 +76,7 @@ def test_step(key: str, names: str) -> None:
     assert graphs.backward == ["backward.default"] * model.num_layers
 
 
+@slow
 @pytest.mark.parametrize("key", ["lstm", "gru"])
 def test_steps_in_a_rollout(key: str) -> None:
     model = built(key)
@@ -97,6 +102,7 @@ def test_steps_in_a_rollout(key: str) -> None:
     assert graphs.backward == ["backward.default"] * 2
 
 
+@slow
 def test_a_step_into_given_tensors() -> None:
     """A compiled step with `out` writes its results into the given tensors."""
     model = built("gru").rnn

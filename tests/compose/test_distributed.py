@@ -1,7 +1,7 @@
-"""Distributed training with torch's own tools: DDP, FSDP2, distributed checkpoints and torchrun, on two gloo processes.
+"""Distributed training with torch's own tools on two gloo processes: DDP, FSDP, distributed checkpoints and torchrun.
 
 Both processes are started once, with one thread each. Each writes its results of all jobs to a file, which the tests
-compare with one process on the joint batch. test_contract_parallel.py tests DDP and FSDP with plain input.
+compare with one process on the joint batch.
 """
 
 import os
@@ -20,11 +20,17 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_rnn
-from contract import close, fused_calls, survives, tensors
+from contract import close, fused_calls, tensors
+from processes import survives
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow("starts processes that train together")]
 
@@ -38,7 +44,29 @@ SHARDED = {
     for reshard in (True, False)
     for policy in (None, BF16)
 }
+WRAPPERS = {
+    "ddp": DistributedDataParallel,
+    "ddp_static_graph": lambda m: DistributedDataParallel(m, static_graph=True),
+    "ddp_bucket_view": lambda m: DistributedDataParallel(m, gradient_as_bucket_view=True),
+    "fsdp1": lambda m: FullyShardedDataParallel(m, device_id=torch.device("cpu")),
+    "fsdp1_orig_params": lambda m: FullyShardedDataParallel(m, device_id=torch.device("cpu"), use_orig_params=True),
+    "fsdp2": lambda m: sharded(m),
+}
 LENGTHS = {"ragged": [5, 1, 3, 0, 5, 2], "one rank has nothing to do": [4, 5, 1, 0, 0, 0]}
+
+
+class Model(nn.Module):
+    """Layers and a cell, called as torch.nn's."""
+
+    def __init__(self, library):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm = library.LSTM(I, H, 2, bidirectional=True)
+        self.gru = library.GRU(2 * H, H)
+        self.cell = library.GRUCell(H, H)
+
+    def forward(self, x):
+        return self.cell(self.gru(self.lstm(x)[0])[0][-1])
 
 
 class Ragged(nn.Module):
@@ -64,6 +92,17 @@ def draw(*shape):
 
 def of_rank(rows, rank, dim=0):
     return rows if rank is None else rows.chunk(RANKS, dim)[rank]
+
+
+def trained(model, rank=None):
+    """The model's output for one rank's rows, or for all, after three training steps on them."""
+    x = of_rank(draw(T, B, I), rank, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return model(x).detach()
 
 
 def ragged_gradients(model, lengths, rank=None):
@@ -149,6 +188,7 @@ def work_of_rank(rank, folder):
         f"ddp-{name}": lambda lengths=lengths: ragged_gradients(DistributedDataParallel(Ragged()), lengths, rank)
         for name, lengths in LENGTHS.items()
     }
+    work |= {name: lambda wrap=wrap: trained(wrap(Model(fused_rnn)), rank) for name, wrap in WRAPPERS.items()}
     work |= {key: lambda given=given: sharded_gradients(rank, *given) for key, given in SHARDED.items()}
     work |= {"written": lambda: written_output(rank), "stepped": lambda: stepped(rank)}
     work["from torch.nn"] = lambda: checkpointed(rank, folder, nn, fused_rnn)
@@ -183,6 +223,11 @@ def found(results, key):
     of_ranks = [result[key] for result in results]
     assert not any(isinstance(result, str) for result in of_ranks), of_ranks
     return of_ranks
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_training_under(results, wrapper):
+    close(torch.cat(found(results, wrapper)), trained(Model(nn)), grad=True)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)

@@ -8,10 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,10 @@ from torch.export import Dim
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import fused_rnn
-from contract import NAMES, close, gradients, tensors
+from contract import MODULES, NAMES, close, gradients, tensors
 from fused_rnn import functional
+from processes import python, succeeded, this_path
+from sources import run
 from test_compile import HIDDEN, INPUT, built, fused
 
 pytestmark = [
@@ -108,9 +107,10 @@ def test_each_class(name: str) -> None:
     module = getattr(fused_rnn, name)(INPUT, HIDDEN).eval()
     input = torch.randn((7, INPUT) if cell else (6, 7, INPUT))
     dims = {0: Dim.DYNAMIC} if cell else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    for context in (contextlib.nullcontext(), fused_rnn.patched()):
+    plain = contextlib.nullcontext()
+    for context, strict in ((plain, False), (fused_rnn.patched(), False), (plain, True)):
         with context:
-            program = torch.export.export(module, (input,), dynamic_shapes=(dims,))
+            program = torch.export.export(module, (input,), dynamic_shapes=(dims,), strict=strict)
         assert fused(program.graph_module) == ["layer.default"]
         other = torch.randn((8, INPUT) if cell else (9, 8, INPUT))
         close(program.module()(other), module(other))
@@ -136,16 +136,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def elsewhere(code: str, folder: Path, *, path: bool = True) -> None:
     """Run code in another process, in folder; without `path` it can import only installed packages."""
-    places = os.pathsep.join(filter(None, sys.path)) if path else ""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": places},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    succeeded(python("-c", code, cwd=folder, PYTHONPATH=this_path() if path else ""))
 
 
 def test_a_saved_program_runs_elsewhere(tmp_path: Path) -> None:
@@ -234,17 +225,15 @@ def package_runs_without_python(model: nn.Module, package: str, tmp_path: Path) 
     libraries = [option for path in library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
     source = Path(__file__).with_name("run_package.cpp")
     command = ["g++", "-std=c++20", "-w", *headers, source, "-o", program, *libraries]
-    subprocess.run([*command, "-ltorch_cpu", "-lc10", "-ldl"], check=True)
+    succeeded(run(*command, "-ltorch_cpu", "-lc10", "-ldl"))
     inputs = [torch.randn(T, B, INPUT) for T, B in SIZES]
     files = [tmp_path / f"{T}x{B}" for T, B in SIZES]
     arguments: list[Any] = []
     for file, input in zip(files, inputs, strict=True):
         input.numpy().tofile(file)
         arguments += [file, *input.shape]
-    command = [str(word) for word in (program, fused_rnn.OPERATORS_LIBRARY, package, *arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    loaded = {Path(line.split()[-1]).name for line in done.stdout.splitlines()}
+    printed = succeeded(run(program, fused_rnn.OPERATORS_LIBRARY, package, *arguments))
+    loaded = {Path(line.split()[-1]).name for line in printed.splitlines()}
     assert Path(fused_rnn.OPERATORS_LIBRARY).name in loaded
     assert not [name for name in loaded if name.startswith("libpython")]
     for file, input in zip(files, inputs, strict=True):
@@ -255,16 +244,16 @@ def package_runs_without_python(model: nn.Module, package: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("key", ["rnn_deep", "lstm_deep", "gru_deep"])
 def test_onnx(key: str) -> None:
-    """Export through to_torch(), because ONNX has layers of its own."""
-    pytest.importorskip("onnx", reason="torch.onnx.export needs the package onnx")
+    """By the exporter that traces: each layer is a node of ONNX's own."""
+    onnx = pytest.importorskip("onnx", reason="torch.onnx.export needs the package onnx")
     runtime = pytest.importorskip("onnxruntime", reason="the exported model is run in onnxruntime")
     model = built(key).eval()
-    plain = copy.deepcopy(model)
-    plain.rnn = plain.rnn.to_torch()
     file = io.BytesIO()
     input = torch.randn(6, 7, INPUT)
     axes = {"input": {0: "a", 1: "b"}}
-    torch.onnx.export(plain, (input,), file, dynamo=False, input_names=["input"], dynamic_axes=axes)
+    torch.onnx.export(model, (input,), file, dynamo=False, input_names=["input"], dynamic_axes=axes)
+    nodes = [node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node]
+    assert nodes.count(MODULES[key][0]) == model.rnn.num_layers
     session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     for shape in [(6, 7, INPUT), (8, 9, INPUT)] if not model.rnn.batch_first else [(6, 7, INPUT)]:
         input = torch.randn(shape)

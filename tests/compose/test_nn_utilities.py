@@ -1,7 +1,7 @@
 """torch.nn.utils, torch.optim, swap_tensors, meta devices and old pickles, through training and checkpoints.
 
-Each runs on torch.nn's module and on ours, which must have equal parameters, buffers, results and errors. A single
-forward pass with a computed weight is tested in test_contract_tensors.py (K07), copies in test_contract_copying.py (L).
+Each runs on torch.nn's module and on ours, which must have equal parameters, buffers, results and errors. Copies are
+tested in test_contract_copying.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -89,6 +90,10 @@ def test_training_with_computed_weights(key: str, rewriter: str) -> None:
     close(list(actual.parameters()), list(expected.parameters()))
     close(list(actual.buffers()), list(expected.buffers()))
     close(actual.eval()(*args), expected.eval()(*args))
+    args = arguments(actual, grad=True)
+    close(gradients(actual, *args), gradients(expected, *args), grad=True)
+    if isinstance(actual, nn.RNNBase):
+        assert [type(w) for w in actual._flat_weights] == [type(w) for w in expected._flat_weights]
 
     state = actual.state_dict()
     assert list(state) == list(expected.state_dict())
@@ -230,29 +235,33 @@ def test_clipping(key: str, foreach: bool) -> None:
 
 OPTIMISERS = [
     (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    (torch.optim.Adam, {}),
     (torch.optim.AdamW, {"amsgrad": True}),
     (torch.optim.Adagrad, {}),
+    (torch.optim.RMSprop, {}),
 ]
 
 
 @one_of_each
-@pytest.mark.parametrize("kind", ["foreach", "fused"])
 @pytest.mark.parametrize(("optimiser", "options"), OPTIMISERS)
-def test_optimisers_and_their_checkpoints(key: str, optimiser: Any, options: dict[str, Any], kind: str) -> None:
+def test_optimisers_and_their_checkpoints(key: str, optimiser: Any, options: dict[str, Any]) -> None:
     expected, actual = pair(key, torch.float64)
     args = arguments(actual)
-    for module in (expected, actual):
-        state = None
-        for _ in range(2):
-            current = optimiser(module.parameters(), lr=0.05, **options, **{kind: True})
-            if state is not None:
-                current.load_state_dict(state)
+    for kind in ("foreach", "fused")[: 1 if optimiser is torch.optim.RMSprop else 2]:  # RMSprop has no fused kernels
+        for module in (expected, actual):
+            state = None
             for _ in range(2):
-                current.zero_grad()
-                loss(module(*args)).square().backward()
-                current.step()
-            state = copy.deepcopy(current.state_dict())
-    close(list(actual.parameters()), list(expected.parameters()))
+                current = optimiser(module.parameters(), lr=0.05, **options, **{kind: True})
+                if state is not None:
+                    current.load_state_dict(state)
+                for _ in range(2):
+                    current.zero_grad()
+                    loss(module(*args)).square().backward()
+                    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+                    current.step()
+                state = copy.deepcopy(current.state_dict())
+        close(list(actual.parameters()), list(expected.parameters()))
+        close(actual(*args), expected(*args))
 
 
 @each_module
@@ -297,23 +306,27 @@ def test_swap_tensors(key: str) -> None:
 
 
 @each_module
-@pytest.mark.parametrize("assign", [False, True])
-def test_swap_on_conversion(key: str, assign: bool) -> None:
-    """Conversions and loading a checkpoint with the flag on: equal results or errors."""
+@pytest.mark.parametrize("flag", ["overwrite", "swap"])
+def test_flags_of_conversion(key: str, flag: str) -> None:
+    """Conversions and loading a checkpoint with a flag of torch.__future__ on: equal results or errors."""
     expected, actual = pair(key)
-    args = arguments(actual)
     state = {name: p.detach() * 3 for name, p in expected.named_parameters()}
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        results = []
-        for module in (expected, actual):
-            module.to(torch.float64).float()
-            results.append(outcome(lambda module=module: module.load_state_dict(dict(state), assign=assign)))
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
-    assert results[0] == results[1]
-    close(list(actual.parameters()), list(expected.parameters()))
-    close(actual(*args), expected(*args))
+    setter = getattr(torch.__future__, f"set_{flag}_module_params_on_conversion")
+    for assign in (False, True):
+        setter(True)
+        try:
+            results = []
+            for module in (expected, actual):
+                module.double()
+                module.to(torch.float64).float()
+                results.append(outcome(partial(module.load_state_dict, dict(state), assign=assign)))
+        finally:
+            setter(False)
+        assert results[0] == results[1]
+        close(list(actual.parameters()), list(expected.parameters()))
+        args = arguments(actual, grad=True)
+        close(actual(*args), expected(*args))
+        close(gradients(actual, *args), gradients(expected, *args), grad=True)
 
 
 DEFERRED = {
@@ -385,12 +398,11 @@ OLDER = {
 
 @each_module
 @pytest.mark.parametrize("older", OLDER)
-@pytest.mark.parametrize("backend", ["auto", "fused"])
-def test_pickles_of_older_versions(key: str, older: str, backend: str) -> None:
+def test_pickles_of_older_versions(key: str, older: str) -> None:
     """Pickles without today's attributes: forward, keywords, `step`, repr and pickling again work."""
     expected, actual = pair(key)
     if isinstance(actual, nn.RNNBase):
-        actual.backend = backend
+        actual.backend = "fused"
     # No older version had both a projection and no proj_size.
     lacking = OLDER[older] - ({"proj_size"} if getattr(actual, "proj_size", 0) else set())
     state = {k: v for k, v in actual.__getstate__().items() if k not in lacking}
@@ -402,7 +414,7 @@ def test_pickles_of_older_versions(key: str, older: str, backend: str) -> None:
         close(gradients(module, *args), gradients(expected, *args), grad=True)
         assert repr(module) == repr(expected) and set(module.state_dict()) == set(expected.state_dict())
         if isinstance(module, nn.RNNBase):
-            assert module.backend == ("auto" if "backend" in OLDER[older] else backend)
+            assert module.backend == ("auto" if "backend" in OLDER[older] else "fused")
             resets = torch.zeros(args[0].shape[:2], dtype=torch.bool)
             close(module(*args, resets=resets), expected(*args))
     close(loaded.to_torch()(*args), expected(*args))

@@ -1,4 +1,4 @@
-"""Contract H, I: gradients of every order, hooks and saved tensors are torch.nn's."""
+"""Gradients of every order, hooks and saved tensors are torch.nn's."""
 
 import copy
 import re
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @each_module
-def test_h01_requires_grad_follows_the_inputs(key):
+def test_requires_grad_follows_the_inputs(key):
     _, actual = pair(key)
     for parameter in actual.parameters():
         parameter.requires_grad_(False)
@@ -54,7 +54,7 @@ def gradients_of_one(module, args, index, layer=slice(None)):
 
 
 @each_module
-def test_h01_each_result_alone(key):
+def test_each_result_alone(key):
     expected, actual = pair(key)
     args = arguments(actual, grad=True)
     for index in range(len(tensors(actual(*args)))):
@@ -73,7 +73,7 @@ INCOMING = {
 
 @each_module
 @pytest.mark.parametrize("incoming", INCOMING)
-def test_h01_layouts_of_the_incoming_gradient(key, incoming):
+def test_layouts_of_the_incoming_gradient(key, incoming):
     expected, actual = pair(key)
     args = arguments(actual, grad=True)
     wanted, found = (
@@ -83,7 +83,7 @@ def test_h01_layouts_of_the_incoming_gradient(key, incoming):
 
 
 @pytest.mark.parametrize("key", ["rnn_deep", "lstm_deep", "lstm_proj", "gru_deep"])
-def test_h01_state_of_one_layer(key):
+def test_state_of_one_layer(key):
     expected, actual = pair(key)
     args = arguments(actual, grad=True)
     wanted = gradients_of_one(expected, args, 1, layer=1)
@@ -91,7 +91,7 @@ def test_h01_state_of_one_layer(key):
 
 
 @each_module
-def test_h02_frozen_parameters(key):
+def test_frozen_parameters(key):
     expected, actual = pair(key)
     args = arguments(actual, grad=True)
     names = [name for name, _ in actual.named_parameters()]
@@ -108,7 +108,7 @@ def test_h02_frozen_parameters(key):
 
 
 @each_module
-def test_h02_nothing_requires_grad(key):
+def test_nothing_requires_grad(key):
     _, actual = pair(key)
     actual.requires_grad_(False)
     assert all(t.grad_fn is None for t in tensors(actual(*arguments(actual))))
@@ -126,7 +126,7 @@ def gradients_after_a_write(module, index):
 
 @each_module
 @pytest.mark.parametrize("index", [0, 1, -1], ids=["input", "state", "recurrent_weight"])
-def test_h03_writes_before_backward_are_noticed(key, index):
+def test_writes_before_backward_are_noticed(key, index):
     """Raises like torch.nn; where torch.nn has copied its input (batch_first), correct gradients are accepted."""
     expected, actual = pair(key)
     wanted = gradients(actual, *arguments(actual, grad=True))
@@ -149,7 +149,7 @@ def gradients_after_writing(module, args, index, write):
 @each_module
 @each_precision
 @pytest.mark.parametrize("index", [0, -1], ids=["output", "state"])
-def test_h04_results_may_be_written_to(key, dtype, index):
+def test_results_may_be_written_to(key, dtype, index):
     """Where torch.nn raises (oneDNN's LSTM, RNNCell), ours may raise or be correct."""
     expected, actual = pair(key, dtype)
     args = arguments(actual, grad=True)
@@ -160,7 +160,7 @@ def test_h04_results_may_be_written_to(key, dtype, index):
 
 
 @pytest.mark.parametrize("key", ["rnn_tanh", "lstm_deep", "gru"])
-def test_h04_common_inplace_uses(key):
+def test_common_inplace_uses(key):
     expected, actual = pair(key)
     args = arguments(actual, grad=True)
 
@@ -177,7 +177,7 @@ def test_h04_common_inplace_uses(key):
 
 
 @each_module
-def test_h05_second_backward(key):
+def test_second_backward(key):
     _, actual = pair(key)
     args = arguments(actual, grad=True)
     value, wanted = loss(actual(*args)), leaves(actual, *args)
@@ -190,7 +190,7 @@ def test_h05_second_backward(key):
 
 @each_module
 @each_precision
-def test_h06_second_order(key, dtype):
+def test_second_order(key, dtype):
     expected, actual = pair(key, dtype)
     args = arguments(actual, grad=True)
     found = higher_gradients(actual, args, 2)
@@ -202,14 +202,14 @@ def test_h06_second_order(key, dtype):
 
 
 @each_sequence
-def test_h06_second_order_packed(key):
+def test_second_order_packed(key):
     expected, actual = pair(key, torch.float64)
     args = arguments(actual, packed=True, grad=True)
     close(higher_gradients(actual, args, 2), higher_gradients(expected, args, 2), grad=True)
 
 
 @one_of_each
-def test_h07_third_order(key):
+def test_third_order(key):
     expected, actual = pair(key, torch.float64)
     args = arguments(actual, time=3, batch=2, grad=True)
     close(higher_gradients(actual, args, 3), higher_gradients(expected, args, 3), grad=True)
@@ -233,7 +233,7 @@ def tangents(module, *args):
 
 @each_module
 @each_precision
-def test_h08_forward_mode(key, dtype):
+def test_forward_mode(key, dtype):
     expected, actual = pair(key, dtype)
     args = arguments(actual)
     with allowed_error(tangents, expected, *args):
@@ -243,14 +243,14 @@ def test_h08_forward_mode(key, dtype):
 
 
 @each_sequence
-def test_h08_forward_mode_packed(key):
+def test_forward_mode_packed(key):
     expected, actual = pair(key, torch.float64)
     args = arguments(actual, packed=True)
     close(tangents(actual, *args), tangents(expected, *args))
 
 
 @each_module
-def test_h09_saved_tensor_hooks(key):
+def test_saved_tensor_hooks(key):
     _, actual = pair(key)
     args = arguments(actual, grad=True)
     wanted = gradients(actual, *args)
@@ -273,7 +273,7 @@ def test_h09_saved_tensor_hooks(key):
 
 @each_module
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_h09_checkpoint(key, reentrant):
+def test_checkpoint(key, reentrant):
     expected, actual = pair(key)
     args = arguments(actual, grad=True)
     wanted = gradients(expected, *args)
@@ -303,7 +303,7 @@ def fired_hooks(module, *args):
 
 
 @each_module
-def test_h10_hooks(key):
+def test_hooks(key):
     expected, actual = pair(key)
     fired = fired_hooks(actual, *arguments(actual, grad=True))
     wanted = fired_hooks(expected, *arguments(expected, grad=True))
@@ -312,7 +312,7 @@ def test_h10_hooks(key):
 
 
 @each_module
-def test_h11_batched_gradients(key):
+def test_batched_gradients(key):
     expected, actual = pair(key)
     args = arguments(actual, grad=True)
 
@@ -329,7 +329,7 @@ def test_h11_batched_gradients(key):
 
 
 @one_of_each
-def test_h11_jacobian_and_anomaly_mode(key):
+def test_jacobian_and_anomaly_mode(key):
     expected, actual = pair(key)
     input, hx = arguments(actual, time=3, batch=2)
     jacobians = [
@@ -343,7 +343,7 @@ def test_h11_jacobian_and_anomaly_mode(key):
 
 
 @each_module
-def test_h12_backward_in_eval(key):
+def test_backward_in_eval(key):
     expected, actual = pair(key)
     args = arguments(actual, grad=True)
     close(gradients(actual.eval(), *args), gradients(expected.eval(), *args), grad=True)
@@ -351,7 +351,7 @@ def test_h12_backward_in_eval(key):
 
 @each_module
 @each_precision
-def test_h13_gradients_accumulate(key, dtype):
+def test_gradients_accumulate(key, dtype):
     expected, actual = pair(key, dtype)
     args = arguments(actual)
     wanted = gradients(expected, *args)
@@ -366,27 +366,6 @@ def test_h13_gradients_accumulate(key, dtype):
         close([p.grad for p in actual.parameters()], wanted, grad=True)
 
 
-@each_module
-def test_h13_gradcheck(key):
-    _, actual = pair(key, torch.float64)
-    input, hx = arguments(actual, time=3, batch=2, grad=True)
-
-    def call(*_):
-        return tuple(tensors(actual(input, hx)))
-
-    checked = tuple(leaves(actual, input, hx))
-    assert torch.autograd.gradcheck(call, checked, fast_mode=True)
-    assert torch.autograd.gradgradcheck(call, checked, fast_mode=True)
-
-
-@each_sequence
-def test_h13_gradcheck_packed(key):
-    _, actual = pair(key, torch.float64)
-    input, hx = arguments(actual, packed=True, grad=True)
-    checked = tuple(leaves(actual, input, hx))
-    assert torch.autograd.gradcheck(lambda *_: tuple(tensors(actual(input, hx))), checked, fast_mode=True)
-
-
 def state_gradients(module, input_factor):
     """Gradients of the states with frozen weights, with a write to the input between forward and backward."""
     input, hx = arguments(module.requires_grad_(False))
@@ -398,14 +377,14 @@ def state_gradients(module, input_factor):
 
 
 @each_module
-def test_h14_only_what_backward_needs(key):
+def test_only_what_backward_needs(key):
     expected, actual = pair(key)
     with allowed_error(state_gradients, expected, 3.0):
         close(state_gradients(actual, 3.0), state_gradients(expected, 1.0), grad=True)
 
 
 @each_module
-def test_h14_nothing_is_saved_without_grad(key):
+def test_nothing_is_saved_without_grad(key):
     _, actual = pair(key)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):

@@ -1,4 +1,4 @@
-"""Contract L: copies, pickles, checkpoints, replicas, and modules in other processes behave as torch.nn's."""
+"""Copies, pickles, checkpoints, replicas, and modules in other processes behave as torch.nn's."""
 
 import copy
 import io
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @each_module
 @pytest.mark.parametrize("way", COPIES)
-def test_l01_copies(key, way):
+def test_copies(key, way):
     expected, actual = pair(key)
     args = arguments(actual)
     wanted = actual(*args)
@@ -51,7 +51,7 @@ def test_l01_copies(key, way):
 
 
 @each_module
-def test_l01_shallow_copy_shares(key):
+def test_shallow_copy_shares(key):
     _, actual = pair(key)
     twin = copy.copy(actual)
     assert all(p is q for p, q in zip(twin.parameters(), actual.parameters(), strict=True))
@@ -60,7 +60,7 @@ def test_l01_shallow_copy_shares(key):
 
 
 @each_module
-def test_l01_state_can_be_pickled(key):
+def test_state_can_be_pickled(key):
     expected, actual = pair(key)
     actual(*arguments(actual))
     state = actual.__getstate__()
@@ -68,10 +68,6 @@ def test_l01_state_can_be_pickled(key):
     assert not any(isinstance(value, weakref.ref) for value in state.values())
     assert set(expected.__getstate__()) <= set(state)
     pickle.dumps(state)
-
-
-def without_proj_size(state, module):
-    del state["proj_size"]
 
 
 def with_old_all_weights(state, module):
@@ -83,12 +79,12 @@ def with_weights_in_place_of_names(state, module):
     del state["_flat_weights_names"], state["_flat_weights"]
 
 
-OLD_STATES = (without_proj_size, with_old_all_weights, with_weights_in_place_of_names)
+OLD_STATES = (with_old_all_weights, with_weights_in_place_of_names)
 
 
 @pytest.mark.parametrize("key", ["rnn_deep", "lstm_deep", "lstm", "gru_deep"])
 @pytest.mark.parametrize("make_old", OLD_STATES)
-def test_l02_old_states(key, make_old):
+def test_old_states(key, make_old):
     expected, actual = pair(key)
     state = {k: v for k, v in actual.__getstate__().items() if k != "_flat_weight_refs"}
     make_old(state, actual)
@@ -100,7 +96,7 @@ def test_l02_old_states(key, make_old):
 
 @each_module
 @pytest.mark.parametrize("options", [{}, {"assign": True}, {"strict": False}])
-def test_l03_load_state_dict(key, options):
+def test_load_state_dict(key, options):
     expected, actual = pair(key)
     args = arguments(actual)
     actual(*args)
@@ -129,7 +125,7 @@ class Results(Dataset):
 
 
 @one_of_each
-def test_l03_data_loader_workers(key):
+def test_data_loader_workers(key):
     expected, actual = pair(key)
     actual(*arguments(actual))
     # Importing TorchRL, as another test does, makes "spawn" the default.
@@ -139,7 +135,7 @@ def test_l03_data_loader_workers(key):
 
 
 @each_module
-def test_l03_shared_memory(key):
+def test_shared_memory(key):
     expected, actual = pair(key)
     assert actual.share_memory() is actual
     assert all(p.is_shared() for p in actual.parameters())
@@ -147,7 +143,7 @@ def test_l03_shared_memory(key):
 
 
 @each_module
-def test_l04_weights_only_loading(key):
+def test_weights_only_loading(key):
     name, _ = MODULES[key]
     for module, library in zip(pair(key), (nn, fused_rnn), strict=True):
         file = io.BytesIO()
@@ -162,19 +158,8 @@ def test_l04_weights_only_loading(key):
         close(loaded(*arguments(module)), module(*arguments(module)))
 
 
-@each_module
-def test_l04_state_dict_weights_only(key):
-    expected, actual = pair(key)
-    file = io.BytesIO()
-    actual.reset_parameters()
-    torch.save(actual.state_dict(), file)
-    file.seek(0)
-    expected.load_state_dict(torch.load(file, weights_only=True))
-    close(actual(*arguments(actual)), expected(*arguments(actual)))
-
-
 @each_sequence
-def test_l05_replica(key):
+def test_replica(key):
     _, actual = pair(key)
     replica = actual._replicate_for_data_parallel()
     assert type(replica) is type(actual)

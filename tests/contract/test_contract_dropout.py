@@ -1,4 +1,4 @@
-"""Contract I: dropout between layers draws the same random numbers as in torch.nn."""
+"""Dropout between layers draws the same random numbers as in torch.nn."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def seeded(call, *args):
 
 @each_sequence
 @pytest.mark.parametrize("packed", [False, True])
-def test_i01_dropout_mask_is_torchs(key, packed):
+def test_dropout_mask_is_torchs(key, packed):
     expected, actual = pair(key, num_layers=3, dropout=0.4)
     args = arguments(actual, packed=packed)
     wanted, state = seeded(expected, *args)
@@ -37,7 +37,7 @@ def test_i01_dropout_mask_is_torchs(key, packed):
     assert torch.equal(state_after, state)
 
 
-def test_i01_dropout_mask_unbatched():
+def test_dropout_mask_unbatched():
     expected, actual = pair("gru", num_layers=2, dropout=0.4)
     wanted, state = seeded(expected, torch.ones(7, 3))
     result, state_after = seeded(actual, torch.ones(7, 3))
@@ -46,7 +46,7 @@ def test_i01_dropout_mask_unbatched():
 
 
 @each_sequence
-def test_i02_dropout_acts_between_layers(key):
+def test_dropout_acts_between_layers(key):
     expected, actual = pair(key, num_layers=2, dropout=1.0)
     args = arguments(actual)
     dropped, plain = actual(*args), actual.eval()(*args)
@@ -62,7 +62,7 @@ def test_i02_dropout_acts_between_layers(key):
 
 @each_sequence
 @pytest.mark.parametrize(("layers", "training", "dropout"), [(2, True, 0.0), (2, False, 0.5), (1, True, 0.5)])
-def test_i03_no_random_numbers(key, layers, training, dropout):
+def test_no_random_numbers(key, layers, training, dropout):
     _, actual = pair(key, num_layers=layers)
     actual.dropout = dropout
     args = arguments(actual)
@@ -73,7 +73,7 @@ def test_i03_no_random_numbers(key, layers, training, dropout):
 
 @pytest.mark.parametrize("key", ["rnn_tanh", "lstm", "gru"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_i04_backward_uses_the_same_mask(key, packed):
+def test_backward_uses_the_same_mask(key, packed):
     expected, actual = pair(key, torch.float64, **DEEP, dropout=0.5)
     args = arguments(actual, packed=packed, grad=True)
     wanted = seeded(gradients, expected, *args)
@@ -89,7 +89,7 @@ def test_i04_backward_uses_the_same_mask(key, packed):
 
 @pytest.mark.parametrize("key", ["rnn_tanh", "lstm", "gru"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_i04_checkpoint_repeats_the_mask(key, reentrant):
+def test_checkpoint_repeats_the_mask(key, reentrant):
     _, actual = pair(key, num_layers=2, dropout=0.5)
     args = arguments(actual, grad=True)
     wanted, _ = seeded(gradients, actual, *args)

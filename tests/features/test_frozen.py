@@ -17,9 +17,10 @@ from torch import nn
 
 import fused_rnn
 from cases import CASES, Case
-from contract import MODULES, arguments, pair, survives, tensors
+from contract import MODULES, arguments, pair, tensors
 from fused_rnn import _C
 from fused_rnn.cell_info import NUMBER
+from processes import survives
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Iterator
 
@@ -11,7 +12,21 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
-from contract import MODULES, arguments, close, each_call, fused_calls, gradients, pair
+from contract import (
+    HIDDEN,
+    INPUT,
+    MODULES,
+    arguments,
+    close,
+    each_call,
+    each_sequence,
+    error_of,
+    fused_calls,
+    gradients,
+    one_of_each,
+    pair,
+    reloaded,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,25 +83,33 @@ def train(model: nn.Module, steps: int) -> list[float]:
     return losses
 
 
-# patched()
-
-
 @each_call
-def test_models_built_before(key: str, packed: bool) -> None:
-    """Modules and cells, padded and packed, keep torch's class; values and gradients are equal."""
+def test_modules_built_before_and_inside(key: str, packed: bool) -> None:
+    """Modules and cells, padded and packed, keep torch's class; results, their types and gradients are equal."""
     module, _ = pair(key)
+    name, options = MODULES[key]
     args = arguments(module, packed=packed, grad=True)
     wanted, wanted_gradients = module(*args), gradients(module, *args)
     with fused_calls() as calls, fused_rnn.patched():
         result, found_gradients = module(*args), gradients(module, *args)
-        assert type(module) is getattr(nn, MODULES[key][0])
+        assert type(module) is getattr(nn, name)
         assert not isinstance(module, (fused_rnn.modules.FusedRNNBase, fused_rnn.cells.FusedCellBase))
+        built = getattr(nn, name)(INPUT, HIDDEN, **options)
+        built.load_state_dict(module.state_dict())
+        close(built(*args), wanted)
     trains_on_torchs_nodes = key in ("rnn_tanh_cell", "rnn_relu_cell")  # as fused_rnn.RNNCell does
     assert set(calls) == (set() if trains_on_torchs_nodes else {"fused_rnn::forward", "fused_rnn::backward"})
+    assert type(result) is type(wanted)
     close(result, wanted)
     close(found_gradients, wanted_gradients, grad=True)
+    with fused_calls() as calls, fused_rnn.patched(), torch.no_grad():
+        close(module(*args), wanted)
+    assert calls
     with fused_calls() as calls:
-        module(*args)
+        for used in (module, built):
+            close(used(*args), wanted)
+            with torch.no_grad():
+                used(*args)
     assert not calls
 
 
@@ -142,9 +165,10 @@ def test_contexts_that_overlap() -> None:
 
 
 def test_an_error_inside_ends_it() -> None:
-    with pytest.raises(KeyError), fused_rnn.patched():
+    with pytest.raises(KeyError), fused_rnn.patched(), fused_rnn.patched():
         raise KeyError
     assert not is_patched()
+    assert rnn_functions._VF is TORCHS
     with fused_rnn.patched():
         with pytest.raises(RuntimeError, match="must be equal to input_size"):
             nn.GRU(3, 5)(torch.ones(2, 1, 4))
@@ -182,7 +206,8 @@ def test_script_in_patched(name: str) -> None:
     with fused_rnn.patched():
         scripted = torch.jit.script(model)
         close(scripted(input), wanted)
-    close(scripted(input), wanted)
+    for program in (scripted, reloaded(scripted)):
+        close(program(input), wanted)
     assert "aten::" in str(scripted.inlined_graph) and "fused_rnn" not in str(scripted.inlined_graph)
 
 
@@ -206,6 +231,38 @@ def test_what_the_kernels_do_not_take_runs_as_ever() -> None:
             close(module(input), half_wanted)
         close(torch.jit.trace(module, input, check_trace=False)(input), wanted)
     assert not calls
+
+
+@each_sequence
+def test_dropout_in_patched(key: str) -> None:
+    module, _ = pair(key, num_layers=3, dropout=0.4)
+    args = arguments(module)
+    torch.manual_seed(2)
+    wanted = module(*args)
+    torch.manual_seed(2)
+    with fused_rnn.patched():
+        close(module(*args), wanted)
+
+
+@one_of_each
+def test_errors_in_patched(key: str) -> None:
+    module, _ = pair(key)
+    input, hx = arguments(module)
+    small = tuple(h[..., 1:] for h in hx) if isinstance(hx, tuple) else hx[..., 1:]
+    for args in [(input[..., :1], hx), (input, small), (input.double(), hx), (None,), (input[0, 0],)]:
+        wanted = error_of(module, *args)
+        with fused_rnn.patched():
+            assert error_of(module, *args) == wanted
+
+
+@one_of_each
+def test_pickle_and_conversion_in_patched(key: str) -> None:
+    module, _ = pair(key)
+    with fused_rnn.patched():
+        loaded = pickle.loads(pickle.dumps(module))
+        assert type(loaded) is type(module)
+        loaded.double()
+        close(loaded(*arguments(loaded)), module.double()(*arguments(module)))
 
 
 def test_our_own_modules_in_patched() -> None:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import abc
 import copy
 import importlib
-import os
 import pickle
-import subprocess
 import sys
 import types
 import warnings
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 import fused_rnn
 from contract import NAMES, arguments, close, fused_calls, gradients, tensors
 from fused_rnn.convert import Replaced
+from processes import python, succeeded, this_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -202,9 +201,7 @@ def test_torch_save_and_load_in_a_fresh_process(tmp_path: Path, monkeypatch: pyt
     model, x = nn.Sequential(users_tagger.Tagger(3, 5)), torch.ones(2, 1, 3)
     replaced(model)
     torch.save((model, x, model(x)[0]), tmp_path / "model.pt")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    succeeded(python("-c", LOAD, cwd=tmp_path, PYTHONPATH=this_path()))
 
     # Once the class has a forward of its own, a loaded module runs only that.
     source.write_text(USERS_MODULE.replace("pass", "def forward(self, *args): return ('another',)"))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ import torch
 from torch import nn
 
 import fused_rnn
+from processes import python, succeeded
+from sources import run
 
 FORMATS = ("float32", "bfloat16", "int8")
 I, H, T = 3, 20, 60  # noqa: E741 - the fields' letters; more steps than a stream takes at once
@@ -244,7 +244,7 @@ def compiled(source: Path, program: Path, *options: str) -> Path:
         pytest.skip("no C compiler (cc)")
     library = Path(fused_rnn.STREAM_LIBRARY)
     command = [compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", source, f"-I{fused_rnn.INCLUDE}", library]
-    subprocess.run([*map(str, command), f"-Wl,-rpath,{library.parent}", "-o", str(program), *options], check=True)
+    succeeded(run(*command, f"-Wl,-rpath,{library.parent}", "-o", program, *options))
     return program
 
 
@@ -257,15 +257,13 @@ def test_the_example_in_c(weights: str, tmp_path: Path) -> None:
     x = torch.randn(T, 1, I)
     x.numpy().tofile(tmp_path / "x")
     program = compiled(EXAMPLE, tmp_path / "stream")
-    done = subprocess.run([program, "model.frnn", "x", "y"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{T} steps, ")
+    assert succeeded(run(program, "model.frnn", "x", "y", cwd=tmp_path)).startswith(f"{T} steps, ")
     assert_equal(torch.from_numpy(numpy.fromfile(tmp_path / "y", numpy.float32)).view(T, 1, 5), frozen(x)[0])
-    needed = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=True).stdout
+    needed = succeeded(run("ldd", program))
     assert "_stream.so" in needed and "libtorch" not in needed and "libpython" not in needed
     for damaged in (b"", (tmp_path / "model.frnn").read_bytes()[:-8]):
         (tmp_path / "damaged").write_bytes(damaged)
-        done = subprocess.run([program, "damaged", "x", "y"], cwd=tmp_path, capture_output=True, text=True)
+        done = run(program, "damaged", "x", "y", cwd=tmp_path)
         assert done.returncode == 1 and "the frozen model" in done.stderr
 
 
@@ -274,7 +272,7 @@ def test_the_example_in_c(weights: str, tmp_path: Path) -> None:
 def test_a_step_allocates_nothing_takes_no_lock_and_makes_no_system_call(weights: str, tmp_path: Path) -> None:
     fused_rnn.freeze(nn.LSTM(64, 64, 2), weights).save(tmp_path / "model.frnn")
     program = compiled(Path(__file__).with_name("stream_check.c"), tmp_path / "check", "-ldl")
-    done = subprocess.run([program, "model.frnn", "10000"], cwd=tmp_path, capture_output=True, text=True)
+    done = run(program, "model.frnn", "10000", cwd=tmp_path)
     if done.returncode == 3:
         pytest.skip("this system forbids seccomp")
     assert (done.returncode, done.stdout) == (0, "nothing\n"), done.stderr
@@ -323,9 +321,8 @@ print(torch.equal(steps, fused_rnn.load_frozen(sys.argv[1])(x)[0].detach()), h[0
 
 def test_without_numpy(tmp_path: Path) -> None:
     """Neither torch nor this package requires it."""
-    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_NUMPY, str(tmp_path / "model.frnn")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == "True False True\n", done.stderr
+    done = python("-W", "ignore", "-c", WITHOUT_NUMPY, tmp_path / "model.frnn", cwd=tmp_path)
+    assert succeeded(done) == "True False True\n"
     assert (tmp_path / "model.frnn").stat().st_size > 0
 
 

@@ -261,9 +261,6 @@ def test_a_model(table: Table, capsys: pytest.CaptureFixture[str]) -> None:
         names = {f"kernels, {name}" if name else "kernels" for name in tuned.instruction_sets()}
         assert {"torch.nn", "kernels"} <= set(result.seconds) <= {"torch.nn"} | names
         assert min(result.seconds.values()) > 0
-        name = f"kernels, {result.instruction_set}" if result.instruction_set else "kernels"
-        if result.backend == "fused":
-            assert 0.1 < result.speedup * result.seconds[name] / result.seconds["torch.nn"] < 10
     assert Table(table.path).of(tuned.machine(CPU)) == {call.bucket(): result for call, result in results.items()}
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())

@@ -14,10 +14,10 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
-from contract import survives
 from fused_rnn import cuda, policy, tuned, tuning
 from fused_rnn.options import EVERY_STEP, PLANNED
 from fused_rnn.tuned import Call, Result, Table
+from processes import survives
 from tuned_calls import CPU, H200, HIDDEN, OTHER_SET, SIZE, B, T, computes, machine_results
 from tuned_calls import clock as clock
 from tuned_calls import instances as instances

@@ -14,7 +14,6 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,8 +26,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
-from contract import survives
 from fused_rnn import _C, policy
+from processes import python, succeeded, survives
 from tolerances import assert_as_accurate
 
 ISAS = _C.supported_cpu_isas()
@@ -380,9 +379,7 @@ def test_torchs_switches() -> None:
 @pytest.mark.slow("runs the tests of all options of a layer on emulated tiles")
 def test_options_of_a_layer() -> None:
     tests = [Path(__file__).parents[1] / "features" / f"test_{name}.py" for name in ("variants", "segments")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, tests)]
-    done = subprocess.run(command, env=os.environ | EMULATED, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+    succeeded(python("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, **EMULATED))
 
 
 # The processor's own tiles

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import fused_rnn
-from contract import survives
+from processes import survives
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 LIMIT = 10

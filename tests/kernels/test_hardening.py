@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import fused_rnn
-from contract import survives
+from processes import survives
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

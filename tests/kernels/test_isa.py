@@ -1,4 +1,7 @@
-"""All instruction sets and numbers of threads agree up to rounding, also in forked children and concurrent calls."""
+"""All instruction sets and numbers of threads agree up to rounding, also in forked children and concurrent calls.
+
+So do modules with frozen weights: what a format promises holds on each, and int8 is the same on all.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fused_rnn
 from cases import CASES as ALL_LENGTHS
 from cases import Case
-from contract import survives
 from default_set import case_of
 from fused_rnn import _C, reference, tuned
+from processes import survives
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,12 +53,52 @@ def assert_same_rounding(found: list[Tensor], expected: list[Tensor]) -> None:
 CASES = [replace(case, T=min(case.T, 7)) for case in ALL_LENGTHS]
 
 
+# More units than a block has, also of a projection, depths that are no multiple of any group or vector, and one of more
+# than 512, with a row, some rows, and more than a part has.
+FROZEN = {
+    "lstm": lambda: nn.LSTM(70, 75, 2),
+    "lstm_proj": lambda: nn.LSTM(9, 140, proj_size=69),
+    "gru": lambda: nn.GRU(523, 37, bidirectional=True),
+    "rnn": lambda: nn.RNN(5, 130, nonlinearity="relu"),
+}
+FROZEN_BATCHES = (1, 5, 30)
+
+
+def frozen_results(isa: str) -> dict[str, Tensor]:
+    """Outputs of modules frozen in int8, after checking what each format promises."""
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    torch.use_deterministic_algorithms(True)
+    exact = 1e-5 if isa == "amx_emulated" else 0  # which multiplies bfloat16 parts in deterministic layers, too
+    results = {}
+    for name, make in FROZEN.items():
+        module = make()
+        inputs = [torch.randn(3, B, module.input_size) for B in FROZEN_BATCHES]
+        for weights, tolerance in (("float32", exact), ("bfloat16", exact), ("int8", 1e-3)):
+            frozen, rounded = fused_rnn.freeze(module, weights), fused_rnn.from_torch(module)
+            for key, parameter in rounded.named_parameters():
+                value = frozen.state_dict()[key].float()
+                if weights == "int8" and key.startswith("weight"):
+                    value *= frozen.state_dict()[f"{key}_scale"].unsqueeze(1)
+                parameter.copy_(value)
+            for x in inputs:
+                y, expected = frozen(x)[0], rounded(x)[0]
+                scale = max(1.0, expected.abs().max().item())
+                torch.testing.assert_close(y, expected, rtol=0, atol=tolerance * scale)
+                if not module.bidirectional:
+                    assert torch.equal(frozen.stream(x.size(1)).chunk(x), y)
+                if weights == "int8":
+                    results[f"{name} {x.size(1)}"] = y / scale
+    return results
+
+
 def save_results(isa: str, path: str, wanted: list[str]) -> None:
-    """Save the results of the cases with these names, for the parent process to compare."""
+    """Save the results of the cases with these names and of frozen modules, for the parent process to compare."""
     torch.set_num_threads(1)
     assert _C.cpu_isa() == isa
     named = {f"{case}-{name}": (case, dtype) for case in CASES for name, dtype in DTYPES.items()}
-    torch.save({name: results(*named[name]) for name in wanted}, path)
+    found = {name: results(*named[name]) for name in wanted}
+    torch.save(found | {"frozen": frozen_results(isa)}, path)
 
 
 def results_with(isa: str, case: Case, dtype: torch.dtype) -> list[Tensor]:
@@ -76,12 +120,10 @@ def fails_at_first_use() -> None:
 
 
 @pytest.fixture(scope="module")
-def by_isa(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> dict[str, dict[str, list[Tensor]]]:
+def by_isa(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     """By instruction set, the results of the cases that this run of pytest compares."""
     folder: Path = tmp_path_factory.mktemp("isa")
-    wanted = [case_of(item) for item in request.session.items if "by_isa" in getattr(item, "fixturenames", ())]
+    wanted = [case_of(item) for item in request.session.items if item.name.startswith("test_instruction_sets_agree[")]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda isa: survives(save_results, isa, str(folder / isa), wanted, FUSED_RNN_CPU_ISA=isa), ISAS))
     return {isa: torch.load(folder / isa) for isa in ISAS}
@@ -95,7 +137,7 @@ def test_portable_is_the_last_choice() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_instruction_sets_agree(case: Case, dtype: str, by_isa: dict[str, dict[str, list[Tensor]]]) -> None:
+def test_instruction_sets_agree(case: Case, dtype: str, by_isa: dict[str, dict[str, Any]]) -> None:
     torch.set_num_threads(1)
     theirs, _, _ = case.modules(DTYPES[dtype])
     expected = case.run(theirs, case.data(DTYPES[dtype]))
@@ -104,6 +146,16 @@ def test_instruction_sets_agree(case: Case, dtype: str, by_isa: dict[str, dict[s
         assert_same_rounding(found[: len(expected)], [t.detach() for t in expected])
         assert_same_rounding(found, by_isa["portable"][f"{case}-{dtype}"])
         assert all(map(torch.equal, results_with(isa, case, DTYPES[dtype]), found)), isa
+
+
+def test_frozen_weights(by_isa: dict[str, dict[str, Any]]) -> None:
+    """What a format promises holds on each (frozen_results checks it), and int8 is the same on all."""
+    expected = by_isa[ISAS[0]]["frozen"]
+    assert len(expected) == len(FROZEN) * len(FROZEN_BATCHES)
+    for isa in ISAS[1:]:
+        for name, found in by_isa[isa]["frozen"].items():
+            # Exact sums: what differs is an input now and then, rounded to the neighbour of 32767 levels.
+            assert (found - expected[name]).abs().max() < 1e-4, (isa, name)
 
 
 def test_an_unknown_instruction_set() -> None:
@@ -242,16 +294,16 @@ def in_forked_children(sizes: dict[str, int], like_the_data_loader: bool) -> Non
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork")
 
 
+def in_all_forked_children() -> None:
+    """Forward and backward with torch.set_num_threads(1), as in workers of torch's data loader.
+
+    Then a child that sets nothing: it still requests two threads, and the kernels do not wait for them. Torch's own
+    large operations would hang in such a child, so this case contains none.
+    """
+    in_forked_children(dict(T=12, B=32, I=64, H=128), True)
+    in_forked_children(dict(T=20, B=1, I=1, H=256), False)
+
+
 @needs_fork
 def test_forked_children_compute() -> None:
-    """Forward and backward with torch.set_num_threads(1), as in workers of torch's data loader."""
-    survives(in_forked_children, dict(T=12, B=32, I=64, H=128), True)
-
-
-@needs_fork
-def test_forked_children_that_set_nothing() -> None:
-    """The child still requests two threads, and the kernels do not wait for them.
-
-    Torch's own large operations would hang in such a child, so this case contains none.
-    """
-    survives(in_forked_children, dict(T=20, B=1, I=1, H=256), False)
+    survives(in_all_forked_children)

@@ -11,8 +11,9 @@ import torch
 
 import fused_rnn
 from cases import Case
-from contract import fused_calls, survives
+from contract import fused_calls
 from fused_rnn import _C, policy
+from processes import survives
 
 THREADS = 4
 SIZES = [  # split by rows, by units, by directions and their rows, and by the units of a single step
@@ -21,10 +22,11 @@ SIZES = [  # split by rows, by units, by directions and their rows, and by the u
     dict(T=9, B=40, I=20, H=65, bidirectional=True),
     dict(T=1, B=40, I=64, H=256),
 ]
+ANOTHER = pytest.mark.slow("starts a process, for another way to the numbers of threads of the others")
 ENVIRONMENTS = [
-    {"OMP_THREAD_LIMIT": "2"},
+    pytest.param({"OMP_THREAD_LIMIT": "2"}, marks=ANOTHER),
     {"OMP_THREAD_LIMIT": "3"},
-    {"OMP_DYNAMIC": "true"},
+    pytest.param({"OMP_DYNAMIC": "true"}, marks=ANOTHER),
     {"OMP_MAX_ACTIVE_LEVELS": "0"},  # allows one thread
 ]
 

@@ -1,4 +1,4 @@
-"""RNNCell, LSTMCell and GRUCell: values and gradients against torch.nn, and against the sequence modules."""
+"""RNNCell, LSTMCell and GRUCell: values and gradients against torch.nn and a float64 reference."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from torch import Tensor
 
 import fused_rnn
 from cases import CELL_SIZES
+from test_modules import DTYPES
 from tolerances import assert_as_accurate
 
 CELLS = [("RNNCell", {}), ("RNNCell", {"nonlinearity": "relu"}), ("LSTMCell", {}), ("GRUCell", {})]
@@ -24,34 +25,30 @@ def _results(module: torch.nn.Module, data: list[Tensor]) -> dict[str, Tensor]:
     return results | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
 @pytest.mark.parametrize("sizes", CELL_SIZES, ids=str)
 @pytest.mark.parametrize(("name", "options"), CELLS, ids=lambda v: str(v))
-def test_cell_matches_torch(name: str, options: dict, sizes: tuple[int, int, int], bias: bool) -> None:
+def test_cell_matches_torch(
+    name: str, options: dict, sizes: tuple[int, int, int], bias: bool, dtype: torch.dtype
+) -> None:
     B, size, H = sizes
     torch.manual_seed(0)
-    theirs = getattr(torch.nn, name)(size, H, bias=bias, **options)
-    ours = getattr(fused_rnn, name)(size, H, bias=bias, **options)
+    theirs = getattr(torch.nn, name)(size, H, bias=bias, **options, dtype=dtype)
+    ours = getattr(fused_rnn, name)(size, H, bias=bias, **options, dtype=dtype)
     exact = getattr(torch.nn, name)(size, H, bias=bias, **options, dtype=torch.float64)
     ours.load_state_dict(theirs.state_dict())
     exact.load_state_dict(theirs.state_dict())
-    data = [torch.randn(B, size), torch.randn(B, H)] + [torch.randn(B, H)] * (name == "LSTMCell")
+    shapes = [(B, size), (B, H)] + [(B, H)] * (name == "LSTMCell")
+    data = [torch.randn(shape).to(dtype) for shape in shapes]
     expected, actual = _results(theirs, data), _results(ours, data)
     for key, value in _results(exact, [t.double() for t in data]).items():
-        assert_as_accurate(actual[key], expected[key], value, key)
-
-
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-def test_chained_cells_equal_the_sequence_module(name: str) -> None:
-    torch.manual_seed(0)
-    sequence = getattr(fused_rnn, name)(5, 33)
-    cell = getattr(fused_rnn, f"{name}Cell")(5, 33)
-    cell.load_state_dict({key.removesuffix("_l0"): value for key, value in sequence.state_dict().items()})
-    x, hx, outputs = torch.randn(6, 3, 5), None, []
-    for x_t in x:
-        hx = cell(x_t, hx)
-        outputs.append(hx[0] if name == "LSTM" else hx)
-    torch.testing.assert_close(torch.stack(outputs), sequence(x)[0], rtol=1e-5, atol=1e-6)
+        if key.startswith("d") and options and dtype.itemsize == 2:
+            continue  # near relu's kink, rounding decides on which side a value lies, and the gradient jumps
+        if dtype == torch.float64:  # torch.nn's measured error is zero
+            torch.testing.assert_close(actual[key], value, rtol=1e-12, atol=1e-11, msg=key)
+        else:
+            assert_as_accurate(actual[key], expected[key], value, key)
 
 
 def test_input_and_hidden_of_different_rank_are_refused() -> None:

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 import fused_rnn
-from contract import survives, tensors
+from contract import tensors
+from processes import survives
 
 INPUT, HIDDEN = 3, 3  # equal, so that a wrong rank is not detected by its sizes
 WAYS = ("class", "replace", "patched")
@@ -168,10 +169,6 @@ def check_functional() -> None:
                 compare(actual, expected, True, f"functional.{name.lower()}, input {list(x.shape)}, hx {structure}")
 
 
-def test_structures_of_functional() -> None:
-    survives(check_functional)
-
-
 def check_random_structures(seed: int) -> None:
     """Random structures, two levels deep, as states of every cell: no crash."""
     draw = random.Random(seed)
@@ -194,5 +191,10 @@ def check_random_structures(seed: int) -> None:
         assert not isinstance(result, Exception) or isinstance(result, TORCHS_ERRORS), (name, x.shape, hx, result)
 
 
-def test_random_structures() -> None:
-    survives(check_random_structures, 0)
+def check_functional_and_random_structures() -> None:
+    check_functional()
+    check_random_structures(0)
+
+
+def test_structures_of_functional_and_random_ones() -> None:
+    survives(check_functional_and_random_structures)

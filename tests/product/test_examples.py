@@ -6,7 +6,6 @@ the two command lines. The other suites are tested in test_benchmarks.py.
 
 import csv
 import gzip
-import os
 import subprocess
 import sys
 import wave
@@ -38,6 +37,7 @@ from examples import (
 from harness.examples_report import ExampleResult
 from harness.recurrent_part import forward_and_backward, recorded_calls
 from harness.timing import InterleavedTiming, TimedSide, time_interleaved
+from processes import python, python_path
 from suites import training_examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -199,16 +199,8 @@ def sizes(*values: int) -> bytes:
 
 
 def run_script(script: str, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess:
-    environment = dict(os.environ)
-    if path is not None:
-        environment["PYTHONPATH"] = f"{path}{os.pathsep}{environment.get('PYTHONPATH', '')}"
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-    )
+    environment = {} if path is None else {"PYTHONPATH": python_path(path)}
+    return python(BENCHMARKS / script, *arguments, **environment)
 
 
 ONE_SIDE = pytest.mark.slow("starts a process for one half of what `both` runs")

@@ -8,15 +8,14 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import _distutils_hack
 import pytest
 import setuptools
 
-from sources import CSRC, copied, needs_sources
+from processes import python, succeeded
+from sources import CSRC, copied, needs_sources, run
 
 REQUIREMENTS = "import setup_backend as b; print(b.get_requires_for_build_wheel(), b.get_requires_for_build_editable())"
 
@@ -37,7 +36,7 @@ def sources(tmp_path: Path) -> Path:
 def test_torch_is_required_where_there_is_none(
     sources: Path, tmp_path: Path, torch_version: str | None, asked_for: bool
 ) -> None:
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    succeeded(python("-m", "venv", "--without-pip", tmp_path / "venv"))
     (packages,) = (tmp_path / "venv/lib").glob("python*/site-packages")
     if torch_version:
         (packages / f"torch-{torch_version}.dist-info").mkdir()
@@ -46,26 +45,18 @@ def test_torch_is_required_where_there_is_none(
     for path in Path(setuptools.__file__).parents[1].glob("*setuptools*"):
         (tmp_path / "isolated" / path.name).symlink_to(path)
     (tmp_path / "isolated/_distutils_hack").symlink_to(Path(_distutils_hack.__file__).parent)
-    process = subprocess.run(
-        [tmp_path / "venv/bin/python", "-c", REQUIREMENTS],
-        cwd=sources,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(sources), str(tmp_path / "isolated")])},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines()[-1] == " ".join([str(["torch>=2.10"] if asked_for else [])] * 2)
+    path = os.pathsep.join([str(sources), str(tmp_path / "isolated")])
+    process = run(tmp_path / "venv/bin/python", "-c", REQUIREMENTS, cwd=sources, env=os.environ | {"PYTHONPATH": path})
+    assert succeeded(process).splitlines()[-1] == " ".join([str(["torch>=2.10"] if asked_for else [])] * 2)
 
 
 def test_pip_collects_no_torch_beside_one(sources: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     options = ["--dry-run", "--no-deps", "--ignore-installed", "--quiet", "--log", log]
-    process = subprocess.run(
-        [sys.executable, "-m", "pip", "install", *options, sources], capture_output=True, text=True
-    )
+    process = python("-m", "pip", "install", *options, sources)
     if "NewConnectionError" in log.read_text():
         pytest.skip("needs a package index: pip found none")
-    assert process.returncode == 0, process.stderr
+    succeeded(process)
     (installed,) = re.findall(r"Installing collected packages: (.*)", log.read_text())
     assert "setuptools" in installed and "torch" not in installed
 
@@ -96,12 +87,6 @@ def test_architectures_of_the_cuda_library(
 def test_a_failed_compile_ends_with_what_to_do(sources: Path) -> None:
     for path in sources.glob("csrc/*/*.cpp"):
         path.write_text("#error broken\n")
-    process = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        cwd=sources,
-        env=os.environ | {"FUSED_RNN_CUDA": "0"},
-        capture_output=True,
-        text=True,
-    )
+    process = python("setup.py", "build_ext", "--inplace", cwd=sources, FUSED_RNN_CUDA="0")
     assert process.returncode == 1 and "#error broken" in process.stdout
     assert process.stderr.splitlines()[-1].startswith("fused_rnn did not compile")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,8 @@ import torch
 
 import fused_rnn
 from fused_rnn import reference
-from sources import COMPILER, CSRC, needs_sources
+from processes import succeeded
+from sources import COMPILER, CSRC, needs_sources, run
 
 PACKAGE = Path(fused_rnn.__file__).parent
 # The folders that each folder may use besides itself; all may use csrc/rnn_params.h.
@@ -187,10 +187,10 @@ def test_a_cell_that_a_switch_leaves_out_does_not_compile(source: str, tmp_path:
     )
     copy = Path(shutil.copytree(CSRC, tmp_path / "csrc"))
     command = [*COMPILER, "-std=c++17", "-fsyntax-only", "-Wno-psabi", *ast.literal_eval(options), copy / source]
-    assert subprocess.run(command).returncode == 0
+    succeeded(run(*command))
     contract = copy / "rnn_params.h"
     contract.write_text(contract.read_text().replace("kLstm, kGru }", "kLstm, kGru, kToy }"))
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run(*command)
     assert done.returncode != 0 and "kToy" in done.stderr
 
 

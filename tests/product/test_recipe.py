@@ -6,16 +6,14 @@ the recipe's fourth step the kernels compute it in every instruction set, with i
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from sources import ROOT, copied, needs_sources
+from processes import python, succeeded
+from sources import ROOT, copied, needs_sources, run
 
 pytestmark = [
     needs_sources,
@@ -148,7 +146,7 @@ def test_a_cell_missing_in_the_list_does_not_compile(tmp_path: Path) -> None:
     change(folder, "csrc/rnn_params.h")
     for source in ("csrc/cells/cell_info.h", "csrc/cuda/recurrence.cpp"):
         command = ["g++", "-std=c++17", "-fsyntax-only", "-Werror=switch", "-x", "c++", folder / source]
-        compiled = subprocess.run(command, capture_output=True, text=True)
+        compiled = run(*command)
         assert compiled.returncode != 0 and "kMgu" in compiled.stderr, compiled.stderr
 
 
@@ -158,15 +156,12 @@ def test_a_new_cell(tmp_path: Path) -> None:
     for path in [*NEW, *CHANGES]:
         change(folder, path)
 
-    def run(*command: str, **environment: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *command], cwd=folder, env=os.environ | environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout
+    succeeded(python("setup.py", "-q", "build_ext", "--inplace", cwd=folder, FUSED_RNN_CUDA="0", MAX_JOBS="2"))
 
-    run("setup.py", "-q", "build_ext", "--inplace", FUSED_RNN_CUDA="0", MAX_JOBS="2")
-    best, *all_isas = run("-c", CHECK, PYTHONPATH=str(folder)).split()
+    def check(**environment: str) -> list[str]:
+        return succeeded(python("-c", CHECK, cwd=folder, PYTHONPATH=str(folder), **environment)).split()
+
+    best, *all_isas = check()
     for isa in all_isas:
         if isa != best:
-            assert run("-c", CHECK, PYTHONPATH=str(folder), FUSED_RNN_CPU_ISA=isa).split()[0] == isa
+            assert check(FUSED_RNN_CPU_ISA=isa)[0] == isa

@@ -1,17 +1,12 @@
 """Shared by the contract tests: the table of modules, their inputs, and the comparisons.
 
 Every test builds torch.nn's class and fused_rnn's class of the same name with the same parameters
-and requires the same results, gradients and errors. MODULES names the variants under test. The tests
-are numbered by section (A, B, ...) and clause (h03, x07).
+and requires the same results, gradients and errors. MODULES names the variants under test.
 """
 
 import copy
-import inspect
 import io
-import os
 import pickle
-import subprocess
-import sys
 from contextlib import contextmanager, nullcontext, suppress
 
 import pytest
@@ -52,7 +47,7 @@ MODULES = {**SEQUENCE_MODULES, **CELL_MODULES}
 BASIC_SEQUENCES = ("rnn_tanh", "lstm", "gru")
 ONE_OF_EACH = ("rnn_tanh", "lstm", "gru", "rnn_tanh_cell", "lstm_cell", "gru_cell")
 
-# Contract X09: relative and absolute. The 16-bit types (a few ulp) are for mixed precision only.
+# Relative and absolute. The 16-bit types (a few ulp) are for mixed precision only.
 TOLERANCES = {
     torch.float64: (1e-8, 1e-9),
     torch.float32: (1e-4, 2e-5),
@@ -178,7 +173,7 @@ def checkpointed(module, args, reentrant):
 
 
 def close(actual, expected, grad=False):
-    """Assert equal structure, dtypes and shapes, and values within X09 (gradients: four times that)."""
+    """Assert equal structure, dtypes and shapes, and values within TOLERANCES (gradients: four times that)."""
     actual, expected = tensors(actual), tensors(expected)
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
@@ -192,6 +187,14 @@ def saved_and_loaded(module):
     torch.save(module, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+def reloaded(scripted):
+    """The program that torch.jit.load reads from what torch.jit.save wrote of this one."""
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    return torch.jit.load(file)
 
 
 COPIES = {
@@ -258,20 +261,3 @@ def fused_calls():
         yield calls
     names = (event.name for event in profiler.function_events)
     calls += [name for name in names if name.startswith("fused_rnn::")]
-
-
-def survives(function, *args, **environment):
-    """Run a module-level function in a Python process of its own, which must end normally.
-
-    Keywords are additional environment variables.
-    """
-    source, name = inspect.getsourcefile(function), function.__name__
-    run = subprocess.run(
-        [sys.executable, "-c", f"import runpy; runpy.run_path({source!r})[{name!r}](*{args!r})"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
-        cwd=os.path.dirname(source),
-        capture_output=True,
-        text=True,
-        timeout=600,  # only against deadlocks, since a busy machine is slow
-    )
-    assert run.returncode == 0, f"exit status {run.returncode}\n{run.stderr}"

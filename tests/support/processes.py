@@ -1,10 +1,12 @@
-"""Starts Python, and ``python -m fused_rnn run``, as a user does, in another process."""
+"""Starts Python, and ``python -m fused_rnn run``, in another process."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 KERNELS = """
@@ -21,17 +23,38 @@ def kernels(*_):
 FUSED, PLAIN = "['fused_rnn::forward']\n", "[]\n"  # printed by kernels()
 
 
-def python(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run this Python with these arguments and additional environment variables."""
+def python(*args: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python with these arguments and additional environment variables; after ten minutes it hangs."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    return subprocess.run(
-        [sys.executable, *args], cwd=cwd, env=env | environment, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=env | environment, capture_output=True, text=True, timeout=600)
 
 
-def run(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def succeeded(done: subprocess.CompletedProcess[str]) -> str:
+    """The output of a process that must have ended normally."""
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def survives(function: Callable[..., None], *args: object, **environment: str) -> None:
+    """Run a module-level function in a Python process of its own, which must end normally.
+
+    Keywords are additional environment variables.
+    """
+    source = Path(str(inspect.getsourcefile(function)))
+    code = f"import runpy; runpy.run_path({str(source)!r})[{function.__name__!r}](*{args!r})"
+    # faulthandler prints where a process was that a signal ended.
+    succeeded(python("-X", "faulthandler", "-c", code, cwd=source.parent, PYTHONPATH=this_path(), **environment))
+
+
+def run(*args: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``python -m fused_rnn run`` with these arguments."""
     return python("-m", "fused_rnn", "run", *args, cwd=cwd, **environment)
+
+
+def this_path() -> str:
+    """PYTHONPATH that finds what this process finds."""
+    return os.pathsep.join(filter(None, sys.path))
 
 
 def python_path(*folders: Path) -> str:
