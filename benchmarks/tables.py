@@ -27,6 +27,15 @@ RIVALS = {
     "ONNX Runtime int8": "onnxruntime_int8",
     "torch int8": "torch_int8",
 }
+WAYS = {  # without the features: a suite, and the name of its competitor
+    "`lengths`, against packing and unpacking": ("ragged", "torch.nn"),
+    "regularisation, against a loop over time": ("variants", "torch.nn"),
+    "`resets`, against a loop over time with masked states": ("rl", "loop"),
+    "`resets`, against sequences cut at every reset": ("rl", "cuts"),
+    "`resets`, against pieces padded to the longest": ("rl", "pad"),
+    "`resets`, against pieces packed": ("rl", "packed"),
+    "`resets`, against none": ("rl", "no resets"),
+}
 CONDITIONS = list(product((1, 2), ("inference", "training")))  # threads and mode
 
 Rows = list[dict[str, str]]
@@ -123,6 +132,27 @@ def programs(results: Path) -> str:
     return table(["processor", "program", *(condition(*each) for each in CONDITIONS)], lines) + versions(suites)
 
 
+def memory(results: Path) -> str:
+    """For each cell the mean of torch.nn's peak memory over ours, with the least."""
+    peaks = measured("memory", results)
+    lines = []
+    for device, rows in peaks.items():
+        of_cells = [[row for row in rows if row["cell"] in cells] for cells in CELLS.values()]
+        lines.append([device, str(len(rows)), *(advantage(chosen, "torch.nn") for chosen in of_cells)])
+    return table(["processor", "rows", *CELLS], lines) + versions(peaks)
+
+
+def features(results: Path) -> str:
+    """For each way without a feature the mean of its time over ours on one thread, with the least."""
+    lines, runs = [], {}
+    for name, (suite, rival) in WAYS.items():
+        for device, rows in measured(suite, results).items():
+            runs.setdefault(device, []).extend(rows)
+            modes = [under(rows, 1, mode) for mode in ("inference", "training")]
+            lines.append([device, name, str(max(map(len, modes))), *(advantage(chosen, rival) for chosen in modes)])
+    return table(["processor", "feature", "rows", "inference", "training"], lines) + versions(runs)
+
+
 def stream_times(results: Path) -> str:
     """Microseconds of a call of one row on one thread: of torch.nn and the others, and of each format of weights."""
     streams = measured("stream", results)
@@ -201,7 +231,9 @@ TABLES = {
     "grid": grid,
     "tutorials": tutorials,
     "steps": steps,
+    "memory": memory,
     "programs": programs,
+    "features": features,
     "streams": streams,
     "stream_times": stream_times,
 }

@@ -46,14 +46,15 @@ def results_folder() -> Path:
 
 
 def git_commit() -> str:
-    """The commit of the project; "" outside of a git repository or before the first commit."""
+    """The commit of the project, "-dirty" if more than results differs from it; "" outside of a git repository."""
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", *arguments], cwd=RESULTS.parents[1], capture_output=True, text=True)
+        return run.stdout.strip()
+
     try:
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        )
+        commit = git("describe", "--always", "--abbrev=12")
+        changed = git("diff", "--name-only", "HEAD", "--", ".", f":(exclude){RESULTS.relative_to(RESULTS.parents[1])}")
     except FileNotFoundError:
         return ""
-    return git.stdout.strip()
+    return commit + "-dirty" * bool(changed)

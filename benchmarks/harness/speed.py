@@ -91,13 +91,19 @@ class Way:
         return [y, *[leaf.grad.clone() for leaf in self.leaves if leaf.grad is not None]]
 
 
-def measure_ways(row: Row, ways: Mapping[str, Way], method: Method, pace: Pace = NORMAL) -> Measurement:
+def measure_ways(
+    row: Row, ways: Mapping[str, Way], method: Method, pace: Pace = NORMAL, tolerance: float | None = None
+) -> Measurement:
     """Sample the ways to compute a row in turns; the first one uses torch.nn and gives the expected results.
+
+    Args:
+        tolerance: of the results' relative difference; None is that of the dtype.
 
     Raises:
         RuntimeError: a way computes something else.
     """
     expected: list[Tensor] = []
+    tolerance = TOLERANCES[dtype_of(row)] if tolerance is None else tolerance
     for name, way in ways.items():
         found = way.results()
         expected = expected or found
@@ -105,7 +111,7 @@ def measure_ways(row: Row, ways: Mapping[str, Way], method: Method, pace: Pace =
             continue
         for one, other in zip(found, expected, strict=True):
             difference = relative_difference(one, other)
-            if not difference <= TOLERANCES[dtype_of(row)]:
+            if not difference <= tolerance:
                 raise RuntimeError(f"{row}: {name} differs by {difference:.1g}")
     calls = {name: way.call for name, way in ways.items()}
     samples = sample_in_turns(calls, method.pace(pace), shuffled=True)

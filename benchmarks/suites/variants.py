@@ -24,6 +24,9 @@ from harness.workload import CLASSES, SEED, dtype_of, one_call, random_input
 OPTIONS = {"layer_norm": {"layer_norm": True}, "zoneout": {"zoneout": 0.1}, "dropout": {"recurrent_dropout": 0.2}}
 SHAPES = [Shape(f"t{T}_b{B}_h{H}", T, B, I=H, H=H, L=1) for T, B, H in ((100, 1, 64), (100, 16, 128), (50, 64, 256))]
 PLAIN = "plain"
+# Of layer normalisation: a hundred steps from a state of zeros multiply a rounding ten thousandfold, in
+# the loop as in the kernels, which are equally far from float64's results.
+TOLERANCE = 0.02
 
 
 class Loop:
@@ -95,7 +98,7 @@ def way(row: Row, side: str, options: dict, same: bool = True) -> Way:
 def measure(row: Row, method: Method) -> Measurement:
     options = OPTIONS[row.call]
     ways = {TORCH: way(row, TORCH, options), FUSED: way(row, FUSED, options), PLAIN: way(row, FUSED, {}, same=False)}
-    return measure_ways(row, ways, method)
+    return measure_ways(row, ways, method, tolerance=TOLERANCE if "layer_norm" in options else None)
 
 
 def refusal(shape: Shape) -> str | None:
