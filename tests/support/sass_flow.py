@@ -21,7 +21,8 @@ BARRIER = r"BAR\."
 LOAD = r"LDG?\.(?!.*STRONG)"  # from global memory, but not of exchanged words
 STORE = r"STG?\.(?!.*STRONG)"
 EXCHANGE_LOAD = r"LDG?\.\S*\b128\.STRONG\.GPU"
-PUBLISH = r"STG?\.\S*STRONG\.GPU|STAS"  # through L2, or into the memory of another block of the cluster
+# Through L2, where 128 bits are a reset, or into the memory of another block of the cluster.
+PUBLISH = r"STG?\.(?!\S*128)\S*STRONG\.GPU|STAS"
 
 Nodes = set[int]
 
