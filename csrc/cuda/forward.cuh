@@ -111,7 +111,7 @@ forward(const ForwardParams params) {
           if (!kEarlyOptions) o.load(q, d, block.direction(), t, b, unit);
           active = o.active(t);
           h_next = h = active ? mixed(d.zones.h, o.share_h.value(), h_prev, h) : h_prev;
-          c_next = c = active ? mixed(d.zones.c, o.share_c.value(), c_prev, c) : c_prev;
+          if constexpr (Cell::kHasC) c_next = c = active ? mixed(d.zones.c, o.share_c.value(), c_prev, c) : c_prev;
           if (o.restarts()) {
             h_next = value_or_zero<E>(d.reset.h, next * d.reset.step + b * H + unit);
             c_next = value_or_zero<E>(d.reset.c, next * d.reset.step + b * H + unit);

@@ -267,7 +267,7 @@ MUTANTS = [
     # The sequence of c.
     Mutant("c_sequence behind a row's end", _FORWARD, "active ? c : 0.0f", "c", **_ALONE),
     Mutant("c_sequence in rows of H", _FORWARD, "(d.c_sequence, y_index,", "(d.c_sequence, n * H + unit,", **_ALONE),
-    Mutant("dc_sequence is not added", _BACKWARD, "dc_split{dc + dc_sequence[i].value(),", "dc_split{dc,", **_ALONE),
+    Mutant("dc_sequence is not added", _BACKWARD, "dc_split.to_new += dc_sequence[i].value();", ";", **_ALONE),
     Mutant("dc_sequence is not added, with options", _BACKWARD, "dc + dc_sequence[i].value());", "dc);", **_ALONE),
     Mutant(
         "dc_sequence in rows of H",
