@@ -58,10 +58,11 @@ void CudaForward::run_resident() const {
   const CudaLayer& l = layer;
   const int64_t D = l.D, T = l.T, B = l.B, H = l.H;
   const cuda::Plan plan = l.plan(false);
-  const bool exchanges = cuda::through_l2(plan.instance.exchange);
-  const Tensor h_prev = kept ? kept->h_prev : l.new_tensor({exchanges ? D : 0, T, B, l.padded_H});
+  const bool exchanges = cuda::through_l2(plan.instance.exchange), ring = !kept && exchanges && T > cuda::kRingSteps;
+  const Tensor h_prev =
+      kept ? kept->h_prev : l.new_tensor({exchanges ? D : 0, ring ? cuda::kRingSteps : T, B, l.padded_H});
   make_unpublished(l, plan, h_prev);
-  cuda::ForwardParams params{l.sequence(), {}};
+  cuda::ForwardParams params{l.sequence(), {}, ring ? cuda::kRingSteps - 1 : -1};
   for (int64_t d = 0; d < D; ++d) {
     const Direction& in = directions[d];
     cuda::ForwardDirection& p = params.direction[d];

@@ -103,7 +103,8 @@ backward(const BackwardParams params) {
         float product = 0.0f, dh = state.load(0, i), dc = state.load(1, i), dh_prev = 0.0f;
         if (step > 0) product = reduction.sum(row, block.local_unit());
         if (!present) product = 0.0f;  // NaN if a gradient of the row is NaN
-        SplitGradient<float> dh_split{dh + product + dy[i].value(), 0.0f}, dc_split{dc + dc_sequence[i].value(), 0.0f};
+        SplitGradient<float> dh_split{dh + product + dy[i].value(), 0.0f}, dc_split{dc, 0.0f};
+        if constexpr (Cell::kHasC) dc_split.to_new += dc_sequence[i].value();
         if (q.has_options && present) {
           const int64_t b = tile.first + row;
           RowOptions<E>& o = options[i];
@@ -118,7 +119,9 @@ backward(const BackwardParams params) {
           }
           if (o.active(t)) {
             dh_split = split_gradient(d.zones.h, o.share_h.value(), dh + dy[i].value());
-            dc_split = split_gradient(d.zones.c, o.share_c.value(), dc + dc_sequence[i].value());
+            if constexpr (Cell::kHasC) {
+              dc_split = split_gradient(d.zones.c, o.share_c.value(), dc + dc_sequence[i].value());
+            }
           } else {  // the gradients stay as they are, and those of the gates are zero
             dh_split = {0.0f, dh}, dc_split = {0.0f, dc};
             h_prev[i] = {}, state_prev[i] = 0.0f;

@@ -130,6 +130,14 @@ FUSED_RNN_DEVICE Words load_exchanged(const void* from) {
 FUSED_RNN_DEVICE void store_exchanged(void* to, uint32_t word) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
 }
+// Stores the word four times. The emulator delays it for as long as a GPU may: for every reader, until it executes a
+// fence after one of the author.
+FUSED_RNN_DEVICE void reset_exchanged(void* to, uint32_t word) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(to), "r"(word) : "memory");
+}
+// Orders the calling thread's memory accesses before it and behind it, for threads that learn of it from exchanged
+// words and execute a fence, too.
+FUSED_RNN_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // Called in every iteration of a waiting loop; the emulator lets other threads run.
 FUSED_RNN_DEVICE void relax() {}
 // A clock that all multiprocessors share.

@@ -2,7 +2,7 @@
 //
 // ThroughL2: through global memory. Each word is its own ready flag: the host fills all of them with kNotReady, each is
 // written once, and a reader loads it again until it is ready. Since a word is read either whole or not at all, this
-// needs no fence and no grid barrier. For kThroughL2 and kSplitColumns.
+// needs no fence and no grid barrier. For kThroughL2 and kSplitColumns. In inference the rows are a ring; see below.
 // ThroughCluster: the blocks of a team are a cluster. They push their words into each other's shared memory, where
 // mbarriers count the bytes.
 // Alone: one block has all units. The rows are in its shared memory, ordered by the block's barriers.
@@ -11,6 +11,26 @@
 // neighbouring units in their lanes; those that exist are published.
 // Kernels publish the rows of a tile in the order of time. Between reading the rows of one time through `source` and
 // publishing those of the next, all warps of the block meet at a barrier.
+//
+// In a ring through L2, the rows of a step lie where those of the step kRingSteps before it were. Behind the product of
+// step s, a block resets to kNotReady what it will publish for step s + A, where A = kRingSteps / 2; those words were
+// last read at step s - A. Every A / 2 steps, all threads execute a fence before they read anything of that step. This
+// suffices, because a block reads words of every other block of its team at every step:
+//
+// - No reader at step s + A finds what was there before the reset. The author's next fence is at a step f with
+//   s < f <= s + A/2. Behind it, the author publishes a word of step f + 1, which the reader reads at that step, and so
+//   before its own fence at step f + A/2 <= s + A. Fence, store, a load of what was stored, fence: they order the reset
+//   before the reader's loads of step s + A.
+// - No reader at step s - A finds the reset. Its next fence is at a step f with s - A < f <= s - A/2. Behind it, its
+//   block publishes words of step f + 1, which the author's block reads at that step, and so before its fence at step
+//   f + A/2 <= s. They order the loads of step s - A before the reset.
+// - Readers of the steps between load other words.
+//
+// Where thread and thread of one block differ (who reads and who publishes, who resets and who publishes there later),
+// the barriers of the block order them: one is behind the product, and one at the end of every step.
+//
+// A thread that has timed out is not ordered by what it reads. All that it reads from then on counts as missing, so
+// that its rows become NaN, and not what a late block left there at the ring's last turn.
 #pragma once
 
 #include "block.cuh"
@@ -24,8 +44,10 @@ struct Rows {
   typename E::Stored* at;  // [T, B, width]
   int64_t B;
   int width, offset, columns;
+  int ring = -1;  // the rows of time t are those at t & ring. kRingSteps - 1: `at` is [kRingSteps, B, width]
 
-  FUSED_RNN_DEVICE int64_t index(int64_t t, int64_t b) const { return (t * B + b) * width; }
+  FUSED_RNN_DEVICE bool is_ring() const { return ring != -1; }
+  FUSED_RNN_DEVICE int64_t index(int64_t t, int64_t b) const { return ((t & ring) * B + b) * width; }
 };
 
 // Timeout for words that never arrive, so that a bug cannot hang the GPU (no such case is known). A thread that has
@@ -75,7 +97,8 @@ class ThroughL2 {
     // are loaded again together, in one latency.
     template <int kLoads>
     FUSED_RNN_DEVICE void wait(Words (&v)[kLoads], int row_tile, int column, int step) const {
-      if (!any_missing(v)) return;
+      const bool lost = exchange_.rows_.is_ring() && exchange_.watchdog_.gave_up();
+      if (!any_missing(v) && !lost) return;
       exchange_.watchdog_.start();
       while (any_missing(v) && exchange_.watchdog_.keep_waiting()) {
         FUSED_RNN_UNROLL
@@ -83,6 +106,9 @@ class ThroughL2 {
           if (is_missing(v[i])) v[i] = load_exchanged(address(row_tile, column + i * step));
         }
       }
+      if (!exchange_.rows_.is_ring() || !exchange_.watchdog_.gave_up()) return;
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < kLoads; ++i) v[i] = {{kNotReady, kNotReady, kNotReady, kNotReady}};
     }
 
    private:
@@ -131,9 +157,24 @@ class ThroughL2 {
     return {rows_, t, tile, row, column};
   }
 
+  // Called by all threads before they read rows of this step.
+  FUSED_RNN_DEVICE void begin(int64_t step) const {
+    if (rows_.is_ring() && step % kFenceSteps == 0) fence();
+  }
+  // Called behind the product with the rows of time t: resets, in a ring, what the block publishes kAhead steps later,
+  // whether times grow or fall.
+  FUSED_RNN_DEVICE void reset(int64_t t, const Tile& tile, const Block<Shape>& block) const {
+    constexpr int kElements = sizeof(Words) / sizeof(typename E::Stored);  // of a store
+    if (!rows_.is_ring() || block.unit() >= rows_.columns || block.unit() % kElements != 0) return;
+    FUSED_RNN_NO_UNROLL
+    for (int row = block.row(0); row < tile.rows; row += Shape::kRowStep) {
+      reset_exchanged(rows_.at + rows_.index(t ^ kAhead, tile.first + row) + block.unit(), kNotReady);
+    }
+  }
   FUSED_RNN_DEVICE void finish() const {}
 
  private:
+  static constexpr int kAhead = kRingSteps / 2, kFenceSteps = kAhead / 2;
   Rows<E> rows_;
   Watchdog watchdog_;
 };
@@ -193,6 +234,8 @@ class Alone {
   FUSED_RNN_DEVICE Target target(int64_t t, const Tile& tile, int row, int column) const {
     return {*this, t, tile, row, column};
   }
+  FUSED_RNN_DEVICE void begin(int64_t) const {}
+  FUSED_RNN_DEVICE void reset(int64_t, const Tile&, const Block<Shape>&) const {}
   FUSED_RNN_DEVICE void finish() const {}
 
  private:
@@ -290,6 +333,8 @@ class ThroughCluster {
   FUSED_RNN_DEVICE Target target(int64_t t, const Tile& tile, int row, int column) const {
     return {*this, t, tile, row, column};
   }
+  FUSED_RNN_DEVICE void begin(int64_t) const {}
+  FUSED_RNN_DEVICE void reset(int64_t, const Tile&, const Block<Shape>&) const {}
   FUSED_RNN_DEVICE void finish() const { sync_cluster(); }
 
  private:

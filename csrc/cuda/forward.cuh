@@ -32,8 +32,9 @@ forward(const ForwardParams params) {
   const Layout layout(Shape::instance(), {G, Hp, sizeof(typename E::Stored)}, q.division.tiles);
   const auto sums = shared_memory<typename Weights::Sums>(layout.sums);
   const auto states = shared_memory<float>(layout.state);
-  typename ExchangeFor<E, Shape>::Type exchange(Rows<E>{static_cast<typename E::Stored*>(d.h_prev), q.B, Hp, 0, Hp},
-                                                block, layout, block.time(0, false));
+  typename ExchangeFor<E, Shape>::Type exchange(
+      Rows<E>{static_cast<typename E::Stored*>(d.h_prev), q.B, Hp, 0, Hp, params.ring}, block, layout,
+      block.time(0, false));
   Weights weights(static_cast<const typename E::Stored*>(d.w_hh), H, Hp, Hp, block.first_unit(),
                   shared_memory<Words>(layout.weights));
 
@@ -68,6 +69,7 @@ forward(const ForwardParams params) {
 
   for (int64_t step = 0; step < q.T; ++step) {
     const int64_t t = block.time(step, false), next = block.time(step + 1, false);
+    exchange.begin(step);
     for (int j = 0; j < q.division.tiles; ++j) {
       const Tile tile = block.tile(j);
       // Loaded before the product, which hides the latency. Nothing waits for a value before the product is done.
@@ -109,7 +111,7 @@ forward(const ForwardParams params) {
           if (!kEarlyOptions) o.load(q, d, block.direction(), t, b, unit);
           active = o.active(t);
           h_next = h = active ? mixed(d.zones.h, o.share_h.value(), h_prev, h) : h_prev;
-          c_next = c = active ? mixed(d.zones.c, o.share_c.value(), c_prev, c) : c_prev;
+          if constexpr (Cell::kHasC) c_next = c = active ? mixed(d.zones.c, o.share_c.value(), c_prev, c) : c_prev;
           if (o.restarts()) {
             h_next = value_or_zero<E>(d.reset.h, next * d.reset.step + b * H + unit);
             c_next = value_or_zero<E>(d.reset.c, next * d.reset.step + b * H + unit);
@@ -131,6 +133,7 @@ forward(const ForwardParams params) {
         for (int k = 0; k < Cell::kSaved; ++k) store_value<E>(d.saved, (n * Cell::kSaved + k) * H + unit, saved[k]);
         if (Cell::kHasC || (Cell::kUsesH && d.state_prev)) d.state_prev[n * H + unit] = Cell::kHasC ? c_prev : h_prev;
       }
+      exchange.reset(t, tile, block);
       sync_block();
     }
   }

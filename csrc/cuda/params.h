@@ -57,7 +57,7 @@ struct ForwardDirection {
   Zones zones;          // [T, B, H]
   void* h_prev;      // [T, B, Hp] out: h * drop_h as W_hh multiplied it at each step; dw_hh and the backward of the GRU
                      // read it. With kThroughL2 the blocks exchange h through it: the caller fills it with kNotReady
-                     // first. With the other exchanges it may be null in inference
+                     // first. With the other exchanges it may be null in inference. See also `ring`
   void* y;           // [T, B, H] out: h of every step, zero beyond a row's length
   int64_t y_stride;  // of a row of y: D * H
   void* c_sequence;  // [T, B, H] out: c of every step, in rows y_stride apart; null: not needed. LSTM
@@ -71,6 +71,8 @@ struct ForwardDirection {
 struct ForwardParams {
   Sequence sequence;
   ForwardDirection direction[2];  // [1] runs from each row's last step to its first
+  int32_t ring = -1;  // kRingSteps - 1: h_prev is [kRingSteps, B, Hp], and its rows serve every kRingSteps-th step.
+                      // Only with kThroughL2, in inference
 };
 
 struct BackwardDirection {

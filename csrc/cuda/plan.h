@@ -6,6 +6,17 @@
 // 3.1 us per step, with 16 rows of 512 units 1.1 and of 768 units 1.2, of a GRU with 64 rows of 1024 units 2.9, and
 // backward of the first LSTM, without kSplitColumns, 6.5. The estimates agree with these to 5 %. Nothing has been
 // measured on a GPU yet.
+//
+// Of other architectures, three constants are their own:
+// - The clock is the boost clock of NVIDIA's data sheets. An L4, an RTX A6000 and others of an architecture run slower.
+// - Cycles of an mma.sync follow from the data sheets' dense bfloat16 operations with float32 sums: 312 TFLOP/s of the
+//   A100's 108 multiprocessors, 71 of the RTX 3090's 82, 165 of the RTX 4090's 128, 210 of the RTX 5090's 170. The
+//   professional chips of the last three architectures need half as many cycles. The H100 reaches 62 % of its rate
+//   without wgmma (arXiv 2402.13499); that the B200 has the H100's constants is assumed.
+// - Bytes from L2: A100 and H100 (that of 114 multiprocessors) both read about 5.5 TB/s (te42kyfo/gpu-benches).
+//   For the RTX nothing was found that could be used; half of the H100's is assumed.
+// Latency in cycles is taken to be the H100's everywhere: 279 cycles on average for a load from L2 on an L40 (arXiv
+// 2606.22588), where that of an H100 is about the same.
 #pragma once
 
 #include <optional>

@@ -27,6 +27,7 @@ INSTANCES = {
     "alone": "X(kAlone, 8, 1, 1)",
     "cluster": "X(kThroughCluster, 1, 8, 1)",
     "split": "X(kThroughL2, 1, 8, 1) X(kSplitColumns, 1, 8, 1)",  # split_columns has no forward of its own
+    "ring": "X(kThroughL2, 1, 8, 1)",
     "few": "X(kAlone, 8, 1, 1) X(kThroughL2, 1, 8, 1) X(kThroughL2, 2, 4, 2)",
 }
 # sigmoid and tanh shift their constants' sign bits out, which every supported compiler defines.
@@ -116,6 +117,7 @@ _BLOCK, _ELEMENT, _REGULARISED, _OPTIONS = "block.cuh", "element.h", "regularise
 _REDUCTION = "reduction.cuh"
 _EXISTS = "is_unit ? operand : 0.0f, row < tile.rows && unit < Hp"
 _ALONE, _CLUSTER, _SPLIT = {"exchange": "alone"}, {"exchange": "cluster"}, {"exchange": "split"}
+_RING = {"exchange": "ring"}
 # Faults that cannot be detected and are left out:
 # - Both sync_warp() of product.cuh: mma itself synchronises the emulator's warps, and a lane reads only those weights
 #   in shared memory that it wrote. They make a GPU's lanes converge and do not order memory.
@@ -123,8 +125,10 @@ _ALONE, _CLUSTER, _SPLIT = {"exchange": "alone"}, {"exchange": "cluster"}, {"exc
 # - Forward's `is_unit ? operand : 0.0f`: beyond H everything is zero, from the weights to the state.
 # - The bound of rows in a single block: rows beyond the tile have memory of their own, and their sums are unused.
 # - `last_row` in Block::tile: all launches but the last consist of whole tiles.
+# - Rings: a reset without fences between it and earlier loads. An emulated load gives what is in memory at its time.
 # A cluster's behaviour after one of its threads has given up needs a delayed block, and so a test of its own,
-# cuda_emulator/self_test_cluster.cpp: the barrier at the end, no pushes after giving up.
+# cuda_emulator/self_test_cluster.cpp: the barrier at the end, no pushes after giving up. So does a ring's:
+# self_test_ring.cpp.
 MUTANTS = [
     # Barriers.
     Mutant("forward: none before the steps", _FORWARD, "  }\n  sync_block();\n", "  }\n"),
@@ -163,6 +167,36 @@ MUTANTS = [
         element="tf32",
     ),
     Mutant("GRU: the wrong gradients are read", _EXCHANGE, " + exchange.rows_.offset + column", " + column", "gru"),
+    # The ring.
+    Mutant("ring: no fence", _EXCHANGE, "step % kFenceSteps == 0) fence();", "false) fence();", **_RING),
+    Mutant("ring: fences too rare", _EXCHANGE, "kFenceSteps = kAhead / 2", "kFenceSteps = kAhead", **_RING),
+    Mutant("ring: no reset", _FORWARD, "exchange.reset(t, tile, block);", ";", **_RING),
+    Mutant(
+        "ring: a reset one step too late, reverse",
+        _FORWARD,
+        "exchange.reset(t, tile",
+        "exchange.reset(t + 1, tile",
+        **_RING,
+    ),
+    Mutant("ring: resets what is read", _EXCHANGE, "index(t ^ kAhead, tile", "index(t, tile", **_RING),
+    Mutant(
+        "ring: resets what is published", _FORWARD, "exchange.reset(t, tile", "exchange.reset(next ^ 32, tile", **_RING
+    ),
+    Mutant(
+        "ring: resets half as far ahead", _EXCHANGE, "index(t ^ kAhead, tile", "index(t ^ kAhead / 2, tile", **_RING
+    ),
+    Mutant(
+        "ring: resets the first rows",
+        _EXCHANGE,
+        "tile.first + row) + block.unit(), kNot",
+        "row) + block.unit(), kNot",
+        **_RING,
+    ),
+    Mutant(
+        "ring: resets rows behind the tile", _EXCHANGE, "row < tile.rows; row +=", "row < Shape::kRows; row +=", **_RING
+    ),
+    Mutant("ring: resets units behind the last", _EXCHANGE, "block.unit() >= rows_.columns || block", "block", **_RING),
+    Mutant("ring: resets a row of several", _EXCHANGE, "row += Shape::kRowStep) {", "row += Shape::kRows) {"),
     # The watchdog.
     Mutant("never gives up", _EXCHANGE, "now - since_ <= patience_", "now >= since_"),
     Mutant("waits again after giving up", _EXCHANGE, "if (gave_up_) return false;", ""),
@@ -233,7 +267,7 @@ MUTANTS = [
     # The sequence of c.
     Mutant("c_sequence behind a row's end", _FORWARD, "active ? c : 0.0f", "c", **_ALONE),
     Mutant("c_sequence in rows of H", _FORWARD, "(d.c_sequence, y_index,", "(d.c_sequence, n * H + unit,", **_ALONE),
-    Mutant("dc_sequence is not added", _BACKWARD, "dc_split{dc + dc_sequence[i].value(),", "dc_split{dc,", **_ALONE),
+    Mutant("dc_sequence is not added", _BACKWARD, "dc_split.to_new += dc_sequence[i].value();", ";", **_ALONE),
     Mutant("dc_sequence is not added, with options", _BACKWARD, "dc + dc_sequence[i].value());", "dc);", **_ALONE),
     Mutant(
         "dc_sequence in rows of H",

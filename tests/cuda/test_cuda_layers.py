@@ -179,6 +179,29 @@ def test_the_planner_says_what_runs(
     assert plan.way == ("resident" if emulated.last_was_resident() else "steps")
 
 
+@pytest.mark.parametrize("cell", reference.CELLS)
+def test_inference_exchanges_h_in_a_ring(cell: str) -> None:
+    """Its memory does not grow with the number of steps, and it computes what training does with all of them."""
+    B, H = 3, 40
+
+    def run(T: int, train: bool) -> tuple[list[Tensor], int]:
+        torch.manual_seed(0)
+        rows = reference.GATES[cell] * H
+        given = dict(x=torch.randn(T, B, rows).bfloat16(), w_hh=(torch.randn(rows, H) / H**0.5).bfloat16())
+        given |= dict(h0=None, c0=None, w_ih=None, cell=reference.CELLS.index(cell), train=train)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            results = emulated.operator("forward", **given, tf32=True, instance=kernels().index("kThroughL2"))()
+        events = profiler.profiler.kineto_results.events()
+        y, *_ = results
+        allocated = sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
+        return list(results[:3]), allocated - y.nbytes
+
+    for a, b in zip(run(150, False)[0], run(150, True)[0], strict=True):
+        assert torch.equal(a, b)
+    before, full, longer = (run(T, False)[1] for T in (32, 64, 300))
+    assert longer == full == before + 32 * B * H * 2
+
+
 def test_bad_calls_raise() -> None:
     forward = emulated.operator("forward")
     x, w_ih, w_hh = torch.randn(2, 3, 4).bfloat16(), torch.randn(20, 4).bfloat16(), torch.randn(20, 5).bfloat16()

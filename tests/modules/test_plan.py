@@ -87,6 +87,23 @@ def test_the_estimate_is_that_of_the_machine_code(
     assert best["microseconds"] == pytest.approx(microseconds, rel=0.1)
 
 
+def test_the_estimate_knows_the_architecture() -> None:
+    """A device newer than the table has the rates of the latest one before it."""
+
+    def estimate(capability: int, B: int, H: int) -> float:
+        found = cuda.plans("lstm", torch.bfloat16, B, H, 1, False, (64, 101376, capability))
+        return next(p["microseconds"] for p in found if p["kernel"] == "through_l2")
+
+    capabilities = (80, 86, 87, 89, 90, 100, 103, 120, 121)
+    few, many = ({c: estimate(c, *size) for c in capabilities} for size in ((1, 256), (4096, 512)))
+    for found in (few, many):
+        assert found[86] == found[87] and found[90] == found[100] == found[103] and found[120] == found[121]
+        assert len(set(found.values())) == 5
+    # Few rows are bound by latency: the RTX 4090 has the shortest cycles. Many by tensor cores: it has slow ones.
+    assert few[89] < few[90] < few[80]
+    assert many[90] < many[80] < many[89] and 1.5 < many[86] / many[80] < 8 / 2 * 1410 / 1695
+
+
 @pytest.mark.parametrize(
     ("cell", "dtype", "B", "H", "D", "splits"),
     [

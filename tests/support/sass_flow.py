@@ -21,7 +21,8 @@ BARRIER = r"BAR\."
 LOAD = r"LDG?\.(?!.*STRONG)"  # from global memory, but not of exchanged words
 STORE = r"STG?\.(?!.*STRONG)"
 EXCHANGE_LOAD = r"LDG?\.\S*\b128\.STRONG\.GPU"
-PUBLISH = r"STG?\.\S*STRONG\.GPU|STAS"  # through L2, or into the memory of another block of the cluster
+# Through L2, where 128 bits are a reset, or into the memory of another block of the cluster.
+PUBLISH = r"STG?\.(?!\S*128)\S*STRONG\.GPU|STAS"
 
 Nodes = set[int]
 
@@ -102,7 +103,11 @@ class Flow:
         return forward & _reached(ends & forward, self.before, {start}) - ends - stops
 
     def touched_loads(self, stops: Nodes) -> list[str]:
-        """Instructions of the time loop, before any of `stops`, that wait for a load of the same iteration."""
+        """Instructions of the time loop, before any of `stops`, that wait for a load of the same iteration.
+
+        Only those before a tensor-core instruction: behind the product waiting costs nothing.
+        """
+        before_product = _reached(self.all(MULTIPLY, self.time_loop), self.before, stops)
         loads = self.all(LOAD, self.time_loop)
         touches = [self._registers(operands) for operands in self.operands]
         heads = [at for at in self.time_loop if any(place not in self.time_loop for place in self.before[at])]
@@ -112,7 +117,7 @@ class Flow:
             at = queue.pop()
             if at in stops:
                 continue
-            if pending[at] & touches[at]:
+            if pending[at] & touches[at] and at in before_product:
                 found.add(at)
             result = 1 << int(_REGISTER.search(self.operands[at])[1]) if at in loads else 0
             left = pending[at] & ~touches[at] | result

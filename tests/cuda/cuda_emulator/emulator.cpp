@@ -242,12 +242,6 @@ void Emulator::leave() {
   progress_ = true;
 }
 
-void Emulator::relax() {
-  warp_->ready &= ~(1u << lane_);
-  warp_->polling |= 1u << lane_;
-  suspend();
-}
-
 void Emulator::meet(Meeting kind, const Operands& operands) {
   Warp& warp = *warp_;
   Block& block = blocks_[warp.block];
@@ -338,11 +332,7 @@ Words Emulator::load_exchanged(const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % sizeof(Words) != 0) fail("load_exchanged is not aligned");
   count_poll();
   const Block& block = blocks_[warp_->block];
-  return exchange_.load(from, [&](const Exchange::Author& author) {
-    if (author.block != block.index) return false;
-    if (author.thread == thread() || author.time < block.interval) return true;
-    return author.thread / kLanes == warp_->first / kLanes && author.time < warp_->time;
-  });
+  return exchange_.load(from, {block.index, thread(), warp_->time, block.interval});
 }
 
 // A delay in visits: mostly up to four rounds, so that words overtake each other, and for a few words much longer.
@@ -354,8 +344,16 @@ uint64_t Emulator::random_delay() {
 void Emulator::store_exchanged(void* to, uint32_t word) {
   if (reinterpret_cast<uintptr_t>(to) % sizeof word != 0) fail("store_exchanged is not aligned");
   static_cast<void>(*static_cast<volatile unsigned char*>(to));  // an invalid address must fault here, not at delivery
-  exchange_.store(to, word, {block_index(), thread(), warp_->time}, visits_ + 1 + random_delay());
+  exchange_.store(to, word, author(), visits_ + 1 + random_delay());
   progress_ = true;
+}
+
+void Emulator::reset_exchanged(void* to, uint32_t word) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(Words) != 0) fail("reset_exchanged is not aligned");
+  for (int i = 0; i < 4; ++i) {
+    uint32_t* const at = static_cast<uint32_t*>(to) + i;
+    random.below(4) == 0 ? store_exchanged(at, word) : exchange_.reset(at, word, author());
+  }
 }
 
 void Emulator::store_to_host(int32_t* to, int32_t value) {
@@ -481,6 +479,8 @@ uint32_t shuffle_xor(uint32_t value, int lanes) {
 
 Words load_exchanged(const void* from) { return emulator().load_exchanged(from); }
 void store_exchanged(void* to, uint32_t word) { emulator().store_exchanged(to, word); }
+void reset_exchanged(void* to, uint32_t word) { emulator().reset_exchanged(to, word); }
+void fence() { emulator().fence(); }
 void store_to_host(int32_t* to, int32_t value) { emulator().store_to_host(to, value); }
 uint64_t nanoseconds() {
   emulator().count_poll();

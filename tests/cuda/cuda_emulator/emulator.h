@@ -60,6 +60,8 @@ void push(int offset, const Words& v, const Arrivals& arrivals, int rank);
 
 Words load_exchanged(const void* from);
 void store_exchanged(void* to, uint32_t word);
+void reset_exchanged(void* to, uint32_t word);
+void fence();
 void relax();
 uint64_t nanoseconds();
 void store_to_host(int32_t* to, int32_t value);

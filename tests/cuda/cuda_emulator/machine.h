@@ -68,12 +68,18 @@ class Emulator {
 
   // Called by the running thread.
   void meet(Meeting kind, const Operands& operands);
-  void relax();
+  void relax() {
+    warp_->ready &= ~(1u << lane_);
+    warp_->polling |= 1u << lane_;
+    suspend();
+  }
   void count_poll() {
     if (++polls_ > kPollsPerTurn) relax();
   }
   Words load_exchanged(const void* from);
   void store_exchanged(void* to, uint32_t word);
+  void reset_exchanged(void* to, uint32_t word);
+  void fence() { exchange_.fence(block_index(), thread()); }
   void store_to_host(int32_t* to, int32_t value);
   void init(int arrivals);
   void expect(int arrivals, int bytes);
@@ -108,6 +114,7 @@ class Emulator {
   [[noreturn]] void fail(const std::string& what) const;
   std::string who_waits() const;
   int first_of_cluster() const { return warp_->block / grid_.cluster * grid_.cluster; }
+  Exchange::Author author() const { return {block_index(), thread(), warp_->time}; }
   Fiber& fiber() { return fibers_[warp_->block * grid_.threads + thread()]; }
 
   Grid grid_{};

@@ -354,6 +354,8 @@ int main() {
   test_shuffle();
   self_test::test_races();
   self_test::test_words_on_their_way();
+  self_test::test_resets();
+  self_test::test_ring();
   self_test::test_products();
   self_test::test_conversions();
   self_test::test_clusters();

@@ -44,6 +44,8 @@ void expect_success(const std::string& what, void (*kernel)(Params), const Grid&
 
 void test_races();
 void test_words_on_their_way();
+void test_resets();
+void test_ring();
 void test_products();
 void test_conversions();
 void test_clusters();

@@ -76,13 +76,12 @@ void test_words_on_their_way() {
   emulation::Exchange exchange;
   Words memory[2] = {};
   const emulation::Exchange::Author author{3, 7, 1};
-  const auto nobody = [](const emulation::Exchange::Author&) { return false; };
-  const auto block_3 = [](const emulation::Exchange::Author& by) { return by.block == 3; };
-  const auto seen = [&](int i) { return exchange.load(&memory[1], nobody).w[i]; };
+  const emulation::Exchange::Reader other{4, 7, 1, 1}, self{3, 7, 1, 1};
+  const auto seen = [&](int i) { return exchange.load(&memory[1], other).w[i]; };
   exchange.store(&memory[1].w[2], 10, author, 5);
   exchange.store(&memory[1].w[1], 20, author, 4);
   expect(!exchange.deliver(3) && seen(1) == 0 && seen(2) == 0, "nothing arrives early");
-  const Words own = exchange.load(&memory[1], block_3);
+  const Words own = exchange.load(&memory[1], self);
   expect(own.w[0] == 0 && own.w[1] == 20 && own.w[2] == 10 && own.w[3] == 0, "who may sees words on their way");
   expect(exchange.deliver(4) && seen(1) == 20 && seen(2) == 0, "a later word overtakes an earlier one");
   exchange.store(&memory[1].w[2], 11, author, 9);
@@ -92,6 +91,32 @@ void test_words_on_their_way() {
   exchange.store(&memory[0].w[3], 12, author, 1000);
   exchange.deliver_all();
   expect(memory[0].w[3] == 12 && exchange.empty(), "all arrive in the end");
+}
+
+void test_resets() {
+  emulation::Exchange exchange;
+  Words memory = {{1, 2, 3, 4}};
+  const emulation::Exchange::Author author{0, 7, 1};
+  const auto seen = [&](int block, int thread, uint32_t time = 1, uint32_t interval = 1) {
+    return exchange.load(&memory, {block, thread, time, interval}).w[1];
+  };
+  exchange.store(&memory.w[1], 20, author, 5);
+  exchange.reset(&memory.w[1], 9, author);
+  exchange.deliver(100);
+  expect(exchange.empty() && seen(1, 0) == 20, "a word in flight arrives before the reset, which is held back");
+  expect(seen(0, 7) == 9 && seen(0, 8) == 20, "its author sees it");
+  expect(seen(0, 8, 2) == 9 && seen(0, 40, 2) == 20 && seen(0, 40, 2, 2) == 9, "others do behind a barrier");
+  exchange.fence(1, 0), exchange.fence(0, 8);
+  expect(seen(1, 0) == 20, "no fence of the author");
+  exchange.fence(0, 7);
+  expect(seen(1, 0) == 20 && seen(1, 1) == 20, "no fence of the reader behind it");
+  exchange.fence(1, 0);
+  expect(seen(1, 0) == 9 && seen(1, 1) == 20 && memory.w[1] == 20, "only who has had a fence sees it");
+  exchange.store(&memory.w[1], 30, author, 200);
+  expect(seen(1, 1) == 9, "a later word follows the reset");
+  exchange.reset(&memory.w[2], 9, author);
+  exchange.deliver_all();
+  expect(memory.w[1] == 30 && memory.w[2] == 9, "all arrive in the end");
 }
 
 }  // namespace self_test
