@@ -3,7 +3,7 @@
 A driver older than the CUDA runtime of the library, a new GPU without code for it, or a fault of a kernel would
 otherwise raise errors or give wrong numbers in the middle of a training. Where the check fails, torch.nn computes, and
 one warning says so. It runs a small layer of every cell on every kind of kernel, each in another dtype, forward and
-backward: 16 calls, and about 50 ms for the comparison.
+backward, and long sequences in inference, where blocks exchange the state in a ring: about 50 ms.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fused_rnn.options import EVERY_STEP
 
 T, B, I, H = 4, 5, 8, 24  # noqa: E741 - the field's letters; more than one block of 16 units, less than a tile of 8 rows
 RESIDENT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LONG = 33  # times T: more than two turns of the ring (kRingSteps in csrc/cuda/layout.h)
 STEP_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 RESULTS = ("y", "dx", "dw_ih", "dw_hh", "db_ih", "db_hh")
 
@@ -92,7 +93,7 @@ def find_fault(
 
     A result passes if its distance from torch.nn's float64 result is at most four times (a gradient: eight times) that
     of torch.nn's result in the same dtype, plus two roundings. That is twice the tolerance of the tests: faults are
-    larger by far, and a false alarm would turn the kernels off.
+    larger by far, and a false alarm would turn the kernels off. A long inference is compared with the same in training.
 
     Raises:
         RuntimeError: an operator refuses, or the device reports an error.
@@ -120,7 +121,22 @@ def find_fault(
                 limit = (8 if name.startswith("d") else 4) * torchs + 2 * rounding * max(value.abs().max().item(), 1.0)
                 if not error <= limit:  # or NaN
                     return f"{name} of {cell} in {'tf32' if tf32 else str(dtype)[6:]} ({kernel}) is off by {error:.1e}"
+            if resident:
+                error = _error_of_inference(number, on_device, instances[0], forward)
+                if not error <= 2 * rounding:
+                    return f"y of {cell} in inference ({kernel}) is off by {error:.1e} over {LONG * T} steps"
     return None
+
+
+def _error_of_inference(number: int, operands: list[Tensor], instance: int, forward: Callable[..., Any]) -> float:
+    """How far y of a long sequence in inference is from y in training, by the same kernel."""
+    x, w_ih, w_hh, b_ih, b_hh, _ = operands
+    weights = w_ih, w_hh / 16, b_ih, b_hh  # so that no state grows
+    inference, training = (
+        forward(x.repeat(LONG, 1, 1), None, None, number, train, *weights, tf32=True, instance=instance)[0].double()
+        for train in (False, True)
+    )
+    return float((inference - training).abs().max() / training.abs().max())
 
 
 def _kinds(cell: str, properties: cuda.Properties) -> list[str]:

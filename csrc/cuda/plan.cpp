@@ -125,10 +125,5 @@ std::vector<Plan> plans(const Problem& p, const Device& device) {
   return candidates;
 }
 
-std::optional<Plan> plan(const Problem& problem, const Device& device) {
-  const std::vector<Plan> all = plans(problem, device);
-  return all.empty() ? std::nullopt : std::optional<Plan>(all.front());
-}
-
 }  // namespace cuda
 }  // namespace fused_rnn

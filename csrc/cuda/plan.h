@@ -4,7 +4,7 @@
 // constants of the estimate (kRates in plan.cpp) are from data sheets and papers about one Hopper chip, the H100 at
 // 1.755 GHz, and fitted to a count of cycles in its machine code: forward of an LSTM with 64 rows of 1024 units takes
 // 3.1 us per step, with 16 rows of 512 units 1.1 and of 768 units 1.2, of a GRU with 64 rows of 1024 units 2.9, and
-// backward of the first LSTM, without kSplitColumns, 6.5. The estimates agree with these to 5 %. Nothing has been
+// backward of the first LSTM, without kSplitColumns, 6.5. The estimates agree with these to 10 %. Nothing has been
 // measured on a GPU yet.
 //
 // Of other architectures, three constants are their own:
@@ -19,7 +19,6 @@
 // 2606.22588), where that of an H100 is about the same.
 #pragma once
 
-#include <optional>
 #include <vector>
 
 #include "../rnn_params.h"
@@ -60,9 +59,7 @@ inline int padded(int H, Element e) {
   return (H + whole - 1) / whole * whole;
 }
 
-// The best plan; none if the device cannot hold the layer's recurrent weights.
-std::optional<Plan> plan(const Problem& problem, const Device& device);
-// All candidates, best first.
+// All candidates, best first; none if the device cannot hold the layer's recurrent weights.
 std::vector<Plan> plans(const Problem& problem, const Device& device);
 
 }  // namespace cuda

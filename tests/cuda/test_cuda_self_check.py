@@ -91,6 +91,19 @@ def test_a_wrong_result_is_found(cell: str, name: str) -> None:
         assert fault is not None and fault.startswith(f"{name} of {cell} in "), fault
 
 
+def test_a_wrong_state_in_a_long_inference_is_found() -> None:
+    """As if a block had read what another one left in the ring at its last turn."""
+
+    def forward(*arguments: Any, **options: Any) -> Results:
+        results, train = forward_on_cpu(*arguments), arguments[4]
+        if not train:
+            results[0][self_check.LONG * self_check.T - 1, 0, 0] += 0.25
+        return results
+
+    fault = find_fault(forward)
+    assert fault is not None and fault.startswith("y of rnn_tanh in inference (alone) is off by "), fault
+
+
 def test_it_leaves_the_random_numbers_alone() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
