@@ -51,7 +51,7 @@ def run(
     data = input.data if isinstance(input, PackedSequence) else input
     half = autocast_dtype(data.device) if isinstance(data, Tensor) else None
     instance = PLANNED
-    if torchs is not None and not has_keywords:
+    if torch_knows and torchs is not None:  # the latter for mypy
         choice = _choice(spec, input, hx, half)
         if choice is None or not choice.fused:
             return torchs(input, hx)

@@ -160,7 +160,8 @@ class FusedRNNBase(TorchConvertible, Variants):
         Raises:
             ValueError: the module is bidirectional; or `resets` or `active` is not bool; or `reset_state` is given
                 without `resets`.
-            TypeError: hx, `reset_state` or `out` is not a tensor, or pair of tensors, as the results are.
+            TypeError: input is not a tensor; or hx, `reset_state` or `out` is not a tensor, or pair of tensors, as the
+                results are.
             RuntimeError: sizes or dtypes do not match, as in `forward`; or `out` is given while an argument
                 requires a gradient.
         """

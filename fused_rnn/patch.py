@@ -91,7 +91,7 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         states = _states(cell, hx)
         h0, c0 = (*states, None, None)[:2]
-        plain = len(states) == count and policy.plain_call(3, input, h0, c0, weights)
+        plain = len(states) == count and type(bidirectional) is bool and policy.plain_call(3, input, h0, c0, weights)
         if not plain and (not _regular(cell, input, states, weights, bidirectional) or input.dim() != 3):
             return None
         x = input.transpose(0, 1) if batch_first else input
@@ -133,7 +133,11 @@ def _sequence(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @policy.runs_eagerly
     def fused(*args: Any) -> Any:
         takes = packed if len(args) > 3 and isinstance(args[3], (list, tuple)) else padded
-        result = takes(*args) if len(args) == 9 else None
+        try:
+            result = takes(*args) if len(args) == 9 else None
+        except RuntimeError:  # a size, dtype or layout does not fit
+            original(*args)  # raises torch.nn's error
+            raise
         return original(*args) if result is None else result
 
     return fused

@@ -144,9 +144,9 @@ def choose(
 def _torch_is_faster(
     cell: str, T: int, B: int, H: int, kind: Kind, differentiable: bool, half: torch.dtype | None
 ) -> bool:
-    """Whether torch.nn multiplies bfloat16 faster, on a processor that multiplies it at twice float32's speed or more.
+    """Whether torch.nn is faster in bfloat16, on a processor that multiplies it at twice the speed of float32 or more.
 
-    So do the kernels, unless FUSED_RNN_CPU_ISA wants them to widen it to float32.
+    The kernels use those instructions, too, unless FUSED_RNN_CPU_ISA makes them widen bfloat16 to float32.
     """
     unit = bf16_unit()
     if half is not None and T == 1:

@@ -46,7 +46,7 @@ def results_folder() -> Path:
 
 
 def git_commit() -> str:
-    """The commit of the project, "-dirty" if more than results differs from it; "" outside of a git repository."""
+    """The commit of the project, with "-dirty" if files outside of results differ from it; "" without a repository."""
 
     def git(*arguments: str) -> str:
         run = subprocess.run(["git", *arguments], cwd=RESULTS.parents[1], capture_output=True, text=True)

@@ -24,8 +24,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 // For the CPU alone, and the same in both passes: `precision` of products of float32, cpu::Precision as a number. For
 // CUDA alone, and the same in both passes: `tf32`, whether products of float32 may be computed in TF32.
 //
-// `instance`, the same in both passes: on the CPU the instruction set, kPlanned or a place in cpu::supported(); on CUDA
-// the kernel, kPlanned, kEveryStep or a place in FUSED_RNN_INSTANCES (csrc/cuda/layout.h).
+// `instance`, the same in both passes: which kernels; see fused_rnn/options.py.
 constexpr int64_t kPlanned = -1;    // the planner's choice; on the CPU the process's
 constexpr int64_t kEveryStep = -2;  // a product and a pointwise kernel for every step
 

@@ -130,8 +130,8 @@ FUSED_RNN_DEVICE Words load_exchanged(const void* from) {
 FUSED_RNN_DEVICE void store_exchanged(void* to, uint32_t word) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
 }
-// Stores the word four times. The emulator delays it for as long as a GPU may: for every reader, until it executes a
-// fence after one of the author.
+// Stores the word four times. In the emulator a reader may see the old words until the author, and after it the reader,
+// has executed a fence().
 FUSED_RNN_DEVICE void reset_exchanged(void* to, uint32_t word) {
   asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(to), "r"(word) : "memory");
 }

@@ -2,7 +2,8 @@
 //
 // ThroughL2: through global memory. Each word is its own ready flag: the host fills all of them with kNotReady, each is
 // written once, and a reader loads it again until it is ready. Since a word is read either whole or not at all, this
-// needs no fence and no grid barrier. For kThroughL2 and kSplitColumns. In inference the rows are a ring; see below.
+// needs no fence and no grid barrier. For kThroughL2 and kSplitColumns. Inference of many steps reuses the rows as a
+// ring; see below.
 // ThroughCluster: the blocks of a team are a cluster. They push their words into each other's shared memory, where
 // mbarriers count the bytes.
 // Alone: one block has all units. The rows are in its shared memory, ordered by the block's barriers.

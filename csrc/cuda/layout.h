@@ -19,6 +19,7 @@ constexpr int kSplitBlocks = 8;       // blocks of a cluster of kSplitColumns
 // Whether blocks exchange rows through global memory.
 constexpr bool through_l2(Exchange e) { return e == Exchange::kThroughL2 || e == Exchange::kSplitColumns; }
 constexpr int kRingSteps = 64;  // time steps of which a ring of exchanged rows holds the words; see ThroughL2
+static_assert(kRingSteps >= 4 && (kRingSteps & (kRingSteps - 1)) == 0, "times are masked");
 constexpr bool has_forward(Exchange e) { return e != Exchange::kSplitColumns; }
 
 // A kernel instance. A block has unit_warps * depth_warps warps: unit_warps groups of kTileUnits units, and in each

@@ -255,6 +255,24 @@ def test_errors_in_patched(key: str) -> None:
             assert error_of(module, *args) == wanted
 
 
+@each_sequence
+def test_errors_of_other_layouts_and_dtypes_in_patched(key: str) -> None:
+    """What torch.nn's own checks let through, its function refuses."""
+    for spoil in ("input", "weight", "flag"):
+        module, _ = pair(key)
+        input, hx = arguments(module)
+        if spoil == "input":
+            input = input.to_sparse()
+        elif spoil == "weight":
+            module._flat_weights[-1] = module._flat_weights[-1].double()
+        else:
+            module.bidirectional = 1
+        wanted = error_of(module, input, hx)
+        assert wanted is not None
+        with fused_rnn.patched():
+            assert error_of(module, input, hx) == wanted, spoil
+
+
 @one_of_each
 def test_pickle_and_conversion_in_patched(key: str) -> None:
     module, _ = pair(key)
