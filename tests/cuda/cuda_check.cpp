@@ -430,7 +430,7 @@ int check_all(const CellInfo& cell, Element element, const Options& options) {
       });
       ++cases;
     }
-    if (in.exchange == Exchange::kThroughL2 && element != Element::kFp16) {  // which is exchanged as bf16 is
+    if (in.exchange == Exchange::kThroughL2 && in.row_tiles <= 2 && element != Element::kFp16) {
       named(prefix + text(in) + ", in a ring", [&] { check_ring(cell, element, instance, options.seeds); });
     }
     if (in.exchange == Exchange::kAlone || in.row_tiles > 1) continue;
