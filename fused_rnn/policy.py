@@ -258,8 +258,8 @@ def autocast_precision(half: torch.dtype | None) -> int:
 
 
 def torch_trains_step(cell: str, dtype: torch.dtype) -> bool:
-    """`tuned.torch_trains_step`, unless a row's result must not depend on its batch."""
-    return tuned.torch_trains_step(cell, dtype) and not deterministic()
+    """Whether torch's function for cells computes a cell or `step` that records a gradient, outside of autocast."""
+    return tuned.torchs_nodes_cost_less(cell, dtype) and not deterministic()
 
 
 def torch_trains(cell: str, x: Tensor, tensors: Sequence[Tensor | None]) -> bool:

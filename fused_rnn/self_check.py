@@ -3,7 +3,7 @@
 A driver older than the CUDA runtime of the library, a new GPU without code for it, or a fault of a kernel would
 otherwise raise errors or give wrong numbers in the middle of a training. Where the check fails, torch.nn computes, and
 one warning says so. It runs a small layer of every cell on every kind of kernel, each in another dtype, forward and
-backward, and long sequences in inference, where blocks exchange the state in a ring: about 50 ms.
+backward, and long sequences in inference, where blocks exchange the state in a ring. The comparison takes about 50 ms.
 """
 
 from __future__ import annotations

@@ -63,15 +63,16 @@ class Call(NamedTuple):
     @property
     def left_to_torch(self) -> bool:
         """Whether the shipped rules leave this call of a cell on a CPU to torch."""
-        return self.kind == "cell" and self.train and self.autocast is None and torch_trains_step(self.cell, self.dtype)
+        records = self.kind == "cell" and self.train and self.autocast is None
+        return records and torchs_nodes_cost_less(self.cell, self.dtype)
 
     def bucket(self) -> Call:
         """The call that stands for this one in the table: T, B and I are rounded to powers of two."""
         return self._replace(T=_rounded(self.T), B=_rounded(self.B), I=_rounded(self.I))
 
 
-def torch_trains_step(cell: str, dtype: torch.dtype) -> bool:
-    """Whether torch's own function computes a cell or `step` that records a gradient, on a CPU outside of autocast."""
+def torchs_nodes_cost_less(cell: str, dtype: torch.dtype) -> bool:
+    """Whether the autograd nodes of torch's function for a cell's step cost less than ours, on a CPU."""
     return cell.startswith("rnn") and dtype in (torch.float32, torch.float64)
 
 

@@ -24,8 +24,8 @@ from harness.workload import CLASSES, SEED, dtype_of, one_call, random_input
 OPTIONS = {"layer_norm": {"layer_norm": True}, "zoneout": {"zoneout": 0.1}, "dropout": {"recurrent_dropout": 0.2}}
 SHAPES = [Shape(f"t{T}_b{B}_h{H}", T, B, I=H, H=H, L=1) for T, B, H in ((100, 1, 64), (100, 16, 128), (50, 64, 256))]
 PLAIN = "plain"
-# Of layer normalisation: a hundred steps from a state of zeros multiply a rounding ten thousandfold, in
-# the loop as in the kernels, which are equally far from float64's results.
+# Of layer normalisation: a hundred steps from a state of zeros multiply a rounding ten thousandfold, in the loop as in
+# the kernels, which are equally far from float64's results.
 TOLERANCE = 0.02
 
 
