@@ -2,11 +2,11 @@
 // as in forward. It visits the steps in the opposite order of forward. Comments call the step that it visited before
 // the current one the next step, which it is in forward.
 //
-// A step multiplies the gate gradients of the next step by W_hh, adds the gradients of y (or h_n), and runs the cell's
-// backward on the sums while they are in the first-level cache. It stores the gate gradients; gradients.h multiplies
-// them into the gradients of weights and inputs, with one product over many steps. With layer normalisation, the
-// gradient of h is stored first, because a row's normalisation needs all of its units; the backward of the cell and of
-// the normalisation then runs row by row.
+// A step multiplies the gate gradients of the next step by W_hh, block by block of units; then it adds the gradients of
+// y (or h_n) and runs the cell's backward, row by row, so that what forward kept is read, and the gate gradients are
+// written, in the order in which they lie in memory: with blocks of a few cache lines each the hardware fetches nothing
+// ahead. gradients.h multiplies the gate gradients into the gradients of weights and inputs, with one product over many
+// steps.
 #pragma once
 
 #include "../cells/cells.h"
@@ -42,9 +42,12 @@ struct BackwardWorkspace {
     split_projection = split + (splits ? SplitRows::size(s.B, K, s.parts) : 0);
     direct = split_projection + (splits && s.projected ? SplitRows::size(s.B, s.P, s.parts) : 0);
     dh = direct + (Cell::kUsesH || s.zones_h ? s.B * s.P : 0);
-    zeros = dh + (s.normalised ? s.B * 2 * s.H : 0);
+    zeros = dh + s.B * dh_width(s);
     size = zeros + (K > s.P ? K : s.P);
   }
+
+  // Elements of a row of `dh`: a gradient of h; with layer normalisation, of c', too.
+  static int64_t dh_width(const LayerShape& s) { return s.normalised ? 2 * s.H : s.H; }
 
   // Elements of W [K, N], packed.
   static int64_t panels(const LayerShape& s, int64_t K, int64_t N) {
@@ -79,6 +82,7 @@ class Backward {
     projection_ = workspace + part.projection;
     direct_ = workspace + part.direct;
     dh_ = workspace + part.dh;
+    dh_width_ = part.dh_width(s_);
     zeros_ = workspace + part.zeros;
   }
 
@@ -135,10 +139,10 @@ class Backward {
 
   // Splits rows [row_begin_, row_end) of a product's operand, if it is computed from parts; row(b) points to row b.
   template <class Row>
-  void split(const SplitRows& rows, int64_t row_end, const Row& row) const {
+  void split_rows(const SplitRows& rows, int64_t row_end, const Row& row) const {
     if constexpr (kSplits) {
       if (!splits_) return;
-      rows.split(row_end, worker_, worker_.splits_units, row);
+      rows.split(row_end > row_begin_ ? row_end : row_begin_, worker_, worker_.splits_units, row);
       if (worker_.splits_units) worker_.wait();
     }
   }
@@ -217,12 +221,16 @@ class Backward {
   void step(int64_t t) {
     begin_step(t);
     const int64_t row_end = least(row_end_, rows_);
-    split(split_, continuing_rows_ > 0 ? row_end : row_begin_, [&](int64_t b) { return next_dproduct(b); });
-    each_part(row_end, s_.P, [&](const Part& part) { h_gradient(part); });
+    multiply_into_dh(least(row_end, continuing_rows_), split_, recurrent_, d_.w_hh, gates(), s_.P,
+                     [&](int64_t b) { return next_dproduct(b); });
+    each_row(row_end, s_.P, [&](int64_t b, Units units) FUSED_RNN_INLINED { h_gradient(b, units); });
     if (s_.projected) {
       if (worker_.splits_units) worker_.wait();
-      split(split_projection_, row_end, [&](int64_t b) { return at(d_.dh_total) + (s_.row(t_) + b) * s_.P; });
-      each_part(row_end, s_.H, [&](const Part& part) { projection_backward(part); });
+      multiply_into_dh(row_end, split_projection_, projection_, d_.w_hr, s_.P, s_.H,
+                       [&](int64_t b) { return at(d_.dh_total) + (s_.row(t_) + b) * s_.P; });
+      each_row(row_end, s_.H, [&](int64_t b, Units units) FUSED_RNN_INLINED {
+        cell_output_gradient(load(dh(b) + units.unit, units.count), b, units);
+      });
     }
     for (int64_t b = row_begin_; s_.normalised && b < row_end; ++b) normalised_cell(b);
     if (worker_.splits_units) worker_.wait();
@@ -231,36 +239,51 @@ class Backward {
   // Every second step takes the blocks in the opposite order, to begin with the weights that are still in the cache.
   bool backwards() const { return t_ % 2 != 0; }
 
-  // Calls run(part) for this worker's parts of the rows up to row_end and n columns.
-  template <class Run>
-  FUSED_RNN_INLINE void each_part(int64_t row_end, int64_t n, const Run& run) const {
-    const int64_t blocks = ceil_div(n, kBlock);
-    cover<U>(row_begin_, row_end, first(blocks), last(blocks), n % kBlock != 0, backwards(), run,
-             splits_ ? 2 * split_.height() : 0);
+  T* dh(int64_t b) const { return dh_ + b * dh_width_; }
+
+  // dh = rows x W [K, N] for this worker's rows up to row_end and blocks of columns; row(b) points to row b.
+  template <class Row>
+  void multiply_into_dh(int64_t row_end, const SplitRows& split, const T* panels, const void* W, int64_t K, int64_t N,
+                        const Row& row) const {
+    split_rows(split, row_end, row);
+    const int64_t blocks = ceil_div(N, kBlock);
+    const auto multiply_part = [&](const Part& part) {
+      const T* rows[kMostRows];
+      for (int r = 0; r < part.rows; ++r) rows[r] = row(part.row + r);
+      Sums<T, U> sums;
+      clear(sums, part);
+      add_product(sums, part, rows, split, panels, W, K, N);
+      each_vector<T, U>(part, N, [&](int slot, int u, Units units) {
+        store(dh(part.row_of(slot)) + units.unit, sums[slot][u], units.count);
+      });
+    };
+    cover<U>(row_begin_, row_end, first(blocks), last(blocks), N % kBlock != 0, backwards(), multiply_part,
+             splits_ ? 2 * split.height() : 0);
   }
 
-  // The gradient of h after this step: the next step's gate gradients times W_hh, plus the direct gradient, plus dy.
-  // Passes it on to the projection or to the cell.
-  void h_gradient(const Part& part) const {
-    Sums<T, U> sums;
-    clear(sums, part);
-    if (part.row < continuing_rows_) {
-      const T* rows[kMostRows];
-      for (int r = 0; r < part.rows; ++r) rows[r] = next_dproduct(part.row + r);
-      add_product(sums, part, rows, split_, recurrent_, d_.w_hh, gates(), s_.P);
+  // Calls f(b, units) for each vector of this worker's rows up to row_end and share of n columns.
+  template <class F>
+  FUSED_RNN_INLINE void each_row(int64_t row_end, int64_t n, const F& f) const {
+    const int64_t blocks = ceil_div(n, kBlock), begin = first(blocks) * kBlock, end = least(last(blocks) * kBlock, n);
+    for (int64_t b = row_begin_; b < row_end; ++b) {
+      for (int64_t unit = begin; unit < end; unit += kLanes<T>) f(b, Units{unit, least(end - unit, kLanes<T>)});
     }
-    each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) FUSED_RNN_INLINED {
-      const int64_t b = part.row_of(slot), unit = units.unit, n = units.count;
-      Vec<T> dh = dropout_backward(sums[slot][u], b, units);
-      if (const T* direct = direct_gradient(b)) dh += load(direct + unit, n);
-      if (d_.dy) dh += load(at(d_.dy) + s_.place(s_.row(t_) + b) * d_.dy_stride + unit, n);
-      if (s_.zones_h) dh = zoneout_backward(dh, b, units);
-      if (s_.projected) {
-        store(at(d_.dh_total) + (s_.row(t_) + b) * s_.P + unit, dh, n);
-      } else {
-        cell_output_gradient(dh, b, units);
-      }
-    });
+  }
+
+  // The gradient of h after this step: the next step's gate gradients times W_hh, which are in dh, plus the direct
+  // gradient, plus dy. Passes it on to the projection or to the cell.
+  FUSED_RNN_INLINE void h_gradient(int64_t b, Units units) const {
+    const int64_t unit = units.unit, n = units.count;
+    Vec<T> sum{};
+    if (b < continuing_rows_) sum = dropout_backward(load(dh(b) + unit, n), b, units);
+    if (const T* direct = direct_gradient(b)) sum += load(direct + unit, n);
+    if (d_.dy) sum += load(at(d_.dy) + s_.place(s_.row(t_) + b) * d_.dy_stride + unit, n);
+    if (s_.zones_h) sum = zoneout_backward(sum, b, units);
+    if (s_.projected) {
+      store(at(d_.dh_total) + (s_.row(t_) + b) * s_.P + unit, sum, n);
+    } else {
+      cell_output_gradient(sum, b, units);
+    }
   }
 
   FUSED_RNN_INLINE Vec<T> dropout_backward(const Vec<T>& dh, int64_t b, Units units) const {
@@ -284,7 +307,7 @@ class Backward {
   // Takes the gradient of the cell's output: runs the cell's backward, or stores it for normalised_cell().
   FUSED_RNN_INLINE void cell_output_gradient(const Vec<T>& dh, int64_t b, Units units) const {
     if (s_.normalised) {
-      store(dh_ + b * 2 * s_.H + units.unit, dh, units.count);
+      store(this->dh(b) + units.unit, dh, units.count);
     } else {
       cell(dh, b, units);
     }
@@ -292,7 +315,7 @@ class Backward {
 
   // Backward of the cell of row b, then of the layer normalisation of W_hh h.
   void normalised_cell(int64_t b) const {
-    T* dh = dh_ + b * 2 * s_.H;
+    T* const dh = this->dh(b);
     const int64_t row = s_.row(t_) + b;
     if constexpr (Cell::kHasC) {
       if (is_read(b)) {
@@ -331,17 +354,6 @@ class Backward {
     each_lanes<T>(s_.H, [&](int64_t i, int64_t n) { store(hat + i, load(hat + i, n) * load(d_inner + i, n), n); });
   }
 
-  void projection_backward(const Part& part) const {
-    Sums<T, U> sums;
-    clear(sums, part);
-    const T* rows[kMostRows];
-    for (int r = 0; r < part.rows; ++r) rows[r] = at(d_.dh_total) + (s_.row(t_) + part.row + r) * s_.P;
-    add_product(sums, part, rows, split_projection_, projection_, d_.w_hr, s_.P, s_.H);
-    each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) {
-      cell_output_gradient(sums[slot][u], part.row_of(slot), units);
-    });
-  }
-
   FUSED_RNN_INLINE void cell(const Vec<T>& dh, int64_t b, Units units) const {
     using V = Vec<T>;
     const int64_t unit = units.unit, n = units.count;
@@ -370,7 +382,7 @@ class Backward {
       if constexpr (Cell::kHasC) {
         dc += dh;  // dh is the gradient of c' here; see normalised_output()
         Cell::gates_backward(saved, c_prev, dc, grads);
-        grads[3] = load(dh_ + b * 2 * s_.H + s_.H + unit, n);
+        grads[3] = load(this->dh(b) + s_.H + unit, n);
       }
     } else if (Cell::kHasC && !is_read(b)) {
       if constexpr (Cell::kHasC) {
@@ -399,21 +411,6 @@ class Backward {
     if (sums) store(at(sums) + index, load(at(sums) + index, n) + more, n);
   }
 
-  // dh0 of a part, from the gradients of each row's first step.
-  void initial_gradient(const Part& part) const {
-    Sums<T, U> sums;
-    clear(sums, part);
-    const T* rows[kMostRows];
-    for (int r = 0; r < part.rows; ++r) rows[r] = first_dproduct(part.row + r);
-    add_product(sums, part, rows, split_, recurrent_, d_.w_hh, gates(), s_.P);
-    each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) {
-      const int64_t b = part.row_of(slot);
-      Vec<T> dh = dropout_backward(sums[slot][u], b, units);
-      if (has_direct_gradient()) dh += load(direct_ + b * s_.P + units.unit, units.count);
-      store(at(d_.dh0) + s_.state(b) * s_.P + units.unit, dh, units.count);
-    });
-  }
-
   // The gradient of W_hh h of row b at its first step; zeros if that step read a reset state instead of h0.
   const T* first_dproduct(int64_t b) const {
     int64_t t = reverse_ ? s_.T - 1 : 0;
@@ -421,9 +418,15 @@ class Backward {
     return s_.reset(t, b, reverse_) ? zeros_ : dproduct(s_.row(t) + b);
   }
 
+  // dh0, from the gradients of each row's first step.
   void initial_gradients() {
-    split(split_, row_end_, [&](int64_t b) { return first_dproduct(b); });
-    each_part(row_end_, s_.P, [&](const Part& part) { initial_gradient(part); });
+    multiply_into_dh(row_end_, split_, recurrent_, d_.w_hh, gates(), s_.P,
+                     [&](int64_t b) { return first_dproduct(b); });
+    each_row(row_end_, s_.P, [&](int64_t b, Units units) {
+      Vec<T> sum = dropout_backward(load(dh(b) + units.unit, units.count), b, units);
+      if (has_direct_gradient()) sum += load(direct_ + b * s_.P + units.unit, units.count);
+      store(at(d_.dh0) + s_.state(b) * s_.P + units.unit, sum, units.count);
+    });
     if (splits_ && worker_.splits_units) worker_.wait();  // before the rows are split for another product
   }
 
@@ -434,27 +437,18 @@ class Backward {
       bool any = false;
       for (int64_t b = row_begin_; b < row_end; ++b) any = any || s_.reset(t_, b, reverse_);
       if (!any) continue;
-      split(split_, row_end, [&](int64_t b) { return reset_dproduct(b); });
-      each_part(row_end, s_.P, [&](const Part& part) { reset_gradient(part); });
+      multiply_into_dh(row_end, split_, recurrent_, d_.w_hh, gates(), s_.P,
+                       [&](int64_t b) { return reset_dproduct(b); });
+      each_row(row_end, s_.P, [&](int64_t b, Units units) {
+        const Vec<T> sum = dropout_backward(load(dh(b) + units.unit, units.count), b, units);
+        add_to(d_.dreset.h, t_ * d_.dreset.step_h + s_.state(b) * s_.P + units.unit, sum, units.count);
+      });
       if (splits_ && worker_.splits_units) worker_.wait();
     }
   }
 
   // The gradient of W_hh h of row b at this step; zeros if the step did not read a reset state.
   const T* reset_dproduct(int64_t b) const { return s_.reset(t_, b, reverse_) ? dproduct(s_.row(t_) + b) : zeros_; }
-
-  void reset_gradient(const Part& part) const {
-    Sums<T, U> sums;
-    clear(sums, part);
-    const T* rows[kMostRows];
-    for (int r = 0; r < part.rows; ++r) rows[r] = reset_dproduct(part.row + r);
-    add_product(sums, part, rows, split_, recurrent_, d_.w_hh, gates(), s_.P);
-    each_vector<T, U>(part, s_.P, [&](int slot, int u, Units units) {
-      const int64_t b = part.row_of(slot);
-      const Vec<T> dh = dropout_backward(sums[slot][u], b, units);
-      add_to(d_.dreset.h, t_ * d_.dreset.step_h + s_.state(b) * s_.P + units.unit, dh, units.count);
-    });
-  }
 
   const LayerShape& s_;
   const BackwardDirection& d_;
@@ -464,6 +458,7 @@ class Backward {
   const Bf16Products bf16_;
   SplitRows split_, split_projection_;  // if splits_
   T *recurrent_, *projection_, *direct_, *dh_, *zeros_;
+  int64_t dh_width_;
   int64_t t_ = 0, rows_ = 0, continuing_rows_ = 0;
   const T* next_dproduct_ = nullptr;
 };
