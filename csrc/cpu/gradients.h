@@ -212,6 +212,11 @@ class Products {
 
   static void add(const Rows<T>& out, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K,
                   int64_t N, bool accumulate) {
+    // What will be written is fetched meanwhile: its rows are too far apart for the hardware to do so.
+    for (int slot = 0; slot < part.slots(); ++slot) {
+      const T* const to = out[part.row_of(slot)] + part.block_of(slot) * kBlock;
+      for (int64_t i = 0; i < kBlock; i += kLine / int64_t(sizeof(T))) __builtin_prefetch(to + i, 1);
+    }
     Sums<T, U> sums;
     clear(sums, part.slots());
     multiply<T, U>(sums, part, rows, panel, K);
