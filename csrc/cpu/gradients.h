@@ -47,7 +47,7 @@ class Products {
   }
   static int64_t transposed_workspace(int64_t N, int64_t K, int parts) {
     const int64_t depth = least(K, kRowsAtOnce), blocks = least(ceil_div(N, kBlock), kBlocksAtOnce);
-    if (!parts) return depth * (blocks * kBlock + kChunk);
+    if (!parts) return depth * (blocks * kBlock + kColumnsAtOnce);
     return kMostRows * depth + blocks * SplitPanel::size(depth, kBlock, parts) +
            SplitRows::size(kMostRows, depth, parts);
   }
@@ -101,9 +101,9 @@ class Products {
     const Share share(M, N, kBlock, worker_);
     if (share.row == share.row_end) return;
     if (K < kRowsWorthPacking) return add_outer_products(out, a, a_stride, b, share, N, K, accumulate);
-    const int chunk = parts_ ? kMostRows : kChunk;
+    const int chunk = parts_ ? kMostRows : kChunk, at_once = parts_ ? kMostRows : kColumnsAtOnce;
     T* const columns = workspace_;
-    T* const panels = columns + chunk * least(K, kRowsAtOnce);
+    T* const panels = columns + at_once * least(K, kRowsAtOnce);
     for (int64_t begin = share.block; begin < share.block_end; begin += kBlocksAtOnce) {
       const int64_t end = least(begin + kBlocksAtOnce, share.block_end);
       for (int64_t k = 0; k < K; k += kRowsAtOnce) {
@@ -117,22 +117,25 @@ class Products {
           }
           pack_columns(panels + (block - begin) * panel, b.from(k), count, N, block * kBlock);
         }
-        for (int64_t row = share.row; row < share.row_end; row += chunk) {
-          const int rows = int(least(chunk, share.row_end - row));
-          pack_transposed(columns, count, a + k * a_stride + row, a_stride, rows, count);
-          const T* from[kMostRows];
-          for (int r = 0; r < rows; ++r) from[r] = columns + r * count;
-          if constexpr (kSplits) {
-            if (parts_) {
-              T* const split = panels + (end - begin) * SplitPanel::size(count, kBlock, parts_);
-              add_split(Rows<T>{out, N}, row, rows, from, split, panels, begin, end, b.from(k), count, N,
-                        accumulate || k > 0);
-              continue;
+        for (int64_t row = share.row; row < share.row_end; row += at_once) {
+          const int64_t packed = least(at_once, share.row_end - row);
+          pack_transposed(columns, count, a + k * a_stride + row, a_stride, packed, count);
+          for (int64_t first = 0; first < packed; first += chunk) {
+            const int rows = int(least(chunk, packed - first));
+            const T* from[kMostRows];
+            for (int r = 0; r < rows; ++r) from[r] = columns + (first + r) * count;
+            if constexpr (kSplits) {
+              if (parts_) {
+                T* const split = panels + (end - begin) * SplitPanel::size(count, kBlock, parts_);
+                add_split(Rows<T>{out, N}, row + first, rows, from, split, panels, begin, end, b.from(k), count, N,
+                          accumulate || k > 0);
+                continue;
+              }
             }
-          }
-          for (int64_t block = begin; block < end; ++block) {
-            const Panel<T> block_panel = own_panel(panels + (block - begin) * panel, block, N);
-            add(Rows<T>{out, N}, Part{row, block, rows, 1}, from, block_panel, count, N, accumulate || k > 0);
+            for (int64_t block = begin; block < end; ++block) {
+              const Panel<T> block_panel = own_panel(panels + (block - begin) * panel, block, N);
+              add(Rows<T>{out, N}, Part{row + first, block, rows, 1}, from, block_panel, count, N, accumulate || k > 0);
+            }
           }
         }
       }
@@ -145,6 +148,8 @@ class Products {
   // `transposed` packs b from kRowsWorthPacking rows on, so many rows and blocks at a time: they fit the second-level
   // cache and bound the workspace.
   static constexpr int64_t kRowsWorthPacking = 8, kRowsAtOnce = 512, kBlocksAtOnce = 8;
+  // Columns of a that it transposes at once: two chunks of rows of the result, in whole cache lines.
+  static constexpr int kColumnsAtOnce = 2 * kChunk;
   static constexpr bool kSplits = sizeof(T) == sizeof(float);  // into bfloat16 parts, if LayerShape::parts says so
 
   // a^T b for a K too small for packing: each element of the result is a sum of a few products, written once.
