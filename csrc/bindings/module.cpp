@@ -108,6 +108,7 @@ PYBIND11_MODULE(_C, m) {
         fused_rnn::LayerShape shape{};
         shape.cell = fused_rnn::bindings::cell_by_number(cell).kind;
         shape.T = T, shape.B = B, shape.I = I, shape.H = H, shape.P = P, shape.N = T * B, shape.directions = directions;
+        shape.projected = P != H;
         shape.dtype = is_double ? fused_rnn::Dtype::kFloat64 : fused_rnn::Dtype::kFloat32;
         shape.deterministic = deterministic;
         shape.weights = static_cast<fused_rnn::WeightFormat>(weights);

@@ -12,6 +12,7 @@ namespace fused_rnn {
 struct LstmCell {
   static constexpr int kGates = 4;
   static constexpr int kSaved = 4;  // i, f, g, o
+  static constexpr int kOutputGate = 3;
   static constexpr int kGrads = 4;
   static constexpr int kInputShift = 0;
   static constexpr int kHiddenGrads = 0;

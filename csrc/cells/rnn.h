@@ -36,7 +36,7 @@ struct RnnCell {
   static constexpr int kGrads = 1;        // blocks of gate gradients that backward returns
   static constexpr int kInputShift = 0;   // W_ih x has blocks 0 to kGates - 1, its last kInputShift gates first
   static constexpr int kHiddenGrads = 0;  // W_hh h has kGates blocks, in order, from this one on
-  static constexpr bool kHasC = false;    // the cell has a second state c
+  static constexpr bool kHasC = false;    // the cell has a second state c; then kOutputGate is the saved o of o tanh(c)
   static constexpr bool kUsesH = false;   // the cell reads h outside W_hh h
   static constexpr bool kSavesH = true;   // the saved value is h', so that it can serve as the next step's h_prev
 

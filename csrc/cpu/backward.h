@@ -5,8 +5,9 @@
 // A step multiplies the gate gradients of the next step by W_hh, block by block of units; then it adds the gradients of
 // y (or h_n) and runs the cell's backward, row by row, so that what forward kept is read, and the gate gradients are
 // written, in the order in which they lie in memory: with blocks of a few cache lines each the hardware fetches nothing
-// ahead. gradients.h multiplies the gate gradients into the gradients of weights and inputs, with one product over many
-// steps.
+// ahead. A projection is a second product before the cell; a layer normalisation follows the cell, as a row's needs all
+// of its units. gradients.h multiplies the gate gradients into the gradients of weights and inputs, with one product
+// over many steps.
 #pragma once
 
 #include "../cells/cells.h"
@@ -31,7 +32,7 @@ struct BackwardProducts {
 // Offsets of the parts of a direction's workspace, in elements.
 template <class Cell, class T>
 struct BackwardWorkspace {
-  int64_t recurrent, projection, split, split_projection, direct, dh, zeros, size;
+  int64_t recurrent, projection, split, split_projection, direct, product, zeros, size;
 
   explicit BackwardWorkspace(const LayerShape& s) {
     const int64_t K = Cell::kGates * s.H;
@@ -41,13 +42,16 @@ struct BackwardWorkspace {
     const bool splits = BackwardProducts(s).splits;
     split_projection = split + (splits ? SplitRows::size(s.B, K, s.parts) : 0);
     direct = split_projection + (splits && s.projected ? SplitRows::size(s.B, s.P, s.parts) : 0);
-    dh = direct + (Cell::kUsesH || s.zones_h ? s.B * s.P : 0);
-    zeros = dh + s.B * dh_width(s);
-    size = zeros + (K > s.P ? K : s.P);
+    product = direct + (Cell::kUsesH || s.zones_h ? s.B * s.P : 0);
+    zeros = product + s.B * product_width(s);
+    size = zeros + K;
   }
 
-  // Elements of a row of `dh`: a gradient of h; with layer normalisation, of c', too.
-  static int64_t dh_width(const LayerShape& s) { return s.normalised ? 2 * s.H : s.H; }
+  // Elements of a row of `product`: one of W_hh or of W_hr; with layer normalisation, two of the cell.
+  static int64_t product_width(const LayerShape& s) {
+    const int64_t of_cell = (s.normalised ? 2 : 1) * s.H;
+    return s.P > of_cell ? s.P : of_cell;
+  }
 
   // Elements of W [K, N], packed.
   static int64_t panels(const LayerShape& s, int64_t K, int64_t N) {
@@ -81,8 +85,8 @@ class Backward {
     recurrent_ = workspace + part.recurrent;
     projection_ = workspace + part.projection;
     direct_ = workspace + part.direct;
-    dh_ = workspace + part.dh;
-    dh_width_ = part.dh_width(s_);
+    product_ = workspace + part.product;
+    product_width_ = part.product_width(s_);
     zeros_ = workspace + part.zeros;
   }
 
@@ -102,18 +106,13 @@ class Backward {
   static T* at(void* p) { return static_cast<T*>(p); }
   static const T* at(const void* p) { return static_cast<const T*>(p); }
 
-  // The range [first, last) of n blocks that this worker computes: its share if the team splits units, else all.
-  int64_t first(int64_t n) const { return worker_.splits_units ? worker_.begin(n) : 0; }
-  int64_t last(int64_t n) const { return worker_.splits_units ? worker_.end(n) : n; }
-
   int64_t gates() const { return Cell::kGates * s_.H; }
 
   void pack() {
     if (s_.T > 1 || d_.dh0 || d_.dreset.h) pack_weights(recurrent_, at(d_.w_hh), gates(), s_.P);
     if (s_.projected) pack_weights(projection_, at(d_.w_hr), s_.P, s_.H);
     if (worker_.index == 0) {
-      const int64_t count = gates() > s_.P ? gates() : s_.P;
-      for (int64_t i = 0; i < count; ++i) zeros_[i] = 0;
+      for (int64_t i = 0; i < gates(); ++i) zeros_[i] = 0;
     }
   }
 
@@ -142,7 +141,7 @@ class Backward {
   void split_rows(const SplitRows& rows, int64_t row_end, const Row& row) const {
     if constexpr (kSplits) {
       if (!splits_) return;
-      rows.split(row_end > row_begin_ ? row_end : row_begin_, worker_, worker_.splits_units, row);
+      rows.split(row_end, worker_, worker_.splits_units, row);
       if (worker_.splits_units) worker_.wait();
     }
   }
@@ -161,7 +160,8 @@ class Backward {
       }
     } else if (packed_ || left < kBlock) {
       const int64_t blocks = ceil_div(N, kBlock), next = part.block + (backwards() ? -1 : 1);
-      const bool follows = packed_ && part.row == row_begin_ && next >= first(blocks) && next < last(blocks);
+      const bool follows =
+          packed_ && part.row == row_begin_ && next >= worker_.first(blocks) && next < worker_.last(blocks);
       multiply<T, U>(sums, part, rows,
                      {panels + part.block * K * kBlock, vectors * kLanes<T>, K * kBlock, vectors,
                       follows ? panels + next * K * kBlock : nullptr},
@@ -171,39 +171,24 @@ class Backward {
     }
   }
 
-  static void clear(Sums<T, U>& sums, const Part& part) {
-    for (int slot = 0; slot < part.slots(); ++slot) {
-      for (int u = 0; u < U; ++u) sums[slot][u] = Vec<T>{};
-    }
-  }
-
-  // Sets the current step. Its rows below continuing_rows_ also take part in the next step, whose gradients of W_hh h
-  // begin at next_dproduct_; for the others this is the last step, and they receive dh_n.
+  // Sets the current step. Its rows below continuing_rows_ also take part in the next step; for the others this is the
+  // last step, and they receive dh_n.
   void begin_step(int64_t t) {
     t_ = t;
+    next_ = reverse_ ? t - 1 : t + 1;
     rows_ = s_.rows(t);
-    if (reverse_) {
-      continuing_rows_ = t == 0 ? 0 : rows_;
-      next_dproduct_ = continuing_rows_ ? dproduct(s_.row(t - 1)) : nullptr;
-    } else {
-      continuing_rows_ = t == s_.T - 1 ? 0 : s_.rows(t + 1);
-      next_dproduct_ = continuing_rows_ ? dproduct(s_.row(t + 1)) : nullptr;
-    }
+    continuing_rows_ = 0 <= next_ && next_ < s_.T ? least(rows_, s_.rows(next_)) : 0;
   }
 
   T* dgates(int64_t row) const { return at(d_.dgates) + row * Cell::kGrads * s_.H; }
 
-  // The gradient of W_hh h, [G*H]; its rows are dproduct_stride() apart.
-  const T* dproduct(int64_t row) const {
+  // The gradient of W_hh h of row b at step t, [G*H].
+  const T* dproduct(int64_t t, int64_t b) const {
+    const int64_t row = s_.row(t) + b;
     return s_.normalised ? at(d_.dproduct) + row * gates() : dgates(row) + Cell::kHiddenGrads * s_.H;
   }
-  int64_t dproduct_stride() const { return s_.normalised ? gates() : Cell::kGrads * s_.H; }
-
-  // The gradient of W_hh h of row b at the next step; zeros if that step does not use this step's h.
-  const T* next_dproduct(int64_t b) const {
-    const bool continues = b < continuing_rows_ && !s_.reset(reverse_ ? t_ - 1 : t_ + 1, b, reverse_);
-    return continues ? next_dproduct_ + b * dproduct_stride() : zeros_;
-  }
+  // What of it passes on to the h before that step; zeros if the step read a reset state in its place.
+  const T* passed_on(int64_t t, int64_t b) const { return s_.reset(t, b, reverse_) ? zeros_ : dproduct(t, b); }
 
   // Whether the gradient of h has a part that does not pass through W_hh.
   bool has_direct_gradient() const { return Cell::kUsesH || s_.zones_h; }
@@ -221,16 +206,18 @@ class Backward {
   void step(int64_t t) {
     begin_step(t);
     const int64_t row_end = least(row_end_, rows_);
-    multiply_into_dh(least(row_end, continuing_rows_), split_, recurrent_, d_.w_hh, gates(), s_.P,
-                     [&](int64_t b) { return next_dproduct(b); });
-    each_row(row_end, s_.P, [&](int64_t b, Units units) FUSED_RNN_INLINED { h_gradient(b, units); });
+    store_product(least(row_end, continuing_rows_), split_, recurrent_, d_.w_hh, gates(), s_.P,
+                  [&](int64_t b) { return passed_on(next_, b); });
+    each_row_vector(row_end, s_.P, [&](int64_t b, Units units) FUSED_RNN_INLINED { h_gradient(b, units); });
     if (s_.projected) {
       if (worker_.splits_units) worker_.wait();
-      multiply_into_dh(row_end, split_projection_, projection_, d_.w_hr, s_.P, s_.H,
-                       [&](int64_t b) { return at(d_.dh_total) + (s_.row(t_) + b) * s_.P; });
-      each_row(row_end, s_.H, [&](int64_t b, Units units) FUSED_RNN_INLINED {
-        cell_output_gradient(load(dh(b) + units.unit, units.count), b, units);
-      });
+      store_product(row_end, split_projection_, projection_, d_.w_hr, s_.P, s_.H,
+                    [&](int64_t b) { return at(d_.dh_total) + (s_.row(t_) + b) * s_.P; });
+      if (!s_.normalised) {
+        each_row_vector(row_end, s_.H, [&](int64_t b, Units units) FUSED_RNN_INLINED {
+          cell(load(product(b) + units.unit, units.count), b, units);
+        });
+      }
     }
     for (int64_t b = row_begin_; s_.normalised && b < row_end; ++b) normalised_cell(b);
     if (worker_.splits_units) worker_.wait();
@@ -239,50 +226,54 @@ class Backward {
   // Every second step takes the blocks in the opposite order, to begin with the weights that are still in the cache.
   bool backwards() const { return t_ % 2 != 0; }
 
-  T* dh(int64_t b) const { return dh_ + b * dh_width_; }
+  // Of row b: what store_product() made; with layer normalisation, then the gradients of h or c' and of o.
+  T* product(int64_t b) const { return product_ + b * product_width_; }
 
-  // dh = rows x W [K, N] for this worker's rows up to row_end and blocks of columns; row(b) points to row b.
+  // product = rows x W [K, N] for this worker's rows up to row_end and blocks of columns; row(b) points to row b.
   template <class Row>
-  void multiply_into_dh(int64_t row_end, const SplitRows& split, const T* panels, const void* W, int64_t K, int64_t N,
-                        const Row& row) const {
+  void store_product(int64_t row_end, const SplitRows& split, const T* panels, const void* W, int64_t K, int64_t N,
+                     const Row& row) const {
     split_rows(split, row_end, row);
     const int64_t blocks = ceil_div(N, kBlock);
     const auto multiply_part = [&](const Part& part) {
       const T* rows[kMostRows];
       for (int r = 0; r < part.rows; ++r) rows[r] = row(part.row + r);
       Sums<T, U> sums;
-      clear(sums, part);
+      clear<T, U>(sums, part.slots());
       add_product(sums, part, rows, split, panels, W, K, N);
       each_vector<T, U>(part, N, [&](int slot, int u, Units units) {
-        store(dh(part.row_of(slot)) + units.unit, sums[slot][u], units.count);
+        store(product(part.row_of(slot)) + units.unit, sums[slot][u], units.count);
       });
     };
-    cover<U>(row_begin_, row_end, first(blocks), last(blocks), N % kBlock != 0, backwards(), multiply_part,
-             splits_ ? 2 * split.height() : 0);
+    cover<U>(row_begin_, row_end, worker_.first(blocks), worker_.last(blocks), N % kBlock != 0, backwards(),
+             multiply_part, splits_ ? 2 * split.height() : 0);
   }
 
   // Calls f(b, units) for each vector of this worker's rows up to row_end and share of n columns.
   template <class F>
-  FUSED_RNN_INLINE void each_row(int64_t row_end, int64_t n, const F& f) const {
-    const int64_t blocks = ceil_div(n, kBlock), begin = first(blocks) * kBlock, end = least(last(blocks) * kBlock, n);
+  FUSED_RNN_INLINE void each_row_vector(int64_t row_end, int64_t n, const F& f) const {
+    const int64_t blocks = ceil_div(n, kBlock), begin = worker_.first(blocks) * kBlock,
+                  end = least(worker_.last(blocks) * kBlock, n);
     for (int64_t b = row_begin_; b < row_end; ++b) {
-      for (int64_t unit = begin; unit < end; unit += kLanes<T>) f(b, Units{unit, least(end - unit, kLanes<T>)});
+      each_lanes<T>(end - begin, [&](int64_t i, int64_t count) FUSED_RNN_INLINED { f(b, Units{begin + i, count}); });
     }
   }
 
-  // The gradient of h after this step: the next step's gate gradients times W_hh, which are in dh, plus the direct
-  // gradient, plus dy. Passes it on to the projection or to the cell.
+  // The gradient of h after this step: the product of the next step's gate gradients and W_hh, plus the direct
+  // gradient, plus dy. Passes it on to the projection, to normalised_cell() or to the cell.
   FUSED_RNN_INLINE void h_gradient(int64_t b, Units units) const {
     const int64_t unit = units.unit, n = units.count;
-    Vec<T> sum{};
-    if (b < continuing_rows_) sum = dropout_backward(load(dh(b) + unit, n), b, units);
-    if (const T* direct = direct_gradient(b)) sum += load(direct + unit, n);
-    if (d_.dy) sum += load(at(d_.dy) + s_.place(s_.row(t_) + b) * d_.dy_stride + unit, n);
-    if (s_.zones_h) sum = zoneout_backward(sum, b, units);
+    Vec<T> dh{};
+    if (b < continuing_rows_) dh = dropout_backward(load(product(b) + unit, n), b, units);
+    if (const T* direct = direct_gradient(b)) dh += load(direct + unit, n);
+    if (d_.dy) dh += load(at(d_.dy) + s_.place(s_.row(t_) + b) * d_.dy_stride + unit, n);
+    if (s_.zones_h) dh = zoneout_backward(dh, b, units);
     if (s_.projected) {
-      store(at(d_.dh_total) + (s_.row(t_) + b) * s_.P + unit, sum, n);
+      store(at(d_.dh_total) + (s_.row(t_) + b) * s_.P + unit, dh, n);
+    } else if (s_.normalised) {
+      store(product(b) + unit, dh, n);
     } else {
-      cell_output_gradient(sum, b, units);
+      cell(dh, b, units);
     }
   }
 
@@ -304,18 +295,9 @@ class Backward {
     return dh_new;
   }
 
-  // Takes the gradient of the cell's output: runs the cell's backward, or stores it for normalised_cell().
-  FUSED_RNN_INLINE void cell_output_gradient(const Vec<T>& dh, int64_t b, Units units) const {
-    if (s_.normalised) {
-      store(this->dh(b) + units.unit, dh, units.count);
-    } else {
-      cell(dh, b, units);
-    }
-  }
-
   // Backward of the cell of row b, then of the layer normalisation of W_hh h.
   void normalised_cell(int64_t b) const {
-    T* const dh = this->dh(b);
+    T* const dh = product(b);
     const int64_t row = s_.row(t_) + b;
     if constexpr (Cell::kHasC) {
       if (is_read(b)) {
@@ -347,7 +329,8 @@ class Backward {
     each_lanes<T>(s_.H, [&](int64_t i, int64_t n) {
       const Vec<T> inner = load(norm_c + i, n) * load(hat + i, n) + load(norm_c_bias + i, n);
       Vec<T> grad_o;
-      store(d_inner + i, Cell::output_backward(load(gates + 3 * s_.H + i, n), inner, load(dh + i, n), grad_o), n);
+      store(d_inner + i,
+            Cell::output_backward(load(gates + Cell::kOutputGate * s_.H + i, n), inner, load(dh + i, n), grad_o), n);
       store(dh + s_.H + i, grad_o, n);
     });
     normalise_backward(dh, d_inner, norm_c, hat, rstd, s_.H);
@@ -378,16 +361,11 @@ class Backward {
         dc = dc * zone;
       }
     }
-    if (Cell::kHasC && s_.normalised) {
+    if (Cell::kHasC && (s_.normalised || !is_read(b))) {
       if constexpr (Cell::kHasC) {
-        dc += dh;  // dh is the gradient of c' here; see normalised_output()
+        if (s_.normalised) dc += dh;  // the gradient of c' here; see normalised_output()
         Cell::gates_backward(saved, c_prev, dc, grads);
-        grads[3] = load(this->dh(b) + s_.H + unit, n);
-      }
-    } else if (Cell::kHasC && !is_read(b)) {
-      if constexpr (Cell::kHasC) {
-        Cell::gates_backward(saved, c_prev, dc, grads);
-        grads[3] = V{};
+        grads[Cell::kOutputGate] = s_.normalised ? load(product(b) + s_.H + unit, n) : V{};
       }
     } else {
       Cell::backward(saved, h_prev, c_prev, dh, dc, grads, dh_prev);
@@ -411,19 +389,19 @@ class Backward {
     if (sums) store(at(sums) + index, load(at(sums) + index, n) + more, n);
   }
 
-  // The gradient of W_hh h of row b at its first step; zeros if that step read a reset state instead of h0.
-  const T* first_dproduct(int64_t b) const {
+  // The first step, in the order of the direction, that row b takes part in.
+  int64_t first_step(int64_t b) const {
     int64_t t = reverse_ ? s_.T - 1 : 0;
     while (b >= s_.rows(t)) --t;  // never at t = 0, where every row is active
-    return s_.reset(t, b, reverse_) ? zeros_ : dproduct(s_.row(t) + b);
+    return t;
   }
 
   // dh0, from the gradients of each row's first step.
   void initial_gradients() {
-    multiply_into_dh(row_end_, split_, recurrent_, d_.w_hh, gates(), s_.P,
-                     [&](int64_t b) { return first_dproduct(b); });
-    each_row(row_end_, s_.P, [&](int64_t b, Units units) {
-      Vec<T> sum = dropout_backward(load(dh(b) + units.unit, units.count), b, units);
+    store_product(row_end_, split_, recurrent_, d_.w_hh, gates(), s_.P,
+                  [&](int64_t b) { return passed_on(first_step(b), b); });
+    each_row_vector(row_end_, s_.P, [&](int64_t b, Units units) {
+      Vec<T> sum = dropout_backward(load(product(b) + units.unit, units.count), b, units);
       if (has_direct_gradient()) sum += load(direct_ + b * s_.P + units.unit, units.count);
       store(at(d_.dh0) + s_.state(b) * s_.P + units.unit, sum, units.count);
     });
@@ -437,18 +415,15 @@ class Backward {
       bool any = false;
       for (int64_t b = row_begin_; b < row_end; ++b) any = any || s_.reset(t_, b, reverse_);
       if (!any) continue;
-      multiply_into_dh(row_end, split_, recurrent_, d_.w_hh, gates(), s_.P,
-                       [&](int64_t b) { return reset_dproduct(b); });
-      each_row(row_end, s_.P, [&](int64_t b, Units units) {
-        const Vec<T> sum = dropout_backward(load(dh(b) + units.unit, units.count), b, units);
+      store_product(row_end, split_, recurrent_, d_.w_hh, gates(), s_.P,
+                    [&](int64_t b) { return s_.reset(t_, b, reverse_) ? dproduct(t_, b) : zeros_; });
+      each_row_vector(row_end, s_.P, [&](int64_t b, Units units) {
+        const Vec<T> sum = dropout_backward(load(product(b) + units.unit, units.count), b, units);
         add_to(d_.dreset.h, t_ * d_.dreset.step_h + s_.state(b) * s_.P + units.unit, sum, units.count);
       });
       if (splits_ && worker_.splits_units) worker_.wait();
     }
   }
-
-  // The gradient of W_hh h of row b at this step; zeros if the step did not read a reset state.
-  const T* reset_dproduct(int64_t b) const { return s_.reset(t_, b, reverse_) ? dproduct(s_.row(t_) + b) : zeros_; }
 
   const LayerShape& s_;
   const BackwardDirection& d_;
@@ -457,10 +432,8 @@ class Backward {
   const int64_t row_begin_, row_end_;
   const Bf16Products bf16_;
   SplitRows split_, split_projection_;  // if splits_
-  T *recurrent_, *projection_, *direct_, *dh_, *zeros_;
-  int64_t dh_width_;
-  int64_t t_ = 0, rows_ = 0, continuing_rows_ = 0;
-  const T* next_dproduct_ = nullptr;
+  T *recurrent_, *projection_, *direct_, *product_, *zeros_;
+  int64_t product_width_, t_ = 0, next_ = 0, rows_ = 0, continuing_rows_ = 0;
 };
 
 }  // namespace FUSED_RNN_ISA

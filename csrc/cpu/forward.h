@@ -90,10 +90,6 @@ class Forward {
   static const T* at(const void* p) { return static_cast<const T*>(p); }
   static T* packed(const void* p) { return static_cast<T*>(const_cast<void*>(p)); }  // nothing packs there again
 
-  // The range [first, last) of n blocks that this worker computes: its share if the team splits units, else all.
-  int64_t first(int64_t n) const { return worker_.splits_units ? worker_.begin(n) : 0; }
-  int64_t last(int64_t n) const { return worker_.splits_units ? worker_.end(n) : n; }
-
   // Whether no other worker multiplies by this one's blocks.
   bool owns_blocks() const { return worker_.splits_units || worker_.count == 1; }
 
@@ -211,8 +207,8 @@ class Forward {
     split(products_.packed_x, split_.x, all ? s_.N : worker_.end(s_.N),
           [&](int64_t n) { return at(d_.x) + s_.place(n) * s_.I; });
     wait_for_splits();
-    cover<C>(all ? 0 : worker_.begin(s_.N), all ? s_.N : worker_.end(s_.N), first(blocks), last(blocks), narrow_end(),
-             false, multiply_part, products_.packed_x ? tiles(split_.x) : 0);
+    cover<C>(all ? 0 : worker_.begin(s_.N), all ? s_.N : worker_.end(s_.N), worker_.first(blocks), worker_.last(blocks),
+             narrow_end(), false, multiply_part, products_.packed_x ? tiles(split_.x) : 0);
   }
 
   // Sets the current step. Its rows below started_rows_ took part in the previous step, in the order of the direction,
@@ -259,7 +255,7 @@ class Forward {
     split(products_.packed_h, split_.h, row_end, [&](int64_t b) { return recurrent_input(b); });
     wait_for_splits();
     cover<C>(
-        row_begin_, row_end, first(blocks), last(blocks), narrow_end(), backwards(),
+        row_begin_, row_end, worker_.first(blocks), worker_.last(blocks), narrow_end(), backwards(),
         [&](const Part& part) { gates(part); }, tiles(split_.h));
     for (int64_t b = row_begin_; s_.normalised && b < row_end; ++b) normalised_cell(b);
     if (s_.train && !s_.drops_h && !(s_.chains_h(Cell::kSavesH) && started_rows_ > 0)) keep_h_prev(row_end);
@@ -269,7 +265,7 @@ class Forward {
       wait_for_splits();
       const int64_t outputs = ceil_div(s_.P, kProjectionBlock);
       cover<UP>(
-          row_begin_, row_end, first(outputs), last(outputs), s_.P % kProjectionBlock != 0, backwards(),
+          row_begin_, row_end, worker_.first(outputs), worker_.last(outputs), s_.P % kProjectionBlock != 0, backwards(),
           [&](const Part& part) { project(part); }, tiles(split_.hidden));
     }
     if (row_end > row_begin_) first_use_ = false;
@@ -285,7 +281,7 @@ class Forward {
   }
   const T* after_recurrent(int64_t block) const {
     const int64_t blocks = ceil_div(s_.H, kBlock), next = block + (backwards() ? -1 : 1);
-    if (next < first(blocks) || next >= last(blocks)) return nullptr;
+    if (next < worker_.first(blocks) || next >= worker_.last(blocks)) return nullptr;
     if (products_.x_beforehand) return after_input(next);
     return products_.packed_x ? input_ + next * s_.I * C * kLanes<T> : nullptr;
   }
@@ -302,7 +298,7 @@ class Forward {
   }
 
   void keep_h_prev(int64_t row_end) {
-    const int64_t from = first(s_.P), count = last(s_.P) - from;
+    const int64_t from = worker_.first(s_.P), count = worker_.last(s_.P) - from;
     for (int64_t b = row_begin_; b < row_end; ++b) {
       T* out = at(d_.reserve.h_prev) + (s_.row(t_) + b) * d_.reserve.stride + from;
       __builtin_memcpy(out, h_prev(b) + from, count * sizeof(T));
@@ -311,7 +307,7 @@ class Forward {
 
   // Copies h after each row's last step to h_n.
   void store_h_n() {
-    const int64_t from = first(s_.P), count = last(s_.P) - from;
+    const int64_t from = worker_.first(s_.P), count = worker_.last(s_.P) - from;
     int64_t t = reverse_ ? 0 : s_.T - 1;
     for (int64_t b = row_begin_; b < row_end_; ++b) {
       while (b >= s_.rows(t)) --t;
@@ -334,9 +330,7 @@ class Forward {
                      after_input(part.block));
     }
     load_biases(from_h, part, 1);
-    for (int slot = 0; s_.normalised && slot < part.slots(); ++slot) {
-      for (int c = 0; c < C; ++c) from_h[slot][c] = Vec<T>{};
-    }
+    if (s_.normalised) clear<T, C>(from_h, part.slots());
     // If h is zero in all rows, one row is multiplied and its sums are copied to the others. The product is not
     // skipped, because it is NaN where W_hh has a NaN or an infinity.
     Part h_part = part;
@@ -451,7 +445,7 @@ class Forward {
     const Vec<T> c_in = c;
     Cell::forward(input, recurrent, h_in, c, saved, h);
     if constexpr (Cell::kHasC) {
-      inner[0] = c, inner[1] = saved[3];
+      inner[0] = c, inner[1] = saved[Cell::kOutputGate];
       if (d_.variant.zones.c.at) {
         const T* zone = at(d_.variant.zones.c.at) + s_.place(row) * d_.variant.zones.c.stride;
         c = math::between(c_in, c, load(zone + unit, n));
@@ -470,9 +464,7 @@ class Forward {
     const T* rows[kMostRows];
     for (int r = 0; r < part.rows; ++r) rows[r] = hidden(part.row + r);
     Sums<T, UP> sums;
-    for (int slot = 0; slot < part.slots(); ++slot) {
-      for (int u = 0; u < UP; ++u) sums[slot][u] = Vec<T>{};
-    }
+    clear<T, UP>(sums, part.slots());
     add_product<1>(sums, part, rows, split_.hidden, products_.packed_h, projection_, d_.w_hr, s_.P, s_.H);
     each_vector<T, UP>(part, s_.P, [&](int slot, int u, Units units) {
       const int64_t b = part.row_of(slot);

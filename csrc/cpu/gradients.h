@@ -118,10 +118,10 @@ class Products {
           pack_columns(panels + (block - begin) * panel, b.from(k), count, N, block * kBlock);
         }
         for (int64_t row = share.row; row < share.row_end; row += at_once) {
-          const int64_t packed = least(at_once, share.row_end - row);
-          pack_transposed(columns, count, a + k * a_stride + row, a_stride, packed, count);
-          for (int64_t first = 0; first < packed; first += chunk) {
-            const int rows = int(least(chunk, packed - first));
+          const int64_t height = least(at_once, share.row_end - row);
+          pack_transposed(columns, count, a + k * a_stride + row, a_stride, height, count);
+          for (int64_t first = 0; first < height; first += chunk) {
+            const int rows = int(least(chunk, height - first));
             const T* from[kMostRows];
             for (int r = 0; r < rows; ++r) from[r] = columns + (first + r) * count;
             if constexpr (kSplits) {
@@ -145,10 +145,10 @@ class Products {
  private:
   static constexpr int U = kUnitVectors<1>;
   static constexpr int64_t kBlock = U * kLanes<T>;
-  // `transposed` packs b from kRowsWorthPacking rows on, so many rows and blocks at a time: they fit the second-level
-  // cache and bound the workspace.
+  // `transposed` packs b from kRowsWorthPacking rows on, so many rows and blocks at a time: about what the second-level
+  // cache holds, and a bound of the workspace.
   static constexpr int64_t kRowsWorthPacking = 8, kRowsAtOnce = 512, kBlocksAtOnce = 8;
-  // Columns of a that it transposes at once: two chunks of rows of the result, in whole cache lines.
+  // Columns of a that it transposes at once: two chunks of rows of the result, three cache lines of float32.
   static constexpr int kColumnsAtOnce = 2 * kChunk;
   static constexpr bool kSplits = sizeof(T) == sizeof(float);  // into bfloat16 parts, if LayerShape::parts says so
 
@@ -202,16 +202,10 @@ class Products {
     for (int64_t index = 0; block + index < end; ++index) {
       const int64_t unit = (block + index) * kBlock;
       Sums<T, U> sums;
-      clear(sums, count);
+      clear<T, U>(sums, count);
       bf16_.add(sums, block_vectors<T, 1>(N, unit), parts, 0, count, split_panel(panels, index, block + index, K, N),
                 [&](int r) { add_columns_in_float32(sums[r], rows[r], b, N, K, unit); });
       store_sums(out, Part{row, block + index, count, 1}, sums, N, accumulate);
-    }
-  }
-
-  static void clear(Sums<T, U>& sums, int slots) {
-    for (int slot = 0; slot < slots; ++slot) {
-      for (int u = 0; u < U; ++u) sums[slot][u] = Vec<T>{};
     }
   }
 
@@ -221,9 +215,10 @@ class Products {
     for (int slot = 0; slot < part.slots(); ++slot) {
       const T* const to = out[part.row_of(slot)] + part.block_of(slot) * kBlock;
       for (int64_t i = 0; i < kBlock; i += kLine / int64_t(sizeof(T))) __builtin_prefetch(to + i, 1);
+      __builtin_prefetch(to + kBlock - 1, 1);  // a row may begin within a line
     }
     Sums<T, U> sums;
-    clear(sums, part.slots());
+    clear<T, U>(sums, part.slots());
     multiply<T, U>(sums, part, rows, panel, K);
     store_sums(out, part, sums, N, accumulate);
   }

@@ -16,12 +16,6 @@ FUSED_RNN_INLINE T sum_of_lanes(const Vec<T>& v) {
   return sum;
 }
 
-// Calls f(first, count) for each vector of a row of n elements; the last may be partial.
-template <class T, class F>
-FUSED_RNN_INLINE void each_lanes(int64_t n, const F& f) {
-  for (int64_t i = 0; i < n; i += kLanes<T>) f(i, n - i < kLanes<T> ? n - i : kLanes<T>);
-}
-
 // row = (row - mean) * rstd, where rstd = 1 / sqrt(variance + eps) is returned.
 template <class T>
 T normalise(T* row, int64_t n) {

@@ -3,7 +3,6 @@
 // One with a NaN or an infinity gives NaN.
 #pragma once
 
-#include "layer_norm.h"
 #include "tile.h"
 #include "worker.h"
 

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "memory.h"
+
 namespace fused_rnn {
 namespace cpu {
 
@@ -40,7 +42,7 @@ Stream::Stream(std::shared_ptr<const FrozenModel> model, int64_t batch, int64_t 
   const auto bytes = [](int64_t floats) { return (floats * 4 + kLine - 1) / kLine * kLine; };
   int64_t size = kLine;
   for (const int64_t part : parts) size += bytes(part);
-  memory_.reset(static_cast<char*>(std::aligned_alloc(kLine, size)));
+  memory_.reset(allocate(size));
   if (!memory_) throw std::runtime_error("fused_rnn: no memory for a stream");
   std::memset(memory_.get(), 0, size);
   float* at[5];  // parts

@@ -85,6 +85,12 @@ struct Panel {
 
 template <class T, int C>
 using Sums = Vec<T>[kMostRows][C];
+template <class T, int C>
+void clear(Sums<T, C>& sums, int slots) {
+  for (int slot = 0; slot < slots; ++slot) {
+    for (int c = 0; c < C; ++c) sums[slot][c] = Vec<T>{};
+  }
+}
 
 // sums[slot][c] += sum over k of row[k] * panel[k][c], for NB blocks or R rows.
 // Runs of kRun values of k are summed in registers and then added to sums, so that rounding errors grow with the number

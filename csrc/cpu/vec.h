@@ -185,5 +185,11 @@ FUSED_RNN_INLINE Vec<T> sums_of_lanes(Vec<T> (&m)[kLanes<T>]) {
   return m[0];
 }
 
+// Calls f(first, count) for each vector of a row of n elements; the last may be partial.
+template <class T, class F>
+FUSED_RNN_INLINE void each_lanes(int64_t n, const F& f) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) f(i, n - i < kLanes<T> ? n - i : kLanes<T>);
+}
+
 }  // namespace FUSED_RNN_ISA
 }  // namespace fused_rnn

@@ -37,6 +37,9 @@ struct Worker {
   // Where this worker's share of n items begins; the next worker's beginning is its end.
   int64_t begin(int64_t n) const { return n * index / count; }
   int64_t end(int64_t n) const { return n * (index + 1) / count; }
+  // Of n blocks of units, those that it computes: its share if the team splits units, else all.
+  int64_t first(int64_t n) const { return splits_units ? begin(n) : 0; }
+  int64_t last(int64_t n) const { return splits_units ? end(n) : n; }
 };
 
 }  // namespace cpu

@@ -56,5 +56,6 @@ def test_three_chunks(size: tuple[int, int, int, int]) -> None:
     assert_as_specified("rnn_tanh", *of_layer("rnn_tanh", size, 1, set()))
 
 
-def test_projection() -> None:
-    assert_as_specified("lstm", *of_layer("lstm", size_of("lstm"), 1, {"zone"}, P=20))
+@pytest.mark.parametrize("P", [20, 150], ids=["narrower", "wider than H, as only the operator takes it"])
+def test_projection(P: int) -> None:
+    assert_as_specified("lstm", *of_layer("lstm", size_of("lstm"), 1, {"zone"}, P=P))
