@@ -169,8 +169,6 @@ def run_suite(suite: Suite, options: argparse.Namespace, console: Console) -> li
         console.print(
             f"This machine is busy (load {load:.1f}): with several threads, times will mislead", style="yellow"
         )
-    if suite.note:
-        console.print(suite.note, style="yellow")
 
     ceilings = {}
     if suite.unit == "s":
