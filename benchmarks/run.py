@@ -1,19 +1,13 @@
 """Compares fused_rnn with torch.nn and, on request, with ONNX Runtime and torch.compile.
 
-    python benchmarks/run.py                          train the examples on both; about three minutes
-    python benchmarks/run.py --suite grid             whole sequences in many shapes; about ten minutes
-    python benchmarks/run.py --suite cells            one step at a time in a Python loop
-    python benchmarks/run.py --suite memory           the peak of a training step, in processes of its own
-    python benchmarks/run.py --suite rl               rollouts with resets, against every way to do that with torch.nn
-    python benchmarks/run.py --suite ragged           sequences of many lengths, against packing them
-    python benchmarks/run.py --suite variants         layer normalisation, zoneout, dropout, against loops over time
-    python benchmarks/run.py --suite stream           frozen weights, one row, the next steps, against quantised ones
-    python benchmarks/run.py --suite programs         models of other libraries: pip install ".[programs]"
+    python benchmarks/run.py                          train the tutorials' models on both
+    python benchmarks/run.py --suite grid             whole sequences in many shapes
     python benchmarks/run.py --suite grid --shape 35,32,28,256,1 --cell gru --compare torch,onnxruntime
 
-Each suite prints a table and writes a CSV file and a picture of its name into a folder for the processor in
-build/benchmarks; `--output benchmarks/results` replaces the committed results instead. The examples fail, with an exit
-status that is not 0, if the two libraries do not learn the same. With --quick, all suites give a first impression.
+docs/performance.md says what each suite measures. Each prints a table and writes a CSV file and a picture of its name
+into a folder for the processor in build/benchmarks; `--output benchmarks/results` replaces the committed results
+instead. The examples fail, with an exit status that is not 0, if the two libraries do not learn the same. With --quick,
+all suites give a first impression.
 
 With --check, every suite fails if a row is behind torch.nn beyond noise, and names those rows. A row is measured again
 with four times the rounds if the upper quartile of its ratios is below 1, and fails if it is again and the median is
