@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds, tests and measures fused_rnn on a machine with an NVIDIA GPU; ends within ten minutes.
+# Builds, tests and measures fused_rnn on a machine with an NVIDIA GPU.
 #
-#     benchmarks/gpu_run.sh [--phase NAME[,NAME...]] [--output DIR] [--quick]
+#     benchmarks/gpu_run.sh [--phase NAME[,NAME...]] [--output DIR] [--time-limit SECONDS] [--quick]
 #
 #     facts        properties of the machine                             gpu_facts.json
 #     build        builds the library into build/gpu                     gpu_run.log
@@ -11,10 +11,11 @@
 #     sweep        times of every kernel on every shape                  gpu_sweep.jsonl
 #     sanitizer    compute-sanitizer on tiny shapes; if it is named       gpu_sanitizer.log
 #
-# It needs torch with CUDA, nvcc and a C++ compiler, and no network. Every phase has a time limit and writes its results as
-# it goes. If a phase fails, the later ones run nevertheless, except after a failed build. The exit status is 0 if all
-# phases passed. The settings of the GPU are not changed. A call without the phase `build` uses the library that an
-# earlier call has built, and builds it if there is none. The results are at most eight files of 16 MiB each.
+# It needs torch with CUDA, nvcc and a C++ compiler, and downloads nothing. Every phase has a time limit, all together
+# have SECONDS (default: 570), and results are written as they come, into DIR (default: build/benchmarks/gpu). Of a log
+# the last 16 MiB are kept. If a phase fails, the later ones run nevertheless, except after a failed build. The exit
+# status is 0 if all phases passed. The settings of the GPU are not changed. A call without the phase `build` uses the
+# library that an earlier call has built, and builds it if there is none.
 #
 # Environment variables: PYTHON, the interpreter; GPU_RUN_COMMIT, the commit if there is no git; TORCH_CUDA_ARCH_LIST, the
 # architectures to build for (default: that of this device); SANITIZER_KERNELS, a part of the names of the kernels that
@@ -25,7 +26,6 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 self=$root/benchmarks/gpu_run.sh
 python=${PYTHON:-python3}
 target=$root/build/gpu
-total=570 # seconds for all phases; the rest of the ten minutes is for starting and stopping
 export PYTHONUNBUFFERED=1 PYTHONPATH="$target${PYTHONPATH:+:$PYTHONPATH}"
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}
 
@@ -71,7 +71,8 @@ case ${GPU_RUN_FUNCTION:-} in
   build | sanitize) "$GPU_RUN_FUNCTION"; exit ;;
 esac
 
-output=${OUT:-$root/benchmarks/results/gpu}
+output=$root/build/benchmarks/gpu
+total=570 # seconds for all phases
 phases=facts,build,correctness,baselines,grid,sweep # the sanitizer slows everything down, and has a run of its own
 all_phases=$phases,sanitizer
 quick=()
@@ -80,9 +81,13 @@ usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 
 while [ $# -gt 0 ]; do
   case $1 in
-    --phase | --output)
+    --phase | --output | --time-limit)
       [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
-      if [ "$1" = --phase ]; then phases=$2; else output=$2; fi
+      case $1 in
+        --phase) phases=$2 ;;
+        --output) output=$2 ;;
+        *) total=$2 ;;
+      esac
       shift 2
       ;;
     --quick) quick=(--quick); shift ;;
@@ -93,6 +98,8 @@ done
 for phase in ${phases//,/ }; do
   [[ ",$all_phases," == *",$phase,"* ]] || { echo "no phase is called $phase; there are $all_phases" >&2; exit 2; }
 done
+
+[[ $total =~ ^[1-9][0-9]*$ ]] || { echo "--time-limit needs a number of seconds, got $total" >&2; exit 2; }
 
 mkdir -p "$output" || exit 1
 output=$(cd "$output" && pwd)
@@ -244,7 +251,7 @@ if selected sanitizer; then
   fi
 fi
 
-if [ -f "$scratch/grid.log" ]; then # last, because callers may keep only the end of a long output
+if [ -f "$scratch/grid.log" ]; then # last, so that it is in view when the script ends
   printf '\n== fused_rnn against torch.nn\n'
   show_summary "$scratch/grid.log" 70
 fi

@@ -1,19 +1,13 @@
 """Compares fused_rnn with torch.nn and, on request, with ONNX Runtime and torch.compile.
 
-    python benchmarks/run.py                          train the examples on both; about three minutes
-    python benchmarks/run.py --suite grid             whole sequences in many shapes; about ten minutes
-    python benchmarks/run.py --suite cells            one step at a time in a Python loop
-    python benchmarks/run.py --suite memory           the peak of a training step, in processes of its own
-    python benchmarks/run.py --suite rl               rollouts with resets, against every way to do that with torch.nn
-    python benchmarks/run.py --suite ragged           sequences of many lengths, against packing them
-    python benchmarks/run.py --suite variants         layer normalisation, zoneout, dropout, against loops over time
-    python benchmarks/run.py --suite stream           frozen weights, one row, the next steps, against quantised ones
-    python benchmarks/run.py --suite programs         models of other libraries: pip install ".[programs]"
+    python benchmarks/run.py                          train the tutorials' models on both
+    python benchmarks/run.py --suite grid             whole sequences in many shapes
     python benchmarks/run.py --suite grid --shape 35,32,28,256,1 --cell gru --compare torch,onnxruntime
 
-Each suite prints a table and writes a CSV file and a picture of its name into the folder of the processor
-in benchmarks/results. The examples fail, with an exit status that is not 0, if the two libraries do not learn the
-same. With --quick, all suites give a first impression.
+docs/performance.md says what each suite measures. Each prints a table and writes a CSV file and a picture of its name
+into a folder for the processor in build/benchmarks; `--output benchmarks/results` replaces the committed results
+instead. The examples fail, with an exit status that is not 0, if the two libraries do not learn the same. With --quick,
+all suites give a first impression.
 
 With --check, every suite fails if a row is behind torch.nn beyond noise, and names those rows. A row is measured again
 with four times the rounds if the upper quartile of its ratios is below 1, and fails if it is again and the median is
@@ -44,7 +38,7 @@ try:
 
     from harness import picture, report
     from harness.competitors import COMPETITORS, require_packages
-    from harness.machine import describe_machine, results_folder
+    from harness.machine import OUTPUT, describe_machine, processor_folder
     from harness.measurement import Measurement, Row
     from harness.roofline import measure_ceilings
     from harness.shapes import named, parse_shape
@@ -67,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line()
     options = parser.parse_args(arguments)
     refuse_what_does_not_fit(options, parser)
-    options.output.mkdir(parents=True, exist_ok=True)
+    options.output = processor_folder(options.output)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     if options.suite == EXAMPLES:
         training_examples.run_examples(options, console)
@@ -110,9 +104,9 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=Path,
-        default=results_folder(),
+        default=OUTPUT,
         metavar="DIR",
-        help="the folder for the CSV and the picture (default: that of this processor, %(default)s)",
+        help="the CSV and the picture go into a folder of this processor's name in DIR (default: %(default)s)",
     )
     return parser
 
@@ -169,8 +163,6 @@ def run_suite(suite: Suite, options: argparse.Namespace, console: Console) -> li
         console.print(
             f"This machine is busy (load {load:.1f}): with several threads, times will mislead", style="yellow"
         )
-    if suite.note:
-        console.print(suite.note, style="yellow")
 
     ceilings = {}
     if suite.unit == "s":

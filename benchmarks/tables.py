@@ -2,8 +2,8 @@
 
     python benchmarks/tables.py
 
-Run this after new results, which need `--threads 1 2` on a machine of more cores: each processor has a folder in
-benchmarks/results, and a test compares the pages with them.
+Run this after new results, which need `--output benchmarks/results`, and `--threads 1 2` on a machine of more cores.
+A test compares the pages with them.
 A table stands between the comments `<!-- table NAME -->` and `<!-- end -->`; NAME is one of TABLES.
 """
 

@@ -28,7 +28,7 @@ from torch.distributions import Categorical
 sys.path.append(str(Path(__file__).parents[1]))
 
 import fused_rnn
-from harness.machine import describe_machine, results_folder
+from harness.machine import OUTPUT, describe_machine, processor_folder
 from harness.timing import InterleavedTiming, time_interleaved
 
 BACKENDS = ("loop", "fused")
@@ -241,7 +241,6 @@ def train(player: Player, options: argparse.Namespace) -> Iterator[dict[str, flo
 
 def write(lines: list[dict[str, float]], more: dict[str, Any], path: Path) -> None:
     """Write the learning curve as a picture and, beside it, as a CSV file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*lines[0], *more])
         writer.writeheader()
@@ -268,8 +267,13 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="fused")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; for layers this small one is best")
-    default = results_folder() / "recurrent_ppo.png"
-    parser.add_argument("--output", type=Path, default=default, help="with a CSV file beside it")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=OUTPUT,
+        metavar="DIR",
+        help="the CSV and the picture go into a folder of this processor's name in DIR (default: %(default)s)",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -290,8 +294,9 @@ def main() -> None:
     both = update_with_both(policy, player.play(options.steps), TIMED_UPDATES, WARM_UP)
     times = {"loop_ms": 1000 * both.first_median, "fused_ms": 1000 * both.second_median, "speed_up": both.speed_up}
     run = {name: getattr(options, name) for name in ("backend", "cell", "envs", "seed")}
-    write(lines, run | times | describe_machine(), options.output)
-    print(f"{LEARNER_TIMES.format(**times)}\nWritten: {options.output} and {options.output.with_suffix('.csv')}")
+    path = processor_folder(options.output) / "recurrent_ppo.png"
+    write(lines, run | times | describe_machine(), path)
+    print(f"{LEARNER_TIMES.format(**times)}\nWritten: {path} and {path.with_suffix('.csv')}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from harness.measurement import FUSED, TORCH, geometric_mean
 from harness.shapes import GROUPS, Shape, named, parse_shape
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+OUTPUT = ROOT / "build" / "benchmarks" / "gpu"
 SHAPES = (
     *GROUPS["gpu"],
     Shape("b32_h160", T=512, B=32, I=160, H=160, L=1),
@@ -113,7 +113,7 @@ def command_line() -> argparse.ArgumentParser:
     kinds.add_argument("--baselines", action="store_true", help="torch.nn alone, with the names of its kernels")
     kinds.add_argument("--errors", action="store_true", help="compare results, time nothing")
     kinds.add_argument("--facts", action="store_true", help="print what machine this is, and write it")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results/gpu")
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR", help="default: build/benchmarks/gpu")
     # Lets this program be tried without a GPU.
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     return parser

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fused_rnn import cuda, reference
 from fused_rnn.cell_info import NUMBER
+from gpu.measure import OUTPUT
 from harness.shapes import GROUPS, Shape
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32}
@@ -36,7 +36,7 @@ REPLAYS = 7
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--budget", type=float, default=100.0, help="seconds")
-    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or "benchmarks/results/gpu"))
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR", help="default: build/benchmarks/gpu")
     parser.add_argument("--cell", nargs="+", choices=CELLS, default=["lstm", "gru"])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "tf32"])
     options = parser.parse_args()

@@ -11,6 +11,7 @@ import fused_rnn
 from fused_rnn import tuned
 
 RESULTS = Path(__file__).parents[1] / "results"  # committed; a folder for each processor
+OUTPUT = RESULTS.parents[1] / "build" / "benchmarks"  # of a run that names no other folder; git ignores it
 DECORATION = re.compile(r"\((?:R|TM)\)|\b(?:CPU|Processor|\d+-Core)\b|@.*")
 
 
@@ -40,9 +41,11 @@ def cpu_name(cpu_info: Path = Path("/proc/cpuinfo")) -> str:
     return f"{name} with AVX2" if "avx2" in flags and "avx512f" not in flags else name
 
 
-def results_folder() -> Path:
-    """The folder for the results of this machine's processor: benchmarks/results/intel-xeon-with-amx."""
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+def processor_folder(output: Path) -> Path:
+    """The folder in `output` for this machine's processor, such as intel-xeon-with-amx; made if it is not there."""
+    folder = output / re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def git_commit() -> str:

@@ -53,7 +53,6 @@ class Suite:
         cells: the default cells.
         takes: whether a combination of shape, call, cell, mode and threads is a row.
         refusal: why a shape cannot be measured, or None if it can.
-        note: a remark that is printed before the run.
     """
 
     name: str
@@ -68,7 +67,6 @@ class Suite:
     cells: Sequence[str] = tuple(CLASSES)
     takes: Callable[[Row], bool] = lambda row: True
     refusal: Callable[[Shape], str | None] = lambda shape: None
-    note: str = ""
 
     def rows(
         self,

@@ -11,12 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-import fused_rnn
 from harness.measurement import FUSED, TORCH, Measurement, Row
 from harness.shapes import Shape
 from harness.speed import measure_time
 from harness.suite import Method, Suite
-from harness.workload import CLASSES, build_cell, build_module, one_call, random_input, random_state, state_sizes
+from harness.workload import build_cell, build_module, one_call, random_input, random_state, state_sizes
 
 STEPS = 32
 SHAPES = [Shape(f"b{B}_h{H}", T=STEPS, B=B, I=H, H=H, L=1) for B in (1, 16, 64) for H in (16, 64, 256)]
@@ -73,15 +72,12 @@ def refusal(shape: Shape) -> str | None:
     return "a cell has one layer and one direction" if shape.L > 1 or shape.bidirectional else None
 
 
-HAS_STEP = all(hasattr(getattr(fused_rnn, name), "step") for name in CLASSES.values())
-
 SUITE = Suite(
     name="cells",
     quantity="time",
     unit="s",
     shapes=SHAPES,
     measure=measure,
-    calls=("cell", "step") if HAS_STEP else ("cell",),
+    calls=("cell", "step"),
     refusal=refusal,
-    note="" if HAS_STEP else "this version of fused_rnn has no step(): only its cells are measured",
 )

@@ -11,6 +11,7 @@ import torch
 
 import run
 from harness import report, speed, timing
+from harness.machine import processor_folder
 from harness.measurement import FUSED, TORCH, Measurement, Row
 from harness.shapes import Shape
 from harness.suite import Method
@@ -118,11 +119,11 @@ def test_a_run_writes_its_table_and_its_picture(
 ) -> None:
     arguments = f"--suite {suite} --quick --shape 5,3,4,6,1 --cell gru --threads 1 --output"
     run.main([*arguments.split(), str(tmp_path)])
-    with (tmp_path / f"{suite}.csv").open(newline="", encoding="utf-8") as file:
+    with (processor_folder(tmp_path) / f"{suite}.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert [line["row"] for line in lines] == [f"T5_B3_I4_H6_L1{call}" for call in calls]
     assert all(float(line[f"{column} ratio"]) > 0 for line in lines for column in columns)
-    assert (tmp_path / f"{suite}.png").read_bytes().startswith(b"\x89PNG")
+    assert (processor_folder(tmp_path) / f"{suite}.png").read_bytes().startswith(b"\x89PNG")
     assert max(map(len, capsys.readouterr().out.split("Written:")[0].splitlines())) <= 100
 
 

@@ -17,7 +17,9 @@ from rich.console import Console
 
 import denormals
 import run
+from gpu import measure
 from harness import competitors, picture, report, roofline, speed, timing
+from harness.machine import RESULTS, processor_folder
 from harness.measurement import FUSED, TORCH, Floor, Measurement, Quartiles, Row, geometric_mean, mean_ratio
 from harness.roofline import Ceilings
 from harness.shapes import CPU_GROUPS, GROUPS, Shape, cpu_shapes, parse_shape
@@ -265,6 +267,14 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 # Runs
 
 
+def test_by_default_results_go_where_git_ignores_them() -> None:
+    """Not into the committed ones, which a run of a few rows would replace."""
+    root = RESULTS.parents[1]
+    assert {run.command_line().get_default("output"), measure.OUTPUT.parent} == {root / "build" / "benchmarks"}
+    if (root / ".gitignore").exists():
+        assert "/build/" in (root / ".gitignore").read_text().splitlines()
+
+
 def csv_lines(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -273,7 +283,7 @@ def csv_lines(path: Path) -> list[dict[str, str]]:
 def test_the_grid_writes_its_table_and_its_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--suite grid --quick --shape 3,2,4,5,1 --cell gru --threads 1 --output"
     run.main([*arguments.split(), str(tmp_path)])
-    inference, training = csv_lines(tmp_path / "grid.csv")
+    inference, training = csv_lines(processor_folder(tmp_path) / "grid.csv")
     assert (inference["mode"], training["mode"]) == ("inference", "training")
     assert inference["row"] == "T3_B2_I4_H5_L1"
     assert (inference["suite"], inference["cell"], inference["threads"]) == ("grid", "gru", "1")
@@ -283,7 +293,7 @@ def test_the_grid_writes_its_table_and_its_picture(tmp_path: Path, capsys: pytes
     floor = Floor(*(float(training[name]) for name in ("operations", "streamed", "flops", "bandwidth")))
     assert float(training["floor"]) == pytest.approx(floor.seconds)
     assert int(training["rounds"]) >= 3
-    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    assert (processor_folder(tmp_path) / "grid.png").read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
     assert "Geometric means" in output
     assert max(map(len, output.split("Written:")[0].splitlines())) <= 100
@@ -296,7 +306,7 @@ def test_streams_are_compared_with_rounded_weights(tmp_path: Path) -> None:
         f"--suite stream --quick --shape 1,1,4,5,1 --shape 6,2,4,5,2 --cell lstm --threads 1 --compare {competitors}"
     )
     run.main([*arguments.split(), "--output", str(tmp_path)])
-    rows = csv_lines(tmp_path / "stream.csv")
+    rows = csv_lines(processor_folder(tmp_path) / "stream.csv")
     assert [row["row"].split()[1] for row in rows] == ["float32", "bfloat16", "int8"] * 2
     for row in rows:
         assert all(float(row[f"{name} ratio"]) > 0 for name in ("torch.nn", *competitors.split(",")))
@@ -323,7 +333,7 @@ def test_check_fails_on_a_row_that_is_behind_twice(tmp_path: Path, monkeypatch: 
         run.main([*arguments, *options])
     usual, more = timing.NORMAL, timing.Pace(6.0, 20, 404)
     assert paces == [usual, usual, usual, more, usual, more]
-    assert [line["behind_torch"] for line in csv_lines(tmp_path / "grid.csv")] == ["False", "True"]
+    assert [line["behind_torch"] for line in csv_lines(processor_folder(tmp_path) / "grid.csv")] == ["False", "True"]
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])

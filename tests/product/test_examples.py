@@ -35,6 +35,7 @@ from examples import (
     tour_results,
 )
 from harness.examples_report import ExampleResult
+from harness.machine import processor_folder
 from harness.recurrent_part import forward_and_backward, recorded_calls
 from harness.timing import InterleavedTiming, TimedSide, time_interleaved
 from processes import python, python_path
@@ -263,14 +264,14 @@ def test_the_run_writes_its_table_and_its_picture(tmp_path: Path) -> None:
     arguments = ("--quick", "--only", "hello_rnn", "--threads", "1", "--output", str(tmp_path))
     finished = run_script("run.py", *arguments)
     assert finished.returncode == 0, finished.stderr
-    with (tmp_path / "examples.csv").open(newline="") as file:
+    with (processor_folder(tmp_path) / "examples.csv").open(newline="") as file:
         (line,) = csv.DictReader(file)
     assert line["example"] == "hello_rnn"
     assert line["agree"] == "True"
     assert line["threads"] == "1"
     assert line["torch_version"] == torch.__version__
     assert float(line["speed_up"]) > 0 and float(line["rnn_speed_up"]) > 0
-    assert (tmp_path / "examples.png").read_bytes().startswith(b"\x89PNG")
+    assert (processor_folder(tmp_path) / "examples.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_run_fails_with_a_sentence_when_an_example_does_not_agree(

@@ -130,5 +130,5 @@ def test_a_folder_for_each_processor(cpu_info: str, name: str, tmp_path: Path, m
     (tmp_path / "cpuinfo").write_text(cpu_info)
     assert machine.cpu_name(tmp_path / "cpuinfo") == name
     monkeypatch.setattr(machine, "cpu_name", lambda: name)
-    folder = machine.results_folder()
-    assert folder.parent == tables.RESULTS and folder.name == name.lower().replace(" ", "-").rstrip("+")
+    folder = machine.processor_folder(tmp_path / "new")
+    assert folder == tmp_path / "new" / name.lower().replace(" ", "-").rstrip("+") and folder.is_dir()
