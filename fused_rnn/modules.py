@@ -46,11 +46,14 @@ class FusedRNNBase(TorchConvertible, Variants):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Takes the arguments of torch.nn's class, and ``backend`` as a keyword."""
         backend = kwargs.pop("backend", "auto")
-        if backend not in policy.BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(map(repr, policy.BACKENDS))}, got {backend!r}")
         super().__init__(*args, **kwargs)
         if backend != "auto":
             self.backend = backend
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "backend":  # no descriptor: every call reads it
+            policy.check_backend(value)
+        super().__setattr__(name, value)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

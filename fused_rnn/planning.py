@@ -91,8 +91,7 @@ def plan(
             raise ValueError(f"{letter} must be at least 1 and less than 2**31, got {size}")
     if dtype not in policy.DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, policy.DTYPES))}, got {dtype}")
-    if backend not in policy.BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, policy.BACKENDS))}, got {backend!r}")
+    policy.check_backend(backend)
     if kind not in get_args(policy.Kind):
         raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(policy.Kind)))}, got {kind!r}")
     directions = 2 if bidirectional else 1

@@ -57,6 +57,16 @@ class Choice(NamedTuple):
         return LayerOptions(batch_sizes, instance=self.instance)
 
 
+def check_backend(backend: Any) -> None:
+    """Refuse what no module can have as its backend.
+
+    Raises:
+        ValueError: it is none of `BACKENDS`.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+
+
 def choose(
     cell: str,
     dtype: torch.dtype,
