@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fused_rnn import _C, policy, survey
+from fused_rnn import _C, policy, steps, survey
 from fused_rnn.call import Arguments, batch_major
 from fused_rnn.cell_info import NUMBER
 from fused_rnn.cells import check_ranks
@@ -342,14 +342,12 @@ class FrozenRNN(_Frozen):
             The output and the state(s), as `fused_rnn.LSTM.step`.
 
         Raises:
-            ValueError, RuntimeError: the module is bidirectional, or an argument does not fit.
+            ValueError, RuntimeError, TypeError: as `fused_rnn.LSTM.step`; or an argument requires a gradient.
         """
         name = f"{self._spec.name}.step"
-        if self.bidirectional:
-            raise ValueError(f"{name}: expected bidirectional=False, got {self.bidirectional}")
-        if not isinstance(input, Tensor) or input.dim() not in (1, 2):
-            got = f"{input.dim()}-D tensor" if isinstance(input, Tensor) else type(input).__name__
-            raise RuntimeError(f"{name}: expected input to be 1-D or 2-D, got {got}")
+        if self.bidirectional or not isinstance(input, Tensor) or input.dim() not in (1, 2):
+            steps.refuse(name, self.bidirectional, input)
+        steps.check_hx(name, self._spec.has_c, input, hx)
         time_dim = 1 if self.batch_first and input.dim() == 2 else 0
         y, hidden = self.forward(input.unsqueeze(time_dim), hx)
         return y.squeeze(time_dim), hidden

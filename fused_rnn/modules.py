@@ -168,14 +168,8 @@ class FusedRNNBase(TorchConvertible, Variants):
             RuntimeError: sizes or dtypes do not match, as in `forward`; or `out` is given while an argument
                 requires a gradient.
         """
-        if self.bidirectional:
-            raise ValueError(f"{type(self).__name__}.step: expected bidirectional=False, got {self.bidirectional}")
-        if not isinstance(input, Tensor):
-            raise TypeError(f"{type(self).__name__}.step: expected input to be a Tensor, got {type(input).__name__}")
-        if input.dim() not in (1, 2):
-            raise RuntimeError(
-                f"{type(self).__name__}.step: expected input to be 1-D or 2-D, got {input.dim()}-D tensor"
-            )
+        if self.bidirectional or not isinstance(input, Tensor) or input.dim() not in (1, 2):
+            steps.refuse(f"{type(self).__name__}.step", self.bidirectional, input)
         if not (resets is None and reset_state is None and active is None and out is None):
             return steps.run(self._spec(), input, hx, resets, reset_state, active, out)
         if not self._varied and self._is_plain(input, 2, hx):
@@ -195,6 +189,7 @@ class FusedRNNBase(TorchConvertible, Variants):
                 FusedRNNBase.forward(self, input.unsqueeze(1 if self.batch_first else 0), hx)  # raises torch.nn's error
                 raise
             return y, tuple(hidden) if self.mode == "LSTM" else hidden[0]
+        steps.check_hx(f"{type(self).__name__}.step", self.mode == "LSTM", input, hx)
         time_dim = 1 if self.batch_first and input.dim() == 2 else 0
         y, hidden = FusedRNNBase.forward(self, input.unsqueeze(time_dim), hx)
         return y.squeeze(time_dim), hidden
