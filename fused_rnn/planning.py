@@ -73,7 +73,10 @@ def plan(
         The plan.
 
     Raises:
-        ValueError: cell, backend or dtype is unknown, or a size is not positive.
+        ValueError: cell, dtype, kind or backend is unknown; or a size is not positive; or device is neither the CPU nor
+            a CUDA device that is here or has `properties`; or those are not three.
+        TypeError: a size or property is not an int.
+        RuntimeError: torch knows no such device.
 
     Example:
         >>> import torch, fused_rnn
@@ -86,9 +89,19 @@ def plan(
     cell = "rnn_tanh" if cell == "rnn" else cell
     if cell not in NUMBER:
         raise ValueError(f"unknown cell {cell!r}; the cells are: rnn, {', '.join(NUMBER)}")
-    for letter, size in dict(T=T, B=B, I=I, H=H, num_layers=num_layers).items():
+    sizes = dict(T=T, B=B, I=I, H=H, num_layers=num_layers)
+    if properties is not None:
+        if not isinstance(properties, tuple) or len(properties) != 3:
+            raise ValueError(
+                "properties must be a tuple of three ints (multiprocessors, bytes of shared memory, compute "
+                f"capability), got {properties!r}"
+            )
+        sizes |= {f"properties[{index}]": value for index, value in enumerate(properties)}
+    for name, size in sizes.items():
+        if not hasattr(size, "__index__"):
+            raise TypeError(f"{name} must be an int, got {size!r}")
         if not 1 <= size < 2**31:
-            raise ValueError(f"{letter} must be at least 1 and less than 2**31, got {size}")
+            raise ValueError(f"{name} must be at least 1 and less than 2**31, got {size}")
     if dtype not in policy.DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, policy.DTYPES))}, got {dtype}")
     policy.check_backend(backend)
@@ -98,6 +111,13 @@ def plan(
     if device is None:
         device = "cuda" if properties is not None or torch.cuda.is_available() else "cpu"
     device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or a CUDA device, got '{device}'")
+    if device.type == "cuda" and properties is None:
+        try:
+            cuda.device_properties(device)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"device must be here or come with properties, got '{device}': {error}") from None
     choice = policy.choose(
         cell,
         dtype,
