@@ -94,7 +94,11 @@ class FusedRNNBase(TorchConvertible, Variants):
             like hx. With ``return_state_sequence``, also the state(s) after every step, ``(T, L*D, B, size)``.
 
         Raises:
-            ValueError, RuntimeError: sizes or dtypes do not match; type and message are torch.nn's.
+            ValueError, RuntimeError: sizes, dtypes or devices do not match; or `lengths` are not from 0 to T, or come
+                with input that is no padded batch; or `reset_state` comes without `resets`.
+            TypeError: input, hx or `reset_state` is not made of tensors as above.
+
+            Without the keywords, and without options that torch.nn does not have, type and message are torch.nn's.
         """
         keywords = (resets, reset_state, lengths, return_state_sequence)
         if self._varied or not (
