@@ -118,6 +118,7 @@ def plan(
             cuda.device_properties(device)
         except (AssertionError, RuntimeError) as error:
             raise ValueError(f"device must be here or come with properties, got '{device}': {error}") from None
+    half = policy.autocast_dtype(device)
     choice = policy.choose(
         cell,
         dtype,
@@ -129,7 +130,7 @@ def plan(
         directions=directions,
         backend=backend,
         differentiable=torch.is_grad_enabled() and requires_grad,
-        half=policy.autocast_dtype(device),
+        half=half,
         on_gpu=device.type != "cpu",
         device=device,
         steps=T,
@@ -141,7 +142,7 @@ def plan(
     if device.type == "cpu":
         shared = _C.cpu_plan(
             NUMBER[cell], T, B, I, H, H, directions, torch.get_num_threads(), dtype is torch.float64,
-            _precision(dtype, T), policy.deterministic(), instance=choice.instance,
+            policy.layer_precision(dtype, half, T == 1), policy.deterministic(), instance=choice.instance,
         )  # fmt: skip
         return Plan("fused", "cpu", choice.reason, shared, shared, choice.source)
     properties = properties or cuda.device_properties(device)
@@ -155,13 +156,3 @@ def plan(
     )
     source = "tuned" if choice.source == "tuned" else "model"
     return Plan("fused", "resident", choice.reason, forward, backward, source)
-
-
-def _precision(dtype: torch.dtype, T: int) -> int:
-    """The precision of the CPU's products in T steps, now."""
-    if dtype is torch.bfloat16:
-        return policy.MEDIUM
-    under_autocast = policy.autocast_precision(policy.autocast_dtype(policy.CPU))
-    if under_autocast != policy.HIGHEST or dtype is not torch.float32:
-        return under_autocast
-    return policy.precision(policy.FLOAT32, T == 1)

@@ -267,6 +267,15 @@ def autocast_precision(half: torch.dtype | None) -> int:
     return MEDIUM if torch.compiler.is_compiling() or bf16_unit() else HIGHEST  # a graph may run on another processor
 
 
+def layer_precision(dtype: torch.dtype, half: torch.dtype | None, single_step: bool) -> int:
+    """The precision of all products of a layer on a CPU: of tensors of `dtype`, under autocast to `half`, now."""
+    if dtype is torch.bfloat16:
+        return MEDIUM
+    if half is not None or dtype is not torch.float32:
+        return autocast_precision(half)
+    return precision(FLOAT32, single_step)
+
+
 def torch_trains_step(cell: str, dtype: torch.dtype) -> bool:
     """Whether torch's function for cells computes a cell or `step` that records a gradient, outside of autocast."""
     return tuned.torchs_nodes_cost_less(cell, dtype) and not deterministic()

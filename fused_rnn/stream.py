@@ -158,8 +158,8 @@ def _restored(module: Any, batch: int, threads: int, state: Any) -> Stream:
 def _plain(state: Any) -> Tensor:
     try:
         return torch.as_tensor(state).detach().resolve_neg().contiguous()
-    except (RuntimeError, TypeError, ValueError):
-        raise TypeError(f"Stream.state: expected tensors or arrays, got {type(state).__name__}") from None
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"Stream.state: expected tensors or arrays, got {type(state).__name__}: {error}") from None
 
 
 def _empty(like: Any, shape: tuple[int, ...]) -> Any:
