@@ -79,15 +79,13 @@ def step(
         ValueError: cell is unknown; or c is None and the cell an LSTM.
         RuntimeError: sizes or dtypes do not match.
     """
-    _check_cell(cell)
-    if cell == "lstm" and c is None:
-        raise ValueError("step: expected c to be a tensor for an LSTM, got None")
     from_x = x if w_ih is None else linear(x, w_ih)
     from_h = linear(h if drop_h is None else h * drop_h, w_hh)
     from_x, from_h = _normalised(from_x, norm_ih), _normalised(from_h, norm_hh)
     from_x, from_h = from_x if b_ih is None else from_x + b_ih, from_h if b_hh is None else from_h + b_hh
     if cell == "lstm":  # Hochreiter and Schmidhuber 1997
-        assert c is not None  # for mypy
+        if c is None:
+            raise ValueError("step: expected c to be a tensor for an LSTM, got None")
         i, f, g, o = (from_x + from_h).chunk(4, dim=1)
         c_new = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h_new = o.sigmoid() * _normalised(c_new, norm_c, norm_c_bias).tanh()
@@ -101,12 +99,9 @@ def step(
         return _mixed(h, (1 - z) * n + z * h, zone_h), None
     if cell == "rnn_tanh":  # Elman 1990
         return _mixed(h, (from_x + from_h).tanh(), zone_h), None
-    return _mixed(h, (from_x + from_h).relu(), zone_h), None
-
-
-def _check_cell(cell: Any) -> None:
-    if cell not in CELLS:
-        raise ValueError(f"unknown cell {cell!r}; the cells are: {', '.join(CELLS)}")
+    if cell == "rnn_relu":
+        return _mixed(h, (from_x + from_h).relu(), zone_h), None
+    raise ValueError(f"unknown cell {cell!r}; the cells are: {', '.join(CELLS)}")
 
 
 def _normalised(rows: Tensor, gain: Tensor | None, bias: Tensor | None = None) -> Tensor:
@@ -168,7 +163,8 @@ def layer(
         >>> y.shape, h_n.shape
         (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
-    _check_cell(cell)
+    if cell not in CELLS:
+        raise ValueError(f"layer: unknown cell {cell!r}; the cells are: {', '.join(CELLS)}")
     if len(weights) not in (5, 10) or weights[1] is None or weights[-4] is None:
         raise ValueError(
             "layer: expected weights to be w_ih, w_hh, b_ih, b_hh, w_hr of one or two directions, with a w_hh each, "
