@@ -74,6 +74,7 @@ __all__ = [
     "Stream",
     "freeze",
     "from_torch",
+    "functional",
     "load_frozen",
     "operator_decompositions",
     "patched",

@@ -306,7 +306,7 @@ class Arguments:
         if given is None:
             raise TypeError(f"{self.name}: expected reset_state to be a pair (h, c), got {kind_of(reset_state)}")
         _check_tensors(self.name, "reset_state", given)
-        given = given if self.batched else tuple(state.unsqueeze(-2) for state in given)
+        given = given if self.batched else tuple(state.unsqueeze(-2) if state.dim() else state for state in given)
         per_step = any(state.dim() == 4 for state in given)
         dtypes = CASTABLE if autocast_dtype(self.x.device) else (self.x.dtype,)
         order = None if self.packed is None else self.packed.sorted_indices

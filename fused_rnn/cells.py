@@ -146,6 +146,7 @@ class RNNCell(FusedCellBase, torch.nn.RNNCell):
 
         Raises:
             ValueError, RuntimeError: sizes or dtypes do not match; type and message are torch.nn's.
+            RuntimeError: one of input and hx is batched, and the other is not.
         """
         if self.nonlinearity not in ("tanh", "relu"):
             return super().forward(input, hx)
@@ -169,6 +170,7 @@ class GRUCell(FusedCellBase, torch.nn.GRUCell):
 
         Raises:
             ValueError, RuntimeError: sizes or dtypes do not match; type and message are torch.nn's.
+            RuntimeError: one of input and hx is batched, and the other is not.
         """
         result = self._run("gru", input, hx, () if hx is None else (hx,))
         return result if isinstance(result, Tensor) else result[0]
@@ -190,6 +192,8 @@ class LSTMCell(FusedCellBase, torch.nn.LSTMCell):
 
         Raises:
             ValueError, RuntimeError: sizes or dtypes do not match; type and message are torch.nn's.
+            RuntimeError: one of input and hx is batched, and the other is not.
+            TypeError: hx is neither None nor a pair.
         """
         pair = isinstance(hx, (tuple, list)) and len(hx) == 2 and hx[0] is not None and hx[1] is not None
         if not (pair or hx is None):

@@ -1,7 +1,7 @@
 """Options of the constructors beyond torch.nn's: regularised variants, layers of different sizes, recomputation.
 
-Equations and papers are in `fused_rnn.reference`. A module without options has torch.nn's parameters. Each option is an
-attribute that is checked whenever it is set, because a rate may change during training.
+Equations and papers are in `fused_rnn.reference`. A module without options has torch.nn's parameters. Each option but
+the sizes of layers is an attribute that is checked whenever it is set, because a rate may change during training.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ _Value = TypeVar("_Value")
 
 
 class Option(Generic[_Value]):
-    """Descriptor of an option: an attribute with a default value, which is checked when it is set."""
+    """Descriptor of an option: an attribute with a default value, which is checked when it is set.
 
-    def __init__(self, default: _Value, checked: Callable[[str, Any], _Value]) -> None:
-        self.default, self.checked = default, checked
+    One with `initial` is what the parameters were made or initialised with, and only the constructor sets it.
+    """
+
+    def __init__(self, default: _Value, checked: Callable[[str, Any], _Value], initial: bool = False) -> None:
+        self.default, self.checked, self.initial = default, checked, initial
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -32,9 +35,11 @@ class Option(Generic[_Value]):
         value: _Value = self.default if module is None else module.__dict__.get(self.name, self.default)
         return value
 
-    def __set__(self, module: Any, value: _Value) -> None:
+    def __set__(self, module: Any, value: _Value, constructing: bool = False) -> None:
         value = self.checked(self.name, value)
         module._check_option(self.name, value)
+        if self.initial and not constructing and value != self.__get__(module):
+            raise ValueError(f"{self.name} can only be set in the constructor, got {value}")
         module.__dict__[self.name] = value
         module._note_variants()
 
@@ -85,8 +90,9 @@ class Options(TypedDict, total=False):
 
 
 class Variants(torch.nn.RNNBase):
-    """The constructor takes options beyond torch.nn's. Each of them is also an attribute, which is checked when it is
-    set; rates may change during training. Equations and papers are in `fused_rnn.reference`.
+    """The constructor takes options beyond torch.nn's. Each of them is also an attribute; all but hidden_size are
+    checked when they are set. Rates may change during training; layer_norm and forget_bias may not. Equations and
+    papers are in `fused_rnn.reference`.
 
     Keyword Args:
         backend: selects who computes a call: "auto" (the default, whichever was measured to be faster), "fused", or
@@ -95,7 +101,7 @@ class Variants(torch.nn.RNNBase):
             are ``(D, B, sum(hidden_size))``, and ``h.split(hidden_size, -1)`` separates the layers.
         layer_norm: True normalises both products of a step, and the LSTM's c on its way to h (Ba, Kiros and Hinton
             2016). It adds the parameters ``norm_ih_l0``, ``norm_hh_l0`` ``(gates * hidden_size,)`` and, for the LSTM,
-            ``norm_c_l0``, ``norm_c_bias_l0`` ``(hidden_size,)``, and can only be set in the constructor.
+            ``norm_c_l0``, ``norm_c_bias_l0`` ``(hidden_size,)``.
         zoneout: probability in [0, 1) that a unit keeps its state at a step (Krueger et al. 2017); the LSTM also
             takes a pair (for h, for c). In evaluation, the expectation replaces the random choice.
         recurrent_dropout: probability in [0, 1) that W_hh does not see a unit of h in training (Gal and Ghahramani
@@ -129,11 +135,11 @@ class Variants(torch.nn.RNNBase):
 
     _flat_weights: Any  # for torch.nn's type some may be None
 
-    layer_norm = Option(False, _flag)
+    layer_norm = Option(False, _flag, initial=True)
     zoneout = Option[float | tuple[float, float]](0.0, _rates)
     recurrent_dropout = Option(0.0, _rate)
     weight_dropout = Option(0.0, _rate)
-    forget_bias = Option(None, _number)
+    forget_bias = Option(None, _number, initial=True)
     recompute = Option("none", _how_much)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -145,11 +151,8 @@ class Variants(torch.nn.RNNBase):
         super().__init__(*args, **kwargs)
         if isinstance(sizes, (tuple, list)):
             self._resize(tuple(sizes))
-        if _flag("layer_norm", options.pop("layer_norm", False)):
-            self.__dict__["layer_norm"] = True  # it may not be set later
-            self._note_variants()
         for name, value in options.items():
-            setattr(self, name, value)
+            _OPTIONS[name].__set__(self, value, constructing=True)
         for name, size in self._norm_shapes():
             self.register_parameter(name, Parameter(self.get_parameter("weight_ih_l0").new_empty(size)))
         if self.layer_norm or self.forget_bias is not None:
@@ -203,8 +206,6 @@ class Variants(torch.nn.RNNBase):
         Raises:
             ValueError: this module cannot have it.
         """
-        if name == "layer_norm" and value != self.layer_norm:
-            raise ValueError(f"layer_norm comes with parameters, and can only be set in the constructor, got {value}")
         if self.mode != "LSTM" and (isinstance(value, tuple) or (name == "forget_bias" and value is not None)):
             got = name if name == "forget_bias" else f"{name}=(h, c)"
             raise ValueError(f"{got} is only supported for LSTM, not RNN or GRU")

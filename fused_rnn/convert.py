@@ -145,6 +145,9 @@ def replace(model: Module) -> Replaced:
         other modules that compute recurrent layers, with the reason. Among them are modules that lists, dicts or
         attributes hold where `named_modules` does not see them.
 
+    Raises:
+        TypeError: model is not a module.
+
     Warns:
         UserWarning: some modules were skipped. One warning names all of them.
 
@@ -154,6 +157,8 @@ def replace(model: Module) -> Replaced:
         >>> fused_rnn.replace(model), type(model["encoder"])
         (['encoder'], <class 'fused_rnn.modules.LSTM'>)
     """
+    if not isinstance(model, Module):
+        raise TypeError(f"replace: expected model to be a torch.nn.Module, got {type(model).__name__}")
     result = Replaced()
     for name, module in model.named_modules():
         if isinstance(module, TorchConvertible):

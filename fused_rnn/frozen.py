@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fused_rnn import _C, policy, survey
-from fused_rnn.call import Arguments, batch_major
+from fused_rnn import _C, policy, steps, survey
+from fused_rnn.call import Arguments, batch_major, kind_of
 from fused_rnn.cell_info import NUMBER
 from fused_rnn.cells import check_ranks
 from fused_rnn.convert import TorchConvertible
@@ -59,7 +59,7 @@ def freeze(module: Module, weights: str = "float32") -> Any:
         >>> stream(torch.randn(3)).shape
         torch.Size([5])
     """
-    if weights not in WEIGHTS:
+    if weights not in tuple(WEIGHTS):  # which may be unhashable
         raise ValueError(f"freeze: expected weights to be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
     if not isinstance(module, Module):
         raise TypeError(f"freeze: expected module to be a torch.nn.Module, got {type(module).__name__}")
@@ -222,10 +222,11 @@ class _Frozen(Module):
             given = state_dict.get(prefix + name)
             if given is None:
                 missing_keys.append(prefix + name)
-            elif given.shape != view.shape or given.dtype is not view.dtype:
+            elif not isinstance(given, Tensor) or given.shape != view.shape or given.dtype is not view.dtype:
+                shape = f" of shape {list(given.shape)}" if isinstance(given, Tensor) else ""
                 error_msgs.append(
                     f"expected {prefix}{name} to be {view.dtype} of shape {list(view.shape)}, as weights="
-                    f"{self.weights!r} has it, got {given.dtype} of shape {list(given.shape)}"
+                    f"{self.weights!r} has it, got {kind_of(given)}{shape}"
                 )
             parts[name] = view if given is None else given
         if strict:
@@ -247,6 +248,9 @@ class _Frozen(Module):
 
         Args:
             path: the file, which is overwritten.
+
+        Raises:
+            OSError: the file cannot be written.
         """
         with open(path, "wb") as file:
             file.write(buffer(self._model))
@@ -260,6 +264,7 @@ class _Frozen(Module):
 
         Raises:
             RuntimeError: the module is bidirectional, or a number is out of range.
+            TypeError: a number is no integer.
         """
         return Stream(self, batch, threads)
 
@@ -342,14 +347,12 @@ class FrozenRNN(_Frozen):
             The output and the state(s), as `fused_rnn.LSTM.step`.
 
         Raises:
-            ValueError, RuntimeError: the module is bidirectional, or an argument does not fit.
+            ValueError, RuntimeError, TypeError: as `fused_rnn.LSTM.step`; or an argument requires a gradient.
         """
         name = f"{self._spec.name}.step"
-        if self.bidirectional:
-            raise ValueError(f"{name}: expected bidirectional=False, got {self.bidirectional}")
-        if not isinstance(input, Tensor) or input.dim() not in (1, 2):
-            got = f"{input.dim()}-D tensor" if isinstance(input, Tensor) else type(input).__name__
-            raise RuntimeError(f"{name}: expected input to be 1-D or 2-D, got {got}")
+        if self.bidirectional or not isinstance(input, Tensor) or input.dim() not in (1, 2):
+            steps.refuse(name, self.bidirectional, input)
+        steps.check_hx(name, self._spec.has_c, input, hx)
         time_dim = 1 if self.batch_first and input.dim() == 2 else 0
         y, hidden = self.forward(input.unsqueeze(time_dim), hx)
         return y.squeeze(time_dim), hidden
@@ -393,10 +396,12 @@ class FrozenCell(_Frozen):
         if states is None or not all(isinstance(s, Tensor) for s in states):
             expected = "a pair (h, c)" if self._spec.has_c else "a tensor"
             raise TypeError(f"{self._spec.name}: expected hx to be None or {expected}, got {type(hx).__name__}")
-        if not isinstance(input, Tensor) or input.dim() not in (1, 2) or input.size(-1) != self.input_size:
-            got = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{self._spec.name}: expected input to be a Tensor, got {type(input).__name__}")
+        if input.dim() not in (1, 2) or input.size(-1) != self.input_size:
             raise RuntimeError(
-                f"{self._spec.name}: expected input of shape [B, {self.input_size}] or [{self.input_size}], got {got}"
+                f"{self._spec.name}: expected input of shape [B, {self.input_size}] or [{self.input_size}], "
+                f"got {list(input.shape)}"
             )
         check_ranks(self._spec.name, input, states)
         shape = (*input.shape[:-1], self.hidden_size)

@@ -46,11 +46,14 @@ class FusedRNNBase(TorchConvertible, Variants):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Takes the arguments of torch.nn's class, and ``backend`` as a keyword."""
         backend = kwargs.pop("backend", "auto")
-        if backend not in policy.BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(map(repr, policy.BACKENDS))}, got {backend!r}")
         super().__init__(*args, **kwargs)
         if backend != "auto":
             self.backend = backend
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "backend":  # no descriptor: every call reads it
+            policy.check_backend(value)
+        super().__setattr__(name, value)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -91,7 +94,11 @@ class FusedRNNBase(TorchConvertible, Variants):
             like hx. With ``return_state_sequence``, also the state(s) after every step, ``(T, L*D, B, size)``.
 
         Raises:
-            ValueError, RuntimeError: sizes or dtypes do not match; type and message are torch.nn's.
+            ValueError, RuntimeError: sizes, dtypes or devices do not match; or `lengths` are not from 0 to T, or come
+                with input that is no padded batch; or `reset_state` comes without `resets`.
+            TypeError: input, hx or `reset_state` is not made of tensors as above.
+
+            Without the keywords, and without options that torch.nn does not have, type and message are torch.nn's.
         """
         keywords = (resets, reset_state, lengths, return_state_sequence)
         if self._varied or not (
@@ -165,14 +172,8 @@ class FusedRNNBase(TorchConvertible, Variants):
             RuntimeError: sizes or dtypes do not match, as in `forward`; or `out` is given while an argument
                 requires a gradient.
         """
-        if self.bidirectional:
-            raise ValueError(f"{type(self).__name__}.step: expected bidirectional=False, got {self.bidirectional}")
-        if not isinstance(input, Tensor):
-            raise TypeError(f"{type(self).__name__}.step: expected input to be a Tensor, got {type(input).__name__}")
-        if input.dim() not in (1, 2):
-            raise RuntimeError(
-                f"{type(self).__name__}.step: expected input to be 1-D or 2-D, got {input.dim()}-D tensor"
-            )
+        if self.bidirectional or not isinstance(input, Tensor) or input.dim() not in (1, 2):
+            steps.refuse(f"{type(self).__name__}.step", self.bidirectional, input)
         if not (resets is None and reset_state is None and active is None and out is None):
             return steps.run(self._spec(), input, hx, resets, reset_state, active, out)
         if not self._varied and self._is_plain(input, 2, hx):
@@ -192,6 +193,7 @@ class FusedRNNBase(TorchConvertible, Variants):
                 FusedRNNBase.forward(self, input.unsqueeze(1 if self.batch_first else 0), hx)  # raises torch.nn's error
                 raise
             return y, tuple(hidden) if self.mode == "LSTM" else hidden[0]
+        steps.check_hx(f"{type(self).__name__}.step", self.mode == "LSTM", input, hx)
         time_dim = 1 if self.batch_first and input.dim() == 2 else 0
         y, hidden = FusedRNNBase.forward(self, input.unsqueeze(time_dim), hx)
         return y.squeeze(time_dim), hidden

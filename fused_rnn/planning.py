@@ -73,7 +73,10 @@ def plan(
         The plan.
 
     Raises:
-        ValueError: cell, backend or dtype is unknown, or a size is not positive.
+        ValueError: cell, dtype, kind or backend is unknown; or a size is not positive; or device is neither the CPU nor
+            a CUDA device that is here or has `properties`; or those are not three.
+        TypeError: a size or property is not an int.
+        RuntimeError: torch knows no such device.
 
     Example:
         >>> import torch, fused_rnn
@@ -86,19 +89,36 @@ def plan(
     cell = "rnn_tanh" if cell == "rnn" else cell
     if cell not in NUMBER:
         raise ValueError(f"unknown cell {cell!r}; the cells are: rnn, {', '.join(NUMBER)}")
-    for letter, size in dict(T=T, B=B, I=I, H=H, num_layers=num_layers).items():
+    sizes = dict(T=T, B=B, I=I, H=H, num_layers=num_layers)
+    if properties is not None:
+        if not isinstance(properties, tuple) or len(properties) != 3:
+            raise ValueError(
+                "properties must be a tuple of three ints (multiprocessors, bytes of shared memory, compute "
+                f"capability), got {properties!r}"
+            )
+        sizes |= {f"properties[{index}]": value for index, value in enumerate(properties)}
+    for name, size in sizes.items():
+        if not hasattr(size, "__index__"):
+            raise TypeError(f"{name} must be an int, got {size!r}")
         if not 1 <= size < 2**31:
-            raise ValueError(f"{letter} must be at least 1 and less than 2**31, got {size}")
+            raise ValueError(f"{name} must be at least 1 and less than 2**31, got {size}")
     if dtype not in policy.DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, policy.DTYPES))}, got {dtype}")
-    if backend not in policy.BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, policy.BACKENDS))}, got {backend!r}")
+    policy.check_backend(backend)
     if kind not in get_args(policy.Kind):
         raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(policy.Kind)))}, got {kind!r}")
     directions = 2 if bidirectional else 1
     if device is None:
         device = "cuda" if properties is not None or torch.cuda.is_available() else "cpu"
     device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or a CUDA device, got '{device}'")
+    if device.type == "cuda" and properties is None:
+        try:
+            cuda.device_properties(device)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"device must be here or come with properties, got '{device}': {error}") from None
+    half = policy.autocast_dtype(device)
     choice = policy.choose(
         cell,
         dtype,
@@ -110,7 +130,7 @@ def plan(
         directions=directions,
         backend=backend,
         differentiable=torch.is_grad_enabled() and requires_grad,
-        half=policy.autocast_dtype(device),
+        half=half,
         on_gpu=device.type != "cpu",
         device=device,
         steps=T,
@@ -122,7 +142,7 @@ def plan(
     if device.type == "cpu":
         shared = _C.cpu_plan(
             NUMBER[cell], T, B, I, H, H, directions, torch.get_num_threads(), dtype is torch.float64,
-            _precision(dtype, T), policy.deterministic(), instance=choice.instance,
+            policy.layer_precision(dtype, half, T == 1), policy.deterministic(), instance=choice.instance,
         )  # fmt: skip
         return Plan("fused", "cpu", choice.reason, shared, shared, choice.source)
     properties = properties or cuda.device_properties(device)
@@ -136,13 +156,3 @@ def plan(
     )
     source = "tuned" if choice.source == "tuned" else "model"
     return Plan("fused", "resident", choice.reason, forward, backward, source)
-
-
-def _precision(dtype: torch.dtype, T: int) -> int:
-    """The precision of the CPU's products in T steps, now."""
-    if dtype is torch.bfloat16:
-        return policy.MEDIUM
-    under_autocast = policy.autocast_precision(policy.autocast_dtype(policy.CPU))
-    if under_autocast != policy.HIGHEST or dtype is not torch.float32:
-        return under_autocast
-    return policy.precision(policy.FLOAT32, T == 1)

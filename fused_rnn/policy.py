@@ -57,6 +57,16 @@ class Choice(NamedTuple):
         return LayerOptions(batch_sizes, instance=self.instance)
 
 
+def check_backend(backend: Any) -> None:
+    """Refuse what no module can have as its backend.
+
+    Raises:
+        ValueError: it is none of `BACKENDS`.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+
+
 def choose(
     cell: str,
     dtype: torch.dtype,
@@ -255,6 +265,15 @@ def autocast_precision(half: torch.dtype | None) -> int:
     if half is not torch.bfloat16:
         return HIGHEST
     return MEDIUM if torch.compiler.is_compiling() or bf16_unit() else HIGHEST  # a graph may run on another processor
+
+
+def layer_precision(dtype: torch.dtype, half: torch.dtype | None, single_step: bool) -> int:
+    """The precision of all products of a layer on a CPU: of tensors of `dtype`, under autocast to `half`, now."""
+    if dtype is torch.bfloat16:
+        return MEDIUM
+    if half is not None or dtype is not torch.float32:
+        return autocast_precision(half)
+    return precision(FLOAT32, single_step)
 
 
 def torch_trains_step(cell: str, dtype: torch.dtype) -> bool:

@@ -76,14 +76,16 @@ def step(
         h' and c'; c' is None except for the LSTM.
 
     Raises:
-        ValueError: cell is unknown.
+        ValueError: cell is unknown; or c is None and the cell an LSTM.
+        RuntimeError: sizes or dtypes do not match.
     """
     from_x = x if w_ih is None else linear(x, w_ih)
     from_h = linear(h if drop_h is None else h * drop_h, w_hh)
     from_x, from_h = _normalised(from_x, norm_ih), _normalised(from_h, norm_hh)
     from_x, from_h = from_x if b_ih is None else from_x + b_ih, from_h if b_hh is None else from_h + b_hh
     if cell == "lstm":  # Hochreiter and Schmidhuber 1997
-        assert c is not None
+        if c is None:
+            raise ValueError("step: expected c to be a tensor for an LSTM, got None")
         i, f, g, o = (from_x + from_h).chunk(4, dim=1)
         c_new = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h_new = o.sigmoid() * _normalised(c_new, norm_c, norm_c_bias).tanh()
@@ -148,6 +150,11 @@ def layer(
         y, shaped like x but ``D*P`` wide; h_n and c_n, shaped like h0 and c0 (c_n is None except for the LSTM); with
         `options.c_sequence`, also c of every step, shaped like x but ``D*H`` wide.
 
+    Raises:
+        ValueError: cell is unknown; or weights are not five for each of one or two directions, or lack a w_hh; or there
+            are no time steps.
+        RuntimeError: sizes or dtypes do not match.
+
     Example:
         >>> import torch
         >>> from fused_rnn import reference
@@ -156,6 +163,13 @@ def layer(
         >>> y.shape, h_n.shape
         (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
+    if cell not in CELLS:
+        raise ValueError(f"layer: unknown cell {cell!r}; the cells are: {', '.join(CELLS)}")
+    if len(weights) not in (5, 10) or weights[1] is None or weights[-4] is None:
+        raise ValueError(
+            "layer: expected weights to be w_ih, w_hh, b_ih, b_hh, w_hr of one or two directions, with a w_hh each, "
+            f"got {len(weights)}: {', '.join('None' if w is None else str(list(w.shape)) for w in weights)}"
+        )
     batch_sizes, resets, lengths = options.batch_sizes, options.resets, options.lengths
     drop_h, zone_h, zone_c = options.drop_h, options.zone_h, options.zone_c
     if x.dim() == 2 and batch_sizes is None:
@@ -176,11 +190,13 @@ def layer(
         return [of_direction] * len(steps) if of_direction is None or of_direction.dim() == 1 else by_step(of_direction)
 
     steps = by_step(x)
+    if not steps:
+        raise ValueError(f"layer: expected x to have time steps, got shape {list(x.shape)}")
     batch = steps[0].size(0)
     outputs, h_last, c_last, c_outputs = [], [], [], []
     for direction, first in enumerate(range(0, len(weights), 5)):
         w_ih, w_hh, b_ih, b_hh, w_hr = weights[first : first + 5]
-        assert w_hh is not None
+        assert w_hh is not None  # for mypy
         hidden = w_hh.size(0) // GATES[cell]
         norm_ih, norm_hh, norm_c, norm_c_bias = (
             None if norm is None else norm[direction]

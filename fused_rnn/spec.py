@@ -15,6 +15,15 @@ from torch import Tensor
 from torch.nn import LSTM, RNNBase
 
 
+def states_of(hx: Any, has_c: bool) -> tuple[Any, ...] | None:
+    """hx as a tuple of tensors, empty without hx; None if hx has another structure."""
+    if hx is None:
+        return ()
+    if not has_c:
+        return (hx,)
+    return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
+
+
 @dataclass
 class Spec:
     """One module's configuration and tensors.
@@ -115,12 +124,8 @@ class Spec:
         return (self.proj_size or self.hidden_size, self.hidden_size) if self.has_c else (self.hidden_size,)
 
     def states(self, hx: Any) -> tuple[Any, ...] | None:
-        """hx as a tuple of tensors, empty without hx; None if hx has another structure."""
-        if hx is None:
-            return ()
-        if not self.has_c:
-            return (hx,)
-        return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
+        """`states_of` this module."""
+        return states_of(hx, self.has_c)
 
     def pack(self, states: Sequence[Any]) -> Any:
         """The inverse of `states`: a tensor, or a pair for the LSTM."""

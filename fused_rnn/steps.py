@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations, product
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,7 +17,32 @@ from torch.autograd.graph import increment_version
 
 from fused_rnn import call, layers, operators, policy
 from fused_rnn.cell_info import NUMBER
-from fused_rnn.spec import Spec
+from fused_rnn.spec import Spec, states_of
+
+
+def refuse(name: str, bidirectional: bool, input: Any) -> NoReturn:
+    """Raise the error of a module or an input that has no step.
+
+    Raises:
+        ValueError: the module is bidirectional.
+        TypeError: input is not a tensor.
+        RuntimeError: it has another number of dimensions.
+    """
+    if bidirectional:
+        raise ValueError(f"{name}: expected bidirectional=False, got {bidirectional}")
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: expected input to be a Tensor, got {type(input).__name__}")
+    raise RuntimeError(f"{name}: expected input to be 1-D or 2-D, got {input.dim()}-D tensor")
+
+
+def check_hx(name: str, has_c: bool, input: Tensor, hx: Any) -> None:
+    """Refuse a state whose structure does not fit a step of `input`; sizes are left to `forward`.
+
+    Raises:
+        TypeError: hx is not a tensor, or pair of tensors.
+        RuntimeError: they have another number of dimensions.
+    """
+    _check_rank(name, "hx", _given(has_c, name, "hx", hx), input.dim() == 2)
 
 
 @policy.runs_eagerly
@@ -77,8 +102,8 @@ def run(
 ) -> tuple[Tensor, Any]:
     """Compute `fused_rnn.LSTM.step` with any of its keyword arguments."""
     name = f"{spec.name}.step"
-    states, fresh = _given(spec, name, "hx", hx), _given(spec, name, "reset_state", reset_state)
-    results = () if out is None else _given_results(spec, name, out)
+    states, fresh = _given(spec.has_c, name, "hx", hx), _given(spec.has_c, name, "reset_state", reset_state)
+    results = () if out is None else _given_results(spec.has_c, name, out)
     differentiable = torch.is_grad_enabled() and policy.any_requires_grad(
         (input, *states, *fresh, *results, *spec._flat_weights)
     )
@@ -103,6 +128,7 @@ def run(
         tensors = _in_place(spec, input, states, resets, fresh, active, into)
         increment_version(results)
     else:
+        _check_rank(name, "hx", states, batched=True)
         tensors = _as_sequence(spec, input, states, resets, fresh, active)
         if results:
             _copy(name, tensors, into)
@@ -237,24 +263,24 @@ def _copy(name: str, results: Sequence[Tensor], into: Sequence[Tensor]) -> None:
         target.copy_(result)
 
 
-def _given(spec: Spec, name: str, argument: str, value: Any) -> tuple[Tensor, ...]:
+def _given(has_c: bool, name: str, argument: str, value: Any) -> tuple[Tensor, ...]:
     """The tensors of hx, or of what is shaped like it; none if it is None.
 
     Raises:
         TypeError: it is something else.
     """
-    states = spec.states(value)
+    states = states_of(value, has_c)
     if states is None or not all(isinstance(s, Tensor) for s in states):
-        expected = "a pair of tensors" if spec.has_c else "a tensor"
+        expected = "a pair of tensors" if has_c else "a tensor"
         raise TypeError(f"{name}: expected {argument} to be {expected}, got {type(value).__name__}")
     return states
 
 
-def _given_results(spec: Spec, name: str, out: Any) -> tuple[Tensor, ...]:
+def _given_results(has_c: bool, name: str, out: Any) -> tuple[Tensor, ...]:
     """y and each state."""
     if not isinstance(out, (tuple, list)) or len(out) != 2 or not isinstance(out[0], Tensor) or out[1] is None:
         raise TypeError(f"{name}: expected out to be a pair (output, hx) like the results, got {type(out).__name__}")
-    return out[0], *_given(spec, name, "out[1]", out[1])
+    return out[0], *_given(has_c, name, "out[1]", out[1])
 
 
 def _with_row(name: str, argument: str, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -263,18 +289,24 @@ def _with_row(name: str, argument: str, states: Sequence[Tensor]) -> tuple[Tenso
     Raises:
         RuntimeError: they have another number of dimensions.
     """
-    for state in states:
-        if state.dim() != 2:
-            raise RuntimeError(f"{name}: For unbatched 1-D input, {argument} should be 2-D, got {state.dim()}-D tensor")
+    _check_rank(name, argument, states, batched=False)
     return tuple(state.unsqueeze(1) for state in states)
+
+
+def _check_rank(name: str, argument: str, states: Sequence[Tensor], batched: bool) -> None:
+    for state in states:
+        if state.dim() != (3 if batched else 2):
+            kind, expected = ("batched 2-D", 3) if batched else ("unbatched 1-D", 2)
+            raise RuntimeError(
+                f"{name}: For {kind} input, {argument} should be {expected}-D, got {state.dim()}-D tensor"
+            )
 
 
 def _check_mask(name: str, argument: str, mask: Any, input: Tensor) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
-        got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"{name}: expected {argument} to be a bool tensor, got {got}")
+        raise ValueError(f"{name}: expected {argument} to be a bool tensor, got {call.kind_of(mask)}")
     if mask.shape != input.shape[:-1]:
         raise RuntimeError(f"{name}: Expected {argument} of shape {list(input.shape[:-1])}, got {list(mask.shape)}")
     if mask.device != input.device:

@@ -25,7 +25,7 @@ class Stream:
 
     Raises:
         RuntimeError: the module is bidirectional, or a number is out of range.
-        TypeError: a number is no integer.
+        TypeError: module is not frozen, or a number is no integer.
 
     Example:
         >>> import torch, fused_rnn
@@ -39,6 +39,8 @@ class Stream:
     """
 
     def __init__(self, module: Any, batch: int = 1, threads: int = 1) -> None:
+        if not hasattr(module, "_new_stream"):
+            raise TypeError(f"Stream: expected module to be a FrozenRNN or FrozenCell, got {type(module).__name__}")
         self.module, self.batch, self.threads = module, index(batch), index(threads)
         self._packed = module._packed
         self._take_weights()
@@ -154,7 +156,10 @@ def _restored(module: Any, batch: int, threads: int, state: Any) -> Stream:
 
 
 def _plain(state: Any) -> Tensor:
-    return torch.as_tensor(state).detach().resolve_neg().contiguous()
+    try:
+        return torch.as_tensor(state).detach().resolve_neg().contiguous()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"Stream.state: expected tensors or arrays, got {type(state).__name__}: {error}") from None
 
 
 def _empty(like: Any, shape: tuple[int, ...]) -> Any:

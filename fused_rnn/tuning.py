@@ -246,9 +246,7 @@ def _rivals(call: Call, device: torch.device) -> dict[str, Result]:
 
 def _instruction_sets(call: Call) -> dict[str, Result]:
     """The kernels with each instruction set that computes the call in a way of its own; the process's own first."""
-    precision = policy.autocast_precision(call.autocast) or call.precision
-    if call.dtype is torch.bfloat16:
-        precision = policy.MEDIUM
+    precision = policy.layer_precision(call.dtype, call.autocast, call.T == 1)
     rivals: dict[tuple[Any, ...], tuple[str, Result]] = {}
     for name, instance in tuned.instruction_sets().items():
         plan = _C.cpu_plan(

@@ -248,6 +248,8 @@ def test_from_torch_refuses_other_classes() -> None:
     for wrong, called in ((FlippingLSTM(3, 5), "FlippingLSTM"), (nn.Linear(3, 5), "Linear"), (3, "int")):
         with pytest.raises(TypeError, match=f"torch.nn's RNN, LSTM, GRU, .*Cell, got {called}"):
             fused_rnn.from_torch(wrong)
+    with pytest.raises(TypeError, match=r"replace: expected model to be a torch.nn.Module, got int"):
+        fused_rnn.replace(3)
 
 
 def test_to_torch_of_a_users_subclass() -> None:

@@ -248,6 +248,8 @@ def test_wrong_shapes_are_named() -> None:
 def test_wrong_arguments_of_freeze() -> None:
     with pytest.raises(ValueError, match=r"weights to be one of 'float32', 'bfloat16', 'int8', got 'int4'"):
         fused_rnn.freeze(nn.GRU(3, 5), "int4")
+    with pytest.raises(ValueError, match=r"weights to be one of .* got \['int8'\]"):
+        fused_rnn.freeze(nn.GRU(3, 5), ["int8"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="found none"):
         fused_rnn.freeze(nn.Linear(3, 5))
     with pytest.raises(ValueError, match="found only frozen ones"):
@@ -280,6 +282,16 @@ def test_wrong_arguments_of_freeze() -> None:
 def test_wrong_arguments_of_forward(call: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         call(fused_rnn.freeze(nn.GRU(3, 5)))
+
+
+def test_wrong_arguments_of_a_cell() -> None:
+    cell = fused_rnn.freeze(nn.LSTMCell(3, 5))
+    with pytest.raises(TypeError, match="FrozenLSTMCell: expected input to be a Tensor, got str"):
+        cell("x")
+    with pytest.raises(RuntimeError, match=r"FrozenLSTMCell: expected input of shape \[B, 3\] or \[3\], got \[2, 4\]"):
+        cell(torch.randn(2, 4))
+    with pytest.raises(TypeError, match=r"FrozenLSTMCell: expected hx to be None or a pair \(h, c\), got Tensor"):
+        cell(torch.randn(2, 3), torch.randn(2, 5))
 
 
 def test_there_is_no_gradient() -> None:
@@ -443,6 +455,8 @@ def test_state_dict(weights: str) -> None:
         target.load_state_dict({**state, "more": x})
     with pytest.raises(RuntimeError, match=r"expected bias_ih_l0 to be torch\.float32 of shape"):
         target.load_state_dict({**state, "bias_ih_l0": x})
+    with pytest.raises(RuntimeError, match=r"expected bias_ih_l0 to be torch\.float32 of shape .* got int"):
+        target.load_state_dict({**state, "bias_ih_l0": 3})
     assert_equal(target(x), frozen(x))
 
 

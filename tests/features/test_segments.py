@@ -376,6 +376,13 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], text: 
         ours(torch.randn(6, 3, 4), **arguments)
 
 
+def test_a_state_of_resets_without_dimensions() -> None:
+    _, ours = pair("GRU", 4, 9, dtype=torch.float32)
+    for x in (torch.randn(6, 3, 4), torch.randn(6, 4)):
+        with pytest.raises(RuntimeError, match=r"Expected reset_state of shape .*, got \[\]"):
+            ours(x, resets=torch.zeros(x.shape[:-1], dtype=torch.bool), reset_state=torch.zeros(()))
+
+
 def test_what_does_not_go_together() -> None:
     _, ours = pair("GRU", 4, 9, dtype=torch.float32)
     packed = pack_padded_sequence(torch.randn(6, 3, 4), torch.tensor([6, 4, 1]))

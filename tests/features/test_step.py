@@ -134,13 +134,37 @@ def test_weights_written_in_place_are_seen(name: str) -> None:
         (lambda m: m.step(torch.randn(3, 5)), RuntimeError, r"input.size\(-1\) must be equal to input_size"),
         (lambda m: m.step(torch.randn(3, 4), torch.randn(1, 2, 5)), RuntimeError, r"Expected hidden size"),
         (lambda m: m.step(torch.randn(3, 4), torch.randn(2, 3, 5)), RuntimeError, r"Expected hidden size"),
-        (lambda m: m.step(torch.randn(3, 4), torch.randn(3, 5)), RuntimeError, r"hx should also be 3-D"),
         (lambda m: m.step(torch.randn(3, 4).double()), ValueError, r"dtype"),
     ],
 )
 def test_wrong_arguments(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(fused_rnn.GRU(4, 5))
+
+
+@pytest.mark.parametrize("way", ["plain", "resets", "zoneout", "frozen"])
+@pytest.mark.parametrize("cell", ["GRU", "LSTM"])
+def test_wrong_states(cell: str, way: str) -> None:
+    """In every way that a step is computed, a state of another structure gives the same documented error."""
+    module = getattr(fused_rnn, cell)(4, 5, **({"zoneout": 0.1} if way == "zoneout" else {}))
+    module = fused_rnn.freeze(module) if way == "frozen" else module
+    more = {"resets": torch.tensor([True, False])} if way == "resets" else {}
+    h, pair = torch.zeros(1, 2, 5), cell == "LSTM"
+    for hx in (3, "hc", [h], (h, None), (h, 3), (h, h, h), h if pair else (h, h), torch.stack([h, h]) if pair else [h]):
+        expected = "a pair of tensors" if pair else "a tensor"
+        for input in (torch.randn(2, 4), torch.randn(4)):
+            if input.dim() == 2 or not more:
+                with pytest.raises(TypeError, match=rf"{cell}.step: expected hx to be {expected}, got \w+$"):
+                    module.step(input, hx, **more)
+    for input, state, text in (
+        (torch.randn(2, 4), h[0], "batched 2-D input, hx should be 3-D, got 2-D"),
+        (torch.randn(4), h, "unbatched 1-D input, hx should be 2-D, got 3-D"),
+    ):
+        if input.dim() == 2 or not more:
+            with pytest.raises(RuntimeError, match=f"{cell}.step: For {text} tensor"):
+                module.step(input, (state, state) if pair else state, **more)
+    with pytest.raises(TypeError, match=f"{cell}.step: expected input to be a Tensor, got list"):
+        module.step([1.0])
 
 
 def test_two_directions_have_no_step() -> None:

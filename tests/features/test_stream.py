@@ -143,6 +143,9 @@ def test_state() -> None:
         (lambda s: s.reset(torch.tensor([True, False])), RuntimeError, r"rows to be bool of shape \[1\]"),
         (lambda s: setattr(s, "state", torch.zeros(1, 1, 20)), TypeError, "expected a pair"),
         (lambda s: setattr(s, "state", (torch.zeros(1, 1, 20), torch.zeros(20))), RuntimeError, "expected c of shape"),
+        (lambda s: setattr(s, "state", "hc"), TypeError, "expected a pair"),
+        (lambda s: setattr(s, "state", ("h", "c")), TypeError, "state: expected tensors or arrays, got str"),
+        (lambda s: setattr(s, "state", ((torch.zeros(1, 1, 20),), None)), TypeError, "or arrays, got tuple"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(call: Any, error: Any, message: str) -> None:
@@ -172,6 +175,9 @@ def test_wrong_streams() -> None:
             fused_rnn.freeze(nn.GRU(I, H)).stream(**numbers)
     with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
         fused_rnn.freeze(nn.GRU(I, H)).stream(1.5)  # type: ignore[arg-type]
+    for module, kind in ((nn.GRU(I, H), "GRU"), (3, "int")):
+        with pytest.raises(TypeError, match=f"Stream: expected module to be a FrozenRNN or FrozenCell, got {kind}"):
+            fused_rnn.Stream(module)
 
 
 @pytest.mark.parametrize("weights", FORMATS)

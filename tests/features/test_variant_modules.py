@@ -208,6 +208,10 @@ def test_forget_bias() -> None:
         both = [getattr(module, f"bias_{kind}_l{layer}{suffix}").chunk(4) for kind in ("ih", "hh")]
         assert (both[0][1] + both[1][1] == 2.0).all()
         assert both[0][0].unique().numel() > 1  # the other biases are torch.nn's
+    module.forget_bias = 2.0  # as it is
+    with pytest.raises(ValueError, match=r"forget_bias can only be set in the constructor, got 1\.0"):
+        module.forget_bias = 1
+    assert module.forget_bias == 2.0
 
 
 @each_name

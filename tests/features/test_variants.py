@@ -221,3 +221,28 @@ def test_masks_whose_strides_say_nothing(cell: str) -> None:
     more = {name: zone.as_strided((5, 1, 4), (4, 1, 1)) for name, zone in more.items()}
     assert all(zone.is_contiguous() for zone in more.values())
     assert_as_specified(cell, arguments, more)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (dict(cell="foo"), "unknown cell 'foo'; the cells are: rnn_tanh, rnn_relu, lstm, gru"),
+        (dict(weights=[]), "weights to be w_ih, w_hh, .* of one or two directions, .* got 0"),
+        (dict(weights=[torch.zeros(5, 3), None, None, None, None]), r"with a w_hh each, got 5: \[5, 3\], None, None"),
+        (dict(x=torch.zeros(0, 2, 3)), r"x to have time steps, got shape \[0, 2, 3\]"),
+    ],
+    ids=["cell", "no weights", "no w_hh", "no steps"],
+)
+def test_wrong_arguments_of_the_specification(changes: dict[str, Any], text: str) -> None:
+    right = dict(cell="rnn_tanh", x=torch.zeros(7, 2, 3), h0=None, c0=None)
+    right["weights"] = [torch.zeros(5, 3), torch.zeros(5, 5), None, None, None]
+    with pytest.raises(ValueError, match=text):
+        reference.layer(**(right | changes))
+
+
+def test_wrong_arguments_of_a_step_of_the_specification() -> None:
+    x, h, w_ih, w_hh = torch.zeros(2, 3), torch.zeros(2, 5), torch.zeros(20, 3), torch.zeros(20, 5)
+    with pytest.raises(ValueError, match="step: expected c to be a tensor for an LSTM, got None"):
+        reference.step("lstm", x, h, None, w_ih, w_hh)
+    with pytest.raises(ValueError, match="unknown cell 'foo'"):
+        reference.step("foo", x, h, None, w_ih, w_hh)

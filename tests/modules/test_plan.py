@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -224,6 +225,33 @@ def test_bad_arguments() -> None:
         fused_rnn.plan("qrnn")
     with pytest.raises(ValueError, match="backend must be one of"):
         fused_rnn.plan("lstm", backend="cudnn")
+    with pytest.raises(ValueError, match=r"kind must be one of 'sequence', .* got 'layer'"):
+        fused_rnn.plan("lstm", kind="layer")
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "cuda:63", torch.device("xla")])
+def test_devices_without_a_plan(device: Any) -> None:
+    with pytest.raises(ValueError, match=f"device must be .* got '{device}'"):
+        fused_rnn.plan("lstm", device=device)
+    assert fused_rnn.plan("lstm", device="cuda:63", properties=DEVICES["h100"]).backend == "torch"
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "text"),
+    [
+        (dict(T="a"), TypeError, "T must be an int, got 'a'"),
+        (dict(H=2.5), TypeError, "H must be an int, got 2.5"),
+        (dict(num_layers=None), TypeError, "num_layers must be an int, got None"),
+        (dict(properties=(132, 232448)), ValueError, r"properties must be a tuple of three .* got \(132, 232448\)"),
+        (dict(properties="abc"), ValueError, "properties must be a tuple of three ints .* got 'abc'"),
+        (dict(properties=(132, "a", 90)), TypeError, r"properties\[1\] must be an int, got 'a'"),
+        (dict(properties=(132, 232448, -1)), ValueError, r"properties\[2\] must be at least 1 .* got -1"),
+    ],
+    ids=str,
+)
+def test_no_sizes_and_no_properties(bad: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        fused_rnn.plan("lstm", **bad)
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
@@ -242,6 +270,9 @@ def test_backend_of_a_module(name: str) -> None:
             assert torch.equal(ours(x)[0], theirs(x)[0])
     with pytest.raises(ValueError, match="backend must be one of 'auto', 'fused', 'torch', got 'fast'"):
         getattr(fused_rnn, name)(3, 4, backend="fast")
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'fused', 'torch', got 'fast'"):
+        ours.backend = "fast"
+    assert ours.backend == "torch"
 
 
 @pytest.mark.parametrize("bad", [dict(H=0), dict(H=-40), dict(T=0), dict(B=2**31), dict(dtype=torch.int8)])
