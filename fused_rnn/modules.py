@@ -46,6 +46,7 @@ class FusedRNNBase(TorchConvertible, Variants):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Takes the arguments of torch.nn's class, and ``backend`` as a keyword."""
         backend = kwargs.pop("backend", "auto")
+        policy.check_backend(backend)  # before parameters are drawn
         super().__init__(*args, **kwargs)
         if backend != "auto":
             self.backend = backend

@@ -331,7 +331,10 @@ void pack_rows(T* panel, const T* W, int64_t H, int64_t K, int64_t unit) {
     for (int64_t k = 0; k < K; k += n) {
       const int64_t width = least(K - k, n);
       Vec<T> square[n];
-      for (int j = 0; j < n; ++j) square[j] = j < units ? load(row + j * K + k, width) : Vec<T>{};
+      for (int j = 0; j < n; ++j) {
+        __builtin_prefetch(row + (n + j) * K + k, 0, 2);  // what the next vector of this gate's units reads
+        square[j] = j < units ? load(row + j * K + k, width) : Vec<T>{};
+      }
       transpose<T>(square);
       for (int64_t i = 0; i < width; ++i) store(panel + ((k + i) * vectors + c) * n, square[i]);
     }
