@@ -76,7 +76,8 @@ def test_the_emulator_is_right(tmp_path: Path) -> None:
 def test_every_instance_agrees_with_the_reference(every_instance: Path) -> None:
     def check(cell_and_element: tuple[str, str]) -> subprocess.CompletedProcess[str]:
         cell, element = cell_and_element
-        seeds = 2 if cell == "lstm" else 1  # other cells have other numbers, but almost the same order of events
+        # The others have other numbers, but almost the same order of events.
+        seeds = 2 if cell_and_element == ("lstm", "bf16") else 1
         return run(every_instance, "--cell", cell, "--element", element, "--seeds", seeds)
 
     with ThreadPoolExecutor(PROCESSES) as pool:
