@@ -90,9 +90,9 @@ class Options(TypedDict, total=False):
 
 
 class Variants(torch.nn.RNNBase):
-    """The constructor takes options beyond torch.nn's. Each of them is also an attribute; all but hidden_size are
-    checked when they are set. Rates may change during training; layer_norm and forget_bias may not. Equations and
-    papers are in `fused_rnn.reference`.
+    """The constructor takes options beyond torch.nn's. Each of them is also an attribute; all but hidden_size
+    and backend are checked when they are set. Rates may change during training; layer_norm and forget_bias may not.
+    Equations and papers are in `fused_rnn.reference`.
 
     Keyword Args:
         backend: selects who computes a call: "auto" (the default, whichever was measured to be faster), "fused", or

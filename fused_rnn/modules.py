@@ -51,11 +51,6 @@ class FusedRNNBase(TorchConvertible, Variants):
         if backend != "auto":
             self.backend = backend
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "backend":  # no descriptor: every call reads it
-            policy.check_backend(value)
-        super().__setattr__(name, value)
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         checks = [getattr(cls, name) for name in _CHECKS if hasattr(cls, name)]
