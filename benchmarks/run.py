@@ -22,7 +22,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 try:
     import torch
@@ -38,7 +37,7 @@ try:
 
     from harness import picture, report
     from harness.competitors import COMPETITORS, require_packages
-    from harness.machine import OUTPUT, describe_machine, processor_folder
+    from harness.machine import add_output, describe_machine, processor_folder
     from harness.measurement import Measurement, Row
     from harness.roofline import measure_ceilings
     from harness.shapes import named, parse_shape
@@ -101,13 +100,7 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--check", action="store_true", help="fail if a row is behind torch.nn beyond noise")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, or steps of training")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=OUTPUT,
-        metavar="DIR",
-        help="the CSV and the picture go into a folder of this processor's name in DIR (default: %(default)s)",
-    )
+    add_output(parser)
     return parser
 
 

@@ -28,7 +28,7 @@ from torch.distributions import Categorical
 sys.path.append(str(Path(__file__).parents[1]))
 
 import fused_rnn
-from harness.machine import OUTPUT, describe_machine, processor_folder
+from harness.machine import add_output, describe_machine, processor_folder
 from harness.timing import InterleavedTiming, time_interleaved
 
 BACKENDS = ("loop", "fused")
@@ -267,13 +267,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="fused")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; for layers this small one is best")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=OUTPUT,
-        metavar="DIR",
-        help="the CSV and the picture go into a folder of this processor's name in DIR (default: %(default)s)",
-    )
+    add_output(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)

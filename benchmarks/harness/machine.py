@@ -1,5 +1,6 @@
 """The machine and the versions of a run, and the folder of its results."""
 
+import argparse
 import re
 import subprocess
 from datetime import datetime
@@ -39,6 +40,16 @@ def cpu_name(cpu_info: Path = Path("/proc/cpuinfo")) -> str:
     if "amx_tile" in flags:
         return f"{name} with AMX"
     return f"{name} with AVX2" if "avx2" in flags and "avx512f" not in flags else name
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=OUTPUT,
+        metavar="DIR",
+        help="the CSV and the picture go into a folder of this processor's name in DIR (default: %(default)s)",
+    )
 
 
 def processor_folder(output: Path) -> Path:
