@@ -68,17 +68,6 @@ def _step_into(*arguments: Any) -> None:
     pass
 
 
-def _step_layers(
-    x: Tensor, h0: _Maybe, c0: _Maybe, cell: int, layers: int, weights: Sequence[Tensor], has_biases: bool,
-    projected: bool, deterministic: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    require_one_device(x, h0, c0, *weights)
-    batch, (w_ih, w_hh), info = x.size(0), weights[:2], CELLS[NAMES[cell]]
-    h = x.new_empty((layers, batch, w_hh.size(1)))
-    c = x.new_empty((layers, batch, w_ih.size(0) // info["gates"]) if info["has_c"] else (0,))
-    return x.new_empty((batch, w_hh.size(1))), h, c
-
-
 def _backward(
     dy: _Maybe, dh_n: _Maybe, dc_n: _Maybe, x: Tensor, reserve: Tensor, cell: int, need_dx: bool, need_dstate: bool,
     need_dw_ih: bool, need_dw_hh: bool, need_db: bool, need_dw_hr: bool, w_ih: _Maybe, w_hh: Tensor,
@@ -194,5 +183,4 @@ def register(namespace: str) -> None:
 register("fused_rnn")
 torch.library.register_fake("fused_rnn::step", _step)
 torch.library.register_fake("fused_rnn::step_into", _step_into)
-torch.library.register_fake("fused_rnn::step_layers", _step_layers)
 torch.library.register_fake("fused_rnn::frozen", _frozen)

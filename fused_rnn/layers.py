@@ -17,7 +17,6 @@ from torch.autograd import forward_ad
 
 from fused_rnn import cuda, input_gates, operators, policy, reference
 from fused_rnn.cell_info import NUMBER
-from fused_rnn.operators import forward_operator
 from fused_rnn.options import NO_OPTIONS, LayerOptions, constants_of, differentiable_of, flags_of, tensors_of
 from fused_rnn.policy import COMPILERS_TYPES, FAKE_TYPES, any_requires_grad, deterministic, runs_eagerly
 
@@ -63,6 +62,11 @@ def stack(
         and for the LSTM c of every step ``[T, L*D, B, ...]`` or ``[N, L*D, ...]``.
     """
     run = layer if run is None else run
+    trains = weights[0].requires_grad and torch.is_grad_enabled()  # nearly always all that there is to ask
+    if options_of is None and options is NO_OPTIONS and run is layer and not (trains or dropout > 0 or sequences):
+        results = _in_one_call(cell, x, h0, c0, weights, has_biases, num_layers, directions)
+        if results is not None:
+            return results
     h_layers: Sequence[Tensor | None] = (h0,)
     c_layers: Sequence[Tensor | None] = (c0,)
     if num_layers > 1:
@@ -89,6 +93,32 @@ def stack(
             torch.cat([_by_direction(s, directions) for s in kind], dim or 1) for kind in zip(*steps, strict=True)
         ]
     return results
+
+
+def _in_one_call(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    directions: int,
+) -> list[Tensor] | None:
+    """The results of `stack` in inference on a CPU, from all layers at once; None if they have to be called in turn."""
+    if (
+        torch.compiler.is_compiling()
+        or policy.on_cuda(x)
+        or x.dtype not in policy.KERNEL_DTYPES
+        or policy.precision(x)
+        or (torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)))
+    ):
+        return None
+    projected = len(weights) > num_layers * directions * (4 if has_biases else 2)
+    results = operators.stack(
+        x, h0, c0, NUMBER[cell], num_layers, directions, weights, has_biases, projected, deterministic()
+    )
+    return None if results is None else list(results if cell == "lstm" else results[:2])
 
 
 def layer_weights(
@@ -143,7 +173,7 @@ def layer(
         y, h_n, c_n = _apply(cell, len(weights), NO_OPTIONS, x, h0, c0, *weights)
         return y, y if x.dim() == 2 else h_n, c_n if cell == "lstm" else None
     else:
-        y, h_n, c_n, _, _ = forward_operator(x, h0, c0, NUMBER[cell], False, *weights)
+        y, h_n, c_n, _, _ = operators.forward_operator(x, h0, c0, NUMBER[cell], False, *weights)
         return y, y if x.dim() == 2 else h_n, c_n if cell == "lstm" else None
     is_step = options.batch_sizes is None and x.dim() == 2
     return y, y if is_step else h_n, c_n if cell == "lstm" else None, *more
@@ -243,9 +273,9 @@ def _run_backward(
 ) -> list[Tensor | None]:
     """Gradients of x, h0, c0, the weights and the options that may need one; some may be there without need."""
     x, h0, _, weights = inputs
-    count = len(weights)
+    count, watched = len(weights), policy.watched()  # other modes may be in force than in forward
     if options is NO_OPTIONS:
-        return operators.backward(cell, grads, x, kept[0], weights, options, needs, 0)[: 3 + count]
+        return operators.backward(cell, grads, x, kept[0], weights, options, needs, 0, watched)[: 3 + count]
     need_reset_h, need_reset_c, *_, need_norm_ih = needs[3 + count :]
     reset_states = [s for s, need in ((options.reset_h, need_reset_h), (options.reset_c, need_reset_c)) if need]
     reset_steps = 0 if not reset_states else -1 if reset_states[0].dim() == 4 else 1  # type: ignore[union-attr]
@@ -253,14 +283,14 @@ def _run_backward(
         grads = (grads[0], torch.zeros_like(h0), *grads[2:])  # tells a compiler how many rows there are
     dnorm_ih = None
     if options.norm_ih is None:
-        dx, dh0, dc0, *rest = operators.backward(cell, grads, x, kept[0], weights, options, needs, reset_steps)
+        dx, dh0, dc0, *rest = operators.backward(cell, grads, x, kept[0], weights, options, needs, reset_steps, watched)
     else:
         needs_w = needs[3 : 3 + count : 5]
         of_operator = [needs[0] or need_norm_ih or any(needs_w), *needs[1:]]
         of_operator[3 : 3 + count : 5] = [False] * len(needs_w)
         gates = x.new_empty(()).expand(*x.shape[:-1], options.norm_ih.numel())  # never read
         dgates, dh0, dc0, *rest = operators.backward(
-            cell, grads, gates, kept[0], _without_w_ih(weights), options, of_operator, reset_steps
+            cell, grads, gates, kept[0], _without_w_ih(weights), options, of_operator, reset_steps, watched
         )
         w_ih: Any = weights[::5]
         dx, rest[:count:5], dnorm_ih = input_gates.backward(

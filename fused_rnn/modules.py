@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import call, layers, policy, steps, tuned
+from fused_rnn import _C, call, layers, policy, steps, tuned
 from fused_rnn.constructor import Variants
 from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
 from fused_rnn.options import NO_OPTIONS
@@ -123,9 +123,8 @@ class FusedRNNBase(TorchConvertible, Variants):
                     self.dropout if self.training else 0.0,
                     options,
                 )
-            except RuntimeError:  # a size or dtype does not fit
-                call.run(self._spec(), self._torchs, input, hx)  # raises torch.nn's error
-                raise
+            except RuntimeError:  # a size, dtype or device does not fit: torch.nn's error, or its result
+                return call.run(self._spec(), self._torchs, input, hx)
             hidden = tuple(states) if self.mode == "LSTM" else states[0]
             return call.batch_major(y) if self.batch_first else y, hidden
         if self.backend == "torch" or ("parametrizations" in self._modules and not policy.fusible(_data(input))):
@@ -185,10 +184,9 @@ class FusedRNNBase(TorchConvertible, Variants):
                     self.dropout if self.training else 0.0,
                     self.backend,
                 )
-            except RuntimeError:  # a size or dtype does not fit
-                FusedRNNBase.forward(self, input.unsqueeze(1 if self.batch_first else 0), hx)  # raises torch.nn's error
-                raise
-            return y, tuple(hidden) if self.mode == "LSTM" else hidden[0]
+                return y, tuple(hidden) if self.mode == "LSTM" else hidden[0]
+            except RuntimeError:  # a size, dtype or device does not fit, as in `forward`
+                pass
         steps.check_hx(f"{type(self).__name__}.step", self.mode == "LSTM", input, hx)
         time_dim = 1 if self.batch_first and input.dim() == 2 else 0
         y, hidden = FusedRNNBase.forward(self, input.unsqueeze(time_dim), hx)
@@ -212,10 +210,8 @@ class FusedRNNBase(TorchConvertible, Variants):
             or policy.watched()
         ):
             return False
-        parameters: Any = self._parameters
-        for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=False):
-            if parameters.get(name) is not weight or type(weight) not in policy.PLAIN_TYPES or not weight.is_cpu:
-                return False
+        if not _C.in_place(self._parameters, self._flat_weights_names, self._flat_weights):
+            return False
         if hx is None:
             return True
         if self.mode != "LSTM":

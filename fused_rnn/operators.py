@@ -1,6 +1,9 @@
 """The operators ``torch.ops.fused_rnn`` and the order of their arguments; `fused_rnn.options` has that of options.
 
 They have no autograd kernels of their own; `fused_rnn.layers` differentiates them. The schemas are in csrc/bindings.
+
+On a CPU they are called without torch's dispatcher, which costs more than a small layer, unless a profiler watches it
+(csrc/bindings/direct.cpp).
 """
 
 from __future__ import annotations
@@ -13,20 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn import cuda
+from fused_rnn import _C, cuda
 from fused_rnn.cell_info import NUMBER
 from fused_rnn.options import NO_OPTIONS, LayerOptions, operator_tensors_of
 
 NO_WEIGHTS = (None,) * 5
 
-forward_operator: Callable[..., tuple[Tensor, ...]] = torch.ops.fused_rnn.forward.default
+
+forward_operator: Callable[..., tuple[Tensor, ...]] = _C.forward
 """Arguments: x, h0, c0, the cell's number, whether backward follows, weights. With `forward`, also options."""
-step: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fused_rnn.step.default
+backward_operator: Callable[..., tuple[Any, ...]] = _C.backward
+step: Callable[..., tuple[Tensor, Tensor]] = _C.step
 """One step of one layer: x, h0, c0, the cell's number, five weights, deterministic -> h, c."""
-step_layers: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.fused_rnn.step_layers.default
-"""One step of all layers: x, h0, c0, the cell's number, layers, weights, has_biases, projected, deterministic."""
+stack: Callable[..., tuple[Tensor, Tensor, Tensor] | None] = _C.stack
+"""All layers of a module in inference: x, h0, c0, the cell's number, layers, directions, weights, has_biases,
+projected, deterministic -> y, h_n, c_n; None if they have to be computed in turn."""
 _step_into = torch.ops.fused_rnn.step_into.default
-backward_operator: Callable[..., tuple[Any, ...]] = torch.ops.fused_rnn.backward.default
 
 
 def forward(
@@ -70,6 +75,7 @@ def backward(
     options: LayerOptions,
     needs: Sequence[bool],
     reset_steps: int,
+    watched: bool,
 ) -> list[Tensor | None]:
     """Compute the gradients of one layer.
 
@@ -77,6 +83,7 @@ def backward(
         grads: of y, h_n, c_n and, with c_sequence, c of every step; None for those that are absent.
         needs: which gradients are needed, in the order of the result.
         reset_steps: 0 if no gradient of reset_h and reset_c is needed, 1 for one state for all steps, -1 for one each.
+        watched: whether something watches torch's operations (`fused_rnn.policy`).
 
     Returns:
         Gradients of x, h0, c0, the weights of each direction, reset_h, reset_c, norm_hh, norm_c, norm_c_bias. Some that
@@ -94,7 +101,8 @@ def backward(
     if options is not NO_OPTIONS:
         flags = (options.deterministic, options.tf32, options.precision, options.instance)
         more = (operator_tensors_of(options), reset_steps, dc_sequence, *flags)
-    run = partial(cuda.in_tf32, backward_operator) if options.tf32 else backward_operator
+    operator = torch.ops.fused_rnn.backward.default if watched else backward_operator
+    run = partial(cuda.in_tf32, operator) if options.tf32 else operator
     dx, dh0, dc0, *rest = run(
         dy, dh_n, dc_n, x, reserve, NUMBER[cell], needs[0], needs[1] or needs[2], need_w_ih, need_w_hh,
         need_b_ih or need_b_hh, need_w_hr, w_ih, w_hh, w_hr, w_ih_reverse, w_hh_reverse, w_hr_reverse, *more,

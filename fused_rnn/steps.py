@@ -81,13 +81,14 @@ def plain(
             x = layers.torchs_rnn_step(cell, x, state, of_layer)
             hidden.append(x)
         return x, torch.stack(hidden) if num_layers > 1 else x.unsqueeze(0)
-    if differentiable or x.dtype not in policy.KERNEL_DTYPES or dropout > 0:
-        y, *hidden = layers.stack(cell, x.unsqueeze(0), h0, c0, weights, has_biases, num_layers, 1, dropout)
-        return y.squeeze(0), *hidden
-    y, h, c = operators.step_layers(
-        x, h0, c0, NUMBER[cell], num_layers, weights, has_biases, projected, policy.deterministic()
-    )
-    return (y, h, c) if cell == "lstm" else (y, h)
+    if not differentiable and x.dtype in policy.KERNEL_DTYPES and dropout == 0:
+        results = operators.stack(
+            x, h0, c0, NUMBER[cell], num_layers, 1, weights, has_biases, projected, policy.deterministic()
+        )
+        if results is not None:
+            return results if cell == "lstm" else results[:2]
+    y, *hidden = layers.stack(cell, x.unsqueeze(0), h0, c0, weights, has_biases, num_layers, 1, dropout)
+    return y.squeeze(0), *hidden
 
 
 @policy.runs_eagerly

@@ -12,6 +12,17 @@
 namespace fused_rnn {
 namespace bindings {
 
+inline ForwardDirection inputs_of_forward(const Tensor& x, const Weights& w) {
+  ForwardDirection p{};
+  p.x = data(x);
+  p.w_ih = data(w.w_ih);
+  p.w_hh = data(w.w_hh);
+  p.b_ih = data(w.b_ih);
+  p.b_hh = data(w.b_hh);
+  p.w_hr = data(w.w_hr);
+  return p;
+}
+
 class CpuLayer : public Layer {
  public:
   const cpu::Kernels& kernels;

@@ -6,9 +6,8 @@
 #include <cstring>
 #include <tuple>
 
-#include "../cpu/dispatch.h"
 #include "cpu_layer.h"
-#include "schemas.h"
+#include "cpu_operators.h"
 #include "scratch.h"
 
 namespace fused_rnn {
@@ -18,16 +17,7 @@ namespace {
 
 int64_t threads() { return torch::stable::get_num_threads(); }
 
-ForwardDirection inputs_of_forward(const Tensor& x, const Weights& w) {
-  ForwardDirection p{};
-  p.x = data(x);
-  p.w_ih = data(w.w_ih);
-  p.w_hh = data(w.w_hh);
-  p.b_ih = data(w.b_ih);
-  p.b_hh = data(w.b_hh);
-  p.w_hr = data(w.w_hr);
-  return p;
-}
+}  // namespace
 
 Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bool train, OptionalTensor w_ih,
                 Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor w_ih_reverse,
@@ -242,8 +232,6 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
           out(r.w_hr),   out(dreset_h), out(dreset_c),
           out(dnorm_hh), out(dnorm_c)};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY(fused_rnn, m) {
   m.def(kForwardSchema);

@@ -1,10 +1,8 @@
-// One time step in inference. Of one layer, from given tensors into given tensors, for a loop that may allocate
-// nothing: the state may be updated where it lies, rows may keep theirs, or get another one before the step. Or plainly
-// of all layers: what a call costs counts more here than what it computes.
+// One time step of one layer in inference, from given tensors into given tensors, for a loop that may allocate nothing:
+// the state may be updated where it lies, rows may keep theirs, or get another one before the step.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
-#include <tuple>
 
 #include "../cpu/dispatch.h"
 #include "layer.h"
@@ -161,34 +159,6 @@ void step_into(OptionalTensor x, OptionalTensor h0, OptionalTensor c0, int64_t l
   if (s.N > 0) cpu::forward(k, params, torch::stable::get_num_threads());
 }
 
-// y [B, P], h [L, B, P] and c [L, B, H] (empty but for the LSTM). weights: of each layer w_ih, w_hh, then biases if
-// there are, then w_hr if projected.
-std::tuple<Tensor, Tensor, Tensor> step_layers(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
-                                               int64_t layers, std::vector<Tensor> weights, bool has_biases,
-                                               bool projected, bool deterministic) {
-  const int64_t each = 2 + 2 * has_biases + projected, count = static_cast<int64_t>(weights.size());
-  FUSED_RNN_CHECK(layers > 0 && layers <= count && layers * each == count, "expected ", each, " weights for each of ",
-                  layers, " layers, got ", count);
-  FUSED_RNN_CHECK(x.dim() == 2, "x must be [B, I], got ", shape_text(x.sizes()));
-  FUSED_RNN_CHECK(weights[0].dim() == 2 && weights[1].dim() == 2, "w_ih and w_hh must have 2 dimensions");
-  const CellInfo& info = cell_by_number(cell);
-  const ScalarType type = x.scalar_type();
-  FUSED_RNN_CHECK(type == ScalarType::Float || type == ScalarType::Double, "x must be float32 or float64");
-  const int64_t B = x.size(0), P = weights[1].size(1), H = weights[0].size(0) / info.gates;
-  if (h0) h0 = contiguous(*h0, "h0");
-  if (c0) c0 = contiguous(*c0, "c0");
-  const Tensor y = empty({B, P}, type), h = empty({layers, B, P}, type);
-  const Tensor c = info.has_c ? empty({layers, B, H}, type) : empty({0}, type);
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    const Tensor* const w = &weights[layer * each];
-    const auto given = [&](bool present, int64_t index) { return present ? OptionalTensor(w[index]) : std::nullopt; };
-    step_into(layer ? std::nullopt : OptionalTensor(x), h0, c0, layer, cell, w[0], w[1], given(has_biases, 2),
-              given(has_biases, 3), given(projected, each - 1), {}, {}, {}, {}, y, h,
-              info.has_c ? OptionalTensor(c) : std::nullopt, deterministic);
-  }
-  return {y, h, c};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {
@@ -196,15 +166,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {
       "step_into(Tensor? x, Tensor? h0, Tensor? c0, int layer, int cell, Tensor w_ih, Tensor w_hh, Tensor? b_ih, "
       "Tensor? b_hh, Tensor? w_hr, Tensor? active, Tensor? resets, Tensor? reset_h, Tensor? reset_c, Tensor(a!) y, "
       "Tensor(b!) h, Tensor(c!)? c, bool deterministic=False) -> ()");
-  m.def(
-      "step_layers(Tensor x, Tensor? h0, Tensor? c0, int cell, int layers, Tensor[] weights, bool has_biases, "
-      "bool projected, bool deterministic=False) -> (Tensor y, Tensor h, Tensor c)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
-  m.impl("step_into", TORCH_BOX(&step_into));
-  m.impl("step_layers", TORCH_BOX(&step_layers));
-}
+STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) { m.impl("step_into", TORCH_BOX(&step_into)); }
 
 }  // namespace bindings
 }  // namespace fused_rnn

@@ -22,12 +22,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A tensor's storage may have been resized behind its back; torch does not look.
+// A tensor's storage may have been resized behind its back; torch does not look. One of zeros may have no memory.
 inline void require_storage(const Tensor& tensor, const char* name, int64_t elements) {
   int64_t bytes = 0;
   aoti_torch_get_storage_size(tensor.get(), &bytes);
   FUSED_RNN_CHECK(tensor.storage_offset() + elements <= bytes / static_cast<int64_t>(tensor.element_size()), name,
                   " reaches beyond the end of its storage");
+  FUSED_RNN_CHECK(tensor.data_ptr(), name, " has no memory");
 }
 
 inline Tensor contiguous(const Tensor& tensor, const char* name) {

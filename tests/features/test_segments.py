@@ -466,7 +466,6 @@ def test_states_at_resets_of_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_backend_torch_runs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = fused_rnn.GRU(4, 9, backend="torch")
-    monkeypatch.setattr(layers, "forward_operator", None)
     monkeypatch.setattr(operators, "forward_operator", None)
     ours(torch.randn(6, 3, 4), resets=torch.zeros(6, 3, dtype=torch.bool))
 

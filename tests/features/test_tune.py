@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
-from fused_rnn import cuda, layers, operators, policy, tuned, tuning, tuning_report
+from fused_rnn import cuda, operators, policy, tuned, tuning, tuning_report
 from fused_rnn.options import EVERY_STEP, PLANNED
 from fused_rnn.tuned import Call, Result, Table
 from tuned_calls import CALL, CPU, H200, HIDDEN, OTHER_SET, SIZE, B, T, computes, machine_results
@@ -296,15 +296,15 @@ def test_values_are_checked(cell: str, dtype: torch.dtype, train: bool, recwarn:
 def test_wrong_values_are_not_taken(
     wrong: float, train: bool, table: Table, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = "backward_operator" if train else "forward_operator"
-    home = operators if train else layers
-    right = getattr(home, name)
+    def damaged(right: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            first, *rest = right(*arguments)
+            return first + wrong, *rest
 
-    def damaged(*arguments: Any) -> Any:
-        first, *rest = right(*arguments)
-        return first + wrong, *rest
+        return run
 
-    monkeypatch.setattr(home, name, damaged)
+    for name in ("backward_operator",) if train else ("forward_operator", "stack"):
+        monkeypatch.setattr(operators, name, damaged(getattr(operators, name)))
     clock["torch"] = 100.0
     gru = fused_rnn.GRU(SIZE, HIDDEN).requires_grad_(train)
     what = "a gradient" if train else "the output"
@@ -323,8 +323,8 @@ def test_a_dtype_that_torch_does_not_know(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(fused_rnn.GRU, "_torchs", refuse)
     with torch.no_grad():
         assert next(iter(tuning._correct(tuning._rivals(CALL, CPU), subject))) == "kernels"
-        for home in (layers, operators):
-            monkeypatch.setattr(home, "forward_operator", refuse)
+        for name in ("forward_operator", "stack"):
+            monkeypatch.setattr(operators, name, refuse)
         with pytest.raises(RuntimeError, match="not implemented for 'Half'"):
             tuning._correct(tuning._rivals(CALL, CPU), subject)
 

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
 from contract import fused_calls
-from fused_rnn import layers, operators, policy
+from fused_rnn import operators, policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,9 +33,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
         return run
 
-    for name in ("forward_operator", "step", "step_layers", "_step_into"):
+    for name in ("forward_operator", "step", "stack", "_step_into"):
         monkeypatch.setattr(operators, name, counted(name, getattr(operators, name)))
-    monkeypatch.setattr(layers, "forward_operator", operators.forward_operator)
     yield names
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 import fused_rnn
 from fused_rnn import reference
 from fused_rnn.options import LayerOptions, operator_tensors_of
-from operator_calls import by_name
+from operator_calls import WAYS, dispatched
 from test_ops import KINDS, backward_arguments, forward_arguments
 
 CELLS = list(reference.CELLS)
@@ -175,7 +175,7 @@ def calls(draw: Callable, operator: str) -> dict[str, Any]:
     steps = draw(st.sampled_from([0, -1 if of_reset.dim() == 4 else 1]))
     found = backward_arguments(arguments) | dict(resets=arguments["resets"], reset_steps=steps)
     if arguments.get("want_c_sequence"):
-        found["dc_sequence"] = by_name(torch.ops.fused_rnn.forward)(**arguments)[4]
+        found["dc_sequence"] = dispatched("forward")(**arguments)[4]
     return found
 
 
@@ -236,17 +236,19 @@ def check(operator: Any, arguments: dict[str, Any], which: slice = slice(None)) 
             assert found.shape == expected.shape
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("operator", ["forward", "backward", "step"])
 @searched
 @given(data=st.data())
-def test_damaged_calls(operator: str, data: st.DataObject) -> None:
-    check(by_name(getattr(torch.ops.fused_rnn, operator)), damaged(data, data.draw(calls(operator), "call")))
+def test_damaged_calls(operator: str, way: str, data: st.DataObject) -> None:
+    check(WAYS[way](operator), damaged(data, data.draw(calls(operator), "call")))
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("operator", ["forward", "backward", "step"])
 @searched
 @given(data=st.data())
-def test_disguised_calls(operator: str, data: st.DataObject) -> None:
+def test_disguised_calls(operator: str, way: str, data: st.DataObject) -> None:
     """All tensors in valid but unusual representations: every call computes."""
     arguments = data.draw(calls(operator), "call")
     kept = ["every second", "column-major", "later in a buffer", "parameter", "requires grad"]
@@ -255,21 +257,21 @@ def test_disguised_calls(operator: str, data: st.DataObject) -> None:
             how = data.draw(st.sampled_from(kept), name)
             arguments[name] = DISGUISES[how](value) if value.dim() > 1 or how != "column-major" else value
     expected = {n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in arguments.items()}
-    op = by_name(getattr(torch.ops.fused_rnn, operator))
-    for found, wanted in zip(op(**arguments), op(**expected), strict=True):
+    for found, wanted in zip(WAYS[way](operator)(**arguments), dispatched(operator)(**expected), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("operator", ["forward", "backward", "step"])
 @pytest.mark.parametrize("how", ["no storage", "half a storage", "strided without storage"])
-def test_memory_that_was_taken_away(operator: str, how: str) -> None:
+def test_memory_that_was_taken_away(operator: str, how: str, way: str) -> None:
     """torch itself crashes on such tensors, which sharded training makes by resizing storages."""
     arguments = valid(operator)
     names = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.numel()]
     assert len(names) > 5
     for name in names:
         with pytest.raises(RuntimeError, match=f"{name} reaches beyond the end of its storage"):
-            by_name(getattr(torch.ops.fused_rnn, operator))(**arguments | {name: DAMAGES[how](arguments[name])})
+            WAYS[way](operator)(**arguments | {name: DAMAGES[how](arguments[name])})
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -326,7 +328,7 @@ def test_one_tensor_on_another_device(operator: str) -> None:
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             with pytest.raises(RuntimeError, match="expected all tensors on one device, got cpu and meta"):
-                by_name(getattr(torch.ops.fused_rnn, operator))(**arguments | {name: value.to("meta")})
+                dispatched(operator)(**arguments | {name: value.to("meta")})
 
 
 def test_batch_sizes_that_change_during_the_call() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import reference
-from operator_calls import by_name, folded
+from operator_calls import WAYS, by_name, folded
 
 CELLS = list(reference.CELLS)
 forward, backward = by_name(torch.ops.fused_rnn.forward), by_name(torch.ops.fused_rnn.backward)
@@ -84,7 +84,7 @@ def test_opcheck_projection() -> None:
 
 
 def _fails(op: Any, arguments: dict[str, Any], message: str) -> None:
-    dense = {n: v for n, v in arguments.items() if isinstance(v, Tensor) and v.layout is torch.strided}
+    dense = {n: v for n, v in arguments.items() if isinstance(v, Tensor) and v.layout is torch.strided and v.is_cpu}
     before = {name: value.clone() for name, value in dense.items()}
     with pytest.raises((RuntimeError, NotImplementedError, TypeError, ValueError), match=message):
         op(**arguments)
@@ -128,9 +128,10 @@ HOSTILE_FORWARD = [
 ]
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("change", "message"), HOSTILE_FORWARD, ids=range(len(HOSTILE_FORWARD)))
-def test_hostile_forward(change: dict[str, Any], message: str) -> None:
-    _fails(forward, forward_arguments("lstm") | change, message)
+def test_hostile_forward(change: dict[str, Any], message: str, way: str) -> None:
+    _fails(WAYS[way]("forward"), forward_arguments("lstm") | change, message)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +169,7 @@ def test_hostile_lengths(change: dict[str, Any], message: str) -> None:
     _fails(forward, forward_arguments("lstm", "ragged") | change, message)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -181,8 +183,8 @@ def test_hostile_lengths(change: dict[str, Any], message: str) -> None:
         (dict(w_ih=torch.randn(20, 5)), "w_ih must have shape"),
     ],
 )
-def test_hostile_backward(change: dict[str, Any], message: str) -> None:
-    _fails(backward, backward_arguments(forward_arguments("lstm")) | change, message)
+def test_hostile_backward(change: dict[str, Any], message: str, way: str) -> None:
+    _fails(WAYS[way]("backward"), backward_arguments(forward_arguments("lstm")) | change, message)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -301,64 +303,3 @@ def test_step_into_writes_to_the_state_it_reads_or_apart_from_it() -> None:
     torch.ops.fused_rnn.step_into(**arguments | dict(h=arguments["h0"], c=arguments["c0"]))
     arguments |= dict(h0=memory[1:].view(2, 3, 5), h=memory[:-1].view(2, 3, 5))
     _fails(torch.ops.fused_rnn.step_into, arguments, "h must not share memory with h0")
-
-
-def layers_arguments(cell: str, layers: int = 2) -> dict[str, Any]:
-    """Arguments of a valid call of torch.ops.fused_rnn.step_layers."""
-    torch.manual_seed(0)
-    B, H, G, lstm = 3, 5, reference.GATES[cell], cell == "lstm"
-    of_layers = [
-        (G * H, 4),
-        (G * H, H),
-        (G * H,),
-        (G * H,),
-        *[(G * H, H), (G * H, H), (G * H,), (G * H,)] * (layers - 1),
-    ]
-    return dict(
-        x=torch.randn(B, 4), h0=torch.randn(layers, B, H), c0=torch.randn(layers, B, H) if lstm else None,
-        cell=CELLS.index(cell), layers=layers, weights=[torch.randn(shape) for shape in of_layers], has_biases=True,
-        projected=False,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_opcheck_step_layers(cell: str) -> None:
-    torch.library.opcheck(torch.ops.fused_rnn.step_layers.default, (), layers_arguments(cell))
-
-
-@pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("cell", CELLS)
-def test_step_layers_is_a_step_of_each(cell: str, layers: int) -> None:
-    given = layers_arguments(cell, layers)
-    y, h, c = torch.ops.fused_rnn.step_layers(**given)
-    x = given["x"]
-    for i in range(layers):
-        c0 = None if given["c0"] is None else given["c0"][i]
-        x, of_c = torch.ops.fused_rnn.step(x, given["h0"][i], c0, given["cell"], *given["weights"][4 * i : 4 * i + 4])
-        torch.testing.assert_close((h[i], c[i] if cell == "lstm" else c), (x, of_c), rtol=0, atol=0)
-    torch.testing.assert_close(y, x, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(layers=3), "expected 4 weights for each of 3 layers, got 8"),
-        (dict(layers=0), "expected 4 weights for each of 0 layers"),
-        (dict(layers=-2), "expected 4 weights for each of -2 layers"),
-        (dict(layers=2**62), "expected 4 weights"),
-        (dict(weights=[]), "expected 4 weights for each of 2 layers, got 0"),
-        (dict(projected=True), "expected 5 weights for each of 2 layers, got 8"),
-        (dict(has_biases=False), "expected 2 weights for each of 2 layers, got 8"),
-        (dict(weights=[torch.randn(())] * 8), "w_ih and w_hh must have 2 dimensions"),
-        (dict(weights=[torch.randn(0, 0)] * 8), "must"),
-        (dict(x=torch.randn(4)), r"x must be \[B, I\], got \[4\]"),
-        (dict(x=torch.randn(3, 4).half()), "x must be float32 or float64"),
-        (dict(x=torch.randn(3, 6)), r"x must have shape \[3, 4\], got \[3, 6\]"),
-        (dict(h0=torch.randn(1, 3, 5)), r"h0 must have shape \[2, 3, 5\], got \[1, 3, 5\]"),
-        (dict(c0=torch.randn(2, 3, 4)), r"c0 must have shape \[2, 3, 5\]"),
-        (dict(cell=7), "cell"),
-        (dict(cell=3), "must|cell"),
-    ],
-)
-def test_hostile_step_layers(change: dict[str, Any], message: str) -> None:
-    _fails(torch.ops.fused_rnn.step_layers, layers_arguments("lstm") | change, message)

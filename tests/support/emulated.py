@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from fused_rnn import cuda, fakes, layers, operators, policy
+from fused_rnn import cuda, fakes, operators, policy
 from sources import CSRC, ROOT
 
 H200 = (132, 232448, 90)  # the device that the emulator reports; see cuda.device_properties
@@ -92,7 +92,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def patch_operators(patch: pytest.MonkeyPatch, forward: Any, backward: Any) -> None:
     """Run every layer on these operators in place of ``fused_rnn::forward`` and ``backward``."""
-    patch.setattr(layers, "forward_operator", forward)
     patch.setattr(operators, "forward_operator", forward)
     patch.setattr(operators, "backward_operator", backward)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from fused_rnn import _C
 from fused_rnn.options import LayerOptions, operator_tensors_of
 
 OPTIONS = operator_tensors_of(LayerOptions._fields)
@@ -19,3 +22,23 @@ def folded(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def by_name(operator: Callable[..., Any]) -> Callable[..., Any]:
     return lambda **arguments: operator(**folded(arguments))
+
+
+def dispatched(name: str) -> Callable[..., Any]:
+    """The operator of this name."""
+    return by_name(getattr(torch.ops.fused_rnn, name))
+
+
+def direct(name: str) -> Callable[..., Any]:
+    """The same, without torch's dispatcher where that is possible."""
+    parameters = getattr(torch.ops.fused_rnn, name).default._schema.arguments
+
+    def call(**arguments: Any) -> Any:
+        given = folded(arguments)
+        assert given.keys() <= {parameter.name for parameter in parameters}
+        return getattr(_C, name)(*[given.get(p.name, p.default_value) for p in parameters])
+
+    return call
+
+
+WAYS = {"dispatched": dispatched, "direct": direct}

@@ -1,0 +1,41 @@
+// The CPU's operators as C++ functions: ops.cpp and step.cpp register them with torch, direct.cpp calls them from
+// Python without torch's dispatcher. Both check all that a kernel relies on.
+#pragma once
+
+#include "../cpu/dispatch.h"
+#include "options.h"
+#include "schemas.h"
+
+namespace fused_rnn {
+namespace bindings {
+
+FUSED_RNN_EXPORT Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bool train,
+                                 OptionalTensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                 OptionalTensor w_hr, OptionalTensor w_ih_reverse, OptionalTensor w_hh_reverse,
+                                 OptionalTensor b_ih_reverse, OptionalTensor b_hh_reverse, OptionalTensor w_hr_reverse,
+                                 GivenOptions given, bool want_c_sequence, bool deterministic, bool tf32,
+                                 int64_t precision, int64_t instance);
+
+FUSED_RNN_EXPORT Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x,
+                                    Tensor reserve, int64_t cell, bool need_dx, bool need_dstate, bool need_dw_ih,
+                                    bool need_dw_hh, bool need_db, bool need_dw_hr, OptionalTensor w_ih, Tensor w_hh,
+                                    OptionalTensor w_hr, OptionalTensor w_ih_reverse, OptionalTensor w_hh_reverse,
+                                    OptionalTensor w_hr_reverse, GivenOptions given, int64_t reset_steps,
+                                    OptionalTensor dc_sequence, bool deterministic, bool tf32, int64_t precision,
+                                    int64_t instance);
+
+// One step of one layer in inference: h and c of [B, ...].
+FUSED_RNN_EXPORT std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
+                                                 Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                                 OptionalTensor w_hr, bool deterministic);
+
+// All layers of a module in inference, float32 or float64: y, h_n, c_n (undefined but for the LSTM). x: [T, B, I],
+// or [B, I] for one step. weights: of each layer and direction w_ih, w_hh, then biases if there are, then w_hr if
+// projected.
+FUSED_RNN_EXPORT std::tuple<Tensor, Tensor, Tensor> stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
+                                                          int64_t layers, int64_t directions,
+                                                          std::vector<Tensor> weights, bool has_biases, bool projected,
+                                                          bool deterministic);
+
+}  // namespace bindings
+}  // namespace fused_rnn

@@ -1,0 +1,260 @@
+// The CPU's operators as functions of the Python module, called without torch's dispatcher where it would find nothing
+// but them.
+//
+// Through the dispatcher a call takes 2 to 4 microseconds more: arguments are looked up by name, boxed, and boxed again
+// for the stable ABI. torch._C._aoti has two functions for the code that torch's own compiler generates, which turn
+// Python's tensors into the stable ABI's handles and back in a tenth of a microsecond each.
+//
+// The dispatcher is asked if a profiler is on, which records operators, if a tensor is not a plain one on the CPU, and
+// if the operator refuses its arguments, so that errors are the dispatcher's. That nothing else watches torch's
+// operations, a mode or a transform, the callers see to (fused_rnn/policy.py).
+#include <pybind11/gil_safe_call_once.h>
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <utility>
+
+#include "cpu_operators.h"
+
+namespace py = pybind11;
+
+namespace fused_rnn {
+namespace bindings {
+
+namespace {
+
+struct Torch {
+  PyTypeObject *tensor, *parameter;
+  PyObject *is_neg, *profiles, *to_handles, *from_handles;  // the process's own: never released
+
+  Torch() {
+    const py::object cls = py::module_::import("torch").attr("Tensor"), c = py::module_::import("torch._C");
+    const py::object aoti = c.attr("_aoti");
+    const auto kept = [](py::object object) { return object.release().ptr(); };
+    tensor = reinterpret_cast<PyTypeObject*>(kept(cls));
+    parameter = reinterpret_cast<PyTypeObject*>(kept(py::module_::import("torch.nn").attr("Parameter")));
+    is_neg = kept(cls.attr("is_neg"));
+    profiles = kept(c.attr("_autograd").attr("_profiler_enabled"));
+    to_handles = kept(aoti.attr("unsafe_alloc_void_ptrs_from_tensors"));
+    from_handles = kept(aoti.attr("alloc_tensors_by_stealing_from_void_ptrs"));
+  }
+};
+
+const Torch& torch_objects() {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Torch> storage;
+  return storage.call_once_and_store_result([] { return Torch(); }).get_stored();
+}
+
+// Of torch.Tensor itself or a parameter: a subclass may mean something else by any operation.
+bool is_tensor(PyObject* object) {
+  const Torch& torch = torch_objects();
+  return Py_TYPE(object) == torch.tensor || Py_TYPE(object) == torch.parameter;
+}
+
+py::object called(PyObject* function, PyObject* const* arguments, size_t count) {
+  PyObject* const result = PyObject_Vectorcall(function, arguments, count, nullptr);
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+py::object called(PyObject* function, PyObject* argument) { return called(function, &argument, 1); }
+
+// The tensors among a call's arguments, and in lists among them, in order.
+class Handles {
+ public:
+  Handles(PyObject* const* arguments, size_t count) {
+    for (size_t i = 0; i < count; ++i) {
+      if (PyTuple_Check(arguments[i]) || PyList_Check(arguments[i])) {
+        const Py_ssize_t size = PySequence_Fast_GET_SIZE(arguments[i]);
+        for (Py_ssize_t j = 0; j < size; ++j) add(PySequence_Fast_GET_ITEM(arguments[i], j));
+      } else {
+        add(arguments[i]);
+      }
+    }
+    const py::list capsules = called(torch_objects().to_handles, objects_.ptr());
+    tensors_.reserve(capsules.size());
+    for (py::handle capsule : capsules) {
+      tensors_.emplace_back(static_cast<AtenTensorHandle>(PyCapsule_GetPointer(capsule.ptr(), nullptr)));
+    }
+  }
+  Tensor next() { return std::move(tensors_[used_++]); }
+  bool on_cpu() const {
+    for (const Tensor& tensor : tensors_) {
+      if (!tensor.is_cpu()) return false;
+    }
+    return true;
+  }
+  // At most so many multiply-adds: every row of the first tensor, x or a gradient, meets all that the others hold.
+  double work() const {
+    if (tensors_.empty() || tensors_[0].dim() == 0) return 0;
+    double elements = 0;
+    for (const Tensor& tensor : tensors_) elements += static_cast<double>(tensor.numel());
+    const int64_t width = tensors_[0].size(tensors_[0].dim() - 1);
+    return elements * static_cast<double>(tensors_[0].numel() / (width > 0 ? width : 1));
+  }
+
+ private:
+  void add(PyObject* object) {
+    if (!is_tensor(object)) return;
+    // It may stand for the negative of what lies in its memory, which the dispatcher would compute.
+    FUSED_RNN_CHECK(called(torch_objects().is_neg, object).ptr() == Py_False, "a tensor is a negated view");
+    objects_.append(py::handle(object));
+  }
+
+  py::list objects_;
+  std::vector<Tensor> tensors_;
+  size_t used_ = 0;
+};
+
+// An argument as the type that the operator takes; null: absent.
+template <class T>
+T taken(PyObject* object, Handles& handles);
+template <>
+Tensor taken(PyObject* object, Handles& handles) {
+  FUSED_RNN_CHECK(object && is_tensor(object), "expected a tensor");
+  return handles.next();
+}
+template <>
+OptionalTensor taken(PyObject* object, Handles& handles) {
+  if (!object || object == Py_None) return std::nullopt;
+  return taken<Tensor>(object, handles);
+}
+template <>
+int64_t taken(PyObject* object, Handles&) {
+  return object ? py::handle(object).cast<int64_t>() : 0;
+}
+template <>
+bool taken(PyObject* object, Handles&) {
+  return object && PyObject_IsTrue(object) == 1;
+}
+template <class Element>
+std::vector<Element> elements(PyObject* object, Handles& handles) {
+  FUSED_RNN_CHECK(object && (PyTuple_Check(object) || PyList_Check(object)), "expected a list of tensors");
+  std::vector<Element> all;
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(object);
+  for (Py_ssize_t i = 0; i < size; ++i) all.push_back(taken<Element>(PySequence_Fast_GET_ITEM(object, i), handles));
+  return all;
+}
+template <>
+std::vector<Tensor> taken(PyObject* object, Handles& handles) {
+  return elements<Tensor>(object, handles);
+}
+template <>
+GivenOptions taken(PyObject* object, Handles& handles) {
+  if (!object || object == Py_None) return std::nullopt;
+  return elements<OptionalTensor>(object, handles);
+}
+
+// A tuple of tensors, with None for the undefined ones.
+template <class... Tensors>
+py::object given_back(const std::tuple<Tensors...>& results) {
+  constexpr size_t count = sizeof...(Tensors);
+  const std::array<const Tensor*, count> all =
+      std::apply([](const auto&... tensor) { return std::array<const Tensor*, count>{&tensor...}; }, results);
+  py::list capsules;
+  for (const Tensor* tensor : all) {
+    if (!tensor->defined()) continue;
+    AtenTensorHandle handle;
+    FUSED_RNN_CHECK(aoti_torch_new_tensor_handle(tensor->get(), &handle) == AOTI_TORCH_SUCCESS, "no memory");
+    capsules.append(py::capsule(handle));
+  }
+  const py::list tensors = called(torch_objects().from_handles, capsules.ptr());
+  py::tuple out(count);
+  size_t next = 0;
+  for (size_t i = 0; i < count; ++i) {
+    out[i] = all[i]->defined() ? py::object(tensors[next++]) : py::none();
+  }
+  return out;
+}
+
+// A call that takes a few microseconds is over before another thread could make use of Python's lock.
+constexpr double kWorthUnlocking = 1e6;  // multiply-adds
+
+// Null if the dispatcher has to be asked.
+template <class R, class... A, size_t... i>
+py::object run(R (*function)(A...), PyObject* const* given, size_t count, int64_t last, std::index_sequence<i...>) {
+  if (count > sizeof...(A) || called(torch_objects().profiles, nullptr, 0).ptr() == Py_True) return {};
+  Handles handles(given, count);
+  if (!handles.on_cpu()) return {};
+  const bool unlock = handles.work() > kWorthUnlocking;
+  std::tuple<A...> arguments{taken<A>(i < count ? given[i] : nullptr, handles)...};  // braces: in order
+  if (count < sizeof...(A)) std::get<sizeof...(A) - 1>(arguments) = last;
+  const R results = [&] {
+    std::optional<py::gil_scoped_release> unlocked;
+    if (unlock) unlocked.emplace();
+    return std::apply(function, std::move(arguments));
+  }();
+  return given_back(results);
+}
+template <class R, class... A>
+py::object run(R (*function)(A...), PyObject* const* arguments, size_t count, int64_t last) {
+  try {
+    return run(function, arguments, count, last, std::index_sequence_for<A...>());
+  } catch (const std::exception&) {  // a mistake, or a tensor that only torch can read
+    return {};
+  }
+}
+
+// Not pybind11's functions, which take half a microsecond to find out what they were given.
+using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+PyMethodDef method(const char* name, Fast function, const char* documentation) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, documentation};
+}
+
+// An operator. Absent arguments at the end are None, False and 0, but the last one is `last`, as in its schema.
+template <auto function, const char* name, int64_t last = 0>
+PyObject* direct(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  try {
+    py::object results = run(function, arguments, static_cast<size_t>(count), last);
+    if (!results) {
+      const py::object torchs = py::module_::import("torch").attr("ops").attr("fused_rnn").attr(name).attr("default");
+      results = called(torchs.ptr(), arguments, static_cast<size_t>(count));
+    }
+    return results.release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  }
+}
+
+PyObject* direct_stack(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  py::object results = count == 10 ? run(&stack, arguments, static_cast<size_t>(count), 0) : py::object();
+  return (results ? results : py::none()).release().ptr();
+}
+
+PyObject* in_place(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3 || !PyDict_Check(arguments[0]) || !PyList_Check(arguments[1]) || !PyList_Check(arguments[2])) {
+    Py_RETURN_FALSE;
+  }
+  const Py_ssize_t weights = PyList_GET_SIZE(arguments[2]);
+  if (PyList_GET_SIZE(arguments[1]) != weights) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < weights; ++i) {
+    PyObject* const weight = PyList_GET_ITEM(arguments[2], i);
+    if (!is_tensor(weight) || PyDict_GetItem(arguments[0], PyList_GET_ITEM(arguments[1], i)) != weight) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
+constexpr char kForward[] = "forward", kBackward[] = "backward", kStep[] = "step";
+PyMethodDef methods[] = {
+    method(kForward, direct<&forward, kForward, kPlanned>, "The operator forward, of positional arguments."),
+    method(kBackward, direct<&backward, kBackward, kPlanned>, "The operator backward, of positional arguments."),
+    method(kStep, direct<&step, kStep>, "The operator step, of positional arguments."),
+    method(
+        "stack", direct_stack,
+        "All layers in inference: the arguments of csrc/bindings/cpu_operators.h; None if they have to be computed in "
+        "turn."),
+    method(
+        "in_place", in_place,
+        "Whether every weight is the parameter of its name and a plain tensor: of a dict, a list of names and one of "
+        "weights."),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+void bind_direct(py::module_& m) {
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
+}
+
+}  // namespace bindings
+}  // namespace fused_rnn

@@ -1,0 +1,208 @@
+"""The CPU's operators without torch's dispatcher: when they are called so, and all layers of a module in one call.
+
+That each equals its operator, also with damaged arguments, is tested in test_ops.py and test_fuzz.py.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_rnn
+from fused_rnn import _C, layers, reference
+
+CELLS = list(reference.CELLS)
+NAMES = ("x", "h0", "c0", "cell", "layers", "directions", "weights", "has_biases", "projected", "deterministic")
+
+
+def stack(**arguments: Any) -> Any:
+    return _C.stack(*[arguments[name] for name in NAMES])
+
+
+def stack_arguments(
+    cell: str, *, count: int = 2, D: int = 1, biases: bool = True, P: int = 0, T: int = 3, dtype: Any = torch.float32
+) -> dict[str, Any]:
+    """Arguments of a valid call; T = 0 is a single step."""
+    torch.manual_seed(0)
+    B, H, G, lstm = 3, 5, reference.GATES[cell], cell == "lstm"
+    weights = []
+    for size in [4, *[D * (P or H)] * (count - 1)]:
+        shapes = [(G * H, size), (G * H, P or H), *[(G * H,)] * 2 * biases, *[(P, H)] * (P > 0)]
+        weights += [torch.randn(shape, dtype=dtype) for _ in range(D) for shape in shapes]
+    shapes = (T, B, 4) if T else (B, 4), (count * D, B, P or H), (count * D, B, H)
+    x, h0, c0 = (torch.randn(shape, dtype=dtype) for shape in shapes)
+    values = (x, h0, c0 if lstm else None, CELLS.index(cell), count, D, weights, biases, P > 0, False)
+    return dict(zip(NAMES, values, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{}, {"D": 2}, {"count": 1}, {"biases": False, "D": 2}, {"T": 0}, {"P": 3, "D": 2}])
+@pytest.mark.parametrize("states", [True, False])
+@pytest.mark.parametrize("cell", CELLS)
+def test_all_layers_in_one_call_are_layers_in_turn(cell: str, states: bool, changes: dict[str, int]) -> None:
+    if "P" in changes and cell != "lstm":
+        pytest.skip("only the LSTM has a projection")
+    for dtype in (torch.float32, torch.float64):
+        a = stack_arguments(cell, dtype=dtype, **changes)
+        if not states:
+            a |= dict(h0=None, c0=None)
+        y, h, c = stack(**a)
+        x, of_h, of_c = a["x"] if a["x"].dim() == 3 else a["x"].unsqueeze(0), [], []
+        for index in range(a["layers"]):
+            of_layer = layers.layer_weights(a["weights"], index, a["layers"], a["directions"], a["has_biases"])
+            rows = slice(index * a["directions"], (index + 1) * a["directions"])
+            h0, c0 = (None if a[name] is None else a[name][rows] for name in ("h0", "c0"))
+            x, h_n, c_n, _, _ = torch.ops.fused_rnn.forward(x, h0, c0, a["cell"], False, *of_layer)
+            of_h.append(h_n)
+            of_c.append(c_n)
+        assert torch.equal(y, x.view_as(y)) and torch.equal(h, torch.cat(of_h))
+        assert c is None if cell != "lstm" else torch.equal(c, torch.cat(of_c))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(layers=3),
+        dict(layers=0),
+        dict(layers=-2),
+        dict(layers=2**62),
+        dict(layers=None),
+        dict(directions=0),
+        dict(directions=2),
+        dict(layers=1, directions=2),
+        dict(weights=[]),
+        dict(weights=None),
+        dict(weights=[1.0] * 8),
+        dict(weights=[torch.randn(s) for s in ((20, 4), (20, 5), 20, 20, (12, 5), (12, 3), 12, 12)]),
+        dict(weights=[torch.randn(())] * 8),
+        dict(weights=[torch.randn(0, 0)] * 8),
+        dict(projected=True),
+        dict(has_biases=False),
+        dict(x=None),
+        dict(x=torch.randn(4)),
+        dict(x=torch.randn(0, 3, 4)),
+        dict(x=torch.randn(3, 3, 4).half()),
+        dict(x=torch.randn(3, 3, 6)),
+        dict(x=torch.randn(3, 3, 4).as_subclass(type("Mine", (Tensor,), {}))),
+        dict(h0=torch.randn(1, 3, 5)),
+        dict(h0=torch.randn(2, 3, 5).to("meta")),
+        dict(c0=torch.randn(2, 3, 4)),
+        dict(cell=7),
+        dict(cell=3),
+        dict(cell="lstm"),
+    ],
+    ids=range(28),
+)
+def test_what_does_not_fit_is_left_to_the_layers(change: dict[str, Any]) -> None:
+    a = stack_arguments("lstm")
+    before = [t.clone() for t in (a["x"], a["h0"], a["c0"], *a["weights"])]
+    assert stack(**a | change) is None
+    assert all(map(torch.equal, before, (a["x"], a["h0"], a["c0"], *a["weights"])))
+
+
+def test_other_numbers_of_arguments_are_refused() -> None:
+    arguments = [stack_arguments("gru")[name] for name in NAMES]
+    for given in ([], arguments[:5], [*arguments, None], [None] * 40):
+        assert _C.stack(*given) is None
+        for function in (_C.forward, _C.backward, _C.step):
+            with pytest.raises((RuntimeError, TypeError)):
+                function(*given)
+    assert not _C.in_place(None, [], []) and not _C.in_place({}, [], [torch.ones(1)]) and not _C.in_place()
+    assert not _C.in_place({"a": 1}, ["a"], [1]) and not _C.in_place({}, [[]], [torch.ones(1)])
+
+
+class _Asked(Exception):
+    """The dispatcher was asked for an operator."""
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks the dispatcher for an operator gets an error."""
+
+    class Packet:
+        @property
+        def default(self) -> None:
+            raise _Asked
+
+    for name in ("forward", "backward", "step"):
+        monkeypatch.setattr(torch.ops.fused_rnn, name, Packet())
+
+
+def test_modules_and_cells_do_without_the_dispatcher(alone: None) -> None:
+    x, resets = torch.randn(4, 2, 3), torch.zeros(4, 2, dtype=torch.bool)
+    for name in ("RNN", "LSTM", "GRU"):
+        module = getattr(fused_rnn, name)(3, 5, num_layers=2, bidirectional=True)
+        cell = getattr(fused_rnn, f"{name}Cell")(3, 5)
+        for options in ({}, {"resets": resets}):
+            with torch.no_grad():
+                module(x, **options), cell(x[0])
+            module(x, **options)[0].sum().backward()
+    with pytest.raises(_Asked):
+        _C.forward()
+
+
+class _Watching(TorchDispatchMode):
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        super().__init__()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+def test_a_profiler_sees_the_operators() -> None:
+    gru, x = fused_rnn.GRU(3, 5, num_layers=2), torch.randn(4, 2, 3)
+    with profile() as watching:
+        with torch.no_grad():
+            gru(x), gru.step(x[0])
+        gru(x)[0].sum().backward()
+    names = [event.name for event in watching.events()]
+    assert names.count("fused_rnn::forward") == 6 and names.count("fused_rnn::backward") == 2
+
+
+def test_a_mode_around_backward_sees_the_operator() -> None:
+    loss = fused_rnn.GRU(3, 5)(torch.randn(4, 2, 3))[0].sum()
+    with _Watching() as mode:
+        loss.backward()
+    assert "fused_rnn.backward.default" in mode.seen
+
+
+@pytest.mark.parametrize("what", ["x", "h0", "weight"])
+def test_negated_views_are_what_they_stand_for(what: str) -> None:
+    gru = fused_rnn.GRU(3, 5)
+    given = {"x": torch.randn(4, 2, 3), "h0": torch.randn(1, 2, 5), "weight": gru.weight_hh_l0}
+    with torch.no_grad():
+        expected = gru(given["x"], given["h0"])
+        given[what] = torch._neg_view(-given[what])
+        assert given[what].is_contiguous()
+        gru.weight_hh_l0 = torch.nn.Parameter(given["weight"])
+        found = gru(given["x"], given["h0"])
+    assert torch.equal(found[0], expected[0])
+
+
+def test_long_calls_let_other_threads_run() -> None:
+    """Python's lock is free while a large layer is computed."""
+    lstm, x = fused_rnn.LSTM(64, 256), torch.randn(256, 16, 64)
+    turns, done = 0, threading.Event()
+
+    def count() -> None:
+        nonlocal turns
+        while not done.is_set():
+            turns += 1
+
+    with torch.no_grad():
+        other = threading.Thread(target=count)
+        other.start()
+        before = turns
+        for _ in range(3):
+            lstm(x)
+        after = turns
+        done.set()
+        other.join()
+    assert after > before + 100
