@@ -33,8 +33,9 @@ template <class T>
 struct Ieee;  // constants of a floating-point format
 template <>
 struct Ieee<float> {
-  static constexpr int32_t kOne = 0x3f800000, kSign = INT32_MIN;
+  static constexpr int32_t kSign = INT32_MIN;
   static constexpr int kMantissa = 23;
+  static constexpr float kBias = 127;           // of the exponent
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   static constexpr float kExpLimit =
@@ -44,8 +45,9 @@ struct Ieee<float> {
 };
 template <>
 struct Ieee<double> {
-  static constexpr int64_t kOne = 0x3ff0000000000000, kSign = INT64_MIN;
+  static constexpr int64_t kSign = INT64_MIN;
   static constexpr int kMantissa = 52;
+  static constexpr double kBias = 1023;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kExpLimit = 709.0;
@@ -62,37 +64,37 @@ FUSED_RNN_INLINE To bits(const From& from) {
   return to;
 }
 
-// e^t = 2^n (1 + p). The member n holds the bits of the floating-point number 1.5 * 2^kMantissa + n.
-template <class V>
-struct Exponential {
-  typename Lane<V>::Int n;
-  V p;
-};
-
+// (e^r - 1 - r) / r^2, from term kTerm on. Horner's rule on pairs of terms: its chain is half as long. Processors look
+// ahead only so far, and a shorter chain lets them compute more activations at a time.
 template <int kTerm = 0, class V>
-FUSED_RNN_INLINE V exp_polynomial(const V& r) {  // Horner's rule on kExp, from term kTerm on
+FUSED_RNN_INLINE V exp_polynomial(const V& r, const V& r2) {
   using F = Ieee<typename Lane<V>::Scalar>;
-  if constexpr (kTerm + 1 == sizeof(F::kExp) / sizeof(F::kExp[0])) {
-    return V{} + F::kExp[kTerm];
+  const V pair = r * F::kExp[kTerm + 1] + F::kExp[kTerm];
+  if constexpr (kTerm + 2 == sizeof(F::kExp) / sizeof(F::kExp[0])) {
+    return pair;
   } else {
-    return exp_polynomial<kTerm + 1>(r) * r + F::kExp[kTerm];
+    return exp_polynomial<kTerm + 2>(r, r2) * r2 + pair;
   }
 }
 
 template <class V>
-FUSED_RNN_INLINE Exponential<V> exponential(const V& t) {
-  using T = typename Lane<V>::Scalar;
-  using F = Ieee<T>;
-  const V shifted = t * T(1.4426950408889634) + F::kRound;
-  const V n = shifted - F::kRound;
-  const V r = (t - n * F::kLn2High) - n * F::kLn2Low;
-  return {bits<typename Lane<V>::Int>(shifted), r + (r * r) * exp_polynomial(r)};
-}
+struct Exponential {  // 2^n (1 + p)
+  V power, p;
+};
 
-template <class V, class I>
-FUSED_RNN_INLINE V power_of_two(const I& n) {  // n as in Exponential; the shift drops the bits of 1.5 * 2^kMantissa
-  using F = Ieee<typename Lane<V>::Scalar>;
-  return bits<V>((n << F::kMantissa) + F::kOne);
+// e^t for t = kFactor x, which takes no operation of its own.
+template <int kFactor, class V>
+FUSED_RNN_INLINE Exponential<V> exponential(const V& x) {
+  using T = typename Lane<V>::Scalar;
+  using I = typename Lane<V>::Int;
+  using F = Ieee<T>;
+  constexpr T kShift = F::kRound + F::kBias;
+  const V shifted = x * T(kFactor * 1.4426950408889634) + kShift;
+  const V n = shifted - kShift, t = kFactor == 2 ? x + x : x * T(kFactor);
+  const V r = (t - n * F::kLn2High) - n * F::kLn2Low;
+  const V r2 = r * r;
+  const V power = bits<V>(bits<I>(shifted) << F::kMantissa);  // of the bits of kShift + n, n + kBias stays
+  return {power, r2 * exp_polynomial(r, r2) + r};
 }
 
 // Maximum and minimum; they return b if a or b is NaN, as the x86 instructions do.
@@ -102,22 +104,29 @@ struct Extremes {
   static FUSED_RNN_INLINE V smaller(const V& a, const V& b) { return a < b ? a : b; }
 };
 
-// a / b, at most 0.6 ulp from it if b and the quotient are normal. Processors may have a faster way than to divide.
+// At most 0.6 ulp from the exact quotient if that and the divisor are normal. Processors may have a faster way than to
+// divide.
 template <class V>
 struct Quotient {
   static FUSED_RNN_INLINE V of(const V& a, const V& b) { return a / b; }
+  // a / (b + lost), where b is a + 2, and lost what rounding it lost.
+  static FUSED_RNN_INLINE V of(const V& a, const V& b, const V& lost) {
+    using T = typename Lane<V>::Scalar;
+    const V quotient = a / b;
+    const V inverse = Extremes<V>::larger(V{}, T(0.5) - T(0.6) * quotient);  // about 1 / b; 0 where it has no effect
+    return quotient - (quotient * lost) * inverse;
+  }
 };
 
 template <class V>
 FUSED_RNN_INLINE V sigmoid(const V& x) {
   using T = typename Lane<V>::Scalar;
   constexpr T kLimit = Ieee<T>::kExpLimit;
-  const V t = Extremes<V>::smaller(V{} + kLimit, Extremes<V>::larger(V{} - kLimit, -x));
-  const Exponential<V> e = exponential(t);
-  const V scale = power_of_two<V>(e.n);
-  const V rounded = scale + T(1);
-  const V lost = (scale - rounded) + T(1);  // rounding error of scale + 1
-  const V one_plus_exp = (scale * e.p + lost) + rounded;
+  const V t = Extremes<V>::smaller(V{} + kLimit, Extremes<V>::larger(V{} - kLimit, x));
+  const Exponential<V> e = exponential<-1>(t);
+  const V rounded = e.power + T(1);
+  const V lost = (e.power - rounded) + T(1);  // rounding error of power + 1
+  const V one_plus_exp = (e.power * e.p + lost) + rounded;
   return x < -kLimit ? V{} : Quotient<V>::of(V{} + T(1), one_plus_exp);
 }
 
@@ -127,16 +136,12 @@ FUSED_RNN_INLINE V tanh(const V& x) {
   using I = typename Lane<V>::Int;
   using F = Ieee<T>;
   const V magnitude = bits<V>(bits<I>(x) & ~F::kSign);
-  const V t = Extremes<V>::smaller(V{} + T(40), magnitude * T(2));  // from |x| = 20 on, tanh rounds to 1
-  const Exponential<V> e = exponential(t);
-  const V scale = power_of_two<V>(e.n);
-  const V expm1 = scale * e.p + (scale - T(1));
+  const V t = Extremes<V>::smaller(V{} + T(20), magnitude);  // from there on, tanh rounds to 1
+  const Exponential<V> e = exponential<2>(t);
+  const V expm1 = e.power * e.p + (e.power - T(1));
   const V rounded = expm1 + T(2);
   const V lost = expm1 - (rounded - T(2));  // rounding error of expm1 + 2; beyond 2^23 it no longer matters
-  const V quotient = Quotient<V>::of(expm1, rounded);
-  const V inverse =
-      Extremes<V>::larger(V{}, T(0.5) - T(0.6) * quotient);  // about 1 / rounded; 0 where it has no effect
-  const V y = quotient - (quotient * lost) * inverse;
+  const V y = Quotient<V>::of(expm1, rounded, lost);
   return bits<V>(bits<I>(y) | (bits<I>(x) & F::kSign));
 }
 

@@ -162,12 +162,12 @@ class Backward {
       const int64_t blocks = ceil_div(N, kBlock), next = part.block + (backwards() ? -1 : 1);
       const bool follows =
           packed_ && part.row == row_begin_ && next >= worker_.first(blocks) && next < worker_.last(blocks);
-      multiply<T, U>(sums, part, rows,
+      multiply<T, U>(sums, kFromZero<T>, part, rows,
                      {panels + part.block * K * kBlock, vectors * kLanes<T>, K * kBlock, vectors,
                       follows ? panels + next * K * kBlock : nullptr},
                      K);
     } else {
-      multiply<T, U>(sums, part, rows, {at(W) + part.block * kBlock, N, kBlock, vectors}, K);
+      multiply<T, U>(sums, kFromZero<T>, part, rows, {at(W) + part.block * kBlock, N, kBlock, vectors}, K);
     }
   }
 

@@ -84,6 +84,9 @@ class Forward {
   static constexpr int64_t kBlock = U * kLanes<T>;  // units of a block of gates
   static constexpr int UP = kUnitVectors<1>;        // vectors of a block of the projection, which has one "gate"
   static constexpr int64_t kProjectionBlock = UP * kLanes<T>;
+  // Whether the sum of both products is all that the cell needs: then their gradients are the same. from_x has it, but
+  // for b_hh.
+  static constexpr bool kNeedsSum = Cell::kGrads == G;
   static constexpr bool kSplits = sizeof(T) == sizeof(float);  // into bfloat16 parts, if LayerShape::parts says so
 
   static T* at(void* p) { return static_cast<T*>(p); }
@@ -148,13 +151,14 @@ class Forward {
     if (splits() && worker_.splits_units) worker_.wait();
   }
 
-  // sums += rows x W^T for a part; reads W from `packed` if is_packed, else from W itself. `split` has the rows' parts,
-  // `next` is the panel that is read after this one; null: none.
+  // sums = start + rows x W^T for a part; reads W from `packed` if is_packed, else from W itself. `split` has the rows'
+  // parts, `next` is the panel that is read after this one; null: none.
   template <int Gates>
-  void add_product(Sums<T, Gates * kUnitVectors<Gates>>& sums, const Part& part, const T* const* rows,
-                   const typename Weights::Rows& split, bool is_packed, T* packed, const void* W, int64_t H, int64_t K,
-                   const T* next = nullptr) const {
+  void multiply_by(Sums<T, Gates * kUnitVectors<Gates>>& sums, const Start<T>& start, const Part& part,
+                   const T* const* rows, const typename Weights::Rows& split, bool is_packed, T* packed, const void* W,
+                   int64_t H, int64_t K, const T* next = nullptr) const {
     constexpr int64_t kVectors = kUnitVectors<Gates>, kColumns = Gates * kVectors;
+    if (Weights::kNarrow || s_.parts || !is_packed) begin_with<kColumns>(sums, start, part.slots());
     if constexpr (Weights::kNarrow) {
       return Weights::template multiply<Gates>(sums, part, rows, split, reinterpret_cast<const char*>(packed), K);
     }
@@ -173,7 +177,7 @@ class Forward {
       const int vectors = block_vectors<T, Gates>(H, part.block * kVectors * kLanes<T>);
       const Panel<T> panel{packed + part.block * distance, vectors * kLanes<T>, distance, vectors,
                            part.row == row_begin_ ? next : nullptr};
-      multiply<T, kColumns>(sums, part, rows, panel, K);
+      multiply<T, kColumns>(sums, start, part, rows, panel, K);
     } else {
       for (int i = 0; i < part.blocks; ++i) {
         const int64_t unit = part.block_of(i) * kVectors * kLanes<T>;
@@ -182,12 +186,16 @@ class Forward {
     }
   }
 
-  // Initialises the sums of a part with b_ih (which = 0) or b_hh (which = 1).
-  void load_biases(Sums<T, C>& sums, const Part& part, int which) const {
-    for (int slot = 0; slot < part.slots(); ++slot) {
-      const T* bias = bias_ + (part.block_of(slot) * 2 + which) * C * kLanes<T>;
-      for (int c = 0; c < C; ++c) sums[slot][c] = load(bias + c * kLanes<T>);
+  template <int kColumns>
+  static void begin_with(Sums<T, kColumns>& sums, const Start<T>& start, int slots) {
+    for (int slot = 0; start.data && slot < slots; ++slot) {
+      for (int c = 0; c < kColumns; ++c) sums[slot][c] = load(start.data + slot * start.distance + c * kLanes<T>);
     }
+  }
+
+  // b_ih (which = 0) or b_hh (which = 1) of a part's blocks.
+  Start<T> biases(const Part& part, int which) const {
+    return {bias_ + (part.block * 2 + which) * C * kLanes<T>, part.blocks == 1 ? 0 : 2 * C * kLanes<T>};
   }
 
   void multiply_x() {
@@ -195,8 +203,7 @@ class Forward {
       const T* rows[kMostRows];
       for (int r = 0; r < part.rows; ++r) rows[r] = at(d_.x) + s_.place(part.row + r) * s_.I;
       Sums<T, C> sums;
-      load_biases(sums, part, 0);
-      add_product<G>(sums, part, rows, split_.x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
+      multiply_by<G>(sums, biases(part, 0), part, rows, split_.x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I);
       each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) {
         T* out = x_product_ + part.row_of(slot) * x_product_stride_ + units.unit;
         for (int g = 0; g < G; ++g) store(out + g * s_.H, sums[slot][g * U + u], units.count);
@@ -324,21 +331,22 @@ class Forward {
       x[r] = x_row(part.row + r);
       h[r] = recurrent_input(part.row + r);
     }
-    if (!products_.x_beforehand || s_.gates_given) load_biases(from_x, part, 0);
     if (!products_.x_beforehand) {
-      add_product<G>(from_x, part, x, split_.x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I,
+      multiply_by<G>(from_x, biases(part, 0), part, x, split_.x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I,
                      after_input(part.block));
+    } else {
+      load_x_gates(from_x, part);
     }
-    load_biases(from_h, part, 1);
-    if (s_.normalised) clear<T, C>(from_h, part.slots());
-    // If h is zero in all rows, one row is multiplied and its sums are copied to the others. The product is not
-    // skipped, because it is NaN where W_hh has a NaN or an infinity.
+    // If h is zero in all rows, one row is multiplied and its sums go to the others, too. The product is not skipped,
+    // because it is NaN where W_hh has a NaN or an infinity.
+    const bool together = kNeedsSum && !s_.normalised, zero = started_rows_ == 0 && !d_.h0 && !d_.reset.h;
     Part h_part = part;
-    if (started_rows_ == 0 && !d_.h0 && !d_.reset.h) h_part.rows = 1;
-    add_product<G>(from_h, h_part, h, split_.h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P,
-                   after_recurrent(part.block));
-    for (int r = h_part.rows; r < part.rows; ++r) {
-      for (int c = 0; c < C; ++c) from_h[r][c] = from_h[0][c];
+    if (zero) h_part.rows = 1;
+    const Start<T> start = together && !zero ? Start<T>{} : kNeedsSum || s_.normalised ? kFromZero<T> : biases(part, 1);
+    multiply_by<G>(together && !zero ? from_x : from_h, start, h_part, h, split_.h, products_.packed_h, recurrent_,
+                   d_.w_hh, s_.H, s_.P, after_recurrent(part.block));
+    for (int r = zero ? 0 : part.rows; r < part.rows; ++r) {
+      for (int c = 0; c < C; ++c) together ? from_x[r][c] += from_h[0][c] : from_h[r][c] = from_h[0][c];
     }
     if (s_.normalised) {
       return each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) {
@@ -348,12 +356,12 @@ class Forward {
     }
     each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) FUSED_RNN_INLINED {
       const int64_t b = part.row_of(slot);
-      const T* x_gates = products_.x_beforehand ? x_gates_row(b) + units.unit : nullptr;
+      const T* const b_hh = biases(part, 1).from(slot).data;
       Vec<T> input[G], recurrent[G];
       for (int g = 0; g < G; ++g) {
-        input[g] = x_gates ? load(x_gates + g * s_.H, units.count) : from_x[slot][g * U + u];
-        if (s_.gates_given) input[g] += from_x[slot][g * U + u];
-        recurrent[g] = from_h[slot][g * U + u];
+        const int c = g * U + u;
+        input[g] = from_x[slot][c];
+        recurrent[g] = kNeedsSum ? load(b_hh + c * kLanes<T>) : from_h[slot][c];
       }
       Vec<T> inner[2];
       cell(input, recurrent, s_.drops_h ? h_prev(b) : h[b - part.row], b, units, inner);
@@ -365,6 +373,19 @@ class Forward {
         store_output(Cell::output(from_h[slot][U + u], from_h[slot][u]), s_.zones_h ? h_prev(b) : nullptr, b, units);
       });
     }
+  }
+
+  // sums = W_ih x + b_ih of a part at this step; only with x_beforehand.
+  void load_x_gates(Sums<T, C>& sums, const Part& part) const {
+    const Start<T> b_ih = biases(part, 0);
+    each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) {
+      const T* from = x_gates_row(part.row_of(slot)) + units.unit;
+      for (int g = 0; g < G; ++g) {
+        const int c = g * U + u;
+        sums[slot][c] = load(from + g * s_.H, units.count);
+        if (s_.gates_given) sums[slot][c] += load(b_ih.from(slot).data + c * kLanes<T>);
+      }
+    });
   }
 
   // W_ih x of row b at this step; only with x_beforehand.
@@ -464,8 +485,7 @@ class Forward {
     const T* rows[kMostRows];
     for (int r = 0; r < part.rows; ++r) rows[r] = hidden(part.row + r);
     Sums<T, UP> sums;
-    clear<T, UP>(sums, part.slots());
-    add_product<1>(sums, part, rows, split_.hidden, products_.packed_h, projection_, d_.w_hr, s_.P, s_.H);
+    multiply_by<1>(sums, kFromZero<T>, part, rows, split_.hidden, products_.packed_h, projection_, d_.w_hr, s_.P, s_.H);
     each_vector<T, UP>(part, s_.P, [&](int slot, int u, Units units) {
       const int64_t b = part.row_of(slot);
       store_y(sums[slot][u], s_.zones_h ? h_prev(b) : nullptr, b, units);

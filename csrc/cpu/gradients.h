@@ -218,8 +218,7 @@ class Products {
       __builtin_prefetch(to + kBlock - 1, 1);  // a row may begin within a line
     }
     Sums<T, U> sums;
-    clear<T, U>(sums, part.slots());
-    multiply<T, U>(sums, part, rows, panel, K);
+    multiply<T, U>(sums, kFromZero<T>, part, rows, panel, K);
     store_sums(out, part, sums, N, accumulate);
   }
 

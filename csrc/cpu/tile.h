@@ -92,16 +92,32 @@ void clear(Sums<T, C>& sums, int slots) {
   }
 }
 
-// sums[slot][c] += sum over k of row[k] * panel[k][c], for NB blocks or R rows.
+// What the sums of a product begin with: slot s with the vectors at data + s * distance.
+template <class T>
+struct Start {
+  const T* data = nullptr;  // null: with what the sums hold
+  int64_t distance = 0;
+
+  Start from(int64_t slot) const { return {data ? data + slot * distance : nullptr, distance}; }
+};
+template <class T>
+constexpr T kZeros[4 * kLanes<T>] = {};  // of the widest block
+template <class T>
+constexpr Start<T> kFromZero{kZeros<T>, 0};
+
+// sums[slot][c] = start + sum over k of row[k] * panel[k][c], for NB blocks or R rows.
 // Runs of kRun values of k are summed in registers and then added to sums, so that rounding errors grow with the number
 // of runs plus the length of one, as in a blocked BLAS, and not with K. kFetch: fetches a cache line of panel.next with
 // every k.
 template <class T, int NB, int R, int C, int kColumns, bool kFetch = false>
-__attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], const T* const* row, const Panel<T>& panel, int64_t K) {
+__attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], Start<T> start, const T* const* row,
+                                             const Panel<T>& panel, int64_t K) {
   constexpr int64_t kRun = 128;
+  const Start<T> own{reinterpret_cast<const T*>(sums), C * kLanes<T>};
+  if (!start.data) start = own;
   const T* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = row[r];
-  for (int64_t begin = 0; begin < K; begin += kRun) {
+  for (int64_t begin = 0; begin == 0 || begin < K; begin += kRun) {  // once for K = 0, too
     const int64_t end = least(begin + kRun, K);
     Vec<T> acc[NB][R][kColumns] = {};  // in registers: unrolled, every index is a constant
     const T* w = panel.data + begin * panel.stride;
@@ -136,45 +152,51 @@ __attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], const T* const* 
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int c = 0; c < kColumns; ++c) sums[nb + r][c] += acc[nb][r][c];
+        for (int c = 0; c < kColumns; ++c) {
+          sums[nb + r][c] = load(start.data + (nb + r) * start.distance + c * kLanes<T>) + acc[nb][r][c];
+        }
       }
     }
+    start = own;
   }
 }
 
 template <class T, int C, int kColumns, bool kFetch>
-void multiply_rows(Vec<T> (*sums)[C], const T* const* rows, int n, const Panel<T>& panel, int64_t K) {
+void multiply_rows(Vec<T> (*sums)[C], const Start<T>& start, const T* const* rows, int n, const Panel<T>& panel,
+                   int64_t K) {
   constexpr int kRows = kTileRows<kColumns>;
   // clang-format off
   switch (n) {
-    case 1: return multiply_tile<T, 1, 1, C, kColumns, kFetch>(sums, rows, panel, K);
-    case 2: return multiply_tile<T, 1, 2, C, kColumns, kFetch>(sums, rows, panel, K);
-    case 3: return multiply_tile<T, 1, 3, C, kColumns, kFetch>(sums, rows, panel, K);
-    case 4: return multiply_tile<T, 1, least(kRows, 4), C, kColumns, kFetch>(sums, rows, panel, K);
-    case 5: return multiply_tile<T, 1, least(kRows, 5), C, kColumns, kFetch>(sums, rows, panel, K);
-    case 6: return multiply_tile<T, 1, least(kRows, 6), C, kColumns, kFetch>(sums, rows, panel, K);
-    case 7: return multiply_tile<T, 1, least(kRows, 7), C, kColumns, kFetch>(sums, rows, panel, K);
-    case 8: return multiply_tile<T, 1, least(kRows, 8), C, kColumns, kFetch>(sums, rows, panel, K);
+    case 1: return multiply_tile<T, 1, 1, C, kColumns, kFetch>(sums, start, rows, panel, K);
+    case 2: return multiply_tile<T, 1, 2, C, kColumns, kFetch>(sums, start, rows, panel, K);
+    case 3: return multiply_tile<T, 1, 3, C, kColumns, kFetch>(sums, start, rows, panel, K);
+    case 4: return multiply_tile<T, 1, least(kRows, 4), C, kColumns, kFetch>(sums, start, rows, panel, K);
+    case 5: return multiply_tile<T, 1, least(kRows, 5), C, kColumns, kFetch>(sums, start, rows, panel, K);
+    case 6: return multiply_tile<T, 1, least(kRows, 6), C, kColumns, kFetch>(sums, start, rows, panel, K);
+    case 7: return multiply_tile<T, 1, least(kRows, 7), C, kColumns, kFetch>(sums, start, rows, panel, K);
+    case 8: return multiply_tile<T, 1, least(kRows, 8), C, kColumns, kFetch>(sums, start, rows, panel, K);
   }
   // clang-format on
 }
 
-// sums[block][c] += rows[0] x panel for n blocks.
+// sums[block][c] = start + rows[0] x panel for n blocks.
 template <class T, int C, int N = kRowBlocks<C>>
-void multiply_blocks(Vec<T> (*sums)[C], const T* const* rows, int n, const Panel<T>& panel, int64_t K) {
+void multiply_blocks(Vec<T> (*sums)[C], const Start<T>& start, const T* const* rows, int n, const Panel<T>& panel,
+                     int64_t K) {
   if constexpr (N > 1) {
-    if (n < N) return multiply_blocks<T, C, N - 1>(sums, rows, n, panel, K);
+    if (n < N) return multiply_blocks<T, C, N - 1>(sums, start, rows, n, panel, K);
   }
-  multiply_tile<T, N, 1, C, C>(sums, rows, panel, K);
+  multiply_tile<T, N, 1, C, C>(sums, start, rows, panel, K);
 }
 
-// sums[slot][c] += rows x panel for all slots of a part of one block, whose panel has kColumns vectors. The tiles share
-// the lines of panel.next, which is taken to be as long as this panel.
+// sums[slot][c] = start + rows x panel for all slots of a part of one block, whose panel has kColumns vectors. The
+// tiles share the lines of panel.next, which is taken to be as long as this panel.
 template <class T, int C, int kColumns>
-void multiply_block(Sums<T, C>& sums, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K) {
+void multiply_block(Sums<T, C>& sums, Start<T> start, const Part& part, const T* const* rows, const Panel<T>& panel,
+                    int64_t K) {
   constexpr int64_t kWidth = C * sizeof(Vec<T>);
   const int tiles = static_cast<int>(ceil_div(part.rows, kTileRows<kColumns>));
-  for (int64_t k = 0; k < K; k += kDepth) {
+  for (int64_t k = 0; k == 0 || k < K; k += kDepth, start = {}) {
     const int64_t depth = least(kDepth, K - k);
     Panel<T> deep{panel.data + k * panel.stride, panel.stride, panel.distance, panel.vectors};
     for (int tile = 0; tile < tiles; ++tile) {  // of similar height: a single row has too few sums to hide latency
@@ -183,24 +205,26 @@ void multiply_block(Sums<T, C>& sums, const Part& part, const T* const* rows, co
       for (int r = 0; r < n; ++r) from_k[r] = rows[begin + r] + k;
       if (C == kColumns && panel.next && tile * kLine < kWidth) {
         deep.next = panel.next + (k * kWidth + tile * depth * kLine) / int64_t(sizeof(T));
-        multiply_rows<T, C, kColumns, C == kColumns>(sums + begin, from_k, n, deep, depth);
+        multiply_rows<T, C, kColumns, C == kColumns>(sums + begin, start.from(begin), from_k, n, deep, depth);
       } else {
-        multiply_rows<T, C, kColumns, false>(sums + begin, from_k, n, deep, depth);
+        multiply_rows<T, C, kColumns, false>(sums + begin, start.from(begin), from_k, n, deep, depth);
       }
     }
   }
 }
 
-// sums[slot][c] += rows x panel for all slots of a part. If the part has several blocks, it has one row, rows[0].
+// sums[slot][c] = start + rows x panel for all slots of a part. If the part has several blocks, it has one row,
+// rows[0].
 template <class T, int C>
-void multiply(Sums<T, C>& sums, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K) {
-  if (part.blocks > 1) return multiply_blocks<T, C>(sums, rows, part.blocks, panel, K);
+void multiply(Sums<T, C>& sums, const Start<T>& start, const Part& part, const T* const* rows, const Panel<T>& panel,
+              int64_t K) {
+  if (part.blocks > 1) return multiply_blocks<T, C>(sums, start, rows, part.blocks, panel, K);
   if constexpr (C == kUnitVectors<1>) {  // a last block may be narrower
-    if (panel.vectors == 1) return multiply_block<T, C, 1>(sums, part, rows, panel, K);
-    if (panel.vectors == 2) return multiply_block<T, C, least(C, 2)>(sums, part, rows, panel, K);
-    if (panel.vectors == 3) return multiply_block<T, C, least(C, 3)>(sums, part, rows, panel, K);
+    if (panel.vectors == 1) return multiply_block<T, C, 1>(sums, start, part, rows, panel, K);
+    if (panel.vectors == 2) return multiply_block<T, C, least(C, 2)>(sums, start, part, rows, panel, K);
+    if (panel.vectors == 3) return multiply_block<T, C, least(C, 3)>(sums, start, part, rows, panel, K);
   }
-  multiply_block<T, C, C>(sums, part, rows, panel, K);
+  multiply_block<T, C, C>(sums, start, part, rows, panel, K);
 }
 
 // Rows of W that are multiplied at once by R rows: a power of two, with the sums of a tile in registers.

@@ -127,9 +127,18 @@ struct Quotient<FUSED_RNN_ISA::Vec<float>> {
   using V = FUSED_RNN_ISA::Vec<float>;
   static FUSED_RNN_INLINE V of(const V& a, const V& b) {
     const V inverse = (V)_mm512_rcp14_ps(b), about = a * inverse;
-    const __m512 missing = _mm512_fnmadd_ps(about, b, a);  // exact only if it is rounded once
+    return improved(about, less(a, about, b), inverse);
+  }
+  static FUSED_RNN_INLINE V of(const V& a, const V& b, const V& lost) {
+    const V inverse = (V)_mm512_rcp14_ps(b), about = a * inverse;
+    return improved(about, less(less(a, about, b), about, lost), inverse);
+  }
+
+ private:
+  static FUSED_RNN_INLINE V improved(V about, V missing, V inverse) {
     return (V)_mm512_fmadd_ps(missing, inverse, about);
   }
+  static FUSED_RNN_INLINE V less(V a, V b, V c) { return (V)_mm512_fnmadd_ps(b, c, a); }  // a - b c, rounded once
 };
 #else
 FUSED_RNN_EXTREMES(float, _mm256, ps)

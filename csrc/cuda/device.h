@@ -207,9 +207,16 @@ struct Extremes<float> {  // one instruction each
 template <>
 struct Quotient<float> {
   // At most 1.5 ulp; 0 where 1 / b is subnormal.
-  FUSED_RNN_DEVICE static float of(float a, float b) {
+  FUSED_RNN_DEVICE static float of(float a, float b) { return a * inverse(b); }
+  FUSED_RNN_DEVICE static float of(float a, float b, float lost) {
+    const float i = inverse(b), quotient = a * i;
+    return quotient - quotient * lost * i;
+  }
+
+ private:
+  FUSED_RNN_DEVICE static float inverse(float b) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(b) : "f"(b));
-    return a * b;
+    return b;
   }
 };
 }  // namespace math
