@@ -52,17 +52,14 @@ def measured(suite: str, results: Path) -> dict[str, Rows]:
 
 
 def speed(results: Path) -> str:
-    """README's table: the means by cell and the number of slower rows, side by side for the processors."""
+    """README's table: the means by cell, and the number of slower rows, a line for each processor."""
     grids = measured("grid", results)
-    headings = [heading for device in grids for heading in (f"{device}: RNN / LSTM / GRU", "slower")]
     lines = []
-    for threads, mode in CONDITIONS:
-        cells = []
-        for rows in grids.values():
-            *means, _, slower = summary(rows, threads, mode)
-            cells += [" / ".join(means), slower]
-        lines.append([condition(threads, mode), *cells])
-    return table(["", *headings], lines) + versions(grids)
+    for device, rows in grids.items():
+        means = [" / ".join(summary(rows, *each)[:3]) for each in CONDITIONS]
+        slower = sum(row["behind_torch"] == "True" for row in rows)
+        lines.append([device, *means, f"{slower} of {len(rows)}"])
+    return table(["RNN / LSTM / GRU", *(condition(*each) for each in CONDITIONS), "slower"], lines) + versions(grids)
 
 
 def grid(results: Path) -> str:

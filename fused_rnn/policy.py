@@ -140,10 +140,10 @@ def choose(
         if reason is None and is_here:
             reason = self_check.why_not(device)
         return Choice(reason is None, reason or "the weights stay on the chip")
-    if kind in ("cell", "step") and differentiable and half is None and torch_trains_step(cell, dtype):
-        return Choice(False, "the autograd nodes of torch's function for an RNN's cell cost less than ours")
     if deterministic():
         return Choice(True, "deterministic: a row's result does not depend on its batch")
+    if kind == "cell" and differentiable and half is None and tuned.torch_trains_as_fast(cell, dtype, B, H):
+        return Choice(False, "the autograd nodes of torch's function for an RNN's cell cost less than ours")
     if (half or dtype) is not torch.bfloat16 or not HAS_BF16_PRODUCTS or (cell == "lstm" and lacks_threads()):
         return Choice(True, "measured to be at least as fast")
     if _torch_is_faster(cell, T, B, H, kind, differentiable, half):
@@ -276,14 +276,14 @@ def layer_precision(dtype: torch.dtype, half: torch.dtype | None, single_step: b
     return precision(FLOAT32, single_step)
 
 
-def torch_trains_step(cell: str, dtype: torch.dtype) -> bool:
-    """Whether torch's function for cells computes a cell or `step` that records a gradient, outside of autocast."""
-    return tuned.torchs_nodes_cost_less(cell, dtype) and not deterministic()
-
-
-def torch_trains(cell: str, x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
-    """`torch_trains_step` of a call of x and these tensors that nothing observes."""
-    return torch.is_grad_enabled() and torch_trains_step(cell, x.dtype) and any_requires_grad((x, *tensors))
+def torch_trains(cell: str, x: Any, h0: Tensor, weights: Sequence[Tensor | None]) -> bool:
+    """Whether torch's function computes a cell from x and ``[B, H]`` that records a gradient, outside of autocast."""
+    return (
+        torch.is_grad_enabled()
+        and tuned.torch_trains_as_fast(cell, x.dtype, *h0.shape)
+        and not deterministic()
+        and any_requires_grad((x, h0, *weights))
+    )
 
 
 def torch_trains_cell(cell: str, x: Any, h0: Any, weights: Sequence[Any]) -> bool:
@@ -298,6 +298,7 @@ def torch_trains_cell(cell: str, x: Any, h0: Any, weights: Sequence[Any]) -> boo
         and weights[0] is not None is not weights[1]  # parametrised ones are no parameters
         and any_requires_grad((weights[1], x, h0, *weights))
         and not (deterministic() or torch.is_autocast_enabled("cpu") or watched())
+        and tuned.torch_trains_as_fast(cell, x.dtype, x.size(0), weights[1].size(-1))  # sizes are symbols in a trace
     )
 
 

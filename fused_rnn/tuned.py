@@ -64,16 +64,22 @@ class Call(NamedTuple):
     def left_to_torch(self) -> bool:
         """Whether the shipped rules leave this call of a cell on a CPU to torch."""
         records = self.kind == "cell" and self.train and self.autocast is None
-        return records and torchs_nodes_cost_less(self.cell, self.dtype)
+        return records and torch_trains_as_fast(self.cell, self.dtype, self.B, self.H)
 
     def bucket(self) -> Call:
         """The call that stands for this one in the table: T, B and I are rounded to powers of two."""
         return self._replace(T=_rounded(self.T), B=_rounded(self.B), I=_rounded(self.I))
 
 
-def torchs_nodes_cost_less(cell: str, dtype: torch.dtype) -> bool:
-    """Whether the autograd nodes of torch's function for a cell's step cost less than ours, on a CPU."""
-    return cell.startswith("rnn") and dtype in (torch.float32, torch.float64)
+def torch_trains_as_fast(cell: str, dtype: torch.dtype, B: int, H: int) -> bool:
+    """Whether torch's function for a cell is as fast in training on a CPU: its autograd nodes cost less than ours."""
+    return cell.startswith("rnn") and dtype in (torch.float32, torch.float64) and (B * H < 256 or not _outrun_mkl())
+
+
+@cache
+def _outrun_mkl() -> bool:
+    """Whether the kernels multiply faster than MKL, torch's library for that, which does without AVX-512 on AMD's."""
+    return _C.cpu_isa().startswith("avx512") and "AMD" in cpu_name()
 
 
 def _rounded(size: int) -> int:

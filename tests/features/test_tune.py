@@ -114,8 +114,10 @@ def test_cells(
     clock: dict[str, float],
     instruction_sets: dict[str, int],
     instances: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A loop over a cell is one call; modules and patched() follow, in float32 and under autocast."""
+    monkeypatch.setattr(tuned, "_outrun_mkl", lambda: False)
     clock |= {"torch": 2.0, "fused": 2.0, OTHER_SET: 2.0} | {faster: 1.0}
     name = {"lstm": "LSTMCell", "gru": "GRUCell"}.get(cell, "RNNCell")
     ours, theirs = (getattr(library, name)(SIZE, HIDDEN) for library in (fused_rnn, nn))

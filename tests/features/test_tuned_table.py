@@ -83,8 +83,9 @@ def test_an_empty_table_is_never_asked(path: str) -> None:
     assert CALL.H in Table(path).hidden_sizes and CALL.H + 1 in Table(path).hidden_sizes  # not read yet
 
 
-def test_what_the_rules_say_is_not_asked() -> None:
+def test_what_the_rules_say_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """An RNN's cell in training is torch.nn's by the rules, all other plain calls on a CPU are the kernels'."""
+    monkeypatch.setattr(tuned, "_outrun_mkl", lambda: False)
     table, cell = Table(None), CALL._replace(T=1, kind="cell")
     rnn = cell._replace(cell="rnn_tanh", train=True)
     table.put({(HERE, cell): Result("fused"), (HERE, rnn): Result("torch")})

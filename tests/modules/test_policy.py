@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
 from contract import fused_calls
-from fused_rnn import operators, policy
+from fused_rnn import operators, policy, tuned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,6 +102,25 @@ def test_a_profiler_sees_the_same() -> None:
         with fused_calls() as calls, suppress(RuntimeError):
             call()
         assert (plan.backend == "fused") == bool(calls), (question, plan, calls)
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
+def test_rules_for_cells_in_training(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own function where its autograd nodes decide: small cells of an RNN, or all where MKL is as fast."""
+    is_rnn = cell.startswith("rnn")
+    for outrun in (True, False):
+        monkeypatch.setattr(tuned, "_outrun_mkl", lambda outrun=outrun: outrun)
+        for B in (1, 15, 16, 64):
+            by_torch = is_rnn and not (outrun and B >= 16)
+            plan = fused_rnn.plan(cell, torch.float32, 1, B, 8, 16, kind="cell", device="cpu")
+            assert plan.backend == ("torch" if by_torch else "fused")
+            assert fused_rnn.plan(cell, torch.float32, 1, B, 8, 16, kind="step", device="cpu").backend == "fused"
+            if is_rnn:
+                ours, theirs = (lib.RNNCell(8, 16, nonlinearity=cell[4:]) for lib in (fused_rnn, torch.nn))
+                for call in (ours, theirs):
+                    with fused_calls() as calls, fused_rnn.patched():
+                        call(torch.randn(B, 8))
+                    assert len(calls) == (not by_torch)
 
 
 def test_rules_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
