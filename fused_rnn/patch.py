@@ -190,7 +190,8 @@ def _cell(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
         states = _states(cell, hx)
         h0, c0 = (*states, None, None)[:2]
         choice, may_be_torchs = None, torch.is_grad_enabled() or tuned.table.cell_hidden_sizes
-        if may_be_torchs and isinstance(h0, Tensor) and h0.dim() == 2 and not torch.compiler.is_compiling():
+        followed = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None  # sizes may be symbols
+        if may_be_torchs and not followed and isinstance(h0, Tensor) and h0.dim() == 2:
             if len(states) == count and tuned.table.cell_hidden_sizes:
                 choice = policy.tuned_cell(cell, input, h0.size(1), h0, c0, weights, may_measure=False)
             use_torch = policy.torch_trains(cell, input, h0, weights) if choice is None else not choice.fused
