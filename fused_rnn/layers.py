@@ -63,7 +63,8 @@ def stack(
     """
     run = layer if run is None else run
     trains = weights[0].requires_grad and torch.is_grad_enabled()  # nearly always all that there is to ask
-    if options_of is None and options is NO_OPTIONS and run is layer and not (trains or dropout > 0 or sequences):
+    plain = options_of is None and options is NO_OPTIONS and widths is None and run is layer
+    if plain and not (trains or dropout > 0 or sequences):
         results = _in_one_call(cell, x, h0, c0, weights, has_biases, num_layers, directions)
         if results is not None:
             return results
@@ -273,9 +274,9 @@ def _run_backward(
 ) -> list[Tensor | None]:
     """Gradients of x, h0, c0, the weights and the options that may need one; some may be there without need."""
     x, h0, _, weights = inputs
-    count, watched = len(weights), policy.watched()  # other modes may be in force than in forward
+    count = len(weights)
     if options is NO_OPTIONS:
-        return operators.backward(cell, grads, x, kept[0], weights, options, needs, 0, watched)[: 3 + count]
+        return operators.backward(cell, grads, x, kept[0], weights, options, needs, 0)[: 3 + count]
     need_reset_h, need_reset_c, *_, need_norm_ih = needs[3 + count :]
     reset_states = [s for s, need in ((options.reset_h, need_reset_h), (options.reset_c, need_reset_c)) if need]
     reset_steps = 0 if not reset_states else -1 if reset_states[0].dim() == 4 else 1  # type: ignore[union-attr]
@@ -283,14 +284,14 @@ def _run_backward(
         grads = (grads[0], torch.zeros_like(h0), *grads[2:])  # tells a compiler how many rows there are
     dnorm_ih = None
     if options.norm_ih is None:
-        dx, dh0, dc0, *rest = operators.backward(cell, grads, x, kept[0], weights, options, needs, reset_steps, watched)
+        dx, dh0, dc0, *rest = operators.backward(cell, grads, x, kept[0], weights, options, needs, reset_steps)
     else:
         needs_w = needs[3 : 3 + count : 5]
         of_operator = [needs[0] or need_norm_ih or any(needs_w), *needs[1:]]
         of_operator[3 : 3 + count : 5] = [False] * len(needs_w)
         gates = x.new_empty(()).expand(*x.shape[:-1], options.norm_ih.numel())  # never read
         dgates, dh0, dc0, *rest = operators.backward(
-            cell, grads, gates, kept[0], _without_w_ih(weights), options, of_operator, reset_steps, watched
+            cell, grads, gates, kept[0], _without_w_ih(weights), options, of_operator, reset_steps
         )
         w_ih: Any = weights[::5]
         dx, rest[:count:5], dnorm_ih = input_gates.backward(

@@ -2,8 +2,8 @@
 
 They have no autograd kernels of their own; `fused_rnn.layers` differentiates them. The schemas are in csrc/bindings.
 
-On a CPU they are called without torch's dispatcher, which costs more than a small layer, unless a profiler watches it
-(csrc/bindings/direct.cpp).
+On a CPU they are called without torch's dispatcher, which costs more than a small layer, unless a mode or this thread's
+profiler watches it (csrc/bindings/direct.cpp).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from fused_rnn.cell_info import NUMBER
 from fused_rnn.options import NO_OPTIONS, LayerOptions, operator_tensors_of
 
 NO_WEIGHTS = (None,) * 5
-
 
 forward_operator: Callable[..., tuple[Tensor, ...]] = _C.forward
 """Arguments: x, h0, c0, the cell's number, whether backward follows, weights. With `forward`, also options."""
@@ -62,7 +61,8 @@ def forward(
         both = weights if len(weights) > 5 else (*weights, *NO_WEIGHTS)
         o = options
         arguments = (*both, operator_tensors_of(o), o.c_sequence, o.deterministic, o.tf32, o.precision, o.instance)
-    run = partial(cuda.in_tf32, forward_operator) if options.tf32 else forward_operator
+    operator = forward_operator if x.is_cpu else torch.ops.fused_rnn.forward.default
+    run = partial(cuda.in_tf32, operator) if options.tf32 else operator
     return run(x, h0, c0, NUMBER[cell], train, *arguments)
 
 
@@ -75,7 +75,6 @@ def backward(
     options: LayerOptions,
     needs: Sequence[bool],
     reset_steps: int,
-    watched: bool,
 ) -> list[Tensor | None]:
     """Compute the gradients of one layer.
 
@@ -83,7 +82,6 @@ def backward(
         grads: of y, h_n, c_n and, with c_sequence, c of every step; None for those that are absent.
         needs: which gradients are needed, in the order of the result.
         reset_steps: 0 if no gradient of reset_h and reset_c is needed, 1 for one state for all steps, -1 for one each.
-        watched: whether something watches torch's operations (`fused_rnn.policy`).
 
     Returns:
         Gradients of x, h0, c0, the weights of each direction, reset_h, reset_c, norm_hh, norm_c, norm_c_bias. Some that
@@ -101,7 +99,7 @@ def backward(
     if options is not NO_OPTIONS:
         flags = (options.deterministic, options.tf32, options.precision, options.instance)
         more = (operator_tensors_of(options), reset_steps, dc_sequence, *flags)
-    operator = torch.ops.fused_rnn.backward.default if watched else backward_operator
+    operator = backward_operator if x.is_cpu else torch.ops.fused_rnn.backward.default
     run = partial(cuda.in_tf32, operator) if options.tf32 else operator
     dx, dh0, dc0, *rest = run(
         dy, dh_n, dc_n, x, reserve, NUMBER[cell], needs[0], needs[1] or needs[2], need_w_ih, need_w_hh,

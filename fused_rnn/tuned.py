@@ -73,7 +73,8 @@ class Call(NamedTuple):
 
 def torch_trains_as_fast(cell: str, dtype: torch.dtype, B: int, H: int) -> bool:
     """Whether torch's function for a cell is as fast in training on a CPU: its autograd nodes cost less than ours."""
-    return cell.startswith("rnn") and dtype in (torch.float32, torch.float64) and (B * H < 256 or not _outrun_mkl())
+    plain = dtype in (torch.float32, torch.float64)
+    return cell.startswith("rnn") and plain and (_rounded(B) * H < 256 or not _outrun_mkl())  # as a bucket has it
 
 
 @cache

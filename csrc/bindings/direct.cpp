@@ -5,9 +5,9 @@
 // for the stable ABI. torch._C._aoti has two functions for the code that torch's own compiler generates, which turn
 // Python's tensors into the stable ABI's handles and back in a tenth of a microsecond each.
 //
-// The dispatcher is asked if a profiler is on, which records operators, if a tensor is not a plain one on the CPU, and
-// if the operator refuses its arguments, so that errors are the dispatcher's. That nothing else watches torch's
-// operations, a mode or a transform, the callers see to (fused_rnn/policy.py).
+// The dispatcher is asked if this thread's profiler, a mode or a tracer would see the call there, if a tensor is not a
+// plain one on the CPU, and if the operator refuses its arguments, so that errors are the dispatcher's. That no
+// functorch transform and no autocast is in force, the callers see to (fused_rnn/policy.py).
 #include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 
@@ -23,20 +23,26 @@ namespace bindings {
 
 namespace {
 
+// What is needed of torch: the process's own, never released. Another torch may lack the functions.
 struct Torch {
   PyTypeObject *tensor, *parameter;
-  PyObject *is_neg, *profiles, *to_handles, *from_handles;  // the process's own: never released
+  PyObject *is_neg = nullptr, *profiles = nullptr, *modes = nullptr, *tracer = nullptr;
+  PyObject *to_handles = nullptr, *from_handles = nullptr;
 
   Torch() {
-    const py::object cls = py::module_::import("torch").attr("Tensor"), c = py::module_::import("torch._C");
-    const py::object aoti = c.attr("_aoti");
     const auto kept = [](py::object object) { return object.release().ptr(); };
+    const py::object cls = py::module_::import("torch").attr("Tensor"), c = py::module_::import("torch._C");
     tensor = reinterpret_cast<PyTypeObject*>(kept(cls));
     parameter = reinterpret_cast<PyTypeObject*>(kept(py::module_::import("torch.nn").attr("Parameter")));
-    is_neg = kept(cls.attr("is_neg"));
-    profiles = kept(c.attr("_autograd").attr("_profiler_enabled"));
-    to_handles = kept(aoti.attr("unsafe_alloc_void_ptrs_from_tensors"));
-    from_handles = kept(aoti.attr("alloc_tensors_by_stealing_from_void_ptrs"));
+    try {
+      is_neg = kept(cls.attr("is_neg"));
+      profiles = kept(c.attr("_autograd").attr("_profiler_enabled"));
+      modes = kept(c.attr("_len_torch_dispatch_stack"));
+      tracer = kept(c.attr("_get_tracing_state"));
+      to_handles = kept(c.attr("_aoti").attr("unsafe_alloc_void_ptrs_from_tensors"));
+      from_handles = kept(c.attr("_aoti").attr("alloc_tensors_by_stealing_from_void_ptrs"));
+    } catch (const py::error_already_set&) {
+    }
   }
 };
 
@@ -58,14 +64,24 @@ py::object called(PyObject* function, PyObject* const* arguments, size_t count) 
 }
 py::object called(PyObject* function, PyObject* argument) { return called(function, &argument, 1); }
 
+bool dispatcher_is_watched() {
+  const Torch& torch = torch_objects();
+  const auto asked = [](PyObject* function) { return called(function, nullptr, 0); };
+  return asked(torch.profiles).ptr() == Py_True || asked(torch.modes).cast<int64_t>() > 0 ||
+         !asked(torch.tracer).is_none();
+}
+
 // The tensors among a call's arguments, and in lists among them, in order.
 class Handles {
  public:
-  Handles(PyObject* const* arguments, size_t count) {
+  // x: the place of x among the arguments.
+  Handles(PyObject* const* arguments, size_t count, size_t x) {
     for (size_t i = 0; i < count; ++i) {
+      if (i == x) x_ = objects_.size();
       if (PyTuple_Check(arguments[i]) || PyList_Check(arguments[i])) {
-        const Py_ssize_t size = PySequence_Fast_GET_SIZE(arguments[i]);
-        for (Py_ssize_t j = 0; j < size; ++j) add(PySequence_Fast_GET_ITEM(arguments[i], j));
+        for (Py_ssize_t j = 0; j < PySequence_Fast_GET_SIZE(arguments[i]); ++j) {
+          add(PySequence_Fast_GET_ITEM(arguments[i], j));
+        }
       } else {
         add(arguments[i]);
       }
@@ -76,33 +92,37 @@ class Handles {
       tensors_.emplace_back(static_cast<AtenTensorHandle>(PyCapsule_GetPointer(capsule.ptr(), nullptr)));
     }
   }
-  Tensor next() { return std::move(tensors_[used_++]); }
+  Tensor next() {
+    FUSED_RNN_CHECK(used_ < tensors_.size(), "a list of tensors has changed meanwhile");
+    return std::move(tensors_[used_++]);
+  }
   bool on_cpu() const {
     for (const Tensor& tensor : tensors_) {
       if (!tensor.is_cpu()) return false;
     }
     return true;
   }
-  // At most so many multiply-adds: every row of the first tensor, x or a gradient, meets all that the others hold.
+  // At most so many multiply-adds: every row of x meets all that the other tensors hold.
   double work() const {
-    if (tensors_.empty() || tensors_[0].dim() == 0) return 0;
+    if (x_ >= tensors_.size() || tensors_[x_].dim() == 0) return 0;
     double elements = 0;
     for (const Tensor& tensor : tensors_) elements += static_cast<double>(tensor.numel());
-    const int64_t width = tensors_[0].size(tensors_[0].dim() - 1);
-    return elements * static_cast<double>(tensors_[0].numel() / (width > 0 ? width : 1));
+    const Tensor& x = tensors_[x_];
+    const int64_t width = x.size(x.dim() - 1);
+    return elements * static_cast<double>(x.numel() / (width > 0 ? width : 1));
   }
 
  private:
   void add(PyObject* object) {
     if (!is_tensor(object)) return;
+    objects_.append(py::handle(object));
     // It may stand for the negative of what lies in its memory, which the dispatcher would compute.
     FUSED_RNN_CHECK(called(torch_objects().is_neg, object).ptr() == Py_False, "a tensor is a negated view");
-    objects_.append(py::handle(object));
   }
 
   py::list objects_;
   std::vector<Tensor> tensors_;
-  size_t used_ = 0;
+  size_t x_ = 0, used_ = 0;
 };
 
 // An argument as the type that the operator takes; null: absent.
@@ -124,14 +144,16 @@ int64_t taken(PyObject* object, Handles&) {
 }
 template <>
 bool taken(PyObject* object, Handles&) {
-  return object && PyObject_IsTrue(object) == 1;
+  FUSED_RNN_CHECK(!object || PyBool_Check(object), "expected a bool");
+  return object == Py_True;
 }
 template <class Element>
 std::vector<Element> elements(PyObject* object, Handles& handles) {
   FUSED_RNN_CHECK(object && (PyTuple_Check(object) || PyList_Check(object)), "expected a list of tensors");
   std::vector<Element> all;
-  const Py_ssize_t size = PySequence_Fast_GET_SIZE(object);
-  for (Py_ssize_t i = 0; i < size; ++i) all.push_back(taken<Element>(PySequence_Fast_GET_ITEM(object, i), handles));
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); ++i) {
+    all.push_back(taken<Element>(PySequence_Fast_GET_ITEM(object, i), handles));
+  }
   return all;
 }
 template <>
@@ -171,9 +193,10 @@ constexpr double kWorthUnlocking = 1e6;  // multiply-adds
 
 // Null if the dispatcher has to be asked.
 template <class R, class... A, size_t... i>
-py::object run(R (*function)(A...), PyObject* const* given, size_t count, int64_t last, std::index_sequence<i...>) {
-  if (count > sizeof...(A) || called(torch_objects().profiles, nullptr, 0).ptr() == Py_True) return {};
-  Handles handles(given, count);
+py::object run(R (*function)(A...), PyObject* const* given, size_t count, size_t x, int64_t last,
+               std::index_sequence<i...>) {
+  if (count > sizeof...(A) || !torch_objects().from_handles || dispatcher_is_watched()) return {};
+  Handles handles(given, count, x);
   if (!handles.on_cpu()) return {};
   const bool unlock = handles.work() > kWorthUnlocking;
   std::tuple<A...> arguments{taken<A>(i < count ? given[i] : nullptr, handles)...};  // braces: in order
@@ -186,9 +209,9 @@ py::object run(R (*function)(A...), PyObject* const* given, size_t count, int64_
   return given_back(results);
 }
 template <class R, class... A>
-py::object run(R (*function)(A...), PyObject* const* arguments, size_t count, int64_t last) {
+py::object run(R (*function)(A...), PyObject* const* arguments, size_t count, size_t x, int64_t last) {
   try {
-    return run(function, arguments, count, last, std::index_sequence_for<A...>());
+    return run(function, arguments, count, x, last, std::index_sequence_for<A...>());
   } catch (const std::exception&) {  // a mistake, or a tensor that only torch can read
     return {};
   }
@@ -200,11 +223,12 @@ PyMethodDef method(const char* name, Fast function, const char* documentation) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, documentation};
 }
 
-// An operator. Absent arguments at the end are None, False and 0, but the last one is `last`, as in its schema.
-template <auto function, const char* name, int64_t last = 0>
+// An operator. Absent arguments at the end are None, False and 0, but the last one is `last`, as in its schema. x: the
+// place of x among them.
+template <auto function, const char* name, size_t x, int64_t last>
 PyObject* direct(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   try {
-    py::object results = run(function, arguments, static_cast<size_t>(count), last);
+    py::object results = run(function, arguments, static_cast<size_t>(count), x, last);
     if (!results) {
       const py::object torchs = py::module_::import("torch").attr("ops").attr("fused_rnn").attr(name).attr("default");
       results = called(torchs.ptr(), arguments, static_cast<size_t>(count));
@@ -217,7 +241,7 @@ PyObject* direct(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 }
 
 PyObject* direct_stack(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  py::object results = count == 10 ? run(&stack, arguments, static_cast<size_t>(count), 0) : py::object();
+  py::object results = count == 10 ? run(&stack, arguments, static_cast<size_t>(count), 0, 0) : py::object();
   return (results ? results : py::none()).release().ptr();
 }
 
@@ -236,9 +260,9 @@ PyObject* in_place(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 constexpr char kForward[] = "forward", kBackward[] = "backward", kStep[] = "step";
 PyMethodDef methods[] = {
-    method(kForward, direct<&forward, kForward, kPlanned>, "The operator forward, of positional arguments."),
-    method(kBackward, direct<&backward, kBackward, kPlanned>, "The operator backward, of positional arguments."),
-    method(kStep, direct<&step, kStep>, "The operator step, of positional arguments."),
+    method(kForward, direct<&forward, kForward, 0, kPlanned>, "The operator forward, of positional arguments."),
+    method(kBackward, direct<&backward, kBackward, 3, kPlanned>, "The operator backward, of positional arguments."),
+    method(kStep, direct<&step, kStep, 0, 0>, "The operator step, of positional arguments."),
     method(
         "stack", direct_stack,
         "All layers in inference: the arguments of csrc/bindings/cpu_operators.h; None if they have to be computed in "

@@ -146,15 +146,15 @@ class Backward {
     }
   }
 
-  // sums += rows x W [K, N] for a part whose sums are zeros, with the panels that pack_weights() made. `split` has the
-  // rows' parts.
-  void add_product(Sums<T, U>& sums, const Part& part, const T* const* rows, const SplitRows& split, const T* panels,
+  // sums = rows x W [K, N] for a part, with the panels that pack_weights() made. `split` has the rows' parts.
+  void multiply_by(Sums<T, U>& sums, const Part& part, const T* const* rows, const SplitRows& split, const T* panels,
                    const void* W, int64_t K, int64_t N) const {
     const int64_t left = N - part.block * kBlock;
     const int vectors = block_vectors<T, 1>(N, part.block * kBlock);
     if (splits_) {
       if constexpr (kSplits) {
         const int64_t unit = part.block * kBlock;
+        clear<T, U>(sums, part.slots());
         bf16_.add(sums, vectors, split, part.row, part.rows, split_panel(panels, part.block, K, N),
                   [&](int r) { add_columns_in_float32(sums[r], rows[r], Rows<const T>{at(W), N}, N, K, unit); });
       }
@@ -239,8 +239,7 @@ class Backward {
       const T* rows[kMostRows];
       for (int r = 0; r < part.rows; ++r) rows[r] = row(part.row + r);
       Sums<T, U> sums;
-      clear<T, U>(sums, part.slots());
-      add_product(sums, part, rows, split, panels, W, K, N);
+      multiply_by(sums, part, rows, split, panels, W, K, N);
       each_vector<T, U>(part, N, [&](int slot, int u, Units units) {
         store(product(part.row_of(slot)) + units.unit, sums[slot][u], units.count);
       });

@@ -84,9 +84,8 @@ class Forward {
   static constexpr int64_t kBlock = U * kLanes<T>;  // units of a block of gates
   static constexpr int UP = kUnitVectors<1>;        // vectors of a block of the projection, which has one "gate"
   static constexpr int64_t kProjectionBlock = UP * kLanes<T>;
-  // Whether the sum of both products is all that the cell needs: then their gradients are the same. from_x has it, but
-  // for b_hh.
-  static constexpr bool kNeedsSum = Cell::kGrads == G;
+  // Whether the cell only adds both products: then their gradients are the same. Their sum is in from_x, without b_hh.
+  static constexpr bool kAddsProducts = Cell::kGrads == G;
   static constexpr bool kSplits = sizeof(T) == sizeof(float);  // into bfloat16 parts, if LayerShape::parts says so
 
   static T* at(void* p) { return static_cast<T*>(p); }
@@ -334,19 +333,27 @@ class Forward {
     if (!products_.x_beforehand) {
       multiply_by<G>(from_x, biases(part, 0), part, x, split_.x, products_.packed_x, input_, d_.w_ih, s_.H, s_.I,
                      after_input(part.block));
-    } else {
+    } else if (!s_.normalised) {
       load_x_gates(from_x, part);
     }
-    // If h is zero in all rows, one row is multiplied and its sums go to the others, too. The product is not skipped,
-    // because it is NaN where W_hh has a NaN or an infinity.
-    const bool together = kNeedsSum && !s_.normalised, zero = started_rows_ == 0 && !d_.h0 && !d_.reset.h;
-    Part h_part = part;
-    if (zero) h_part.rows = 1;
-    const Start<T> start = together && !zero ? Start<T>{} : kNeedsSum || s_.normalised ? kFromZero<T> : biases(part, 1);
-    multiply_by<G>(together && !zero ? from_x : from_h, start, h_part, h, split_.h, products_.packed_h, recurrent_,
-                   d_.w_hh, s_.H, s_.P, after_recurrent(part.block));
-    for (int r = zero ? 0 : part.rows; r < part.rows; ++r) {
-      for (int c = 0; c < C; ++c) together ? from_x[r][c] += from_h[0][c] : from_h[r][c] = from_h[0][c];
+    const auto multiply_h = [&](Sums<T, C>& sums, const Start<T>& start, const Part& rows) {
+      multiply_by<G>(sums, start, rows, h, split_.h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P,
+                     after_recurrent(part.block));
+    };
+    const bool together = kAddsProducts && !s_.normalised;
+    const Start<T> apart = kAddsProducts || s_.normalised ? kFromZero<T> : biases(part, 1);
+    if (started_rows_ > 0 || d_.h0 || d_.reset.h) {
+      together ? multiply_h(from_x, {}, part) : multiply_h(from_h, apart, part);
+    } else {
+      // h is zero in all rows: one row is multiplied, and its sums go to the others, too. The product is not skipped,
+      // because it is NaN where W_hh has a NaN or an infinity.
+      Part one = part;
+      one.rows = 1;
+      multiply_h(from_h, apart, one);
+      for (int slot = 0; slot < part.slots(); ++slot) {
+        const Vec<T>* of_block = from_h[part.blocks == 1 ? 0 : slot];
+        for (int c = 0; c < C; ++c) together ? from_x[slot][c] += of_block[c] : from_h[slot][c] = of_block[c];
+      }
     }
     if (s_.normalised) {
       return each_vector<T, U>(part, s_.H, [&](int slot, int u, Units units) {
@@ -361,7 +368,7 @@ class Forward {
       for (int g = 0; g < G; ++g) {
         const int c = g * U + u;
         input[g] = from_x[slot][c];
-        recurrent[g] = kNeedsSum ? load(b_hh + c * kLanes<T>) : from_h[slot][c];
+        recurrent[g] = kAddsProducts ? load(b_hh + c * kLanes<T>) : from_h[slot][c];
       }
       Vec<T> inner[2];
       cell(input, recurrent, s_.drops_h ? h_prev(b) : h[b - part.row], b, units, inner);
@@ -445,7 +452,8 @@ class Forward {
     store(out, math::between(load(h_prev + unit, n), h, load(zone + unit, n)), n);
   }
 
-  // The cell for some units of row b at this step. input: W_ih x + b_ih, recurrent: W_hh h + b_hh, of each gate.
+  // The cell for some units of row b at this step. input: W_ih x + b_ih, recurrent: W_hh h + b_hh, of each gate; or, if
+  // the cell only adds the two, any other terms of the sum.
   // Of a cell with c, the output is left to the caller, who gets c' and o in `inner`: it waits for all gates, and the
   // processor has better things to do meanwhile.
   FUSED_RNN_INLINE void cell(const Vec<T> (&input)[G], const Vec<T> (&recurrent)[G], const T* h_prev, int64_t b,

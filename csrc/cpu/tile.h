@@ -100,8 +100,9 @@ struct Start {
 
   Start from(int64_t slot) const { return {data ? data + slot * distance : nullptr, distance}; }
 };
+constexpr int kMostColumns = 4;  // of a block
 template <class T>
-constexpr T kZeros[4 * kLanes<T>] = {};  // of the widest block
+constexpr T kZeros[kMostColumns * kLanes<T>] = {};
 template <class T>
 constexpr Start<T> kFromZero{kZeros<T>, 0};
 
@@ -112,6 +113,7 @@ constexpr Start<T> kFromZero{kZeros<T>, 0};
 template <class T, int NB, int R, int C, int kColumns, bool kFetch = false>
 __attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], Start<T> start, const T* const* row,
                                              const Panel<T>& panel, int64_t K) {
+  static_assert(C <= kMostColumns);
   constexpr int64_t kRun = 128;
   const Start<T> own{reinterpret_cast<const T*>(sums), C * kLanes<T>};
   if (!start.data) start = own;

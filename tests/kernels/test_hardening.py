@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -111,11 +112,12 @@ def test_no_leak() -> None:
 @pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 9), (3, 2), (9, 1), (6, 5), (4, 30)])
 @pytest.mark.parametrize("cell", CELLS)
 def test_special_values_in_weights(cell: str, T: int, B: int, value: float) -> None:
-    """Zero states are multiplied, too: zero times infinity is NaN."""
-    for name in ("weight_ih_l0", "weight_hh_l0", "weight_hh_l0_reverse", "bias_hh_l0"):
-        theirs, ours = pair(cell, 4, 20, bidirectional=True)
+    """Zero states are multiplied, too: zero times infinity is NaN. In the first block of units, and in the last."""
+    names = ("weight_ih_l0", "weight_hh_l0", "weight_hh_l0_reverse", "bias_hh_l0")
+    for name, unit in product(names, (3, 139)):
+        theirs, ours = pair(cell, 4, 140, bidirectional=True)
         with torch.no_grad():
-            theirs.get_parameter(name)[3] = value
+            theirs.get_parameter(name)[unit] = value
         x = torch.randn(T, B, 4)
         torch.testing.assert_close(ours(x)[0], theirs(x)[0], equal_nan=True)
         with torch.no_grad():

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -166,11 +167,34 @@ def test_a_profiler_sees_the_operators() -> None:
     assert names.count("fused_rnn::forward") == 6 and names.count("fused_rnn::backward") == 2
 
 
-def test_a_mode_around_backward_sees_the_operator() -> None:
-    loss = fused_rnn.GRU(3, 5)(torch.randn(4, 2, 3))[0].sum()
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_mode_around_backward_sees_the_operators(recompute: str) -> None:
+    loss = fused_rnn.GRU(3, 5, recompute=recompute)(torch.randn(4, 2, 3))[0].sum()
     with _Watching() as mode:
         loss.backward()
     assert "fused_rnn.backward.default" in mode.seen
+    assert ("fused_rnn.forward.default" in mode.seen) == (recompute == "full")
+
+
+def test_a_mode_around_an_exported_program_sees_the_operator() -> None:
+    """So that make_fx records it."""
+    x = torch.randn(4, 2, 3)
+    module = torch.export.export(fused_rnn.GRU(3, 5).eval(), (x,)).module()
+    with torch.no_grad(), _Watching() as mode:
+        module(x)
+    assert "fused_rnn.forward.default" in mode.seen
+    recorded = make_fx(module)(x)
+    other = torch.randn_like(x)
+    torch.testing.assert_close(recorded(other), module(other))
+
+
+def test_states_of_equally_wide_layers_that_lie_side_by_side() -> None:
+    """They are no states of a torch.nn module."""
+    gru, x = fused_rnn.GRU(3, [5, 5], bidirectional=True), torch.randn(4, 2, 3)
+    with torch.no_grad():
+        found = gru(x)
+    torch.testing.assert_close(found, gru(x))
+    assert found[1].shape == (2, 2, 10)
 
 
 @pytest.mark.parametrize("what", ["x", "h0", "weight"])
