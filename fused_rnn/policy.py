@@ -142,7 +142,7 @@ def choose(
         return Choice(reason is None, reason or "the weights stay on the chip")
     if deterministic():
         return Choice(True, "deterministic: a row's result does not depend on its batch")
-    if kind == "cell" and differentiable and half is None and tuned.torch_trains_as_fast(cell, dtype, B, H):
+    if kind in ("cell", "step") and differentiable and half is None and torch_trains_step(cell, dtype, B, H):
         return Choice(False, "the autograd nodes of torch's function for an RNN's cell cost less than ours")
     if (half or dtype) is not torch.bfloat16 or not HAS_BF16_PRODUCTS or (cell == "lstm" and lacks_threads()):
         return Choice(True, "measured to be at least as fast")
@@ -276,13 +276,15 @@ def layer_precision(dtype: torch.dtype, half: torch.dtype | None, single_step: b
     return precision(FLOAT32, single_step)
 
 
+def torch_trains_step(cell: str, dtype: torch.dtype, B: int, H: int) -> bool:
+    """Whether torch's function for cells computes a cell or `step` that records a gradient, outside of autocast."""
+    return tuned.torch_trains_as_fast(cell, dtype, B, H) and not deterministic()
+
+
 def torch_trains(cell: str, x: Any, h0: Tensor, weights: Sequence[Tensor | None]) -> bool:
-    """Whether torch's function computes a cell from x and ``[B, H]`` that records a gradient, outside of autocast."""
+    """`torch_trains_step` of a call of x, ``[B, H]`` and these weights that nothing observes."""
     return (
-        torch.is_grad_enabled()
-        and tuned.torch_trains_as_fast(cell, x.dtype, *h0.shape)
-        and not deterministic()
-        and any_requires_grad((x, h0, *weights))
+        torch.is_grad_enabled() and torch_trains_step(cell, x.dtype, *h0.shape) and any_requires_grad((x, h0, *weights))
     )
 
 

@@ -55,6 +55,7 @@ def plain(
     num_layers: int,
     projected: bool,
     dropout: float,
+    backend: str,
 ) -> Sequence[Tensor]:
     """Compute y and the states of a step without options.
 
@@ -63,12 +64,23 @@ def plain(
         hx: h0 and c0 of all layers, ``[L, B, ...]`` or None for zeros; or None.
         weights: torch.nn's ``_flat_weights``.
         dropout: between the layers; 0 outside of training.
+        backend: of the module, "auto" or "fused".
 
     Raises:
         RuntimeError: a tensor does not fit the others in shape or dtype.
     """
     h0, c0 = (None, None) if hx is None else hx
     differentiable = torch.is_grad_enabled() and policy.any_requires_grad((x, h0, c0, *weights))
+    if differentiable and backend == "auto" and policy.torch_trains_step(cell, x.dtype, x.size(0), weights[1].size(1)):
+        states = (None,) * num_layers if h0 is None else h0.unbind() if num_layers > 1 else (h0.squeeze(0),)
+        hidden: list[Tensor] = []
+        for index, state in enumerate(states):
+            if index > 0 and dropout > 0:
+                x = torch.dropout(x, dropout, True)
+            of_layer = layers.layer_weights(weights, index, num_layers, 1, has_biases)
+            x = layers.torchs_rnn_step(cell, x, state, of_layer)
+            hidden.append(x)
+        return x, torch.stack(hidden) if num_layers > 1 else x.unsqueeze(0)
     if not differentiable and x.dtype in policy.KERNEL_DTYPES and dropout == 0:
         results = operators.stack(
             x, h0, c0, NUMBER[cell], num_layers, 1, weights, has_biases, projected, policy.deterministic()

@@ -110,14 +110,14 @@ def test_rules_for_cells_in_training(cell: str, monkeypatch: pytest.MonkeyPatch)
     is_rnn = cell.startswith("rnn")
     for outrun in (True, False):
         monkeypatch.setattr(tuned, "_outrun_mkl", lambda outrun=outrun: outrun)
-        for B in (1, 15, 16, 64):
-            by_torch = is_rnn and not (outrun and B >= 16)
-            plan = fused_rnn.plan(cell, torch.float32, 1, B, 8, 16, kind="cell", device="cpu")
-            assert plan.backend == ("torch" if by_torch else "fused")
-            assert fused_rnn.plan(cell, torch.float32, 1, B, 8, 16, kind="step", device="cpu").backend == "fused"
+        for B in (1, 16, 23, 24, 64):
+            by_torch = is_rnn and not (outrun and B >= 24)  # which counts as 32
+            for kind in ("cell", "step"):
+                plan = fused_rnn.plan(cell, torch.float32, 1, B, 8, 64, kind=kind, device="cpu")
+                assert plan.backend == ("torch" if by_torch else "fused")
             if is_rnn:
-                ours, theirs = (lib.RNNCell(8, 16, nonlinearity=cell[4:]) for lib in (fused_rnn, torch.nn))
-                for call in (ours, theirs):
+                ours, theirs = (lib.RNNCell(8, 64, nonlinearity=cell[4:]) for lib in (fused_rnn, torch.nn))
+                for call in (ours, theirs, fused_rnn.RNN(8, 64, nonlinearity=cell[4:]).step):
                     with fused_calls() as calls, fused_rnn.patched():
                         call(torch.randn(B, 8))
                     assert len(calls) == (not by_torch)
