@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import geometric_mean
+from textwrap import fill
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -220,7 +221,7 @@ def versions(measurements: dict[str, Rows]) -> str:
         dirty = {row["git_commit"]: "-dirty" * row["git_commit"].endswith("-dirty") for row in rows}
         commits = ", ".join(commit[:7] + mark for commit, mark in dirty.items())
         runs.append(f"{device}: torch {rows[0]['torch_version']}, commit {commits}")
-    return f"\n\n({'; '.join(runs)}.)"
+    return "\n\n" + fill(f"({'; '.join(runs)}.)", 120, break_on_hyphens=False)
 
 
 TABLES = {
