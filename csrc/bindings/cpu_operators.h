@@ -1,5 +1,5 @@
-// The CPU's operators as C++ functions: ops.cpp and step.cpp register them with torch, direct.cpp calls them from
-// Python without torch's dispatcher. Both check all that a kernel relies on.
+// The CPU's operators as C++ functions, which check all that a kernel relies on. ops.cpp registers them with torch, but
+// for `stack` (stack.cpp), which is no operator; direct.cpp calls them from Python without torch's dispatcher.
 #pragma once
 
 #include "../cpu/dispatch.h"

@@ -7,7 +7,8 @@
 //
 // The dispatcher is asked if this thread's profiler, a mode or a tracer would see the call there, if a tensor is not a
 // plain one on the CPU, and if the operator refuses its arguments, so that errors are the dispatcher's. That no
-// functorch transform and no autocast is in force, the callers see to (fused_rnn/policy.py).
+// functorch transform and no autocast is in force, the callers see to (fused_rnn/policy.py). They ask `in_place`, which
+// is here because it knows a plain tensor, whether a module's weights are its parameters.
 #include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 
@@ -204,7 +205,7 @@ py::object run(R (*function)(A...), PyObject* const* given, size_t count, size_t
   const R results = [&] {
     std::optional<py::gil_scoped_release> unlocked;
     if (unlock) unlocked.emplace();
-    return std::apply(function, std::move(arguments));
+    return std::apply(function, arguments);  // which are released with the lock: a tensor's last handle takes it
   }();
   return given_back(results);
 }

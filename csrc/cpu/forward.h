@@ -1,8 +1,8 @@
 // Forward of one layer in one direction, computed by a team of threads. The threads split either the batch rows or the
 // hidden units; the loop over time steps is sequential.
 //
-// A step multiplies x and the previous h by the packed weights and runs the cell on the sums while they are in the
-// first-level cache. The new h is stored in y, where the next step reads it.
+// A step multiplies x and the previous h by the packed weights and runs the cell on the sums, which begin with the
+// biases, while they are in the first-level cache. The new h is stored in y, where the next step reads it.
 // Small batches multiply x of all steps before the first step, so that each load of W_ih serves more rows.
 // Packing is skipped where the weights serve too few rows: for W_hh with one row per step, and for all weights with
 // fewer than rows_worth_transposing() rows over all steps. Packed and unpacked products round differently, so
