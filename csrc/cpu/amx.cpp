@@ -73,7 +73,10 @@ void release(Bf16State& state) {
 
 }  // namespace
 
-const Bf16Unit kAmxTiles = {"amx", kMostParts, available, multiply, release};
+// Three parts are not worth while on a core that serves two threads: products take twice as long, half of the
+// second-level cache is left, and a weight takes 6 bytes of it, not 4. Alone on a core they are. So they are a choice.
+const Bf16Unit kAmxTiles = {"amx", 2, available, multiply, release};
+const Bf16Unit kAmxTilesForFloat32 = {"amx_float32", kMostParts, available, multiply, release};
 
 }  // namespace cpu
 }  // namespace fused_rnn

@@ -52,7 +52,7 @@ struct Bf16Unit {
 
 extern const Bf16Unit kEmulatedTiles;
 #if defined(__x86_64__)
-extern const Bf16Unit kAmxTiles;
+extern const Bf16Unit kAmxTiles, kAmxTilesForFloat32;
 extern const Bf16Unit kAvx512Bf16;
 #endif
 

@@ -106,9 +106,10 @@ std::vector<const Kernels*> supported() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-  static const Kernels amx = kAvx512.with(kAmxTiles), avx512_bf16 = kAvx512.with(kAvx512Bf16);
+  static const Kernels amx = kAvx512.with(kAmxTiles), amx_float32 = kAvx512.with(kAmxTilesForFloat32);
+  static const Kernels avx512_bf16 = kAvx512.with(kAvx512Bf16);
   const bool has_bf16 = avx512 && __builtin_cpu_supports("avx512bf16"), has_tiles = avx512 && has_amx();
-  if (has_tiles) found.push_back(&amx);
+  if (has_tiles) found.insert(found.end(), {&amx, &amx_float32});
   if (has_bf16) found.push_back(&avx512_bf16);
   if (avx512) found.push_back(&kAvx512);
   if (avx2) found.push_back(&kAvx2);
