@@ -120,7 +120,7 @@ class Backward {
   // since whole vectors of it would end beyond the row.
   void pack_weights(T* panels, const T* W, int64_t K, int64_t N) {
     const int64_t blocks = ceil_div(N, kBlock), whole = N / kBlock;
-    for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
+    for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks) && !packs_in_place(); ++b) {
       if constexpr (kSplits) {
         if (splits_) {
           split_panel(panels, b, K, N).pack_columns(Rows<const T>{W, N}, K, N, b * kBlock);
@@ -129,6 +129,12 @@ class Backward {
       }
       if (packed_ || b >= whole) pack_columns(panels + b * K * kBlock, Rows<const T>{W, N}, K, N, b * kBlock);
     }
+  }
+
+  // Whether a block serves one step alone, of the worker that packs it: then it is packed just before, and all panels
+  // take the place of the worker's first, which stays in the cache.
+  bool packs_in_place() const {
+    return s_.T == 1 && !d_.dh_chunk && packed_ && !splits_ && (worker_.splits_units || worker_.count == 1);
   }
 
   SplitPanel split_panel(const T* panels, int64_t block, int64_t K, int64_t N) const {
@@ -160,11 +166,13 @@ class Backward {
       }
     } else if (packed_ || left < kBlock) {
       const int64_t blocks = ceil_div(N, kBlock), next = part.block + (backwards() ? -1 : 1);
+      const bool in_place = packs_in_place(), begins = part.row == row_begin_;
       const bool follows =
-          packed_ && part.row == row_begin_ && next >= worker_.first(blocks) && next < worker_.last(blocks);
+          packed_ && begins && !in_place && next >= worker_.first(blocks) && next < worker_.last(blocks);
+      T* const panel = const_cast<T*>(panels) + (in_place ? worker_.first(blocks) : part.block) * K * kBlock;
+      if (in_place && begins) pack_columns(panel, Rows<const T>{at(W), N}, K, N, part.block * kBlock);
       multiply<T, U>(sums, kFromZero<T>, part, rows,
-                     {panels + part.block * K * kBlock, vectors * kLanes<T>, K * kBlock, vectors,
-                      follows ? panels + next * K * kBlock : nullptr},
+                     {panel, vectors * kLanes<T>, K * kBlock, vectors, follows ? panels + next * K * kBlock : nullptr},
                      K);
     } else {
       multiply<T, U>(sums, kFromZero<T>, part, rows, {at(W) + part.block * kBlock, N, kBlock, vectors}, K);

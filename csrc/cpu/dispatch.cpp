@@ -338,8 +338,9 @@ void forward(const Kernels& k, const ForwardParams& params, int64_t threads) {
 
 int64_t gradient_workers(const LayerShape& shape, int64_t threads) {
   if (omp_in_parallel() || forked) return 1;
-  // A product is worth a parallel region, and each thread a part that is worth packing for.
-  const double work = double(shape.N) * double(shape.H) * double(shape.I + shape.P) * double(shape.directions);
+  // A product is worth a parallel region, and each thread a part that is worth packing for. Writing an element of the
+  // result takes as long as some multiply-adds.
+  const double work = double(shape.N + 4) * double(shape.H) * double(shape.I + shape.P) * double(shape.directions);
   return std::max<int64_t>(1, std::min<int64_t>(threads, int64_t(work / 1e5)));
 }
 

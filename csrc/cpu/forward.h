@@ -97,33 +97,50 @@ class Forward {
 
   bool narrow_end() const { return U > 1 && s_.H % kBlock != 0; }
 
+  // Whether a block is multiplied by one step alone, right after this worker has packed it: then all panels take the
+  // place of the worker's first, which stays in the cache.
+  bool packs_in_place() const { return s_.T == 1 && owns_blocks() && !s_.frozen(); }
+
+  // The panel of a block of W [Gates * H, K].
+  template <int Gates>
+  T* panel(T* panels, int64_t block, int64_t K) const {
+    constexpr int64_t kColumns = Gates * kUnitVectors<Gates> * kLanes<T>;
+    return panels + block * (s_.parts ? SplitPanel::size(K, kColumns, s_.parts) : K * kColumns);
+  }
+  // Where a part's panels begin.
+  template <int Gates>
+  T* panels_of(const Part& part, T* panels, int64_t H, int64_t K) const {
+    const int64_t blocks = ceil_div(H, kUnitVectors<Gates> * kLanes<T>);
+    return panel<Gates>(panels, packs_in_place() ? worker_.first(blocks) : part.block, K);
+  }
+
   // Packs this worker's share of the blocks of W [Gates * H, K].
   template <int Gates>
   void pack(T* panels, const void* W, int64_t H, int64_t K) const {
     constexpr int64_t kUnits = kUnitVectors<Gates> * kLanes<T>;
     const int64_t blocks = ceil_div(H, kUnits);
-    pack_blocks<Gates>(panels, W, H, K, worker_.begin(blocks), worker_.end(blocks));
+    const int64_t begin = worker_.begin(blocks);
+    pack_blocks<Gates>(panel<Gates>(panels, begin, K), W, H, K, begin, worker_.end(blocks));
   }
 
+  // Packs the blocks [block, end) into panels from `to` on.
   template <int Gates>
-  void pack_blocks(T* panels, const void* W, int64_t H, int64_t K, int64_t block, int64_t end) const {
+  void pack_blocks(T* to, const void* W, int64_t H, int64_t K, int64_t block, int64_t end) const {
     constexpr int64_t kUnits = kUnitVectors<Gates> * kLanes<T>;
-    for (; block < end && !s_.frozen(); ++block) {
+    for (; block < end && !s_.frozen(); ++block, to = panel<Gates>(to, 1, K)) {
       if constexpr (kSplits) {
         if (s_.parts) {
-          split_panel<Gates>(panels, block, H, K).template pack_rows<Gates>(W, s_.bf16_weights, H, K, block * kUnits);
+          split_panel<Gates>(to, block, H).template pack_rows<Gates>(W, s_.bf16_weights, H, K, block * kUnits);
           continue;
         }
       }
-      pack_rows<T, Gates>(panels + block * K * Gates * kUnits, at(W), H, K, block * kUnits);
+      pack_rows<T, Gates>(to, at(W), H, K, block * kUnits);
     }
   }
 
   template <int Gates>
-  SplitPanel split_panel(const T* panels, int64_t block, int64_t H, int64_t K) const {
-    constexpr int64_t kUnits = kUnitVectors<Gates> * kLanes<T>;
-    T* const panel = const_cast<T*>(panels) + block * SplitPanel::size(K, Gates * kUnits, s_.parts);
-    return {panel, block_vectors<T, Gates>(H, block * kUnits) * int(kLanes<T>), s_.parts};
+  SplitPanel split_panel(T* panel, int64_t block, int64_t H) const {
+    return {panel, block_vectors<T, Gates>(H, block * kUnitVectors<Gates> * kLanes<T>) * int(kLanes<T>), s_.parts};
   }
 
   void pack_biases() const {
@@ -157,25 +174,25 @@ class Forward {
                    const T* const* rows, const typename Weights::Rows& split, bool is_packed, T* packed, const void* W,
                    int64_t H, int64_t K, const T* next = nullptr) const {
     constexpr int64_t kVectors = kUnitVectors<Gates>, kColumns = Gates * kVectors;
+    T* const panels = panels_of<Gates>(part, packed, H, K);
     if (Weights::kNarrow || s_.parts || !is_packed) begin_with<kColumns>(sums, start, part.slots());
     if constexpr (Weights::kNarrow) {
       return Weights::template multiply<Gates>(sums, part, rows, split, reinterpret_cast<const char*>(packed), K);
     }
     if (is_packed && first_use_ && owns_blocks() && part.row == row_begin_) {
-      pack_blocks<Gates>(packed, W, H, K, part.block, part.block + part.blocks);
+      pack_blocks<Gates>(panels, W, H, K, part.block, part.block + part.blocks);
     }
     if (is_packed && s_.parts) {
       if constexpr (kSplits && !Weights::kNarrow) {
         const int64_t unit = part.block * kVectors * kLanes<T>;
         bf16_.add(sums, block_vectors<T, Gates>(H, unit), split, part.row, part.rows,
-                  split_panel<Gates>(packed, part.block, H, K),
+                  split_panel<Gates>(panels, part.block, H),
                   [&](int r) { add_rows_in_float32<Gates>(sums[r], rows[r], at(W), H, K, unit); });
       }
     } else if (is_packed) {
       const int64_t distance = K * kColumns * kLanes<T>;
       const int vectors = block_vectors<T, Gates>(H, part.block * kVectors * kLanes<T>);
-      const Panel<T> panel{packed + part.block * distance, vectors * kLanes<T>, distance, vectors,
-                           part.row == row_begin_ ? next : nullptr};
+      const Panel<T> panel{panels, vectors * kLanes<T>, distance, vectors, part.row == row_begin_ ? next : nullptr};
       multiply<T, kColumns>(sums, start, part, rows, panel, K);
     } else {
       for (int i = 0; i < part.blocks; ++i) {
@@ -281,13 +298,13 @@ class Forward {
   // Every second step takes the blocks in the opposite order, to begin with the weights that are still in the cache.
   bool backwards() const { return t_ % 2 != 0; }
 
-  // The panels that a step reads after a block's panel of W_ih, and after that of W_hh; null: none.
+  // The panels that a step reads after a block's panel of W_ih, and after that of W_hh; null: none, or not packed yet.
   const T* after_input(int64_t block) const {
-    return products_.packed_h ? recurrent_ + block * s_.P * C * kLanes<T> : nullptr;
+    return products_.packed_h && !packs_in_place() ? recurrent_ + block * s_.P * C * kLanes<T> : nullptr;
   }
   const T* after_recurrent(int64_t block) const {
     const int64_t blocks = ceil_div(s_.H, kBlock), next = block + (backwards() ? -1 : 1);
-    if (next < worker_.first(blocks) || next >= worker_.last(blocks)) return nullptr;
+    if (packs_in_place() || next < worker_.first(blocks) || next >= worker_.last(blocks)) return nullptr;
     if (products_.x_beforehand) return after_input(next);
     return products_.packed_x ? input_ + next * s_.I * C * kLanes<T> : nullptr;
   }

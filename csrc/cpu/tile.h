@@ -106,16 +106,29 @@ constexpr T kZeros[kMostColumns * kLanes<T>] = {};
 template <class T>
 constexpr Start<T> kFromZero{kZeros<T>, 0};
 
+// Where a product's sums lie: those of slot s from data + s * stride on.
+template <class T>
+struct Output {
+  T* data;
+  int64_t stride;
+
+  Output(T* first, int64_t distance) : data(first), stride(distance) {}
+  template <int C>
+  Output(Vec<T> (*sums)[C]) : data(reinterpret_cast<T*>(sums)), stride(C * kLanes<T>) {}
+  T* operator[](int64_t slot) const { return data + slot * stride; }
+  Output from(int64_t slot) const { return {(*this)[slot], stride}; }
+};
+
 // sums[slot][c] = start + sum over k of row[k] * panel[k][c], for NB blocks or R rows.
 // Runs of kRun values of k are summed in registers and then added to sums, so that rounding errors grow with the number
 // of runs plus the length of one, as in a blocked BLAS, and not with K. kFetch: fetches a cache line of panel.next with
 // every k.
-template <class T, int NB, int R, int C, int kColumns, bool kFetch = false>
-__attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], Start<T> start, const T* const* row,
-                                             const Panel<T>& panel, int64_t K) {
-  static_assert(C <= kMostColumns);
+template <class T, int NB, int R, int kColumns, bool kFetch = false>
+__attribute__((noinline)) void multiply_tile(Output<T> sums, Start<T> start, const T* const* row, const Panel<T>& panel,
+                                             int64_t K) {
+  static_assert(kColumns <= kMostColumns);
   constexpr int64_t kRun = 128;
-  const Start<T> own{reinterpret_cast<const T*>(sums), C * kLanes<T>};
+  const Start<T> own{sums.data, sums.stride};
   if (!start.data) start = own;
   const T* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = row[r];
@@ -155,7 +168,8 @@ __attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], Start<T> start, 
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
         for (int c = 0; c < kColumns; ++c) {
-          sums[nb + r][c] = load(start.data + (nb + r) * start.distance + c * kLanes<T>) + acc[nb][r][c];
+          const T* const from = start.data + (nb + r) * start.distance + c * kLanes<T>;
+          store(sums[nb + r] + c * kLanes<T>, load(from) + acc[nb][r][c]);
         }
       }
     }
@@ -163,39 +177,39 @@ __attribute__((noinline)) void multiply_tile(Vec<T> (*sums)[C], Start<T> start, 
   }
 }
 
-template <class T, int C, int kColumns, bool kFetch>
-void multiply_rows(Vec<T> (*sums)[C], const Start<T>& start, const T* const* rows, int n, const Panel<T>& panel,
+template <class T, int kColumns, bool kFetch>
+void multiply_rows(const Output<T>& sums, const Start<T>& start, const T* const* rows, int n, const Panel<T>& panel,
                    int64_t K) {
   constexpr int kRows = kTileRows<kColumns>;
   // clang-format off
   switch (n) {
-    case 1: return multiply_tile<T, 1, 1, C, kColumns, kFetch>(sums, start, rows, panel, K);
-    case 2: return multiply_tile<T, 1, 2, C, kColumns, kFetch>(sums, start, rows, panel, K);
-    case 3: return multiply_tile<T, 1, 3, C, kColumns, kFetch>(sums, start, rows, panel, K);
-    case 4: return multiply_tile<T, 1, least(kRows, 4), C, kColumns, kFetch>(sums, start, rows, panel, K);
-    case 5: return multiply_tile<T, 1, least(kRows, 5), C, kColumns, kFetch>(sums, start, rows, panel, K);
-    case 6: return multiply_tile<T, 1, least(kRows, 6), C, kColumns, kFetch>(sums, start, rows, panel, K);
-    case 7: return multiply_tile<T, 1, least(kRows, 7), C, kColumns, kFetch>(sums, start, rows, panel, K);
-    case 8: return multiply_tile<T, 1, least(kRows, 8), C, kColumns, kFetch>(sums, start, rows, panel, K);
+    case 1: return multiply_tile<T, 1, 1, kColumns, kFetch>(sums, start, rows, panel, K);
+    case 2: return multiply_tile<T, 1, 2, kColumns, kFetch>(sums, start, rows, panel, K);
+    case 3: return multiply_tile<T, 1, 3, kColumns, kFetch>(sums, start, rows, panel, K);
+    case 4: return multiply_tile<T, 1, least(kRows, 4), kColumns, kFetch>(sums, start, rows, panel, K);
+    case 5: return multiply_tile<T, 1, least(kRows, 5), kColumns, kFetch>(sums, start, rows, panel, K);
+    case 6: return multiply_tile<T, 1, least(kRows, 6), kColumns, kFetch>(sums, start, rows, panel, K);
+    case 7: return multiply_tile<T, 1, least(kRows, 7), kColumns, kFetch>(sums, start, rows, panel, K);
+    case 8: return multiply_tile<T, 1, least(kRows, 8), kColumns, kFetch>(sums, start, rows, panel, K);
   }
   // clang-format on
 }
 
 // sums[block][c] = start + rows[0] x panel for n blocks.
 template <class T, int C, int N = kRowBlocks<C>>
-void multiply_blocks(Vec<T> (*sums)[C], const Start<T>& start, const T* const* rows, int n, const Panel<T>& panel,
+void multiply_blocks(const Output<T>& sums, const Start<T>& start, const T* const* rows, int n, const Panel<T>& panel,
                      int64_t K) {
   if constexpr (N > 1) {
     if (n < N) return multiply_blocks<T, C, N - 1>(sums, start, rows, n, panel, K);
   }
-  multiply_tile<T, N, 1, C, C>(sums, start, rows, panel, K);
+  multiply_tile<T, N, 1, C>(sums, start, rows, panel, K);
 }
 
-// sums[slot][c] = start + rows x panel for all slots of a part of one block, whose panel has kColumns vectors. The
-// tiles share the lines of panel.next, which is taken to be as long as this panel.
+// sums[slot][c] = start + rows x panel for all slots of a part of one block, whose panel has kColumns vectors, of C
+// that a block has. The tiles share the lines of panel.next, which is taken to be as long as this panel.
 template <class T, int C, int kColumns>
-void multiply_block(Sums<T, C>& sums, Start<T> start, const Part& part, const T* const* rows, const Panel<T>& panel,
-                    int64_t K) {
+void multiply_block(const Output<T>& sums, Start<T> start, const Part& part, const T* const* rows,
+                    const Panel<T>& panel, int64_t K) {
   constexpr int64_t kWidth = C * sizeof(Vec<T>);
   const int tiles = static_cast<int>(ceil_div(part.rows, kTileRows<kColumns>));
   for (int64_t k = 0; k == 0 || k < K; k += kDepth, start = {}) {
@@ -207,9 +221,9 @@ void multiply_block(Sums<T, C>& sums, Start<T> start, const Part& part, const T*
       for (int r = 0; r < n; ++r) from_k[r] = rows[begin + r] + k;
       if (C == kColumns && panel.next && tile * kLine < kWidth) {
         deep.next = panel.next + (k * kWidth + tile * depth * kLine) / int64_t(sizeof(T));
-        multiply_rows<T, C, kColumns, C == kColumns>(sums + begin, start.from(begin), from_k, n, deep, depth);
+        multiply_rows<T, kColumns, C == kColumns>(sums.from(begin), start.from(begin), from_k, n, deep, depth);
       } else {
-        multiply_rows<T, C, kColumns, false>(sums + begin, start.from(begin), from_k, n, deep, depth);
+        multiply_rows<T, kColumns, false>(sums.from(begin), start.from(begin), from_k, n, deep, depth);
       }
     }
   }
@@ -218,8 +232,8 @@ void multiply_block(Sums<T, C>& sums, Start<T> start, const Part& part, const T*
 // sums[slot][c] = start + rows x panel for all slots of a part. If the part has several blocks, it has one row,
 // rows[0].
 template <class T, int C>
-void multiply(Sums<T, C>& sums, const Start<T>& start, const Part& part, const T* const* rows, const Panel<T>& panel,
-              int64_t K) {
+void multiply(const Output<T>& sums, const Start<T>& start, const Part& part, const T* const* rows,
+              const Panel<T>& panel, int64_t K) {
   if (part.blocks > 1) return multiply_blocks<T, C>(sums, start, rows, part.blocks, panel, K);
   if constexpr (C == kUnitVectors<1>) {  // a last block may be narrower
     if (panel.vectors == 1) return multiply_block<T, C, 1>(sums, start, part, rows, panel, K);
