@@ -247,10 +247,11 @@ def _rivals(call: Call, device: torch.device) -> dict[str, Result]:
 def _instruction_sets(call: Call) -> dict[str, Result]:
     """The kernels with each instruction set that computes the call in a way of its own; the process's own first."""
     precision = policy.layer_precision(call.dtype, call.autocast, call.T == 1)
+    rows = _first_rows(call)
     rivals: dict[tuple[Any, ...], tuple[str, Result]] = {}
     for name, instance in tuned.instruction_sets().items():
         plan = _C.cpu_plan(
-            NUMBER[call.cell], call.T, call.B, call.I, call.H, call.proj_size or call.H, call.directions,
+            NUMBER[call.cell], call.T, rows, call.I, call.H, call.proj_size or call.H, call.directions,
             torch.get_num_threads(), call.dtype is torch.float64, precision, False, instance=instance,
         )  # fmt: skip
         # Those with products of bfloat16 are the one without in all calls that have no such products, and amx_float32
@@ -260,6 +261,11 @@ def _instruction_sets(call: Call) -> dict[str, Result]:
         rival = f"kernels, {name}" if name else "kernels", Result("fused", instruction_set=name)
         rivals.setdefault((plan["vector_bytes"], *products), rival)
     return dict(rivals.values())
+
+
+def _first_rows(call: Call) -> int:
+    """Rows of the first step: of a packed sequence with rows of every length, whose mean number per step is B."""
+    return 2 * call.B - 1 if call.kind == "packed" else call.B
 
 
 class _Subject:
@@ -287,8 +293,7 @@ class _Subject:
         x = torch.randn(*steps, call.B, call.I, generator=generator, device=device, dtype=dtype)
         self.batch_sizes = None
         if call.kind == "packed":
-            # Rows of every length, whose mean number per step is B.
-            rows = 2 * call.B - 1
+            rows = _first_rows(call)
             x = torch.randn(call.T, rows, call.I, generator=generator, device=device, dtype=dtype)
             lengths = [math.ceil(call.T * row / rows) for row in range(rows, 0, -1)]
             x, self.batch_sizes, *_ = pack_padded_sequence(x, torch.tensor(lengths, device="cpu"))

@@ -56,7 +56,7 @@ PYBIND11_MODULE(_C, m) {
         for (const Kernels* k : fused_rnn::cpu::supported()) names.push_back(k->name);
         return names;
       },
-      "The instruction sets that run on this machine, best first.");
+      "The instruction sets that run on this machine, the default first.");
   m.def(
       "build_info",
       [] {

@@ -119,8 +119,9 @@ class Backward {
   // Packs this worker's share of the blocks of W [K, N]. If W is read unpacked, only a partial last block is packed,
   // since whole vectors of it would end beyond the row.
   void pack_weights(T* panels, const T* W, int64_t K, int64_t N) {
+    if (packs_in_place()) return;
     const int64_t blocks = ceil_div(N, kBlock), whole = N / kBlock;
-    for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks) && !packs_in_place(); ++b) {
+    for (int64_t b = worker_.begin(blocks); b < worker_.end(blocks); ++b) {
       if constexpr (kSplits) {
         if (splits_) {
           split_panel(panels, b, K, N).pack_columns(Rows<const T>{W, N}, K, N, b * kBlock);
@@ -132,10 +133,9 @@ class Backward {
   }
 
   // Whether a block serves one step alone, of the worker that packs it: then it is packed just before, and all panels
-  // take the place of the worker's first, which stays in the cache.
-  bool packs_in_place() const {
-    return s_.T == 1 && !d_.dh_chunk && packed_ && !splits_ && (worker_.splits_units || worker_.count == 1);
-  }
+  // take the place of the worker's first, which stays in the cache. There are several rows then, and so a part has one
+  // block.
+  bool packs_in_place() const { return s_.T == 1 && !d_.dh_chunk && packed_ && !splits_ && worker_.owns_blocks(); }
 
   SplitPanel split_panel(const T* panels, int64_t block, int64_t K, int64_t N) const {
     T* const panel = const_cast<T*>(panels) + block * SplitPanel::size(K, kBlock, s_.parts);
@@ -152,7 +152,8 @@ class Backward {
     }
   }
 
-  // sums = rows x W [K, N] for a part, with the panels that pack_weights() made. `split` has the rows' parts.
+  // sums = rows x W [K, N] for a part, with the panels that pack_weights() made or left to be made here. `split` has
+  // the rows' parts.
   void multiply_by(Sums<T, U>& sums, const Part& part, const T* const* rows, const SplitRows& split, const T* panels,
                    const void* W, int64_t K, int64_t N) const {
     const int64_t left = N - part.block * kBlock;

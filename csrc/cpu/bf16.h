@@ -44,7 +44,7 @@ struct Bf16State {
 // The instructions of one kind of processor.
 struct Bf16Unit {
   const char* name;
-  int parts;            // the most parts that are worth while
+  int parts;            // the most parts that it is used for
   bool (*available)();  // whether the operating system permits their use; the first call asks it to
   void (*multiply)(const Bf16Product& product, Bf16State& state);
   void (*release)(Bf16State& state);  // to be called by each thread that has multiplied, before it returns

@@ -264,7 +264,7 @@ void choose_products(const Kernels& k, LayerShape& shape, Precision precision) {
     // Measured with Intel's AMX, of layers that are called once. A deterministic layer's rows must not depend on how
     // many there are, so that it cannot choose by them.
     const bool pays = most == 2 ? shape.H >= 64 && shape.B >= 8 && shape.N >= 32 : shape.H >= 192 && shape.B >= 32;
-    return pays && !shape.deterministic ? most : 0;
+    return pays && shape.T > 1 && !shape.deterministic ? most : 0;
   };
   shape.parts = parts();
   if (shape.parts && !unit->available()) shape.parts = 0;

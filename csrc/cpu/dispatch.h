@@ -17,7 +17,7 @@ namespace cpu {
 // variable FUSED_RNN_CPU_ISA names. Throws std::runtime_error if that name is unknown or not supported here.
 FUSED_RNN_EXPORT const Kernels& kernels();
 
-// The kernels that this machine can run, best first.
+// The kernels that this machine can run; the first are the default.
 FUSED_RNN_EXPORT std::vector<const Kernels*> supported();
 
 // The kernels of a call: those at a place in supported(), or the ones in use for a negative place. Throws

@@ -64,13 +64,13 @@ class Forward {
   void operator()() {
     for (int64_t i = 0; worker_.index == 0 && i < s_.P; ++i) zeros_[i] = 0;
     if (!s_.frozen()) pack_biases();
-    if (products_.packed_x && !owns_blocks()) pack<G>(input_, d_.w_ih, s_.H, s_.I);
+    if (products_.packed_x && !worker_.owns_blocks()) pack<G>(input_, d_.w_ih, s_.H, s_.I);
     if (products_.x_beforehand && !s_.gates_given) {
-      if (!owns_blocks()) worker_.wait();
+      if (!worker_.owns_blocks()) worker_.wait();
       multiply_x();
-      if (!owns_blocks()) worker_.wait();
+      if (!worker_.owns_blocks()) worker_.wait();
     }
-    if (products_.packed_h && !owns_blocks()) {
+    if (products_.packed_h && !worker_.owns_blocks()) {
       pack<G>(recurrent_, d_.w_hh, s_.H, s_.P);
       if (s_.projected) pack<1>(projection_, d_.w_hr, s_.P, s_.H);
     }
@@ -92,14 +92,11 @@ class Forward {
   static const T* at(const void* p) { return static_cast<const T*>(p); }
   static T* packed(const void* p) { return static_cast<T*>(const_cast<void*>(p)); }  // nothing packs there again
 
-  // Whether no other worker multiplies by this one's blocks.
-  bool owns_blocks() const { return worker_.splits_units || worker_.count == 1; }
-
   bool narrow_end() const { return U > 1 && s_.H % kBlock != 0; }
 
   // Whether a block is multiplied by one step alone, right after this worker has packed it: then all panels take the
   // place of the worker's first, which stays in the cache.
-  bool packs_in_place() const { return s_.T == 1 && owns_blocks() && !s_.frozen(); }
+  bool packs_in_place() const { return s_.T == 1 && worker_.owns_blocks() && !s_.frozen(); }
 
   // The panel of a block of W [Gates * H, K].
   template <int Gates>
@@ -179,7 +176,7 @@ class Forward {
     if constexpr (Weights::kNarrow) {
       return Weights::template multiply<Gates>(sums, part, rows, split, reinterpret_cast<const char*>(packed), K);
     }
-    if (is_packed && first_use_ && owns_blocks() && part.row == row_begin_) {
+    if (is_packed && first_use_ && worker_.owns_blocks() && part.row == row_begin_) {
       pack_blocks<Gates>(panels, W, H, K, part.block, part.block + part.blocks);
     }
     if (is_packed && s_.parts) {
@@ -226,7 +223,7 @@ class Forward {
       });
     };
     const int64_t blocks = ceil_div(s_.H, kBlock);
-    const bool all = owns_blocks();
+    const bool all = worker_.owns_blocks();
     split(products_.packed_x, split_.x, all ? s_.N : worker_.end(s_.N),
           [&](int64_t n) { return at(d_.x) + s_.place(n) * s_.I; });
     wait_for_splits();

@@ -219,7 +219,8 @@ class Products {
     }
     const bool whole = part.blocks == 1 && N - part.block * kBlock >= kBlock;
     if (whole && !accumulate && !out.places) {
-      return multiply<T, U>({out[part.row] + part.block * kBlock, out.stride}, kFromZero<T>, part, rows, panel, K);
+      return multiply<T, U>(Output<T>(out[part.row] + part.block * kBlock, out.stride), kFromZero<T>, part, rows, panel,
+                            K);
     }
     Sums<T, U> sums;
     multiply<T, U>(sums, kFromZero<T>, part, rows, panel, K);

@@ -114,7 +114,7 @@ struct Output {
 
   Output(T* first, int64_t distance) : data(first), stride(distance) {}
   template <int C>
-  Output(Vec<T> (*sums)[C]) : data(reinterpret_cast<T*>(sums)), stride(C * kLanes<T>) {}
+  explicit Output(Vec<T> (*sums)[C]) : data(reinterpret_cast<T*>(sums)), stride(C * kLanes<T>) {}
   T* operator[](int64_t slot) const { return data + slot * stride; }
   Output from(int64_t slot) const { return {(*this)[slot], stride}; }
 };
@@ -241,6 +241,12 @@ void multiply(const Output<T>& sums, const Start<T>& start, const Part& part, co
     if (panel.vectors == 3) return multiply_block<T, C, least(C, 3)>(sums, start, part, rows, panel, K);
   }
   multiply_block<T, C, C>(sums, start, part, rows, panel, K);
+}
+
+template <class T, int C>
+void multiply(Sums<T, C>& sums, const Start<T>& start, const Part& part, const T* const* rows, const Panel<T>& panel,
+              int64_t K) {
+  multiply<T, C>(Output<T>(sums), start, part, rows, panel, K);
 }
 
 // Rows of W that are multiplied at once by R rows: a power of two, with the sums of a tile in registers.

@@ -34,6 +34,8 @@ struct Worker {
   void wait() const {
     if (barrier) barrier->wait(count);
   }
+  // Whether no other worker multiplies by the blocks of units that this one does.
+  bool owns_blocks() const { return splits_units || count == 1; }
   // Where this worker's share of n items begins; the next worker's beginning is its end.
   int64_t begin(int64_t n) const { return n * index / count; }
   int64_t end(int64_t n) const { return n * (index + 1) / count; }

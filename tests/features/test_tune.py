@@ -104,6 +104,8 @@ def test_the_instruction_sets_that_are_compared(monkeypatch: pytest.MonkeyPatch)
     without_products = {"amx_float32", "avx512", "avx512_bf16", "amx_emulated"}  # all of them are avx512 then
     assert compared(torch.float64) == {"", *others} - (without_products if "avx512" in {own, *others} else {OTHER_SET})
     assert ("amx_float32" in compared(torch.float32, B=64, H=256)) == ("amx_float32" in others)
+    assert "amx_float32" not in compared(torch.float32)
+    assert "amx_float32" not in compared(torch.float32, B=64, H=256, T=1)
 
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])

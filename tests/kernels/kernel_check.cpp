@@ -38,6 +38,11 @@ const Case kCases[] = {
     {"trlg", 7, 1, 20, 33, 0, "2bfsq"},
     {"l", 2, 2, 3, 8, 7, "2bsq"},
     {"l", 1, 1, 5, 70, 33, "bs"},
+    // One step of rows that are worth packing: all panels of a worker take one place.
+    {"trlg", 1, 40, 70, 130, 0, "2bsq"},
+    {"trlg", 1, 33, 9, 257, 0, "2bsp"},
+    {"l", 1, 40, 9, 150, 70, "2bsq"},
+    {"l", 1, 64, 20, 300, 130, "bs"},
     // One row per step: W_hh is read without packing, several blocks at once.
     {"trlg", 20, 1, 17, 70, 0, "2bsq"},
     {"trlg", 9, 1, 30, 130, 0, "s"},

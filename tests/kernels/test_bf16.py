@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
-from fused_rnn import _C, policy
+from fused_rnn import _C
 from processes import python, succeeded, survives
 from tolerances import assert_as_accurate
 

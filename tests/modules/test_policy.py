@@ -68,7 +68,7 @@ def test_plan_names_what_runs(seed: int, ran: list[str], monkeypatch: pytest.Mon
     seen = set()
     for _ in range(CALLS):
         monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", draw.random() < 0.7)
-        unit = draw.choice(("", "", "avx512_bf16", "amx"))
+        unit = draw.choice(("", "", "avx512_bf16", "amx", "amx_float32"))
         monkeypatch.setattr(policy, "bf16_unit", lambda unit=unit: unit)
         question, call = drawn_call(draw)
         half = draw.choice((None, None, BF16, F16))
@@ -150,7 +150,12 @@ def test_rules_for_kernels_that_multiply_bfloat16(monkeypatch: pytest.MonkeyPatc
         return fused_rnn.plan(cell, BF16, 50, B, 8, H, device="cpu", **options).backend
 
     monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", True)
-    for unit, expected in (("avx512_bf16", "torch"), ("amx", "torch"), ("amx_emulated", "fused")):
+    for unit, expected in (
+        ("avx512_bf16", "torch"),
+        ("amx", "torch"),
+        ("amx_float32", "torch"),
+        ("amx_emulated", "fused"),
+    ):
         monkeypatch.setattr(policy, "bf16_unit", lambda unit=unit: unit)
         assert backend("lstm", 128) == expected
         assert backend("lstm", 512, requires_grad=False) == expected
