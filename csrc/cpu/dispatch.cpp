@@ -313,7 +313,10 @@ Plan plan(const LayerShape& shape, int64_t threads) {
   // Multiply-adds of a step and of the whole, in one direction. An activation counts as some tens of them.
   const int64_t gates = cell_info(shape.cell).gates;
   const double step = double(gates) * shape.H * double(shape.B) * (shape.P + shape.I + 32);
-  const double total = step * shape.T;
+  // Reading a weight for a single step takes as long as two multiply-adds. That counts in training, where the other
+  // threads are awake, because the gradients are shared, too.
+  const double reading = shape.T == 1 && shape.train && shape.B > 0 ? 2 * step / double(shape.B) : 0;
+  const double total = step * shape.T + reading;
   constexpr double kRegion = 4e5;  // below it a parallel region costs more than it saves
   constexpr double kStep = 3e4;    // the same for a barrier after every step
   constexpr int64_t kRows = 8;     // a worker's fewest rows, so that packed weights are read for more than one row
