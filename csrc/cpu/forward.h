@@ -7,9 +7,9 @@
 // Packing is skipped where the weights serve too few rows: for W_hh with one row per step, and for all weights with
 // fewer than rows_worth_transposing() rows over all steps. Packed and unpacked products round differently, so
 // `deterministic` layers, whose rows must not depend on the batch around them, always pack. A worker packs a block that
-// no other one needs just before it first multiplies by it, and the others before the first step. Packed products of
-// float32 may be computed from bfloat16 parts (LayerShape::parts): the rows that a step multiplies are then split
-// before its products, as they are rounded for int8 weights.
+// no other one needs just before it first multiplies by it, in a single step always to the same place, and the others
+// before the first step. Packed products of float32 may be computed from bfloat16 parts (LayerShape::parts): the rows
+// that a step multiplies are then split before its products, as they are rounded for int8 weights.
 //
 // With a projection, the cell's output is stored in `hidden` and a second product gives h. With layer normalisation,
 // the products of a step are stored first, because a row's mean needs all of its units; the cell then runs row by row.
@@ -100,7 +100,7 @@ class Forward {
 
   // The panel of a block of W [Gates * H, K].
   template <int Gates>
-  T* panel(T* panels, int64_t block, int64_t K) const {
+  T* panel_at(T* panels, int64_t block, int64_t K) const {
     constexpr int64_t kColumns = Gates * kUnitVectors<Gates> * kLanes<T>;
     return panels + block * (s_.parts ? SplitPanel::size(K, kColumns, s_.parts) : K * kColumns);
   }
@@ -108,7 +108,7 @@ class Forward {
   template <int Gates>
   T* panels_of(const Part& part, T* panels, int64_t H, int64_t K) const {
     const int64_t blocks = ceil_div(H, kUnitVectors<Gates> * kLanes<T>);
-    return panel<Gates>(panels, packs_in_place() ? worker_.first(blocks) : part.block, K);
+    return panel_at<Gates>(panels, packs_in_place() ? worker_.first(blocks) : part.block, K);
   }
 
   // Packs this worker's share of the blocks of W [Gates * H, K].
@@ -117,14 +117,14 @@ class Forward {
     constexpr int64_t kUnits = kUnitVectors<Gates> * kLanes<T>;
     const int64_t blocks = ceil_div(H, kUnits);
     const int64_t begin = worker_.begin(blocks);
-    pack_blocks<Gates>(panel<Gates>(panels, begin, K), W, H, K, begin, worker_.end(blocks));
+    pack_blocks<Gates>(panel_at<Gates>(panels, begin, K), W, H, K, begin, worker_.end(blocks));
   }
 
   // Packs the blocks [block, end) into panels from `to` on.
   template <int Gates>
   void pack_blocks(T* to, const void* W, int64_t H, int64_t K, int64_t block, int64_t end) const {
     constexpr int64_t kUnits = kUnitVectors<Gates> * kLanes<T>;
-    for (; block < end && !s_.frozen(); ++block, to = panel<Gates>(to, 1, K)) {
+    for (; block < end && !s_.frozen(); ++block, to = panel_at<Gates>(to, 1, K)) {
       if constexpr (kSplits) {
         if (s_.parts) {
           split_panel<Gates>(to, block, H).template pack_rows<Gates>(W, s_.bf16_weights, H, K, block * kUnits);
@@ -297,13 +297,13 @@ class Forward {
 
   // The panels that a step reads after a block's panel of W_ih, and after that of W_hh; null: none, or not packed yet.
   const T* after_input(int64_t block) const {
-    return products_.packed_h && !packs_in_place() ? recurrent_ + block * s_.P * C * kLanes<T> : nullptr;
+    return products_.packed_h && !packs_in_place() ? panel_at<G>(recurrent_, block, s_.P) : nullptr;
   }
   const T* after_recurrent(int64_t block) const {
     const int64_t blocks = ceil_div(s_.H, kBlock), next = block + (backwards() ? -1 : 1);
     if (packs_in_place() || next < worker_.first(blocks) || next >= worker_.last(blocks)) return nullptr;
     if (products_.x_beforehand) return after_input(next);
-    return products_.packed_x ? input_ + next * s_.I * C * kLanes<T> : nullptr;
+    return products_.packed_x ? panel_at<G>(input_, next, s_.I) : nullptr;
   }
 
   void drop(int64_t row_end) const {

@@ -217,6 +217,7 @@ class Products {
       for (int64_t i = 0; i < kBlock; i += kLine / int64_t(sizeof(T))) __builtin_prefetch(to + i, 1);
       __builtin_prefetch(to + kBlock - 1, 1);  // a row may begin within a line
     }
+    // A whole block goes from the registers to its place. What is added to a result is summed apart, for accuracy.
     const bool whole = part.blocks == 1 && N - part.block * kBlock >= kBlock;
     if (whole && !accumulate && !out.places) {
       return multiply<T, U>(Output<T>(out[part.row] + part.block * kBlock, out.stride), kFromZero<T>, part, rows, panel,
