@@ -14,13 +14,17 @@ namespace fused_rnn {
 
 enum class CellKind : int32_t { kRnnTanh, kRnnRelu, kLstm, kGru };
 namespace cpu {
-struct Bf16Unit;
+struct TileUnit;
 }
 
 enum class Dtype : int32_t { kFloat32, kFloat64 };
 // How the weights of a layer are given: as torch has them; or, for inference in float32, as Kernels::freeze packed
 // them.
 enum class WeightFormat : int32_t { kPlain, kFloat32, kBfloat16, kInt8 };
+
+// Of what numbers the operands of a packed product are: of the layer's dtype, or, made from float32, as cpu/tiles.h
+// says.
+enum class Operands : int32_t { kPlain, kBfloat16, kDigits3, kDigits4 };
 
 constexpr double kNormEps = 1e-5;  // added to the variance in layer normalisation, as in torch.nn.LayerNorm
 
@@ -42,17 +46,18 @@ struct LayerShape {
   bool drops_h, zones_h;       // Variant::drop_h, Variant::zones.h are given
   bool normalised;             // layer normalisation of W_hh h and, in the LSTM, of c; requires gates_given
   bool deterministic;          // a row's result must not depend on the batch around it: weights are always packed
-  int parts;                   // bfloat16 parts that packed products split float32 into; 0: multiplied in `dtype`
-  bool bf16_weights;           // w_ih, w_hh and w_hr are bfloat16, whatever `dtype` is; requires parts == 1
-  const cpu::Bf16Unit* bf16;   // the instructions that multiply them; null iff parts == 0. See cpu/bf16.h
+  Operands operands;           // of packed products
+  bool bf16_weights;           // w_ih, w_hh and w_hr are bfloat16, whatever `dtype` is; requires that of the operands
+  const cpu::TileUnit* unit;   // the instructions that multiply the operands; null iff they are plain
   WeightFormat weights;        // unless plain, w_ih, w_hh, w_hr and b_ih (which has b_hh, too) are as freeze sets them;
-                               // parts is 0 then
+                               // the operands are plain then
   const int64_t* batch_sizes;  // [T] non-increasing, batch_sizes[0] == B; null: every step has B rows
   const int64_t* row_offsets;  // [T] number of rows before step t; null iff batch_sizes is
   const uint8_t* resets;       // [N] 1: the state is replaced before this step; null: no resets
   const int64_t* places;       // [N] see above; null: the identity
   const int64_t* order;        // [B] see above; null: the identity
 
+  bool on_tiles() const { return operands != Operands::kPlain; }
   bool frozen() const { return weights != WeightFormat::kPlain; }
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   // Whether h_prev of a step can be the saved h' of the step before it; see Reserve.

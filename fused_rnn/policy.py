@@ -162,7 +162,7 @@ def _torch_is_faster(
     if half is not None and T == 1:
         return differentiable and B * H**2 >= 2**21
     alone = cell == "lstm" and kind != "cell" and torch.get_num_threads() == 1  # oneDNN's can be a third faster then
-    if unit in ("amx", "amx_float32"):
+    if unit == "amx":
         return alone and B >= 16 and H % 32 == 0 and (8 if differentiable else 16) * B >= H
     if unit == "avx512_bf16":
         return alone and B >= 3 and T * B * H >= 2**14 and not (differentiable and H >= 256)

@@ -254,10 +254,8 @@ def _instruction_sets(call: Call) -> dict[str, Result]:
             NUMBER[call.cell], call.T, rows, call.I, call.H, call.proj_size or call.H, call.directions,
             torch.get_num_threads(), call.dtype is torch.float64, precision, False, instance=instance,
         )  # fmt: skip
-        # Those with products of bfloat16 are the one without in all calls that have no such products, and amx_float32
-        # is amx but for six products.
-        unit = plan["instruction_set"].removesuffix("_float32")
-        products = plan["products"], plan["products"].startswith("bfloat16") and unit
+        # Those with products of bfloat16 are the one without in all calls that have no such products.
+        products = plan["products"], plan["products"] == "bfloat16" and plan["instruction_set"]
         rival = f"kernels, {name}" if name else "kernels", Result("fused", instruction_set=name)
         rivals.setdefault((plan["vector_bytes"], *products), rival)
     return dict(rivals.values())

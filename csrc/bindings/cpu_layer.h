@@ -42,7 +42,7 @@ class CpuLayer : public Layer {
                     cpu::kPrecisions - 1, ", got ", precision);
     const bool is_bf16 = stored == ScalarType::BFloat16;
     cpu::choose_products(kernels, shape, is_bf16 ? cpu::Precision::kMedium : static_cast<cpu::Precision>(precision));
-    shape.bf16_weights = forward && is_bf16 && shape.parts == 1;
+    shape.bf16_weights = forward && is_bf16 && shape.operands == Operands::kBfloat16;
   }
   Weights checked_weights(const OptionalTensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
                           const OptionalTensor& b_hh, const OptionalTensor& w_hr) const {

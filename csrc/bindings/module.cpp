@@ -30,6 +30,14 @@ const Kernels& find(const std::string& isa) {
   throw std::invalid_argument("instruction set '" + isa + "' is not supported on this machine");
 }
 
+const fused_rnn::cpu::TileUnit& tile_unit(const std::string& isa) {
+  const fused_rnn::cpu::TileUnit* const unit = find(isa).unit;
+  if (!unit || !unit->available()) throw std::invalid_argument("'" + isa + "' does not multiply bfloat16");
+  return *unit;
+}
+
+int64_t bytes(const py::buffer_info& info) { return info.size * info.itemsize; }
+
 char function_letter(const std::string& function) {
   if (function == "sigmoid") return 's';
   if (function == "tanh") return 't';
@@ -45,7 +53,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_bf16_unit",
       [] {
-        const fused_rnn::cpu::Bf16Unit* unit = fused_rnn::cpu::kernels().bf16;
+        const fused_rnn::cpu::TileUnit* unit = fused_rnn::cpu::kernels().unit;
         return std::string(unit ? unit->name : "");
       },
       "The instructions for products of bfloat16 that belong to the instruction set in use; empty: none.");
@@ -122,12 +130,13 @@ PYBIND11_MODULE(_C, m) {
         d["teams"] = plan.teams;
         d["workers"] = plan.workers;
         d["splits_units"] = plan.splits_units;
-        const char* const products[] = {"float32", "bfloat16", "bfloat16x3", "bfloat16x6"};
-        d["products"] = is_double ? "float64" : products[shape.parts];
+        const char* const products[] = {"float32", "bfloat16", "int8x6", "int8x10"};
+        d["products"] = is_double ? "float64" : products[static_cast<int>(shape.operands)];
         return d;
       },
       "How many threads take a layer on the CPU, how they share it, and of which numbers its products are: of float32, "
-      "or 1, 3 or 6 of bfloat16 for each. weights: how they are given, 0 as torch has them, else as a frozen file "
+      "or for each 1 of bfloat16, or 6 or 10 of int8. weights: how they are given, 0 as torch has them, else as a "
+      "frozen file "
       "says. instance: a place in supported_cpu_isas(); -1: the instruction set in use.",
       py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P"), py::arg("directions"),
       py::arg("threads"), py::arg("is_double"), py::arg("precision"), py::arg("deterministic"), py::arg("weights") = 0,
@@ -166,29 +175,50 @@ PYBIND11_MODULE(_C, m) {
       "tile_product",
       [](const std::string& isa, const py::buffer& sums, const py::buffer& a, const py::buffer& b) {
         using namespace fused_rnn::cpu;
-        const Bf16Unit* unit = find(isa).bf16;
-        if (!unit || !unit->available()) throw std::invalid_argument("'" + isa + "' does not multiply bfloat16");
+        const TileUnit& unit = tile_unit(isa);
         const py::buffer_info of_sums = sums.request(), of_a = a.request(), of_b = b.request();
-        const auto bytes = [](const py::buffer_info& info) { return info.size * info.itemsize; };
-        const int rows = static_cast<int>(bytes(of_sums) / (kTileWidth * sizeof(float)));
-        constexpr int kRowBytes = kTileDepth * sizeof(Bf16), kBBytes = kTileSize * sizeof(Bf16);
-        if (rows < 1 || rows > kTileHeight || bytes(of_a) != rows * kRowBytes || bytes(of_b) != kBBytes) {
+        const int rows = static_cast<int>(bytes(of_sums) / kTileBytes);
+        if (rows < 1 || rows > kTileHeight || bytes(of_sums) != rows * kTileBytes || bytes(of_a) != rows * kTileBytes ||
+            bytes(of_b) != kTileHeight * kTileBytes) {
           throw std::invalid_argument("sums must be float32 [1 to 16, 16], a 16-bit [rows of sums, 32], b [16, 32]");
         }
-        alignas(64) float to[kTileHeight * kTileWidth];
-        alignas(64) Bf16 tile[kTileSize];
+        alignas(kTileBytes) float to[kTileHeight * kTileWidth];
+        alignas(kTileBytes) Bf16 tile[kBf16Tile];
         std::memcpy(to, of_sums.ptr, bytes(of_sums));
-        std::memcpy(tile, of_b.ptr, kBBytes);
+        std::memcpy(tile, of_b.ptr, sizeof(tile));
         Bf16Product product{};
         product.sums = to, product.stride = product.columns = kTileWidth;
         product.tiles = 1, product.rows = rows, product.a = static_cast<const Bf16*>(of_a.ptr), product.b = tile;
-        product.K = kTileDepth, product.parts = 1;
-        Bf16State state;
-        unit->multiply(product, state);
-        unit->release(state);
+        product.K = kBf16Depth;
+        TileState state;
+        unit.multiply(product, state);
+        unit.release(state);
         return py::bytes(reinterpret_cast<const char*>(to), bytes(of_sums));
       },
-      "sums + a b, of one tile each, computed by an instruction set's products of bfloat16; see csrc/cpu/bf16.h.");
+      "sums + a b, of one tile each, computed by an instruction set's products of bfloat16; see csrc/cpu/tiles.h.");
+  m.def(
+      "digit_product",
+      [](const std::string& isa, const py::buffer& a, const py::buffer& b, int digits, int rows) {
+        using namespace fused_rnn::cpu;
+        const TileUnit& unit = tile_unit(isa);
+        if (!unit.multiply_digits) throw std::invalid_argument("'" + isa + "' does not multiply digits");
+        if (digits < 3 || digits > kMostDigits) throw std::invalid_argument("there are 3 or 4 digits");
+        const py::buffer_info of_a = a.request(), of_b = b.request();
+        const int64_t b_bytes = digits * kDigitTile, depth = bytes(of_b) / b_bytes;
+        if (rows < 1 || rows > kTileHeight || depth < 1 || depth > kDigitRun / kDigitDepth ||
+            bytes(of_b) != depth * b_bytes || bytes(of_a) != depth * digits * rows * kTileBytes) {
+          throw std::invalid_argument("a must be int8 [1 to 4, digits, rows, 64], b [1 to 4, digits, 16, 64]");
+        }
+        alignas(kTileBytes) int32_t levels[kMostDigits + 1][kTileHeight][kTileWidth] = {};
+        TileState state;
+        unit.multiply_digits({levels[0][0], digits, digits, rows, static_cast<const int8_t*>(of_a.ptr),
+                              static_cast<const int8_t*>(of_b.ptr), static_cast<int>(depth)},
+                             state);
+        unit.release(state);
+        return py::bytes(reinterpret_cast<const char*>(levels), (digits + 1) * sizeof(levels[0]));
+      },
+      "The levels of a tile of sums, int32 [digits + 1, 16, 16], from an instruction set's products of digits; see "
+      "csrc/cpu/tiles.h.");
   m.def(
       "map_function",
       [](const std::string& function, const std::string& isa, const py::buffer& values) {

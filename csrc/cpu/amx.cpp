@@ -1,5 +1,5 @@
-// Intel's Advanced Matrix Extensions: tdpbf16ps, as inline assembly. So no compiler has to know AMX, the tile numbers
-// can be template arguments, and this file needs no flags; the assembler must know AMX (binutils 2.35).
+// Intel's Advanced Matrix Extensions: tdpbf16ps and tdpbssd, as inline assembly. So no compiler has to know AMX, the
+// tile numbers can be template arguments, and this file needs no flags; the assembler must know AMX (binutils 2.35).
 //
 // Linux lends the tile registers to a process on request, once, and its threads and forked children inherit the
 // permission; without it the first tile instruction ends the process by SIGILL. It is asked for before the first
@@ -8,7 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "bf16_tiles.h"
+#include "tile_products.h"
 
 namespace fused_rnn {
 namespace cpu {
@@ -31,7 +31,7 @@ static_assert(sizeof(Configuration) == 64, "as the processor defines it");
 
 class Tiles {
  public:
-  explicit Tiles(Bf16State& state) : state_(state) {}
+  explicit Tiles(TileState& state) : state_(state) {}
 
   void configure(int rows, int first_b) {
     const bool same = rows == kTileHeight ? state_.rows == rows : state_.rows == rows && state_.first_b == first_b;
@@ -39,8 +39,8 @@ class Tiles {
     state_ = {rows, first_b};
     Configuration of;
     for (int t = 0; t < 8; ++t) {
-      of.row_bytes[t] = kTileDepth * sizeof(Bf16);
-      of.rows[t] = static_cast<uint8_t>(t < first_b ? rows : kTileDepth / 2);
+      of.row_bytes[t] = kTileBytes;
+      of.rows[t] = static_cast<uint8_t>(t < first_b ? rows : kTileHeight);
     }
     __asm__ volatile("ldtilecfg %0" ::"m"(of));
   }
@@ -52,31 +52,41 @@ class Tiles {
   void store(void* to, int64_t stride) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(t) : "memory");
   }
+  template <int t>
+  void zero() {
+    __asm__ volatile("tilezero %%tmm%c0" ::"i"(t));
+  }
   template <int c, int a, int b>
   void dot() {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
   }
+  template <int c, int a, int b>
+  void dot_digits() {
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+  }
 
  private:
-  Bf16State& state_;
+  TileState& state_;
 };
 
-void multiply(const Bf16Product& product, Bf16State& state) {
+void multiply(const Bf16Product& product, TileState& state) {
   Tiles tiles(state);
   multiply_tiles(tiles, product);
 }
 
-void release(Bf16State& state) {
+void multiply_digits(const DigitProduct& product, TileState& state) {
+  Tiles tiles(state);
+  multiply_tile(tiles, product);
+}
+
+void release(TileState& state) {
   if (state.rows) __asm__ volatile("tilerelease");
   state = {};
 }
 
 }  // namespace
 
-// Three parts are not worth while on a core that serves two threads: products take twice as long, half of the
-// second-level cache is left, and a weight takes 6 bytes of it, not 4. Alone on a core they are. So they are a choice.
-const Bf16Unit kAmxTiles = {"amx", 2, available, multiply, release};
-const Bf16Unit kAmxTilesForFloat32 = {"amx_float32", kMostParts, available, multiply, release};
+const TileUnit kAmxTiles = {"amx", available, multiply, multiply_digits, release};
 
 }  // namespace cpu
 }  // namespace fused_rnn

@@ -1,5 +1,4 @@
-// AVX512-BF16: vdpbf16ps, which adds a pair of products to each of 16 sums. It has one part only: with more it is
-// slower than float32's own multiply-add.
+// AVX512-BF16: vdpbf16ps, which adds a pair of products to each of 16 sums.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -9,7 +8,7 @@
 #pragma GCC target("avx512f,avx512bf16")
 #endif
 
-#include "bf16.h"
+#include "tiles.h"
 
 namespace fused_rnn {
 namespace cpu {
@@ -26,16 +25,16 @@ void multiply_rows(const Bf16Product& p, float* sums, const Bf16* a) {
     for (int n = 0; n < N; ++n) acc[r][n] = _mm512_loadu_ps(sums + r * p.stride + n * kTileWidth);
   }
   const Bf16* b = p.b;
-  for (int64_t k = 0; k < p.K; k += kTileDepth, a += p.rows * kTileDepth, b += N * kTileSize) {
-    const int depth = p.K - k < kTileDepth ? int(p.K - k) : kTileDepth;
+  for (int64_t k = 0; k < p.K; k += kBf16Depth, a += p.rows * kBf16Depth, b += N * kBf16Tile) {
+    const int depth = p.K - k < kBf16Depth ? int(p.K - k) : kBf16Depth;
     for (int pair = 0; pair < depth; pair += 2) {
       __m512bh column[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) column[n] = (__m512bh)_mm512_load_si512(b + n * kTileSize + pair * kTileWidth);
+      for (int n = 0; n < N; ++n) column[n] = (__m512bh)_mm512_load_si512(b + n * kBf16Tile + pair * kTileWidth);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         int32_t both;
-        __builtin_memcpy(&both, a + r * kTileDepth + pair, sizeof(both));
+        __builtin_memcpy(&both, a + r * kBf16Depth + pair, sizeof(both));
         const __m512bh row = (__m512bh)_mm512_set1_epi32(both);
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) acc[r][n] = _mm512_dpbf16_ps(acc[r][n], row, column[n]);
@@ -69,22 +68,22 @@ void multiply_tile(const Bf16Product& p, float* sums, const Bf16* a) {
   const int groups = (p.rows + kRows<N> - 1) / kRows<N>;
   for (int i = 0; i < groups; ++i) {  // of similar height
     const int begin = p.rows * i / groups, rows = p.rows * (i + 1) / groups - begin;
-    multiply_group<N>(rows, p, sums + begin * p.stride, a + begin * kTileDepth);
+    multiply_group<N>(rows, p, sums + begin * p.stride, a + begin * kBf16Depth);
   }
 }
 
-void multiply(const Bf16Product& p, Bf16State&) {
+void multiply(const Bf16Product& p, TileState&) {
   for (int tile = 0; tile < p.tiles; ++tile) {
-    multiply_tile(p, p.sums + tile * p.rows * p.stride, p.a + tile * p.depth() * p.rows * kTileDepth);
+    multiply_tile(p, p.sums + tile * p.rows * p.stride, p.a + tile * p.depth() * p.rows * kBf16Depth);
   }
 }
 
 bool available() { return true; }
-void release(Bf16State&) {}
+void release(TileState&) {}
 
 }  // namespace
 
-const Bf16Unit kAvx512Bf16 = {"avx512_bf16", 1, available, multiply, release};
+const TileUnit kAvx512Bf16 = {"avx512_bf16", available, multiply, nullptr, release};
 
 }  // namespace cpu
 }  // namespace fused_rnn

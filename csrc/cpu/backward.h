@@ -11,9 +11,9 @@
 #pragma once
 
 #include "../cells/cells.h"
-#include "bf16_operands.h"
 #include "layer_norm.h"
 #include "tile.h"
+#include "tile_operands.h"
 #include "worker.h"
 
 namespace fused_rnn {
@@ -21,12 +21,12 @@ namespace FUSED_RNN_ISA {
 
 // How backward multiplies by the weights.
 struct BackwardProducts {
-  bool splits;  // whether they are packed into panels of bfloat16 parts: always or never, so that a row's gradients do
+  bool splits;  // whether they are packed into panels of tiles: always or never, so that a row's gradients do
                 // not depend on how many rows there are
   bool packed;  // whether they are packed into panels
 
   explicit BackwardProducts(const LayerShape& s)
-      : splits(s.parts > 0), packed(splits || (s.N >= kRowsWorthCopying && s.B > 1)) {}
+      : splits(s.on_tiles()), packed(splits || (s.N >= kRowsWorthCopying && s.B > 1)) {}
 };
 
 // Offsets of the parts of a direction's workspace, in elements.
@@ -40,8 +40,8 @@ struct BackwardWorkspace {
     projection = recurrent + panels(s, K, s.P);
     split = ceil_div(projection + (s.projected ? panels(s, s.P, s.H) : 0), 16) * 16;
     const bool splits = BackwardProducts(s).splits;
-    split_projection = split + (splits ? SplitRows::size(s.B, K, s.parts) : 0);
-    direct = split_projection + (splits && s.projected ? SplitRows::size(s.B, s.P, s.parts) : 0);
+    split_projection = split + (splits ? SplitRows::size(s.B, K, s.operands) : 0);
+    direct = split_projection + (splits && s.projected ? SplitRows::size(s.B, s.P, s.operands) : 0);
     product = direct + (Cell::kUsesH || s.zones_h ? s.B * s.P : 0);
     zeros = product + s.B * product_width(s);
     size = zeros + K;
@@ -57,7 +57,7 @@ struct BackwardWorkspace {
   static int64_t panels(const LayerShape& s, int64_t K, int64_t N) {
     constexpr int64_t units = kUnitVectors<1> * kLanes<T>;
     if (!BackwardProducts(s).splits) return in_vectors<T>(N) * K;
-    return ceil_div(N, units) * SplitPanel::size(K, units, s.parts);
+    return ceil_div(N, units) * SplitPanel::size(K, units, s.operands);
   }
 };
 
@@ -74,13 +74,12 @@ class Backward {
         worker_(worker),
         row_begin_(worker.splits_units ? 0 : worker.begin(s_.B)),
         row_end_(worker.splits_units ? s_.B : worker.end(s_.B)),
-        bf16_(s_.bf16) {
+        on_tiles_(s_.unit) {
     T* workspace = static_cast<T*>(d_.workspace);
     const BackwardWorkspace<Cell, T> part(s_);
     if constexpr (kSplits) {
-      split_ = SplitRows(workspace + part.split, s_.B, row_begin_, row_end_, gates(), s_.parts, true);
-      split_projection_ =
-          SplitRows(workspace + part.split_projection, s_.B, row_begin_, row_end_, s_.P, s_.parts, true);
+      split_ = SplitRows(workspace + part.split, s_.B, row_begin_, row_end_, gates(), s_.operands);
+      split_projection_ = SplitRows(workspace + part.split_projection, s_.B, row_begin_, row_end_, s_.P, s_.operands);
     }
     recurrent_ = workspace + part.recurrent;
     projection_ = workspace + part.projection;
@@ -101,7 +100,7 @@ class Backward {
  private:
   static constexpr int U = kUnitVectors<1>;
   static constexpr int64_t kBlock = U * kLanes<T>;
-  static constexpr bool kSplits = sizeof(T) == sizeof(float);  // into bfloat16 parts, if LayerShape::parts says so
+  static constexpr bool kSplits = sizeof(T) == sizeof(float);  // for tiles, if LayerShape::operands says so
 
   static T* at(void* p) { return static_cast<T*>(p); }
   static const T* at(const void* p) { return static_cast<const T*>(p); }
@@ -138,11 +137,11 @@ class Backward {
   bool packs_in_place() const { return s_.T == 1 && !d_.dh_chunk && packed_ && !splits_ && worker_.owns_blocks(); }
 
   SplitPanel split_panel(const T* panels, int64_t block, int64_t K, int64_t N) const {
-    T* const panel = const_cast<T*>(panels) + block * SplitPanel::size(K, kBlock, s_.parts);
-    return {panel, block_vectors<T, 1>(N, block * kBlock) * int(kLanes<T>), s_.parts};
+    T* const panel = const_cast<T*>(panels) + block * SplitPanel::size(K, kBlock, s_.operands);
+    return {panel, K, block_vectors<T, 1>(N, block * kBlock) * int(kLanes<T>), s_.operands};
   }
 
-  // Splits rows [row_begin_, row_end) of a product's operand, if it is computed from parts; row(b) points to row b.
+  // Splits rows [row_begin_, row_end) of a product's operand, if it is computed on tiles; row(b) points to row b.
   template <class Row>
   void split_rows(const SplitRows& rows, int64_t row_end, const Row& row) const {
     if constexpr (kSplits) {
@@ -153,7 +152,7 @@ class Backward {
   }
 
   // sums = rows x W [K, N] for a part, with the panels that pack_weights() made or left to be made here. `split` has
-  // the rows' parts.
+  // the rows' tiles.
   void multiply_by(Sums<T, U>& sums, const Part& part, const T* const* rows, const SplitRows& split, const T* panels,
                    const void* W, int64_t K, int64_t N) const {
     const int64_t left = N - part.block * kBlock;
@@ -162,8 +161,8 @@ class Backward {
       if constexpr (kSplits) {
         const int64_t unit = part.block * kBlock;
         clear<T, U>(sums, part.slots());
-        bf16_.add(sums, vectors, split, part.row, part.rows, split_panel(panels, part.block, K, N),
-                  [&](int r) { add_columns_in_float32(sums[r], rows[r], Rows<const T>{at(W), N}, N, K, unit); });
+        on_tiles_.add(sums, vectors, split, part.row, part.rows, split_panel(panels, part.block, K, N),
+                      [&](int r) { add_columns_in_float32(sums[r], rows[r], Rows<const T>{at(W), N}, N, K, unit); });
       }
     } else if (packed_ || left < kBlock) {
       const int64_t blocks = ceil_div(N, kBlock), next = part.block + (backwards() ? -1 : 1);
@@ -438,7 +437,7 @@ class Backward {
   const bool packed_, splits_, accumulate_, reverse_;
   const cpu::Worker& worker_;
   const int64_t row_begin_, row_end_;
-  const Bf16Products bf16_;
+  const TileProducts on_tiles_;
   SplitRows split_, split_projection_;  // if splits_
   T *recurrent_, *projection_, *direct_, *product_, *zeros_;
   int64_t product_width_, t_ = 0, next_ = 0, rows_ = 0, continuing_rows_ = 0;

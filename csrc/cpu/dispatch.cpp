@@ -84,12 +84,13 @@ void Barrier::wait(int64_t count) {
 namespace {
 
 #if defined(__x86_64__)
-// Whether the processor has AMX for bfloat16 and the system saves the tiles: XCR0.
+// Whether the processor has AMX for bfloat16 and for bytes, and the system saves the tiles: XCR0.
 bool has_amx() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned kAmxBf16 = 1 << 22, kAmxTile = 1 << 24, kTileState = 3 << 17;
-  if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  constexpr unsigned kAmxBf16 = 1 << 22, kAmxTile = 1 << 24, kAmxInt8 = 1 << 25, kTileState = 3 << 17;
+  constexpr unsigned kAll = kAmxBf16 | kAmxTile | kAmxInt8;
+  if ((d & kAll) != kAll) return false;
   unsigned low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (low & kTileState) == kTileState;
@@ -106,10 +107,9 @@ std::vector<const Kernels*> supported() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-  static const Kernels amx = kAvx512.with(kAmxTiles), amx_float32 = kAvx512.with(kAmxTilesForFloat32);
-  static const Kernels avx512_bf16 = kAvx512.with(kAvx512Bf16);
+  static const Kernels amx = kAvx512.with(kAmxTiles), avx512_bf16 = kAvx512.with(kAvx512Bf16);
   const bool has_bf16 = avx512 && __builtin_cpu_supports("avx512bf16"), has_tiles = avx512 && has_amx();
-  if (has_tiles) found.insert(found.end(), {&amx, &amx_float32});
+  if (has_tiles) found.push_back(&amx);
   if (has_bf16) found.push_back(&avx512_bf16);
   if (avx512) found.push_back(&kAvx512);
   if (avx2) found.push_back(&kAvx2);
@@ -254,21 +254,20 @@ const Kernels& kernels(int64_t place) {
 }
 
 void choose_products(const Kernels& k, LayerShape& shape, Precision precision) {
-  const Bf16Unit* const unit = k.bf16;
-  const auto parts = [&]() -> int {
-    if (!unit || shape.dtype != Dtype::kFloat32) return 0;
-    if (precision == Precision::kMedium) return 1;
-    const int most = precision == Precision::kHigh ? 2 : kMostParts;
-    if (most > unit->parts) return 0;
-    if (unit == &kEmulatedTiles) return most;  // what follows is about speed
-    // Measured with Intel's AMX, of layers that are called once. A deterministic layer's rows must not depend on how
-    // many there are, so that it cannot choose by them.
-    const bool pays = most == 2 ? shape.H >= 64 && shape.B >= 8 && shape.N >= 32 : shape.H >= 192 && shape.B >= 32;
-    return pays && shape.T > 1 && !shape.deterministic ? most : 0;
-  };
-  shape.parts = parts();
-  if (shape.parts && !unit->available()) shape.parts = 0;
-  shape.bf16 = shape.parts ? unit : nullptr;
+  const TileUnit* const unit = k.unit;
+  const auto operands = [&] {
+    if (!unit || shape.dtype != Dtype::kFloat32) return Operands::kPlain;
+    if (precision == Precision::kMedium) return Operands::kBfloat16;
+    // How many digits of a row are multiplied depends on the rows in its tile, and whether any are, on how many there
+    // are.
+    if (!unit->multiply_digits || shape.deterministic) return Operands::kPlain;
+    const bool pays = shape.H >= 64 && shape.B >= 8 && shape.N >= 32;  // measured
+    if (!pays && unit != &kEmulatedTiles) return Operands::kPlain;
+    return precision == Precision::kHigh ? Operands::kDigits3 : Operands::kDigits4;
+  }();
+  const bool runs = operands != Operands::kPlain && unit->available();
+  shape.operands = runs ? operands : Operands::kPlain;
+  shape.unit = runs ? unit : nullptr;
 }
 
 namespace {

@@ -31,8 +31,8 @@ enum class Precision : int32_t {
   kMedium,   // at least bfloat16's
 };
 constexpr int kPrecisions = 3;
-// Sets shape.parts and shape.bf16: whether to multiply bfloat16 parts of float32, and how many. To be called when all
-// else of the shape is known, and before a workspace is asked for.
+// Sets shape.operands and shape.unit: whether to multiply float32 on tiles, and as what. To be called when all else of
+// the shape is known, and before a workspace is asked for.
 FUSED_RNN_EXPORT void choose_products(const Kernels& k, LayerShape& shape, Precision precision);
 
 // How threads share a layer; see Worker.

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "bf16_tiles.h"
+#include "tile_products.h"
 
 namespace fused_rnn {
 namespace cpu {
@@ -62,22 +62,27 @@ float multiply_add(float a, float b, float c) {
 class Tiles {
  public:
   void configure(int rows, int first_b) {
-    for (int t = 0; t < 8; ++t) rows_[t] = t < first_b ? rows : kTileDepth / 2;
+    for (int t = 0; t < 8; ++t) rows_[t] = t < first_b ? rows : kTileHeight;
   }
   template <int t>
   void load(const void* from, int64_t stride) {
-    for (int r = 0; r < rows_[t]; ++r) std::memcpy(of_[t].bytes[r], static_cast<const char*>(from) + r * stride, 64);
+    for (int r = 0; r < rows_[t]; ++r)
+      std::memcpy(of_[t].bytes[r], static_cast<const char*>(from) + r * stride, kTileBytes);
   }
   template <int t>
   void store(void* to, int64_t stride) {
-    for (int r = 0; r < rows_[t]; ++r) std::memcpy(static_cast<char*>(to) + r * stride, of_[t].bytes[r], 64);
+    for (int r = 0; r < rows_[t]; ++r) std::memcpy(static_cast<char*>(to) + r * stride, of_[t].bytes[r], kTileBytes);
+  }
+  template <int t>
+  void zero() {
+    std::memset(of_[t].bytes, 0, sizeof(of_[t].bytes));
   }
   template <int c, int a, int b>
   void dot() {
     for (int m = 0; m < rows_[c]; ++m) {
       for (int n = 0; n < kTileWidth; ++n) {
         float even = 0, odd = 0;
-        for (int k = 0; k < kTileDepth; k += 2) {
+        for (int k = 0; k < kBf16Depth; k += 2) {
           even = multiply_add(widened(of_[a].halves[m][k]), widened(of_[b].halves[k / 2][2 * n]), even);
           odd = multiply_add(widened(of_[a].halves[m][k + 1]), widened(of_[b].halves[k / 2][2 * n + 1]), odd);
         }
@@ -85,18 +90,30 @@ class Tiles {
       }
     }
   }
+  template <int c, int a, int b>
+  void dot_digits() {
+    for (int m = 0; m < rows_[c]; ++m) {
+      for (int n = 0; n < kTileWidth; ++n) {
+        for (int k = 0; k < kDigitDepth; ++k) {
+          of_[c].levels[m][n] += of_[a].digits[m][k] * of_[b].digits[k / 4][4 * n + k % 4];
+        }
+      }
+    }
+  }
 
  private:
   union {
-    char bytes[16][64];
-    Bf16 halves[16][kTileDepth];
-    float sums[16][kTileWidth];
+    char bytes[kTileHeight][kTileBytes];
+    Bf16 halves[kTileHeight][kBf16Depth];
+    float sums[kTileHeight][kTileWidth];
+    int8_t digits[kTileHeight][kDigitDepth];
+    int32_t levels[kTileHeight][kTileWidth];
   } of_[8];
   int rows_[8];
 };
 
 // Blocks of narrow vectors do not fill their tiles, so that the sums pass through memory that does.
-void multiply(const Bf16Product& product, Bf16State&) {
+void multiply(const Bf16Product& product, TileState&) {
   Tiles tiles;
   float sums[2 * kTileHeight][4 * kTileWidth] = {};
   const int rows = product.tiles * product.rows;
@@ -111,9 +128,14 @@ void multiply(const Bf16Product& product, Bf16State&) {
     std::memcpy(product.sums + r * product.stride, sums[r], product.columns * sizeof(float));
 }
 
+void multiply_digits(const DigitProduct& product, TileState&) {
+  Tiles tiles;
+  multiply_tile(tiles, product);
+}
+
 }  // namespace
 
-const Bf16Unit kEmulatedTiles = {"amx_emulated", kMostParts, [] { return true; }, multiply, [](Bf16State&) {}};
+const TileUnit kEmulatedTiles = {"amx_emulated", [] { return true; }, multiply, multiply_digits, [](TileState&) {}};
 
 }  // namespace cpu
 }  // namespace fused_rnn

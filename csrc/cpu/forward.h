@@ -8,8 +8,8 @@
 // fewer than rows_worth_transposing() rows over all steps. Packed and unpacked products round differently, so
 // `deterministic` layers, whose rows must not depend on the batch around them, always pack. A worker packs a block that
 // no other one needs just before it first multiplies by it, in a single step always to the same place, and the others
-// before the first step. Packed products of float32 may be computed from bfloat16 parts (LayerShape::parts): the rows
-// that a step multiplies are then split before its products, as they are rounded for int8 weights.
+// before the first step. Packed products of float32 may be computed on tiles (LayerShape::operands): the rows that a
+// step multiplies are then split before its products, as they are rounded for int8 weights.
 //
 // With a projection, the cell's output is stored in `hidden` and a second product gives h. With layer normalisation,
 // the products of a step are stored first, because a row's mean needs all of its units; the cell then runs row by row.
@@ -36,7 +36,7 @@ class Forward {
         worker_(worker),
         row_begin_(worker.splits_units ? 0 : worker.begin(shape.B)),
         row_end_(worker.splits_units ? shape.B : worker.end(shape.B)),
-        bf16_(shape.bf16) {
+        on_tiles_(shape.unit) {
     T* workspace = static_cast<T*>(d_.workspace);
     const ForwardWorkspace<Cell, T> part(shape);
     if constexpr (kSplits) split_ = {s_, products_, part, workspace, worker_};
@@ -86,7 +86,7 @@ class Forward {
   static constexpr int64_t kProjectionBlock = UP * kLanes<T>;
   // Whether the cell only adds both products: then their gradients are the same. Their sum is in from_x, without b_hh.
   static constexpr bool kAddsProducts = Cell::kGrads == G;
-  static constexpr bool kSplits = sizeof(T) == sizeof(float);  // into bfloat16 parts, if LayerShape::parts says so
+  static constexpr bool kSplits = sizeof(T) == sizeof(float);  // for tiles, if LayerShape::operands says so
 
   static T* at(void* p) { return static_cast<T*>(p); }
   static const T* at(const void* p) { return static_cast<const T*>(p); }
@@ -102,7 +102,7 @@ class Forward {
   template <int Gates>
   T* panel_at(T* panels, int64_t block, int64_t K) const {
     constexpr int64_t kColumns = Gates * kUnitVectors<Gates> * kLanes<T>;
-    return panels + block * (s_.parts ? SplitPanel::size(K, kColumns, s_.parts) : K * kColumns);
+    return panels + block * (s_.on_tiles() ? SplitPanel::size(K, kColumns, s_.operands) : K * kColumns);
   }
   // Where a part's panels begin.
   template <int Gates>
@@ -126,8 +126,8 @@ class Forward {
     constexpr int64_t kUnits = kUnitVectors<Gates> * kLanes<T>;
     for (; block < end && !s_.frozen(); ++block, to = panel_at<Gates>(to, 1, K)) {
       if constexpr (kSplits) {
-        if (s_.parts) {
-          split_panel<Gates>(to, block, H).template pack_rows<Gates>(W, s_.bf16_weights, H, K, block * kUnits);
+        if (s_.on_tiles()) {
+          split_panel<Gates>(to, block, H, K).template pack_rows<Gates>(W, s_.bf16_weights, H, K, block * kUnits);
           continue;
         }
       }
@@ -136,8 +136,9 @@ class Forward {
   }
 
   template <int Gates>
-  SplitPanel split_panel(T* panel, int64_t block, int64_t H) const {
-    return {panel, block_vectors<T, Gates>(H, block * kUnitVectors<Gates> * kLanes<T>) * int(kLanes<T>), s_.parts};
+  SplitPanel split_panel(T* panel, int64_t block, int64_t H, int64_t K) const {
+    const int vectors = block_vectors<T, Gates>(H, block * kUnitVectors<Gates> * kLanes<T>);
+    return {panel, K, vectors * int(kLanes<T>), s_.operands};
   }
 
   void pack_biases() const {
@@ -149,10 +150,10 @@ class Forward {
   }
 
   // Rows of a part for cover(): two tiles.
-  int tiles(const typename Weights::Rows& split) const { return s_.parts ? 2 * split.height() : 0; }
+  int tiles(const typename Weights::Rows& split) const { return s_.on_tiles() ? 2 * split.height() : 0; }
 
-  bool splits() const { return Weights::kRoundsRows || s_.parts; }
-  // Splits into parts, or rounds, the rows up to `end` of a product's operand, if it needs that; row(b) points to row
+  bool splits() const { return Weights::kRoundsRows || s_.on_tiles(); }
+  // Splits, or rounds, the rows up to `end` of a product's operand, if it needs that; row(b) points to row
   // b. If the team shares the work, a wait must follow.
   template <class Row>
   void split(bool is_packed, const typename Weights::Rows& rows, int64_t end, const Row& row) const {
@@ -165,26 +166,26 @@ class Forward {
   }
 
   // sums = start + rows x W^T for a part; reads W from `packed` if is_packed, else from W itself. `split` has the rows'
-  // parts, `next` is the panel that is read after this one; null: none.
+  // tiles, `next` is the panel that is read after this one; null: none.
   template <int Gates>
   void multiply_by(Sums<T, Gates * kUnitVectors<Gates>>& sums, const Start<T>& start, const Part& part,
                    const T* const* rows, const typename Weights::Rows& split, bool is_packed, T* packed, const void* W,
                    int64_t H, int64_t K, const T* next = nullptr) const {
     constexpr int64_t kVectors = kUnitVectors<Gates>, kColumns = Gates * kVectors;
     T* const panels = panels_of<Gates>(part, packed, H, K);
-    if (Weights::kNarrow || s_.parts || !is_packed) begin_with<kColumns>(sums, start, part.slots());
+    if (Weights::kNarrow || s_.on_tiles() || !is_packed) begin_with<kColumns>(sums, start, part.slots());
     if constexpr (Weights::kNarrow) {
       return Weights::template multiply<Gates>(sums, part, rows, split, reinterpret_cast<const char*>(packed), K);
     }
     if (is_packed && first_use_ && worker_.owns_blocks() && part.row == row_begin_) {
       pack_blocks<Gates>(panels, W, H, K, part.block, part.block + part.blocks);
     }
-    if (is_packed && s_.parts) {
+    if (is_packed && s_.on_tiles()) {
       if constexpr (kSplits && !Weights::kNarrow) {
         const int64_t unit = part.block * kVectors * kLanes<T>;
-        bf16_.add(sums, block_vectors<T, Gates>(H, unit), split, part.row, part.rows,
-                  split_panel<Gates>(panels, part.block, H),
-                  [&](int r) { add_rows_in_float32<Gates>(sums[r], rows[r], at(W), H, K, unit); });
+        on_tiles_.add(sums, block_vectors<T, Gates>(H, unit), split, part.row, part.rows,
+                      split_panel<Gates>(panels, part.block, H, K),
+                      [&](int r) { add_rows_in_float32<Gates>(sums[r], rows[r], at(W), H, K, unit); });
       }
     } else if (is_packed) {
       const int64_t distance = K * kColumns * kLanes<T>;
@@ -520,7 +521,7 @@ class Forward {
   const bool reverse_;
   const cpu::Worker& worker_;
   const int64_t row_begin_, row_end_;
-  const Bf16Products bf16_;
+  const TileProducts on_tiles_;
   SplitOperands<typename Weights::Rows> split_;  // if splits()
   T *recurrent_, *input_, *bias_, *projection_, *scratch_hidden_, *zeros_, *x_product_;
   T *dropped_, *scratch_products_, *outputs_;

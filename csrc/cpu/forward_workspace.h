@@ -1,8 +1,8 @@
 // What forward decides about a layer before its first step, and its workspace.
 #pragma once
 
-#include "bf16_operands.h"
 #include "rounded_rows.h"
+#include "tile_operands.h"
 #include "worker.h"
 
 namespace fused_rnn {
@@ -17,7 +17,7 @@ struct ForwardProducts {
       : packed_x(!s.gates_given &&
                  (s.frozen() || s.deterministic || s.bf16_weights || s.N >= rows_worth_transposing(s, s.I))),
         packed_h(s.frozen() || s.deterministic || s.bf16_weights ||
-                 ((s.B > 1 || s.parts == 1) && s.N >= rows_worth_transposing(s, s.P))),
+                 ((s.B > 1 || s.operands == Operands::kBfloat16) && s.N >= rows_worth_transposing(s, s.P))),
         x_beforehand(s.gates_given || (s.T > 1 && s.B < few_rows(s))) {}
 
  private:
@@ -68,19 +68,19 @@ struct ForwardWorkspace {
   // Elements of rows that are split or rounded before a product.
   static int64_t operand(const LayerShape& s, int64_t rows, int64_t K) {
     if (s.weights == WeightFormat::kInt8) return RoundedRows::size(rows, K);
-    return s.parts ? SplitRows::size(rows, K, s.parts) : 0;
+    return s.on_tiles() ? SplitRows::size(rows, K, s.operands) : 0;
   }
   // Elements of W [G * H, K], packed; none if it comes packed.
   template <int G>
   static int64_t panels(const LayerShape& s, int64_t H, int64_t K) {
     if (s.frozen()) return 0;
-    if (!s.parts) return G * in_vectors<T>(H) * K;
+    if (!s.on_tiles()) return G * in_vectors<T>(H) * K;
     constexpr int64_t units = kUnitVectors<G> * kLanes<T>;
-    return ceil_div(H, units) * SplitPanel::size(K, G * units, s.parts);
+    return ceil_div(H, units) * SplitPanel::size(K, G * units, s.operands);
   }
 };
 
-// The rows that a worker splits into parts, or rounds, before it multiplies them: of x, all at once or step by step; of
+// The rows that a worker splits, or rounds, before it multiplies them: of x, all at once or step by step; of
 // h; and of what the projection multiplies.
 template <class Rows>
 struct SplitOperands {
@@ -93,9 +93,9 @@ struct SplitOperands {
     const auto begin = [&](int64_t rows) { return worker.splits_units ? 0 : worker.begin(rows); };
     const auto end = [&](int64_t rows) { return worker.splits_units ? rows : worker.end(rows); };
     const int64_t rows = part.rows_of_x(s, products);
-    x = Rows(workspace + part.split_x, rows, begin(rows), end(rows), s.I, s.parts);
-    h = Rows(workspace + part.split_h, s.B, begin(s.B), end(s.B), s.P, s.parts);
-    hidden = Rows(workspace + part.split_hidden, s.B, begin(s.B), end(s.B), s.H, s.parts);
+    x = Rows(workspace + part.split_x, rows, begin(rows), end(rows), s.I, s.operands);
+    h = Rows(workspace + part.split_h, s.B, begin(s.B), end(s.B), s.P, s.operands);
+    hidden = Rows(workspace + part.split_hidden, s.B, begin(s.B), end(s.B), s.H, s.operands);
   }
 };
 

@@ -17,11 +17,11 @@
 #include <immintrin.h>
 #endif
 
-#include "bf16_operands.h"
 #include "kernels.h"
 #include "layer_norm.h"
 #include "rounded_rows.h"
 #include "tile.h"
+#include "tile_operands.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
@@ -46,7 +46,7 @@ void each_weight(const PlainMatrix& m, int64_t unit, const F& f) {
 }
 
 struct Float32 {
-  using Rows = SplitRows;  // if products are computed from parts
+  using Rows = SplitRows;  // if products are on tiles
   static constexpr bool kNarrow = false, kRoundsRows = false;
 
   template <int G>

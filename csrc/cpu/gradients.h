@@ -7,9 +7,9 @@
 #include <type_traits>
 
 #include "../cells/cells.h"
-#include "bf16_operands.h"
 #include "column_sums.h"
 #include "tile.h"
+#include "tile_operands.h"
 #include "worker.h"
 
 namespace fused_rnn {
@@ -38,18 +38,18 @@ template <class T>
 class Products {
  public:
   Products(const LayerShape& s, T* workspace, const cpu::Worker& worker)
-      : parts_(s.parts), bf16_(s.bf16), workspace_(workspace), worker_(worker) {}
+      : operands_(s.operands), on_tiles_(s.unit), workspace_(workspace), worker_(worker) {}
 
   // Workspace of the two products below, in elements.
-  static int64_t rows_workspace(int64_t N, int64_t K, int parts) {
-    if (!parts) return K * kBlock;
-    return ceil_div(N, kBlock) * SplitPanel::size(K, kBlock, parts) + SplitRows::size(kMostRows, K, parts);
+  static int64_t rows_workspace(int64_t N, int64_t K, Operands operands) {
+    if (operands == Operands::kPlain) return K * kBlock;
+    return ceil_div(N, kBlock) * SplitPanel::size(K, kBlock, operands) + SplitRows::size(kMostRows, K, operands);
   }
-  static int64_t transposed_workspace(int64_t N, int64_t K, int parts) {
+  static int64_t transposed_workspace(int64_t N, int64_t K, Operands operands) {
     const int64_t depth = least(K, kRowsAtOnce), blocks = least(ceil_div(N, kBlock), kBlocksAtOnce);
-    if (!parts) return depth * (blocks * kBlock + kColumnsAtOnce);
-    return kMostRows * depth + blocks * SplitPanel::size(depth, kBlock, parts) +
-           SplitRows::size(kMostRows, depth, parts);
+    if (operands == Operands::kPlain) return depth * (blocks * kBlock + kColumnsAtOnce);
+    return kMostRows * depth + blocks * SplitPanel::size(depth, kBlock, operands) +
+           SplitRows::size(kMostRows, depth, operands);
   }
 
   // out [M, N] = a b or out += a b, for row-major a [M, K] and b [K, N].
@@ -57,8 +57,8 @@ class Products {
             bool accumulate) {
     const Share share(M, N, kBlock, worker_);
     if constexpr (kSplits) {
-      if (parts_) {
-        const int64_t size = SplitPanel::size(K, kBlock, parts_);
+      if (splits()) {
+        const int64_t size = SplitPanel::size(K, kBlock, operands_);
         for (int64_t block = share.block; block < share.block_end; ++block) {
           split_panel(workspace_, block - share.block, block, K, N)
               .pack_columns(Rows<const T>{b, N}, K, N, block * kBlock);
@@ -101,7 +101,7 @@ class Products {
     const Share share(M, N, kBlock, worker_);
     if (share.row == share.row_end) return;
     if (K < kRowsWorthPacking) return add_outer_products(out, a, a_stride, b, share, N, K, accumulate);
-    const int chunk = parts_ ? kMostRows : kChunk, at_once = parts_ ? kMostRows : kColumnsAtOnce;
+    const int chunk = splits() ? kMostRows : kChunk, at_once = splits() ? kMostRows : kColumnsAtOnce;
     T* const columns = workspace_;
     T* const panels = columns + at_once * least(K, kRowsAtOnce);
     for (int64_t begin = share.block; begin < share.block_end; begin += kBlocksAtOnce) {
@@ -110,7 +110,7 @@ class Products {
         const int64_t count = least(kRowsAtOnce, K - k), panel = count * kBlock;
         for (int64_t block = begin; block < end; ++block) {
           if constexpr (kSplits) {
-            if (parts_) {
+            if (splits()) {
               split_panel(panels, block - begin, block, count, N).pack_columns(b.from(k), count, N, block * kBlock);
               continue;
             }
@@ -125,8 +125,8 @@ class Products {
             const T* from[kMostRows];
             for (int r = 0; r < rows; ++r) from[r] = columns + (first + r) * count;
             if constexpr (kSplits) {
-              if (parts_) {
-                T* const split = panels + (end - begin) * SplitPanel::size(count, kBlock, parts_);
+              if (splits()) {
+                T* const split = panels + (end - begin) * SplitPanel::size(count, kBlock, operands_);
                 add_split(Rows<T>{out, N}, row + first, rows, from, split, panels, begin, end, b.from(k), count, N,
                           accumulate || k > 0);
                 continue;
@@ -150,7 +150,7 @@ class Products {
   static constexpr int64_t kRowsWorthPacking = 8, kRowsAtOnce = 512, kBlocksAtOnce = 8;
   // Columns of a that it transposes at once: two chunks of rows of the result, three cache lines of float32.
   static constexpr int kColumnsAtOnce = 2 * kChunk;
-  static constexpr bool kSplits = sizeof(T) == sizeof(float);  // into bfloat16 parts, if LayerShape::parts says so
+  static constexpr bool kSplits = sizeof(T) == sizeof(float);  // for tiles, if LayerShape::operands says so
 
   // a^T b for a K too small for packing: each element of the result is a sum of a few products, written once.
   static void add_outer_products(T* out, const T* a, int64_t a_stride, const Rows<const T>& b, const Share& share,
@@ -182,6 +182,8 @@ class Products {
     }
   }
 
+  bool splits() const { return operands_ != Operands::kPlain; }
+
   static Panel<T> own_panel(const T* data, int64_t block, int64_t N) {
     const int vectors = block_vectors<T, 1>(N, block * kBlock);
     return {data, vectors * kLanes<T>, 0, vectors};
@@ -189,22 +191,23 @@ class Products {
 
   // Block `block` of N columns, whose panel is number `index` of the packed ones.
   SplitPanel split_panel(T* panels, int64_t index, int64_t block, int64_t K, int64_t N) const {
-    T* const panel = panels + index * SplitPanel::size(K, kBlock, parts_);
-    return {panel, block_vectors<T, 1>(N, block * kBlock) * int(kLanes<T>), parts_};
+    T* const panel = panels + index * SplitPanel::size(K, kBlock, operands_);
+    return {panel, K, block_vectors<T, 1>(N, block * kBlock) * int(kLanes<T>), operands_};
   }
 
   // out or out += rows [row, row + count) times blocks [block, end) of b, whose panels are packed; `split` is memory
-  // for the rows' parts.
+  // for the rows' tiles.
   void add_split(const Rows<T>& out, int64_t row, int count, const T* const* rows, T* split, T* panels, int64_t block,
                  int64_t end, const Rows<const T>& b, int64_t K, int64_t N, bool accumulate) const {
-    const SplitRows parts(split, count, 0, count, K, parts_, true);
-    parts.split(count, worker_, false, [&](int64_t r) { return rows[r]; });
+    const SplitRows tiles(split, count, 0, count, K, operands_);
+    tiles.split(count, worker_, false, [&](int64_t r) { return rows[r]; });
     for (int64_t index = 0; block + index < end; ++index) {
       const int64_t unit = (block + index) * kBlock;
       Sums<T, U> sums;
       clear<T, U>(sums, count);
-      bf16_.add(sums, block_vectors<T, 1>(N, unit), parts, 0, count, split_panel(panels, index, block + index, K, N),
-                [&](int r) { add_columns_in_float32(sums[r], rows[r], b, N, K, unit); });
+      on_tiles_.add(sums, block_vectors<T, 1>(N, unit), tiles, 0, count,
+                    split_panel(panels, index, block + index, K, N),
+                    [&](int r) { add_columns_in_float32(sums[r], rows[r], b, N, K, unit); });
       store_sums(out, Part{row, block + index, count, 1}, sums, N, accumulate);
     }
   }
@@ -236,8 +239,8 @@ class Products {
     });
   }
 
-  const int parts_;
-  const Bf16Products bf16_;
+  const Operands operands_;
+  const TileProducts on_tiles_;
   T* const workspace_;
   const cpu::Worker& worker_;
 };
@@ -254,8 +257,8 @@ class Gradients {
   // Elements of workspace for each thread.
   static int64_t workspace(const LayerShape& s) {
     const int64_t widest = s.I > s.P ? s.I : s.P;
-    const int64_t dx = Products<T>::rows_workspace(s.gates_given ? 0 : s.I, Cell::kGates * s.H, s.parts);
-    const int64_t dw = Products<T>::transposed_workspace(s.projected && s.H > widest ? s.H : widest, s.N, s.parts);
+    const int64_t dx = Products<T>::rows_workspace(s.gates_given ? 0 : s.I, Cell::kGates * s.H, s.operands);
+    const int64_t dw = Products<T>::transposed_workspace(s.projected && s.H > widest ? s.H : widest, s.N, s.operands);
     return ceil_div(dx > dw ? dx : dw, 16) * 16;
   }
 

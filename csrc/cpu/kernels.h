@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../rnn_params.h"
-#include "bf16.h"
+#include "tiles.h"
 #include "worker.h"
 
 namespace fused_rnn {
@@ -35,14 +35,14 @@ struct Kernels {
   // y[i] = f(x[i]) for the accuracy tests, denormal numbers included; `function` is 's' (sigmoid) or 't' (tanh).
   void (*map_float)(char function, const float* x, float* y, int64_t n);
   void (*map_double)(char function, const double* x, double* y, int64_t n);
-  // What LayerShape::bf16 may be; null: this instruction set does not multiply bfloat16.
-  const Bf16Unit* bf16 = nullptr;
+  // What LayerShape::unit may be; null: this instruction set multiplies nothing narrower than float32.
+  const TileUnit* unit = nullptr;
 
   // The same kernels with such a unit, as an instruction set of its own.
-  Kernels with(const Bf16Unit& unit) const {
+  Kernels with(const TileUnit& other) const {
     Kernels more = *this;
-    more.name = unit.name;
-    more.bf16 = &unit;
+    more.name = other.name;
+    more.unit = &other;
     return more;
   }
 };

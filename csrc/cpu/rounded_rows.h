@@ -3,30 +3,12 @@
 // One with a NaN or an infinity gives NaN.
 #pragma once
 
+#include "integers.h"
 #include "tile.h"
 #include "worker.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
-
-typedef int32_t Ints __attribute__((vector_size(FUSED_RNN_VEC_BYTES)));
-typedef int16_t Shorts __attribute__((vector_size(FUSED_RNN_VEC_BYTES)));
-typedef int8_t HalfBytes __attribute__((vector_size(FUSED_RNN_VEC_BYTES / 2)));
-typedef int16_t HalfShorts __attribute__((vector_size(FUSED_RNN_VEC_BYTES / 2)));
-typedef uint8_t QuarterBytes __attribute__((vector_size(FUSED_RNN_VEC_BYTES / 4)));
-
-template <class V>
-FUSED_RNN_INLINE V load_as(const void* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-template <class V>
-FUSED_RNN_INLINE void store_as(void* p, const V& v) {
-  __builtin_memcpy(p, &v, sizeof(v));
-}
-// The 32 bits at p in every lane.
-FUSED_RNN_INLINE Ints broadcast(const void* p) { return load_as<int32_t>(p) - Ints{}; }
 
 // Whether bytes are multiplied, not pairs of 16 bits.
 inline bool has_vnni() {
@@ -48,7 +30,7 @@ class RoundedRows {
 
   RoundedRows() = default;
   // For rows from `begin` on of those that the memory is for. Takes what SplitRows takes.
-  RoundedRows(float* memory, int64_t, int64_t begin, int64_t, int64_t K, int)
+  RoundedRows(float* memory, int64_t, int64_t begin, int64_t, int64_t K, Operands)
       : memory_(reinterpret_cast<int8_t*>(memory)), begin_(begin), K_(K), bytes_(row_bytes(K)) {}
 
   // Rounds rows [begin, end), of which this worker does its share if `shared`. row(b) points to row b.
@@ -73,17 +55,9 @@ class RoundedRows {
   static int64_t row_bytes(int64_t K) { return kHead + width(K) * 2; }  // chunks but the last one have kDepth8
 
   void round(const float* x, int8_t* out) const {
-    Ints largest{};  // the bits of magnitudes have their order, and those of infinities and NaN are the largest
-    each_lanes<float>(K_, [&](int64_t k, int64_t n) {
-      const Ints bits = (Ints)load(x + k, n) & INT32_MAX;
-      largest = bits > largest ? bits : largest;
-    });
-    int32_t lanes[kLanes<float>];
-    store_as(lanes, largest);
-    for (int half = kLanes<float> / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    }
-    const float most = math::bits<float>(lanes[0]);
+    Largest largest;
+    each_lanes<float>(K_, [&](int64_t k, int64_t n) { largest.add(load(x + k, n)); });
+    const float most = largest.all();
     constexpr float kLeast = kLevels * 1.2e-38f;  // below it the inverse would overflow: the row counts as zeros
     const bool counts = most > kLeast;            // not if it is NaN
     const float inverse = counts ? kLevels / most : 0;

@@ -342,7 +342,7 @@ FUSED_RNN_INLINE void each_vector(const Part& part, int64_t limit, const F& f) {
 
 // Splits rows [row, row_end) times blocks [block, block_end) into parts and calls run(part) for each, from the last
 // block to the first if `backwards`. narrow_end: the last block has fewer vectors than the others, and so cannot be in
-// a part of several blocks. tiles: of how many rows a part is, of one block, where bf16.h's tiles are multiplied; else
+// a part of several blocks. tiles: of how many rows a part is, of one block, where tiles.h's tiles are multiplied; else
 // 0.
 template <int C, class Run>
 FUSED_RNN_INLINE void cover(int64_t row, int64_t row_end, int64_t block, int64_t block_end, bool narrow_end,

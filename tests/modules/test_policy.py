@@ -68,7 +68,7 @@ def test_plan_names_what_runs(seed: int, ran: list[str], monkeypatch: pytest.Mon
     seen = set()
     for _ in range(CALLS):
         monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", draw.random() < 0.7)
-        unit = draw.choice(("", "", "avx512_bf16", "amx", "amx_float32"))
+        unit = draw.choice(("", "", "avx512_bf16", "amx"))
         monkeypatch.setattr(policy, "bf16_unit", lambda unit=unit: unit)
         question, call = drawn_call(draw)
         half = draw.choice((None, None, BF16, F16))
@@ -153,7 +153,6 @@ def test_rules_for_kernels_that_multiply_bfloat16(monkeypatch: pytest.MonkeyPatc
     for unit, expected in (
         ("avx512_bf16", "torch"),
         ("amx", "torch"),
-        ("amx_float32", "torch"),
         ("amx_emulated", "fused"),
     ):
         monkeypatch.setattr(policy, "bf16_unit", lambda unit=unit: unit)

@@ -1,0 +1,516 @@
+// The operands of products on tiles (tiles.h): blocks of weights, like those of tile.h, and rows, both in float32.
+//
+// Weights are packed once, rows when they come, at every step. Digits cannot hold an infinity, a NaN, or numbers whose
+// products with others would leave the range of float32. So
+//   - a row whose largest number is none or is beyond 2^100 is zeros in its tiles, and
+//   - a block of weights with such a column, or with one whose largest is below 2^-100, has no tiles,
+// and what these lack is added in float32. Rows may be of any smaller size, as gradients of long sequences are.
+//
+// Three digits are as exact as float32's own product if no number is much of its row or column, because an error of
+// 2^-24 of the largest is then small against the rounding of a sum: by the largest over the root of the sum of squares,
+// added up for a row and a column (kEven). Where they are not, four digits are multiplied, if the operands have them.
+#pragma once
+
+#include "integers.h"
+#include "tile.h"
+#include "tiles.h"
+#include "worker.h"
+
+namespace fused_rnn {
+namespace FUSED_RNN_ISA {
+
+using cpu::Bf16;
+using cpu::kBf16Depth;
+using cpu::kBf16Tile;
+using cpu::kDigitDepth;
+using cpu::kDigitTile;
+using cpu::kMostDigits;
+using cpu::kTileBytes;
+using cpu::kTileHeight;
+using cpu::kTileWidth;
+
+typedef uint32_t Bits __attribute__((vector_size(FUSED_RNN_VEC_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(FUSED_RNN_VEC_BYTES / 2)));
+
+// The bits of v as the nearest bfloat16, ties to even. A NaN stays one.
+FUSED_RNN_INLINE Bits rounded(const Vec<float>& v) {
+  const Bits u = (Bits)v, up = u + 0x7fff + (u >> 16 & 1);
+  return (v == v ? up : u | 0x00400000) >> 16;
+}
+
+// What is asked of a row or a column before it becomes digits.
+struct Extent {
+  float largest = 0;  // infinite or NaN if a number is
+  float share = 0;    // of the largest in the root of the sum of squares; 1 if that is beyond float32
+
+  Extent() = default;
+  Extent(float most, float squares) : largest(most) {
+    if (most > 0) share = squares > 0 && squares < __builtin_inff() ? most / __builtin_sqrtf(squares) : 1;
+  }
+  static Extent of(const float* row, int64_t K) {
+    Largest largest;
+    Vec<float> squares{};
+    each_lanes<float>(K, [&](int64_t k, int64_t n) {
+      const Vec<float> v = load(row + k, n);
+      largest.add(v);
+      squares += v * v;
+    });
+    float sum = 0;
+    for (int64_t i = 0; i < kLanes<float>; ++i) sum += squares[i];
+    return {largest.all(), sum};
+  }
+};
+// The most that the shares of a row and a column may be together if three digits are to be enough. Measured: errors are
+// then at most twice those of MKL's sgemm.
+constexpr float kEven = 0.5;
+
+// How numbers become integers of digits. The factor that they are multiplied with has 8 bits, so that its inverse adds
+// no error to all of a row; it may be beyond float32, hence two factors.
+struct DigitScale {
+  float first = 0, second = 0;  // zeros, if all numbers are zeros
+  float unit = 0;               // what 128 is in the first digit: about the largest number
+
+  DigitScale(float largest, int digits) {
+    if (!(largest >= 0x1p-126f)) return;  // zeros to the kernels
+    const float places = digits == 4 ? 0x1p24f : 0x1p16f;
+    first = largest < 0x1p-60f ? 0x1p64f : 1;
+    second = math::bits<float>(math::bits<uint32_t>(127 * places / (largest * first)) & 0xffff0000);
+    unit = 128 * places / second / first;
+  }
+};
+constexpr float kLargestOfDigits = 0x1p100f, kLeastOfDigits = 0x1p-100f;
+
+// Numbers as integers of digits. Half of the fourth digit is 128, which becomes -128, so that without it every such
+// number would be rounded up, and all of a row would err together: where the third digit is even, 127 takes its place.
+template <class Factor>
+FUSED_RNN_INLINE Ints integers(const Vec<float>& v, const Factor& first, const Factor& second, int digits) {
+  const Ints integers = nearest(v * first * second);
+  return digits == 4 ? integers + ((integers & 511) == 128) : integers;
+}
+// The low byte is the last digit; this leaves the digits before it.
+FUSED_RNN_INLINE Ints without_last_digit(const Ints& integers) { return (integers + 128) >> 8; }
+
+// A block of weights in tiles. Of bfloat16: [depth][tiles of columns][kBf16Tile]. Of digits: a line, which says whether
+// the block has tiles, and the largest share of a column; what each column's sums are to be multiplied with; and then
+// [tiles of columns][depth][digits][kDigitTile].
+class SplitPanel {
+ public:
+  // Elements of memory, in float32; the panel begins at a multiple of 64 bytes.
+  static int64_t size(int64_t K, int columns, Operands operands) {
+    const int64_t tiles = ceil_div(columns, kTileWidth);
+    if (operands == Operands::kBfloat16) return ceil_div(K, kBf16Depth) * tiles * kBf16Tile / 2;
+    return kLineFloats + tiles * (kTileWidth + ceil_div(K, kDigitDepth) * cpu::digits_of(operands) * kDigitTile / 4);
+  }
+
+  SplitPanel(float* memory, int64_t K, int columns, Operands operands)
+      : memory_(memory),
+        depth_(ceil_div(K, operands == Operands::kBfloat16 ? kBf16Depth : kDigitDepth)),
+        column_tiles_(int(ceil_div(columns, kTileWidth))),
+        digits_(cpu::digits_of(operands)) {}
+
+  // Of digits.
+  bool has_tiles() const { return memory_[0] != 0; }
+  float share() const { return memory_[1]; }
+  const float* column_scales() const { return memory_ + kLineFloats; }
+  const int8_t* digits(int column_tile, int64_t depth) const {
+    return digits() + (column_tile * depth_ + depth) * digits_ * kDigitTile;
+  }
+  const Bf16* halves() const { return reinterpret_cast<const Bf16*>(memory_); }
+
+  // The block of W [G * H, K] at `unit`, whose rows are units; see pack_rows().
+  template <int G>
+  void pack_rows(const void* W, bool is_bf16, int64_t H, int64_t K, int64_t unit) const {
+    if (is_bf16) return pack_rows_of_bf16<G>(static_cast<const Bf16*>(W), H, K, unit);
+    const float* const rows = static_cast<const float*>(W);
+    digits_ ? pack_rows_to_digits<G>(rows, H, K, unit) : pack_rows_to_bf16<G>(rows, H, K, unit);
+  }
+
+  // The block of W [K, N] at `unit`, whose columns are units; see pack_columns().
+  void pack_columns(const Rows<const float>& W, int64_t K, int64_t N, int64_t unit) const {
+    digits_ ? pack_columns_to_digits(W, K, N, unit) : pack_columns_to_bf16(W, K, N, unit);
+  }
+
+ private:
+  static constexpr int64_t kLineFloats = 16;
+  static constexpr int n = kLanes<float>;
+
+  // Calls f(c, row, units) for each vector of columns: it has the rows of W [G * H, K] from `row` on.
+  template <int G, class T, class F>
+  static void each_column_vector(const T* W, int64_t H, int64_t K, int64_t unit, const F& f) {
+    const int vectors = block_vectors<float, G>(H, unit), U = vectors / G;
+    for (int c = 0; c < vectors; ++c) {
+      const int64_t first = unit + c % U * n;
+      f(c, W + (c / U * H + first) * K, least(H - first, n));
+    }
+  }
+
+  template <int G>
+  void pack_rows_to_bf16(const float* W, int64_t H, int64_t K, int64_t unit) const {
+    each_column_vector<G>(W, H, K, unit, [&](int c, const float* row, int64_t units) {
+      for (int64_t k = 0; k < depth_ * kBf16Depth; k += n) {
+        const int64_t width = k < K ? least(K - k, n) : 0;
+        Vec<float> square[n];
+        for (int j = 0; j < n; ++j) square[j] = j < units ? load(row + j * K + k, width) : Vec<float>{};
+        transpose<float>(square);
+        for (int i = 0; i < n; i += 2) store_pairs(c, k + i, square[i], square[i + 1]);
+      }
+    });
+  }
+
+  // Two consecutive numbers of a row are a pair already.
+  template <int G>
+  void pack_rows_of_bf16(const Bf16* W, int64_t H, int64_t K, int64_t unit) const {
+    each_column_vector<G>(W, H, K, unit, [&](int c, const Bf16* row, int64_t units) {
+      for (int64_t k = 0; k < depth_ * kBf16Depth; k += 2 * n) {
+        const int64_t width = k < K ? least(K - k, 2 * n) : 0;
+        Vec<float> square[n];
+        for (int j = 0; j < n; ++j) {
+          square[j] = Vec<float>{};
+          if (j >= units) continue;
+          if (width == 2 * n) {
+            __builtin_memcpy(&square[j], row + j * K + k, sizeof(square[j]));
+          } else {
+            Bf16 last[2 * n] = {};
+            for (int64_t i = 0; i < width; ++i) last[i] = row[j * K + k + i];
+            __builtin_memcpy(&square[j], last, sizeof(last));
+          }
+        }
+        transpose<float>(square);
+        for (int i = 0; i < n; ++i) __builtin_memcpy(halves(c, k + 2 * i), &square[i], sizeof(square[i]));
+      }
+    });
+  }
+
+  // Four consecutive digits of a row are 32 bits of a tile's row.
+  template <int G>
+  void pack_rows_to_digits(const float* W, int64_t H, int64_t K, int64_t unit) const {
+    begin_notes();
+    each_column_vector<G>(W, H, K, unit, [&](int c, const float* row, int64_t units) {
+      float largest[n] = {};
+      for (int j = 0; j < n; ++j) {
+        const Extent extent = j < units ? Extent::of(row + j * K, K) : Extent();
+        note(c * n + j, extent);
+        largest[j] = extent.largest;
+      }
+      constexpr int kAtOnce = 4 * n;
+      for (int64_t k = 0; k < depth_ * kDigitDepth; k += kAtOnce) {
+        alignas(kTileBytes) int8_t digits[kMostDigits][n][kAtOnce] = {};
+        for (int64_t j = 0; j < units; ++j) {
+          const DigitScale scale(largest[j], digits_);
+          for (int64_t i = 0; i < kAtOnce && k + i < K; i += n) {
+            Ints left = integers(load(row + j * K + k + i, least(K - k - i, n)), scale.first, scale.second, digits_);
+            for (int d = digits_ - 1; d >= 0; --d, left = without_last_digit(left)) {
+              store_as(&digits[d][j][i], __builtin_convertvector(left, QuarterBytes));
+            }
+          }
+        }
+        for (int d = 0; d < digits_; ++d) {
+          Vec<float> square[n];
+          for (int j = 0; j < n; ++j) square[j] = load_as<Vec<float>>(digits[d][j]);
+          transpose<float>(square);
+          for (int i = 0; i < n; ++i) store_as(place(c, k + 4 * i, d), square[i]);
+        }
+      }
+    });
+  }
+
+  void pack_columns_to_bf16(const Rows<const float>& W, int64_t K, int64_t N, int64_t unit) const {
+    const int vectors = block_vectors<float, 1>(N, unit);
+    for (int64_t k = 0; k < depth_ * kBf16Depth; k += 2) {
+      for (int c = 0; c < vectors; ++c) {
+        const int64_t first = unit + c * n, width = least(N - first, n);
+        store_pairs(c, k, k < K ? load(W[k] + first, width) : Vec<float>{},
+                    k + 1 < K ? load(W[k + 1] + first, width) : Vec<float>{});
+      }
+    }
+  }
+
+  void pack_columns_to_digits(const Rows<const float>& W, int64_t K, int64_t N, int64_t unit) const {
+    const int vectors = block_vectors<float, 1>(N, unit);
+    const auto from = [&](int64_t k, int c) FUSED_RNN_INLINED {
+      return k < K ? load(W[k] + unit + c * n, least(N - unit - c * n, n)) : Vec<float>{};
+    };
+    Largest largest[kMostColumns];
+    Vec<float> squares[kMostColumns] = {}, first[kMostColumns], second[kMostColumns];
+    for (int64_t k = 0; k < K; ++k) {
+      for (int c = 0; c < vectors; ++c) {
+        const Vec<float> v = from(k, c);
+        largest[c].add(v);
+        squares[c] += v * v;
+      }
+    }
+    begin_notes();
+    for (int c = 0; c < vectors; ++c) {
+      for (int i = 0; i < n; ++i) {
+        const Extent extent(largest[c].lanes()[i], squares[c][i]);
+        const DigitScale scale = note(c * n + i, extent);
+        first[c][i] = scale.first, second[c][i] = scale.second;
+      }
+    }
+    for (int64_t k = 0; k < depth_ * kDigitDepth; k += 4) {
+      for (int c = 0; c < vectors; ++c) {
+        Ints left[4];
+        for (int i = 0; i < 4; ++i) left[i] = integers(from(k + i, c), first[c], second[c], digits_);
+        for (int d = digits_ - 1; d >= 0; --d) {
+          store_as(place(c, k, d), (left[0] & 255) | (left[1] & 255) << 8 | (left[2] & 255) << 16 | left[3] << 24);
+          for (int i = 0; i < 4; ++i) left[i] = without_last_digit(left[i]);
+        }
+      }
+    }
+  }
+
+  void begin_notes() const { memory_[0] = 1, memory_[1] = 0; }
+  // Notes what the sums of a column are to be multiplied with, its share, and whether digits cannot hold it.
+  DigitScale note(int column, const Extent& extent) const {
+    const DigitScale scale(extent.largest, digits_);
+    memory_[kLineFloats + column] = scale.unit / (128 * 128);
+    if (extent.share > memory_[1]) memory_[1] = extent.share;
+    const bool fits = extent.largest >= kLeastOfDigits && extent.largest <= kLargestOfDigits;  // not if it is NaN
+    if (!fits && extent.largest != 0) memory_[0] = 0;
+    return scale;
+  }
+
+  int8_t* digits() const { return reinterpret_cast<int8_t*>(memory_ + kLineFloats + column_tiles_ * kTileWidth); }
+  // Where digit d of a vector of columns at k to k + 3 lies.
+  int8_t* place(int vector, int64_t k, int d) const {
+    const int64_t column = vector * n;
+    const int64_t tile = (column / kTileWidth * depth_ + k / kDigitDepth) * digits_ + d;
+    return digits() + tile * kDigitTile + k % kDigitDepth * kTileWidth + column % kTileWidth * 4;
+  }
+  // Where a vector of columns at k and k + 1 lies.
+  Bf16* halves(int vector, int64_t k) const {
+    const int64_t column = vector * n, tile = k / kBf16Depth * column_tiles_ + column / kTileWidth;
+    return reinterpret_cast<Bf16*>(memory_) + tile * kBf16Tile + k % kBf16Depth * kTileWidth + column % kTileWidth * 2;
+  }
+  FUSED_RNN_INLINE void store_pairs(int vector, int64_t k, const Vec<float>& even, const Vec<float>& odd) const {
+    store_as(halves(vector, k), rounded(even) | rounded(odd) << 16);
+  }
+
+  float* const memory_;
+  const int64_t depth_;
+  const int column_tiles_, digits_;  // 0 digits: of bfloat16
+};
+
+// Some rows of K numbers in tiles of equal height: of bfloat16 [tiles][depth][height][kBf16Depth], of digits
+// [tiles][depth][digits][height][kDigitDepth] and each row's unit (DigitScale) and share (Extent).
+class SplitRows {
+ public:
+  // Elements of memory, in float32, for `rows` rows that any number of workers share.
+  static int64_t size(int64_t rows, int64_t K, Operands operands) {
+    return 2 * head(rows) + before(rows, tile_depth(K, operands), operands);
+  }
+
+  SplitRows() = default;
+  // For rows [begin, end) of the `rows` rows that the memory is for. No other worker has a range that overlaps, unless
+  // all have the same.
+  SplitRows(float* memory, int64_t rows, int64_t begin, int64_t end, int64_t K, Operands operands)
+      : units_(memory),
+        shares_(memory + head(rows)),
+        begin_(begin),
+        K_(K),
+        depth_(tile_depth(K, operands)),
+        height_(end > begin ? int(ceil_div(end - begin, ceil_div(end - begin, kTileHeight))) : 1),
+        digits_(cpu::digits_of(operands)) {
+    tiles_ = reinterpret_cast<char*>(memory + 2 * head(rows) + before(begin, depth_, operands));
+  }
+
+  int height() const { return height_; }
+  int64_t depth() const { return depth_; }
+  int digits() const { return digits_; }  // 0: of bfloat16
+  const float* units() const { return units_; }
+  float share(int64_t row) const { return shares_[row]; }
+  bool fits(int64_t row) const { return units_[row] >= 0; }  // whether digits hold it; else they are zeros
+
+  // Splits rows [begin(), end), of which this worker does its share if `shared`. row(b) points to row b.
+  template <class Row>
+  void split(int64_t end, const cpu::Worker& worker, bool shared, const Row& row) const {
+    const int64_t tiles = ceil_div(end - begin_, height_);
+    const int64_t first = shared ? worker.begin(tiles) : 0, last = shared ? worker.end(tiles) : tiles;
+    for (int64_t b = begin_ + first * height_; b < least(end, begin_ + last * height_); ++b) {
+      digits_ ? split(row(b), b) : round(row(b), b - begin_);
+    }
+  }
+
+  // The tiles of the rows from `row` on, which begins a tile, and from a tile's depth on.
+  template <class T>
+  const T* tiles(int64_t row, int64_t depth = 0) const {
+    return reinterpret_cast<const T*>(tiles_ + ((row - begin_) * depth_ + depth * height_) * planes() * kTileBytes);
+  }
+  cpu::Bf16Product operand(int64_t row, int rows) const {
+    cpu::Bf16Product p{};
+    p.tiles = int(ceil_div(rows, height_));
+    p.rows = height_;
+    p.a = tiles<Bf16>(row);
+    p.K = K_;
+    return p;
+  }
+
+ private:
+  static constexpr int n = kLanes<float>;
+
+  static int64_t tile_depth(int64_t K, Operands operands) {
+    return ceil_div(K, operands == Operands::kBfloat16 ? kBf16Depth : kDigitDepth);
+  }
+  // Elements of the units, in whole cache lines, and of the shares.
+  static int64_t head(int64_t rows) { return ceil_div(rows, 16) * 16; }
+  // Elements of the tiles of the rows before this one. A worker's last tile may end up to a row for each 16 behind its
+  // last row.
+  static int64_t before(int64_t row, int64_t depth, Operands operands) {
+    const int64_t planes = operands == Operands::kBfloat16 ? 1 : cpu::digits_of(operands);
+    return (row + row / 16) * depth * planes * kTileBytes / int64_t(sizeof(float));
+  }
+
+  int64_t planes() const { return digits_ ? digits_ : 1; }
+  // Where number `index` of the rows begins in its first tile; the next plane is `height_ * kTileBytes` behind.
+  char* row_of_tile(int64_t index) const {
+    return tiles_ + (index / height_ * depth_ * planes() * height_ + index % height_) * kTileBytes;
+  }
+
+  void round(const float* row, int64_t index) const {
+    char* out = row_of_tile(index);
+    for (int64_t k = 0; k < depth_ * kBf16Depth; k += kBf16Depth, out += height_ * kTileBytes) {
+      for (int i = 0; i < kBf16Depth; i += n) {
+        const int64_t left = K_ - k - i;
+        const Vec<float> v = left > 0 ? load(row + k + i, least(left, n)) : Vec<float>{};
+        store_as(out + i * 2, __builtin_convertvector(rounded(v), Halves));
+      }
+    }
+  }
+
+  void split(const float* row, int64_t b) const {
+    const Extent extent = Extent::of(row, K_);
+    const bool fits = extent.largest <= kLargestOfDigits;  // not if it is NaN
+    const DigitScale scale(fits ? extent.largest : 0, digits_);
+    units_[b] = fits ? scale.unit : -1;
+    shares_[b] = extent.share;
+    const int64_t digit = height_ * kTileBytes;
+    char* out = row_of_tile(b - begin_);
+    for (int64_t k = 0; k < depth_ * kDigitDepth; k += kDigitDepth, out += digits_ * digit) {
+      for (int i = 0; i < kDigitDepth; i += n) {
+        const int64_t width = K_ - k - i;
+        Ints left{};
+        if (fits && width > 0) left = integers(load(row + k + i, least(width, n)), scale.first, scale.second, digits_);
+        for (int d = digits_ - 1; d >= 0; --d, left = without_last_digit(left)) {
+          store_as(out + d * digit + i, __builtin_convertvector(left, QuarterBytes));
+        }
+      }
+    }
+  }
+
+  char* tiles_ = nullptr;
+  float *units_ = nullptr, *shares_ = nullptr;
+  int64_t begin_ = 0, K_ = 0, depth_ = 0;
+  int height_ = 1, digits_ = 0;
+};
+
+// What the tiles leave out, in float32: sums[c] += row times the block of W [G * H, K] at `unit`.
+template <int G, int C>
+void add_rows_in_float32(Vec<float> (&sums)[C], const float* row, const float* W, int64_t H, int64_t K, int64_t unit) {
+  constexpr int n = kLanes<float>, U = C / G;
+  for (int c = 0; c < C; ++c) {
+    const int64_t first = unit + c % U * n;
+    for (int64_t j = 0; j < n && first + j < H; ++j) {
+      const float* w = W + (c / U * H + first + j) * K;
+      Vec<float> products{};
+      for (int64_t k = 0; k < K; k += n) products += load(row + k, least(K - k, n)) * load(w + k, least(K - k, n));
+      for (int i = 0; i < n; ++i) sums[c][j] += products[i];
+    }
+  }
+}
+
+// The same for W [K, N], whose columns are units.
+template <int C>
+void add_columns_in_float32(Vec<float> (&sums)[C], const float* row, const Rows<const float>& W, int64_t N, int64_t K,
+                            int64_t unit) {
+  constexpr int n = kLanes<float>;
+  for (int64_t k = 0; k < K; ++k) {
+    for (int c = 0; c < C && unit + c * n < N; ++c) {
+      sums[c] += row[k] * load(W[k] + unit + c * n, least(N - unit - c * n, n));
+    }
+  }
+}
+
+// One worker's use of the unit.
+class TileProducts {
+ public:
+  explicit TileProducts(const cpu::TileUnit* unit) : unit_(unit) {}
+  ~TileProducts() {
+    if (unit_) unit_->release(state_);
+  }
+  TileProducts(const TileProducts&) = delete;
+  TileProducts& operator=(const TileProducts&) = delete;
+
+  // sums[r] += row r times the block, for one or two tiles. Calls float32(r) for each row that this leaves out.
+  template <int C, class Float32>
+  void add(Vec<float> (*sums)[C], int vectors, const SplitRows& split, int64_t row, int rows, const SplitPanel& panel,
+           const Float32& float32) const {
+    if (split.digits() == 0) {
+      cpu::Bf16Product p = split.operand(row, rows);
+      p.sums = reinterpret_cast<float*>(sums);
+      p.stride = C * kLanes<float>;
+      p.columns = vectors * kLanes<float>;
+      p.b = panel.halves();
+      return unit_->multiply(p, state_);
+    }
+    const bool has_tiles = panel.has_tiles();
+    if (has_tiles) add_digits(sums, vectors, split, row, rows, panel);
+    for (int r = 0; r < rows; ++r) {
+      if (!has_tiles || !split.fits(row + r)) float32(r);
+    }
+  }
+
+ private:
+  template <int C>
+  void add_digits(Vec<float> (*sums)[C], int vectors, const SplitRows& split, int64_t row, int rows,
+                  const SplitPanel& panel) const {
+    constexpr int kVectors = kTileWidth / kLanes<float>, kRun = cpu::kDigitRun / kDigitDepth;
+    const int height = split.height();
+    bool three[2];  // whether three digits are enough for a tile
+    for (int begin = 0; begin < rows; begin += height) {
+      float share = 0;
+      for (int r = begin; r < rows && r < begin + height; ++r) {
+        share = split.share(row + r) > share ? split.share(row + r) : share;
+      }
+      three[begin > 0] = split.digits() == 3 || share + panel.share() <= kEven;
+    }
+    for (int64_t depth = 0; depth < split.depth(); depth += kRun) {
+      const int run = int(least(kRun, split.depth() - depth));
+      for (int c = 0; c < vectors; c += kVectors) {
+        const int count = int(least(kVectors, vectors - c));
+        const float* const scales = panel.column_scales() + c * kLanes<float>;
+        for (int begin = 0; begin < rows; begin += height) {
+          const int n = int(least(height, rows - begin));
+          cpu::DigitProduct p{};
+          p.planes = split.digits(), p.rows = height, p.depth = run;
+          p.a = split.tiles<int8_t>(row + begin, depth), p.b = panel.digits(c / kVectors, depth);
+          const float* const units = split.units() + row + begin;
+          three[begin > 0] ? add_tile<3>(sums + begin, c, count, n, p, scales, units)
+                           : add_tile<4>(sums + begin, c, count, n, p, scales, units);
+        }
+      }
+    }
+  }
+
+  // The first D digits of n rows and of `count` vectors of columns from c on.
+  template <int D, int C>
+  void add_tile(Vec<float> (*sums)[C], int c, int count, int n, cpu::DigitProduct& p, const float* scales,
+                const float* units) const {
+    alignas(kTileBytes) int32_t levels[D + 1][kTileHeight][kTileWidth];
+    p.digits = D, p.levels = levels[0][0];
+    unit_->multiply_digits(p, state_);
+    for (int r = 0; r < n; ++r) {
+      for (int v = 0; v < count; ++v) {
+        const auto level = [&](int i) FUSED_RNN_INLINED { return load_as<Ints>(&levels[i][r][v * kLanes<float>]); };
+        Vec<float> sum = __builtin_convertvector(level(D - 1) + level(D), Vec<float>);
+        for (int i = D - 2; i >= 0; --i) sum = __builtin_convertvector(level(i), Vec<float>) + sum * (1.0f / 256);
+        sums[r][c + v] += sum * load(scales + v * kLanes<float>) * units[r];
+      }
+    }
+  }
+
+  const cpu::TileUnit* const unit_;
+  mutable cpu::TileState state_;  // of the thread
+};
+
+}  // namespace FUSED_RNN_ISA
+}  // namespace fused_rnn
