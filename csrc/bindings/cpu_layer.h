@@ -41,7 +41,8 @@ class CpuLayer : public Layer {
     FUSED_RNN_CHECK(precision >= 0 && precision < cpu::kPrecisions, "precision must be between 0 and ",
                     cpu::kPrecisions - 1, ", got ", precision);
     const bool is_bf16 = stored == ScalarType::BFloat16;
-    cpu::choose_products(kernels, shape, is_bf16 ? cpu::Precision::kMedium : static_cast<cpu::Precision>(precision));
+    const auto of_float32 = is_bf16 ? cpu::Precision::kMedium : static_cast<cpu::Precision>(precision);
+    cpu::choose_products(kernels, shape, of_float32, torch::stable::get_num_threads());
     shape.bf16_weights = forward && is_bf16 && shape.operands == Operands::kBfloat16;
   }
   Weights checked_weights(const OptionalTensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,

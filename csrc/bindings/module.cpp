@@ -122,7 +122,7 @@ PYBIND11_MODULE(_C, m) {
         shape.dtype = is_double ? fused_rnn::Dtype::kFloat64 : fused_rnn::Dtype::kFloat32;
         shape.deterministic = deterministic;
         shape.weights = static_cast<fused_rnn::WeightFormat>(weights);
-        fused_rnn::cpu::choose_products(k, shape, static_cast<fused_rnn::cpu::Precision>(precision));
+        fused_rnn::cpu::choose_products(k, shape, static_cast<fused_rnn::cpu::Precision>(precision), threads);
         const fused_rnn::cpu::Plan plan = fused_rnn::cpu::plan(shape, threads);
         py::dict d;
         d["instruction_set"] = k.name;

@@ -113,7 +113,7 @@ void step_into(OptionalTensor x, OptionalTensor h0, OptionalTensor c0, int64_t l
 
   s.deterministic = deterministic;
   const cpu::Kernels& k = cpu::kernels();
-  cpu::choose_products(k, s, cpu::Precision::kHighest);
+  cpu::choose_products(k, s, cpu::Precision::kHighest, torch::stable::get_num_threads());
   s.resets = static_cast<const uint8_t*>(data(resets));
   const auto* const is_active = static_cast<const uint8_t*>(data(active));
 

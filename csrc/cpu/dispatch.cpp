@@ -253,23 +253,6 @@ const Kernels& kernels(int64_t place) {
   throw std::runtime_error("there is no instruction set " + std::to_string(place) + " on this machine");
 }
 
-void choose_products(const Kernels& k, LayerShape& shape, Precision precision) {
-  const TileUnit* const unit = k.unit;
-  const auto operands = [&] {
-    if (!unit || shape.dtype != Dtype::kFloat32) return Operands::kPlain;
-    if (precision == Precision::kMedium) return Operands::kBfloat16;
-    // How many digits of a row are multiplied depends on the rows in its tile, and whether any are, on how many there
-    // are.
-    if (!unit->multiply_digits || shape.deterministic) return Operands::kPlain;
-    const bool pays = shape.H >= 64 && shape.B >= 8 && shape.N >= 32;  // measured
-    if (!pays && unit != &kEmulatedTiles) return Operands::kPlain;
-    return precision == Precision::kHigh ? Operands::kDigits3 : Operands::kDigits4;
-  }();
-  const bool runs = operands != Operands::kPlain && unit->available();
-  shape.operands = runs ? operands : Operands::kPlain;
-  shape.unit = runs ? unit : nullptr;
-}
-
 namespace {
 
 // The plan of frozen weights. A step of theirs is so short that waits for the other threads count, so the plans are
@@ -336,6 +319,35 @@ Plan plan(const LayerShape& shape, int64_t threads) {
 
 void forward(const Kernels& k, const ForwardParams& params, int64_t threads) {
   run(params.shape, threads, [&](int64_t d, const Worker& worker) { k.forward(params, d, worker); });
+}
+
+namespace {
+
+// Whether products of digits on AMX are faster than float32's own: a worker has rows for a whole tile, and what packing
+// takes is little beside them. Measured on a core that served another thread, too, where AMX runs at half its speed.
+bool digits_pay(const LayerShape& shape, int64_t threads) {
+  const Plan p = plan(shape, threads);
+  const int64_t rows = p.splits_units ? shape.B : (shape.B + p.workers - 1) / p.workers;
+  const int64_t least = shape.cell == CellKind::kLstm && rows >= 32 ? 128 : 192;
+  return shape.T > 1 && shape.N >= 256 && rows >= kTileHeight && shape.H >= least;
+}
+
+}  // namespace
+
+void choose_products(const Kernels& k, LayerShape& shape, Precision precision, int64_t threads) {
+  const TileUnit* const unit = k.unit;
+  const auto operands = [&] {
+    if (!unit || shape.dtype != Dtype::kFloat32) return Operands::kPlain;
+    if (precision == Precision::kMedium) return Operands::kBfloat16;
+    // How many digits of a row are multiplied depends on the rows in its tile, and whether any are, on how many there
+    // are.
+    if (!unit->multiply_digits || shape.deterministic) return Operands::kPlain;
+    if (unit != &kEmulatedTiles && !digits_pay(shape, threads)) return Operands::kPlain;
+    return precision == Precision::kHigh ? Operands::kDigits3 : Operands::kDigits4;
+  }();
+  const bool runs = operands != Operands::kPlain && unit->available();
+  shape.operands = runs ? operands : Operands::kPlain;
+  shape.unit = runs ? unit : nullptr;
 }
 
 int64_t gradient_workers(const LayerShape& shape, int64_t threads) {

@@ -33,7 +33,7 @@ enum class Precision : int32_t {
 constexpr int kPrecisions = 3;
 // Sets shape.operands and shape.unit: whether to multiply float32 on tiles, and as what. To be called when all else of
 // the shape is known, and before a workspace is asked for.
-FUSED_RNN_EXPORT void choose_products(const Kernels& k, LayerShape& shape, Precision precision);
+FUSED_RNN_EXPORT void choose_products(const Kernels& k, LayerShape& shape, Precision precision, int64_t threads);
 
 // How threads share a layer; see Worker.
 struct Plan {
