@@ -323,13 +323,14 @@ void forward(const Kernels& k, const ForwardParams& params, int64_t threads) {
 
 namespace {
 
-// Whether products of digits on AMX are faster than float32's own: a worker has rows for a whole tile, and what packing
-// takes is little beside them. Measured on a core that served another thread, too, where AMX runs at half its speed.
-bool digits_pay(const LayerShape& shape, int64_t threads) {
+// Whether products of digits on AMX are faster than float32's own: rows fill much of a tile, and packing takes little
+// beside them. Measured on a core that served another thread, too, where AMX runs at half its speed.
+bool digits_pay(const LayerShape& shape, Precision precision, int64_t threads) {
   const Plan p = plan(shape, threads);
   const int64_t rows = p.splits_units ? shape.B : (shape.B + p.workers - 1) / p.workers;
-  const int64_t least = shape.cell == CellKind::kLstm && rows >= 32 ? 128 : 192;
-  return shape.T > 1 && shape.N >= 256 && rows >= kTileHeight && shape.H >= least;
+  if (shape.T == 1 || shape.N < 192) return false;
+  if (precision == Precision::kHigh) return rows >= 8 && shape.H >= 128;
+  return (rows >= 16 && shape.H >= 192) || (rows >= 32 && shape.H >= 128 && shape.cell == CellKind::kLstm);
 }
 
 }  // namespace
@@ -342,7 +343,7 @@ void choose_products(const Kernels& k, LayerShape& shape, Precision precision, i
     // How many digits of a row are multiplied depends on the rows in its tile, and whether any are, on how many there
     // are.
     if (!unit->multiply_digits || shape.deterministic) return Operands::kPlain;
-    if (unit != &kEmulatedTiles && !digits_pay(shape, threads)) return Operands::kPlain;
+    if (unit != &kEmulatedTiles && !digits_pay(shape, precision, threads)) return Operands::kPlain;
     return precision == Precision::kHigh ? Operands::kDigits3 : Operands::kDigits4;
   }();
   const bool runs = operands != Operands::kPlain && unit->available();

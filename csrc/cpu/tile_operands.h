@@ -1,10 +1,9 @@
 // The operands of products on tiles (tiles.h): blocks of weights, like those of tile.h, and rows, both in float32.
 //
-// Weights are packed once, rows when they come, at every step. Digits cannot hold an infinity, a NaN, or numbers whose
-// products with others would leave the range of float32. So
-//   - a row whose largest number is none or is beyond 2^100 is zeros in its tiles, and
-//   - a block of weights with such a column, or with one whose largest is below 2^-100, has no tiles,
-// and what these lack is added in float32. Rows may be of any smaller size, as gradients of long sequences are.
+// Weights are packed once, rows when they come, at every step. Digits hold numbers of 2^60 at most, so that no sum
+// leaves the range of float32. A row with a larger number, an infinity or a NaN is zeros in its tiles, and a block of
+// weights with one has no tiles: what these lack is added in float32. Rows may be as small as float32 itself, as
+// gradients of long sequences are; a column of weights below 2^-112 counts as zeros.
 //
 // Three digits are as exact as float32's own product if no number is much of its row or column, because an error of
 // 2^-24 of the largest is then small against the rounding of a sum: by the largest over the root of the sum of squares,
@@ -38,6 +37,8 @@ FUSED_RNN_INLINE Bits rounded(const Vec<float>& v) {
   return (v == v ? up : u | 0x00400000) >> 16;
 }
 
+constexpr float kLargestOfDigits = 0x1p60f, kLeastColumn = 0x1p-112f;
+
 // What is asked of a row or a column before it becomes digits.
 struct Extent {
   float largest = 0;  // infinite or NaN if a number is
@@ -59,6 +60,8 @@ struct Extent {
     for (int64_t i = 0; i < kLanes<float>; ++i) sum += squares[i];
     return {largest.all(), sum};
   }
+
+  bool fits() const { return largest <= kLargestOfDigits; }  // not if it is NaN
 };
 // The most that the shares of a row and a column may be together if three digits are to be enough. Measured: errors are
 // then at most twice those of MKL's sgemm.
@@ -70,6 +73,7 @@ struct DigitScale {
   float first = 0, second = 0;  // zeros, if all numbers are zeros
   float unit = 0;               // what 128 is in the first digit: about the largest number
 
+  DigitScale() = default;
   DigitScale(float largest, int digits) {
     if (!(largest >= 0x1p-126f)) return;  // zeros to the kernels
     const float places = digits == 4 ? 0x1p24f : 0x1p16f;
@@ -78,7 +82,6 @@ struct DigitScale {
     unit = 128 * places / second / first;
   }
 };
-constexpr float kLargestOfDigits = 0x1p100f, kLeastOfDigits = 0x1p-100f;
 
 // Numbers as integers of digits. Half of the fourth digit is 128, which becomes -128, so that without it every such
 // number would be rounded up, and all of a row would err together: where the third digit is even, 127 takes its place.
@@ -120,14 +123,38 @@ class SplitPanel {
   // The block of W [G * H, K] at `unit`, whose rows are units; see pack_rows().
   template <int G>
   void pack_rows(const void* W, bool is_bf16, int64_t H, int64_t K, int64_t unit) const {
-    if (is_bf16) return pack_rows_of_bf16<G>(static_cast<const Bf16*>(W), H, K, unit);
-    const float* const rows = static_cast<const float*>(W);
-    digits_ ? pack_rows_to_digits<G>(rows, H, K, unit) : pack_rows_to_bf16<G>(rows, H, K, unit);
+    is_bf16 ? pack_rows_of_bf16<G>(static_cast<const Bf16*>(W), H, K, unit)
+            : pack_rows_of_float32<G>(static_cast<const float*>(W), H, K, unit);
   }
 
   // The block of W [K, N] at `unit`, whose columns are units; see pack_columns().
   void pack_columns(const Rows<const float>& W, int64_t K, int64_t N, int64_t unit) const {
-    digits_ ? pack_columns_to_digits(W, K, N, unit) : pack_columns_to_bf16(W, K, N, unit);
+    const int vectors = block_vectors<float, 1>(N, unit);
+    const auto from = [&](int64_t k, int c) FUSED_RNN_INLINED {
+      return k < K ? load(W[k] + unit + c * n, least(N - unit - c * n, n)) : Vec<float>{};
+    };
+    begin_notes();
+    ColumnScales scales[kMostColumns];
+    if (digits_) {
+      Largest largest[kMostColumns];
+      Vec<float> squares[kMostColumns] = {};
+      for (int64_t k = 0; k < K; ++k) {
+        for (int c = 0; c < vectors; ++c) {
+          const Vec<float> v = from(k, c);
+          largest[c].add(v);
+          squares[c] += v * v;
+        }
+      }
+      for (int c = 0; c < vectors; ++c) {
+        for (int j = 0; j < n; ++j) scales[c].set(j, note(c * n + j, Extent(largest[c].lanes()[j], squares[c][j])));
+      }
+    }
+    for (int64_t k = 0; k < padded_K(); k += 4) {
+      for (int c = 0; c < vectors; ++c) {
+        const Vec<float> four[] = {from(k, c), from(k + 1, c), from(k + 2, c), from(k + 3, c)};
+        store_four(c, k, four, scales[c]);
+      }
+    }
   }
 
  private:
@@ -144,24 +171,11 @@ class SplitPanel {
     }
   }
 
-  template <int G>
-  void pack_rows_to_bf16(const float* W, int64_t H, int64_t K, int64_t unit) const {
-    each_column_vector<G>(W, H, K, unit, [&](int c, const float* row, int64_t units) {
-      for (int64_t k = 0; k < depth_ * kBf16Depth; k += n) {
-        const int64_t width = k < K ? least(K - k, n) : 0;
-        Vec<float> square[n];
-        for (int j = 0; j < n; ++j) square[j] = j < units ? load(row + j * K + k, width) : Vec<float>{};
-        transpose<float>(square);
-        for (int i = 0; i < n; i += 2) store_pairs(c, k + i, square[i], square[i + 1]);
-      }
-    });
-  }
-
   // Two consecutive numbers of a row are a pair already.
   template <int G>
   void pack_rows_of_bf16(const Bf16* W, int64_t H, int64_t K, int64_t unit) const {
     each_column_vector<G>(W, H, K, unit, [&](int c, const Bf16* row, int64_t units) {
-      for (int64_t k = 0; k < depth_ * kBf16Depth; k += 2 * n) {
+      for (int64_t k = 0; k < padded_K(); k += 2 * n) {
         const int64_t width = k < K ? least(K - k, 2 * n) : 0;
         Vec<float> square[n];
         for (int j = 0; j < n; ++j) {
@@ -181,95 +195,57 @@ class SplitPanel {
     });
   }
 
-  // Four consecutive digits of a row are 32 bits of a tile's row.
   template <int G>
-  void pack_rows_to_digits(const float* W, int64_t H, int64_t K, int64_t unit) const {
+  void pack_rows_of_float32(const float* W, int64_t H, int64_t K, int64_t unit) const {
     begin_notes();
     each_column_vector<G>(W, H, K, unit, [&](int c, const float* row, int64_t units) {
-      float largest[n] = {};
-      for (int j = 0; j < n; ++j) {
-        const Extent extent = j < units ? Extent::of(row + j * K, K) : Extent();
-        note(c * n + j, extent);
-        largest[j] = extent.largest;
+      ColumnScales scales;
+      for (int j = 0; j < n && digits_; ++j) {
+        scales.set(j, note(c * n + j, j < units ? Extent::of(row + j * K, K) : Extent()));
       }
-      constexpr int kAtOnce = 4 * n;
-      for (int64_t k = 0; k < depth_ * kDigitDepth; k += kAtOnce) {
-        alignas(kTileBytes) int8_t digits[kMostDigits][n][kAtOnce] = {};
-        for (int64_t j = 0; j < units; ++j) {
-          const DigitScale scale(largest[j], digits_);
-          for (int64_t i = 0; i < kAtOnce && k + i < K; i += n) {
-            Ints left = integers(load(row + j * K + k + i, least(K - k - i, n)), scale.first, scale.second, digits_);
-            for (int d = digits_ - 1; d >= 0; --d, left = without_last_digit(left)) {
-              store_as(&digits[d][j][i], __builtin_convertvector(left, QuarterBytes));
-            }
-          }
-        }
-        for (int d = 0; d < digits_; ++d) {
-          Vec<float> square[n];
-          for (int j = 0; j < n; ++j) square[j] = load_as<Vec<float>>(digits[d][j]);
-          transpose<float>(square);
-          for (int i = 0; i < n; ++i) store_as(place(c, k + 4 * i, d), square[i]);
-        }
+      for (int64_t k = 0; k < padded_K(); k += n) {
+        const int64_t width = k < K ? least(K - k, n) : 0;
+        Vec<float> square[n];
+        for (int j = 0; j < n; ++j) square[j] = j < units ? load(row + j * K + k, width) : Vec<float>{};
+        transpose<float>(square);
+        for (int i = 0; i < n; i += 4) store_four(c, k + i, square + i, scales);
       }
     });
   }
 
-  void pack_columns_to_bf16(const Rows<const float>& W, int64_t K, int64_t N, int64_t unit) const {
-    const int vectors = block_vectors<float, 1>(N, unit);
-    for (int64_t k = 0; k < depth_ * kBf16Depth; k += 2) {
-      for (int c = 0; c < vectors; ++c) {
-        const int64_t first = unit + c * n, width = least(N - first, n);
-        store_pairs(c, k, k < K ? load(W[k] + first, width) : Vec<float>{},
-                    k + 1 < K ? load(W[k + 1] + first, width) : Vec<float>{});
-      }
-    }
+  void begin_notes() const {
+    if (digits_) memory_[0] = 1, memory_[1] = 0;
   }
-
-  void pack_columns_to_digits(const Rows<const float>& W, int64_t K, int64_t N, int64_t unit) const {
-    const int vectors = block_vectors<float, 1>(N, unit);
-    const auto from = [&](int64_t k, int c) FUSED_RNN_INLINED {
-      return k < K ? load(W[k] + unit + c * n, least(N - unit - c * n, n)) : Vec<float>{};
-    };
-    Largest largest[kMostColumns];
-    Vec<float> squares[kMostColumns] = {}, first[kMostColumns], second[kMostColumns];
-    for (int64_t k = 0; k < K; ++k) {
-      for (int c = 0; c < vectors; ++c) {
-        const Vec<float> v = from(k, c);
-        largest[c].add(v);
-        squares[c] += v * v;
-      }
-    }
-    begin_notes();
-    for (int c = 0; c < vectors; ++c) {
-      for (int i = 0; i < n; ++i) {
-        const Extent extent(largest[c].lanes()[i], squares[c][i]);
-        const DigitScale scale = note(c * n + i, extent);
-        first[c][i] = scale.first, second[c][i] = scale.second;
-      }
-    }
-    for (int64_t k = 0; k < depth_ * kDigitDepth; k += 4) {
-      for (int c = 0; c < vectors; ++c) {
-        Ints left[4];
-        for (int i = 0; i < 4; ++i) left[i] = integers(from(k + i, c), first[c], second[c], digits_);
-        for (int d = digits_ - 1; d >= 0; --d) {
-          store_as(place(c, k, d), (left[0] & 255) | (left[1] & 255) << 8 | (left[2] & 255) << 16 | left[3] << 24);
-          for (int i = 0; i < 4; ++i) left[i] = without_last_digit(left[i]);
-        }
-      }
-    }
-  }
-
-  void begin_notes() const { memory_[0] = 1, memory_[1] = 0; }
   // Notes what the sums of a column are to be multiplied with, its share, and whether digits cannot hold it.
   DigitScale note(int column, const Extent& extent) const {
-    const DigitScale scale(extent.largest, digits_);
+    const DigitScale scale(extent.fits() && extent.largest >= kLeastColumn ? extent.largest : 0, digits_);
     memory_[kLineFloats + column] = scale.unit / (128 * 128);
     if (extent.share > memory_[1]) memory_[1] = extent.share;
-    const bool fits = extent.largest >= kLeastOfDigits && extent.largest <= kLargestOfDigits;  // not if it is NaN
-    if (!fits && extent.largest != 0) memory_[0] = 0;
+    if (!extent.fits()) memory_[0] = 0;
     return scale;
   }
 
+  // Of a vector of columns.
+  struct ColumnScales {
+    Vec<float> first{}, second{};
+
+    void set(int j, const DigitScale& scale) { first[j] = scale.first, second[j] = scale.second; }
+  };
+  // A vector of columns at k to k + 3: four digits of a column, or two bfloat16, are 32 bits of a tile's row.
+  FUSED_RNN_INLINE void store_four(int c, int64_t k, const Vec<float>* four, const ColumnScales& scales) const {
+    if (!digits_) {
+      for (int i = 0; i < 4; i += 2) store_as(halves(c, k + i), rounded(four[i]) | rounded(four[i + 1]) << 16);
+      return;
+    }
+    Ints left[4];
+    for (int i = 0; i < 4; ++i) left[i] = integers(four[i], scales.first, scales.second, digits_);
+    for (int d = digits_ - 1; d >= 0; --d) {
+      store_as(place(c, k, d), (left[0] & 255) | (left[1] & 255) << 8 | (left[2] & 255) << 16 | left[3] << 24);
+      for (int i = 0; i < 4; ++i) left[i] = without_last_digit(left[i]);
+    }
+  }
+
+  int64_t padded_K() const { return depth_ * (digits_ ? kDigitDepth : kBf16Depth); }
   int8_t* digits() const { return reinterpret_cast<int8_t*>(memory_ + kLineFloats + column_tiles_ * kTileWidth); }
   // Where digit d of a vector of columns at k to k + 3 lies.
   int8_t* place(int vector, int64_t k, int d) const {
@@ -281,9 +257,6 @@ class SplitPanel {
   Bf16* halves(int vector, int64_t k) const {
     const int64_t column = vector * n, tile = k / kBf16Depth * column_tiles_ + column / kTileWidth;
     return reinterpret_cast<Bf16*>(memory_) + tile * kBf16Tile + k % kBf16Depth * kTileWidth + column % kTileWidth * 2;
-  }
-  FUSED_RNN_INLINE void store_pairs(int vector, int64_t k, const Vec<float>& even, const Vec<float>& odd) const {
-    store_as(halves(vector, k), rounded(even) | rounded(odd) << 16);
   }
 
   float* const memory_;
@@ -379,7 +352,7 @@ class SplitRows {
 
   void split(const float* row, int64_t b) const {
     const Extent extent = Extent::of(row, K_);
-    const bool fits = extent.largest <= kLargestOfDigits;  // not if it is NaN
+    const bool fits = extent.fits();
     const DigitScale scale(fits ? extent.largest : 0, digits_);
     units_[b] = fits ? scale.unit : -1;
     shares_[b] = extent.share;

@@ -461,8 +461,8 @@ def test_the_compiled_tile_instructions_are_valid() -> None:
 def tiles_survive_forks_threads_and_signals() -> None:
     """The permission is inherited, every thread has tiles of its own, and a signal handler may use them, too."""
     torch.set_num_threads(1)
-    layer, x = fused_rnn.LSTM(64, 128), torch.randn(16, 16, 64)
-    plan = fused_rnn.plan("lstm", T=16, B=16, I=64, H=128, device="cpu").forward
+    layer, x = fused_rnn.LSTM(64, 256), torch.randn(8, 32, 64)
+    plan = fused_rnn.plan("lstm", T=8, B=32, I=64, H=256, device="cpu").forward
     assert (plan["instruction_set"], plan["products"]) == ("amx", "int8x10")
 
     def output() -> Tensor:
