@@ -32,7 +32,8 @@ const Kernels& find(const std::string& isa) {
 
 const fused_rnn::cpu::TileUnit& tile_unit(const std::string& isa) {
   const fused_rnn::cpu::TileUnit* const unit = find(isa).unit;
-  if (!unit || !unit->available()) throw std::invalid_argument("'" + isa + "' does not multiply bfloat16");
+  if (!unit || !unit->available())
+    throw std::invalid_argument("'" + isa + "' multiplies nothing narrower than float32");
   return *unit;
 }
 
@@ -136,8 +137,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "How many threads take a layer on the CPU, how they share it, and of which numbers its products are: of float32, "
       "or for each 1 of bfloat16, or 6 or 10 of int8. weights: how they are given, 0 as torch has them, else as a "
-      "frozen file "
-      "says. instance: a place in supported_cpu_isas(); -1: the instruction set in use.",
+      "frozen file says. instance: a place in supported_cpu_isas(); -1: the instruction set in use.",
       py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P"), py::arg("directions"),
       py::arg("threads"), py::arg("is_double"), py::arg("precision"), py::arg("deterministic"), py::arg("weights") = 0,
       py::arg("instance") = -1);

@@ -46,6 +46,9 @@ Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bo
     weights.push_back(layer.checked_weights(w_ih_reverse, *w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse));
   }
 
+  const ForwardDirection first = inputs_of_forward(x, weights[0]);
+  cpu::reconsider_products(layer.shape, first.x, first.w_ih);
+
   const Tensor y = layer.new_sequence(D * s.P);
   const Tensor h_n = layer.step ? empty({0}, layer.dtype) : layer.new_state(s.P);
   const Tensor c_n = layer.first_c(c0);
@@ -117,11 +120,11 @@ Gradients backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, 
                  options.batch_sizes, instance);
   layer.end_at(options.lengths);
   layer.shape.deterministic = deterministic;
-  layer.choose_products(precision, false);
   layer.without_input_weights(w_ih.has_value(), w_ih_reverse.has_value());
   layer.regularise(options);
   FUSED_RNN_CHECK(w_ih || !need_dw_ih, "without w_ih there is no dw_ih");
   layer.replace_at(options.resets);
+  layer.choose_products(precision, false);
   const LayerShape& s = layer.shape;
   const int64_t D = s.directions;
   if (need_dw_ih) x = layer.checked_sequence(x, "x", s.I);

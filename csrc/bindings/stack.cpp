@@ -35,15 +35,19 @@ std::tuple<Tensor, Tensor, Tensor> stack(Tensor x, OptionalTensor h0, OptionalTe
     FUSED_RNN_CHECK(s.H == H && s.P == P, "all layers must be as wide as the first");
     x = layer.checked_sequence(x, "x", s.I);
     const Tensor y = layer.new_sequence(D * P);
-    const int64_t workspace = whole_lines(layer.kernels.forward_workspace(s));
-    const Scratch scratch(D * workspace * layer.element());
-    ForwardParams params{s, {}};
     std::optional<Weights> checked[2];  // as long as the kernels read them
     for (int64_t d = 0; d < D; ++d) {
       const Tensor* const w = given + d * each;
       const auto maybe = [&](bool present, int64_t at) { return present ? OptionalTensor(w[at]) : std::nullopt; };
       checked[d] =
           layer.checked_weights(w[0], w[1], maybe(has_biases, 2), maybe(has_biases, 3), maybe(projected, each - 1));
+    }
+    const ForwardDirection first = inputs_of_forward(x, *checked[0]);
+    cpu::reconsider_products(layer.shape, first.x, first.w_ih);
+    const int64_t workspace = whole_lines(layer.kernels.forward_workspace(s));
+    const Scratch scratch(D * workspace * layer.element());
+    ForwardParams params{s, {}};
+    for (int64_t d = 0; d < D; ++d) {
       const int64_t row = (index * D + d) * s.B;
       ForwardDirection& p = params.direction[d] = inputs_of_forward(x, *checked[d]);
       p.h0 = h0 ? layer.offset(*h0, row * P) : nullptr;

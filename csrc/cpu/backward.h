@@ -21,8 +21,7 @@ namespace FUSED_RNN_ISA {
 
 // How backward multiplies by the weights.
 struct BackwardProducts {
-  bool splits;  // whether they are packed into panels of tiles: always or never, so that a row's gradients do
-                // not depend on how many rows there are
+  bool splits;  // whether they are packed into tiles: always, if products are on tiles
   bool packed;  // whether they are packed into panels
 
   explicit BackwardProducts(const LayerShape& s)

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <chrono>
 #include <climits>
+#include <cmath>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -101,7 +102,7 @@ bool has_amx() {
 
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found;
-  const Kernels* plain = &kPortable;  // the best without products of bfloat16
+  const Kernels* plain = &kPortable;  // the best without a unit
 #if defined(__x86_64__)
   __builtin_cpu_init();  // these ask the operating system's XCR0 too
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -338,7 +339,7 @@ bool digits_pay(const LayerShape& shape, Precision precision, int64_t threads) {
 void choose_products(const Kernels& k, LayerShape& shape, Precision precision, int64_t threads) {
   const TileUnit* const unit = k.unit;
   const auto operands = [&] {
-    if (!unit || shape.dtype != Dtype::kFloat32) return Operands::kPlain;
+    if (!unit || shape.dtype != Dtype::kFloat32 || shape.frozen()) return Operands::kPlain;
     if (precision == Precision::kMedium) return Operands::kBfloat16;
     // How many digits of a row are multiplied depends on the rows in its tile, and whether any are, on how many there
     // are.
@@ -349,6 +350,23 @@ void choose_products(const Kernels& k, LayerShape& shape, Precision precision, i
   const bool runs = operands != Operands::kPlain && unit->available();
   shape.operands = runs ? operands : Operands::kPlain;
   shape.unit = runs ? unit : nullptr;
+}
+
+void reconsider_products(LayerShape& shape, const void* x, const void* w_ih) {
+  if (digits_of(shape.operands) == 0 || shape.gates_given || shape.N == 0 || shape.H == 0) return;
+  const auto largest = [&](const void* rows, int64_t row) {
+    const float* const from = static_cast<const float*>(rows) + row * shape.I;
+    float most = 0;
+    for (int64_t i = 0; i < shape.I; ++i) most = std::max(most, std::fabs(from[i]));
+    return most;
+  };
+  const float of_weights = largest(w_ih, 0) * std::sqrt(static_cast<float>(shape.I));
+  for (const int64_t row : {int64_t{0}, shape.N / 2, shape.N - 1}) {
+    if (largest(x, shape.place(row)) * of_weights <= kMostOfGates) continue;
+    shape.operands = Operands::kPlain;
+    shape.unit = nullptr;
+    return;
+  }
 }
 
 int64_t gradient_workers(const LayerShape& shape, int64_t threads) {

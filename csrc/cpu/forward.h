@@ -153,8 +153,8 @@ class Forward {
   int tiles(const typename Weights::Rows& split) const { return s_.on_tiles() ? 2 * split.height() : 0; }
 
   bool splits() const { return Weights::kRoundsRows || s_.on_tiles(); }
-  // Splits, or rounds, the rows up to `end` of a product's operand, if it needs that; row(b) points to row
-  // b. If the team shares the work, a wait must follow.
+  // Splits, or rounds, the rows up to `end` of a product's operand, if it needs that; row(b) points to row b. If the
+  // team shares the work, a wait must follow.
   template <class Row>
   void split(bool is_packed, const typename Weights::Rows& rows, int64_t end, const Row& row) const {
     if constexpr (kSplits) {

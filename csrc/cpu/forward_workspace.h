@@ -14,13 +14,14 @@ struct ForwardProducts {
   bool x_beforehand;        // whether W_ih x of all steps is known before the first step: computed, or given
 
   explicit ForwardProducts(const LayerShape& s)
-      : packed_x(!s.gates_given &&
-                 (s.frozen() || s.deterministic || s.bf16_weights || s.N >= rows_worth_transposing(s, s.I))),
-        packed_h(s.frozen() || s.deterministic || s.bf16_weights ||
-                 ((s.B > 1 || s.operands == Operands::kBfloat16) && s.N >= rows_worth_transposing(s, s.P))),
+      : packed_x(!s.gates_given && (always(s) || s.N >= rows_worth_transposing(s, s.I))),
+        packed_h(always(s) || ((s.B > 1 || s.on_tiles()) && s.N >= rows_worth_transposing(s, s.P))),
         x_beforehand(s.gates_given || (s.T > 1 && s.B < few_rows(s))) {}
 
  private:
+  static bool always(const LayerShape& s) {
+    return s.frozen() || s.deterministic || s.bf16_weights || cpu::digits_of(s.operands);
+  }
   // Below so many rows, x of several steps fills tiles that x of one step leaves half empty. A large W_ih that comes
   // packed in float32 is then also read less often, which pays for up to five rows (AVX2: 1.03 to 1.3 times as fast).
   static int64_t few_rows(const LayerShape& s) {
@@ -80,8 +81,8 @@ struct ForwardWorkspace {
   }
 };
 
-// The rows that a worker splits, or rounds, before it multiplies them: of x, all at once or step by step; of
-// h; and of what the projection multiplies.
+// The rows that a worker splits, or rounds, before it multiplies them: of x, all at once or step by step; of h; and of
+// what the projection multiplies.
 template <class Rows>
 struct SplitOperands {
   Rows x, h, hidden;
@@ -93,7 +94,7 @@ struct SplitOperands {
     const auto begin = [&](int64_t rows) { return worker.splits_units ? 0 : worker.begin(rows); };
     const auto end = [&](int64_t rows) { return worker.splits_units ? rows : worker.end(rows); };
     const int64_t rows = part.rows_of_x(s, products);
-    x = Rows(workspace + part.split_x, rows, begin(rows), end(rows), s.I, s.operands);
+    x = Rows(workspace + part.split_x, rows, begin(rows), end(rows), s.I, s.operands, cpu::kMostOfGates);
     h = Rows(workspace + part.split_h, s.B, begin(s.B), end(s.B), s.P, s.operands);
     hidden = Rows(workspace + part.split_hidden, s.B, begin(s.B), end(s.B), s.H, s.operands);
   }

@@ -1,7 +1,7 @@
 // The gradients of x, weights, biases and normalisation gains, from the gate gradients of a chunk of steps.
 //
 // Each is one matrix product or column sum. The threads split the rows and columns of the result, so that none waits
-// for another and no sum depends on the number of threads.
+// for another. No sum depends on the number of threads, but for how many digits it has on tiles.
 #pragma once
 
 #include <type_traits>

@@ -25,7 +25,7 @@ FUSED_RNN_INLINE void store_as(void* p, const V& v) {
 // The 32 bits at p in every lane.
 FUSED_RNN_INLINE Ints broadcast(const void* p) { return load_as<int32_t>(p) - Ints{}; }
 
-// The nearest integers, ties to even; v is in their range.
+// The nearest integers, ties to even. v is in their range, or a NaN, which becomes any integer.
 FUSED_RNN_INLINE Ints nearest(const Vec<float>& v) {
 #if FUSED_RNN_VEC_BYTES == 64
   return (Ints)_mm512_cvtps_epi32((__m512)v);
@@ -33,7 +33,7 @@ FUSED_RNN_INLINE Ints nearest(const Vec<float>& v) {
   return (Ints)_mm256_cvtps_epi32((__m256)v);
 #else
   Ints integers;
-  for (int64_t i = 0; i < kLanes<float>; ++i) integers[i] = int32_t(__builtin_rintf(v[i]));
+  for (int64_t i = 0; i < kLanes<float>; ++i) integers[i] = v[i] == v[i] ? int32_t(__builtin_rintf(v[i])) : 0;
   return integers;
 #endif
 }

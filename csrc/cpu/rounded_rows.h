@@ -30,7 +30,7 @@ class RoundedRows {
 
   RoundedRows() = default;
   // For rows from `begin` on of those that the memory is for. Takes what SplitRows takes.
-  RoundedRows(float* memory, int64_t, int64_t begin, int64_t, int64_t K, Operands)
+  RoundedRows(float* memory, int64_t, int64_t begin, int64_t, int64_t K, Operands, float = 0)
       : memory_(reinterpret_cast<int8_t*>(memory)), begin_(begin), K_(K), bytes_(row_bytes(K)) {}
 
   // Rounds rows [begin, end), of which this worker does its share if `shared`. row(b) points to row b.

@@ -1,13 +1,14 @@
 // The operands of products on tiles (tiles.h): blocks of weights, like those of tile.h, and rows, both in float32.
 //
-// Weights are packed once, rows when they come, at every step. Digits hold numbers of 2^60 at most, so that no sum
-// leaves the range of float32. A row with a larger number, an infinity or a NaN is zeros in its tiles, and a block of
-// weights with one has no tiles: what these lack is added in float32. Rows may be as small as float32 itself, as
-// gradients of long sequences are; a column of weights below 2^-112 counts as zeros.
+// Weights are packed once, rows when they come, at every step. What digits cannot hold is multiplied in float32: rows
+// and blocks of weights with an infinity, a NaN or a number beyond 2^60. Rows may be as small as float32 itself, as
+// gradients of long sequences are; a right operand's column below 2^-88 counts as zeros.
 //
-// Three digits are as exact as float32's own product if no number is much of its row or column, because an error of
-// 2^-24 of the largest is then small against the rounding of a sum: by the largest over the root of the sum of squares,
-// added up for a row and a column (kEven). Where they are not, four digits are multiplied, if the operands have them.
+// Three digits are as exact as float32's own product if no number is much of its row or column (Evenness). Where one
+// is, four digits are multiplied, if the operands have them. An error of theirs is 2^-32 of the largest products, which
+// is below the rounding of any sum that has them. It is not if every large number meets small weights, as those of a
+// feature in other units do. So inputs are watched: where the largest products could matter to a gate, float32's own
+// product is taken (kMostOfGates).
 #pragma once
 
 #include "integers.h"
@@ -23,7 +24,6 @@ using cpu::kBf16Depth;
 using cpu::kBf16Tile;
 using cpu::kDigitDepth;
 using cpu::kDigitTile;
-using cpu::kMostDigits;
 using cpu::kTileBytes;
 using cpu::kTileHeight;
 using cpu::kTileWidth;
@@ -37,7 +37,7 @@ FUSED_RNN_INLINE Bits rounded(const Vec<float>& v) {
   return (v == v ? up : u | 0x00400000) >> 16;
 }
 
-constexpr float kLargestOfDigits = 0x1p60f, kLeastColumn = 0x1p-112f;
+constexpr float kLargestOfDigits = 0x1p60f, kLeastColumn = 0x1p-88f;
 
 // What is asked of a row or a column before it becomes digits.
 struct Extent {
@@ -63,12 +63,16 @@ struct Extent {
 
   bool fits() const { return largest <= kLargestOfDigits; }  // not if it is NaN
 };
-// The most that the shares of a row and a column may be together if three digits are to be enough. Measured: errors are
-// then at most twice those of MKL's sgemm.
-constexpr float kEven = 0.5;
+// Whether three digits are enough for rows and columns of K numbers with these shares. Their rounding is 2^-24 of the
+// largest numbers, against which a sum of K products of usual size rounds by some sqrt(K) 2^-24: hence the sum of the
+// shares. The products left out, of digits 1 and 2, are 2^-24 of the largest product each: hence the shares' product.
+// Measured: errors are then at most twice those of MKL's sgemm.
+inline bool are_even(float row, float column, int64_t K) {
+  return row + column <= 0.5f && row * row * column * column * float(K) <= 1;
+}
 
-// How numbers become integers of digits. The factor that they are multiplied with has 8 bits, so that its inverse adds
-// no error to all of a row; it may be beyond float32, hence two factors.
+// How numbers become integers of digits. The factor that they are multiplied with has 8 bits, so that the product with
+// it and its inverse round by half of float32's last place at most. It may be beyond float32, hence two factors.
 struct DigitScale {
   float first = 0, second = 0;  // zeros, if all numbers are zeros
   float unit = 0;               // what 128 is in the first digit: about the largest number
@@ -83,8 +87,9 @@ struct DigitScale {
   }
 };
 
-// Numbers as integers of digits. Half of the fourth digit is 128, which becomes -128, so that without it every such
-// number would be rounded up, and all of a row would err together: where the third digit is even, 127 takes its place.
+// Numbers as integers of digits. A float32 has one bit more than three digits, so that the fourth is often exactly half
+// of the third's unit: 128, which as a byte is -128 and one more of the third. Left out, it would round all of these
+// up, and a row's numbers would err together. So where the third digit is even, 127 takes its place.
 template <class Factor>
 FUSED_RNN_INLINE Ints integers(const Vec<float>& v, const Factor& first, const Factor& second, int digits) {
   const Ints integers = nearest(v * first * second);
@@ -94,8 +99,8 @@ FUSED_RNN_INLINE Ints integers(const Vec<float>& v, const Factor& first, const F
 FUSED_RNN_INLINE Ints without_last_digit(const Ints& integers) { return (integers + 128) >> 8; }
 
 // A block of weights in tiles. Of bfloat16: [depth][tiles of columns][kBf16Tile]. Of digits: a line, which says whether
-// the block has tiles, and the largest share of a column; what each column's sums are to be multiplied with; and then
-// [tiles of columns][depth][digits][kDigitTile].
+// the block has tiles, the largest share of a column, and the largest number; what each column's sums are to be
+// multiplied with; and then [tiles of columns][depth][digits][kDigitTile].
 class SplitPanel {
  public:
   // Elements of memory, in float32; the panel begins at a multiple of 64 bytes.
@@ -114,6 +119,7 @@ class SplitPanel {
   // Of digits.
   bool has_tiles() const { return memory_[0] != 0; }
   float share() const { return memory_[1]; }
+  float largest() const { return memory_[2]; }
   const float* column_scales() const { return memory_ + kLineFloats; }
   const int8_t* digits(int column_tile, int64_t depth) const {
     return digits() + (column_tile * depth_ + depth) * digits_ * kDigitTile;
@@ -214,13 +220,14 @@ class SplitPanel {
   }
 
   void begin_notes() const {
-    if (digits_) memory_[0] = 1, memory_[1] = 0;
+    if (digits_) memory_[0] = 1, memory_[1] = memory_[2] = 0;
   }
   // Notes what the sums of a column are to be multiplied with, its share, and whether digits cannot hold it.
   DigitScale note(int column, const Extent& extent) const {
     const DigitScale scale(extent.fits() && extent.largest >= kLeastColumn ? extent.largest : 0, digits_);
     memory_[kLineFloats + column] = scale.unit / (128 * 128);
     if (extent.share > memory_[1]) memory_[1] = extent.share;
+    if (extent.largest > memory_[2]) memory_[2] = extent.largest;
     if (!extent.fits()) memory_[0] = 0;
     return scale;
   }
@@ -275,9 +282,11 @@ class SplitRows {
 
   SplitRows() = default;
   // For rows [begin, end) of the `rows` rows that the memory is for. No other worker has a range that overlaps, unless
-  // all have the same.
-  SplitRows(float* memory, int64_t rows, int64_t begin, int64_t end, int64_t K, Operands operands)
-      : units_(memory),
+  // all have the same. most: of the largest products, see kMostOfGates.
+  SplitRows(float* memory, int64_t rows, int64_t begin, int64_t end, int64_t K, Operands operands,
+            float most = __builtin_inff())
+      : most_(most / __builtin_sqrtf(float(K > 0 ? K : 1))),
+        units_(memory),
         shares_(memory + head(rows)),
         begin_(begin),
         K_(K),
@@ -292,7 +301,8 @@ class SplitRows {
   int digits() const { return digits_; }  // 0: of bfloat16
   const float* units() const { return units_; }
   float share(int64_t row) const { return shares_[row]; }
-  bool fits(int64_t row) const { return units_[row] >= 0; }  // whether digits hold it; else they are zeros
+  // Whether digits hold it, which else are zeros, and suffice for its product with weights whose largest is given.
+  bool fits(int64_t row, float largest) const { return units_[row] >= 0 && units_[row] * largest <= most_; }
 
   // Splits rows [begin(), end), of which this worker does its share if `shared`. row(b) points to row b.
   template <class Row>
@@ -371,6 +381,7 @@ class SplitRows {
   }
 
   char* tiles_ = nullptr;
+  float most_ = 0;
   float *units_ = nullptr, *shares_ = nullptr;
   int64_t begin_ = 0, K_ = 0, depth_ = 0;
   int height_ = 1, digits_ = 0;
@@ -425,17 +436,20 @@ class TileProducts {
       p.b = panel.halves();
       return unit_->multiply(p, state_);
     }
+    float units[kMostRows];  // 0 for rows that are left out
     const bool has_tiles = panel.has_tiles();
-    if (has_tiles) add_digits(sums, vectors, split, row, rows, panel);
     for (int r = 0; r < rows; ++r) {
-      if (!has_tiles || !split.fits(row + r)) float32(r);
+      const bool fits = has_tiles && split.fits(row + r, panel.largest());
+      units[r] = fits ? split.units()[row + r] : 0;
+      if (!fits) float32(r);
     }
+    if (has_tiles) add_digits(sums, vectors, split, row, rows, panel, units);
   }
 
  private:
   template <int C>
   void add_digits(Vec<float> (*sums)[C], int vectors, const SplitRows& split, int64_t row, int rows,
-                  const SplitPanel& panel) const {
+                  const SplitPanel& panel, const float* units) const {
     constexpr int kVectors = kTileWidth / kLanes<float>, kRun = cpu::kDigitRun / kDigitDepth;
     const int height = split.height();
     bool three[2];  // whether three digits are enough for a tile
@@ -444,7 +458,7 @@ class TileProducts {
       for (int r = begin; r < rows && r < begin + height; ++r) {
         share = split.share(row + r) > share ? split.share(row + r) : share;
       }
-      three[begin > 0] = split.digits() == 3 || share + panel.share() <= kEven;
+      three[begin > 0] = split.digits() == 3 || are_even(share, panel.share(), split.depth() * kDigitDepth);
     }
     for (int64_t depth = 0; depth < split.depth(); depth += kRun) {
       const int run = int(least(kRun, split.depth() - depth));
@@ -456,9 +470,8 @@ class TileProducts {
           cpu::DigitProduct p{};
           p.planes = split.digits(), p.rows = height, p.depth = run;
           p.a = split.tiles<int8_t>(row + begin, depth), p.b = panel.digits(c / kVectors, depth);
-          const float* const units = split.units() + row + begin;
-          three[begin > 0] ? add_tile<3>(sums + begin, c, count, n, p, scales, units)
-                           : add_tile<4>(sums + begin, c, count, n, p, scales, units);
+          three[begin > 0] ? add_tile<3>(sums + begin, c, count, n, p, scales, units + begin)
+                           : add_tile<4>(sums + begin, c, count, n, p, scales, units + begin);
         }
       }
     }

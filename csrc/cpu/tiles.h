@@ -9,9 +9,8 @@
 // and exact, one for each i + j (a level); only the sum of the levels is rounded. Ootomo, Ozaki and Yokota (2024),
 // "DGEMM on Integer Matrix Multiplication Unit", https://arxiv.org/abs/2306.11975.
 //
-// Four digits lose nothing that float32 keeps of numbers down to 2^-7 of their row's largest. Three lose what is below
-// 2^-24 of the largest, which is as little as the rounding of float32's own sums unless the largest is much of its row:
-// see kEven in tile_operands.h.
+// Four digits lose what is below 2^-31 of the largest number, three what is below 2^-23 of it. When that is as little
+// as the rounding of float32's own sums, tile_operands.h finds out.
 //
 // The operands lie in tiles as AMX's instructions load them: up to 16 rows of 64 bytes. A tile of the left one has rows
 // of consecutive k. A row of a tile of the right one has, for each of 16 columns, the 2 or 4 consecutive k that fill 32
@@ -34,6 +33,9 @@ constexpr int kBf16Tile = kTileHeight * kBf16Depth, kDigitTile = kTileHeight * k
 // operand so deep stays in the first-level cache.
 constexpr int kDigitRun = 256;
 constexpr int kMostDigits = 4;
+// The most that the largest numbers of a row of inputs and of the weights may be, multiplied with each other and with
+// sqrt(K). The error of digits is then 2^-25 of a gate before its activation, with three digits 2^-17.
+constexpr float kMostOfGates = 128;
 constexpr int digits_of(Operands operands) {
   return operands == Operands::kDigits4 ? 4 : operands == Operands::kDigits3 ? 3 : 0;
 }
@@ -53,7 +55,7 @@ struct Bf16Product {
 };
 
 // The levels of one tile of sums: level[n][r][c] is the sum over k and over i + j = n of digit i of a[r][k] times digit
-// j of b[k][c]. The last level has twice as many products as fit the rate of one sum, so that it comes in two parts.
+// j of b[k][c]. The last level has the most products. Each waits for the one before, so that two sums take turns.
 struct DigitProduct {
   int32_t* levels;  // [digits + 1][kTileHeight][kTileWidth], of which the first `rows` rows of each are written
   int digits;       // that are multiplied: the first 3, or 4

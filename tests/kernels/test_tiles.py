@@ -176,7 +176,7 @@ def test_what_does_not_fit_a_tile_is_refused() -> None:
     for bad in ([bytes(17 * 64), bytes(17 * 64), good[2]], [b"", b"", good[2]], [good[0], good[1], bytes(1022)]):
         with pytest.raises(ValueError, match="sums must be float32"):
             _C.tile_product("amx_emulated", *bad)
-    with pytest.raises(ValueError, match="'portable' does not multiply bfloat16"):
+    with pytest.raises(ValueError, match="'portable' multiplies nothing narrower"):
         _C.tile_product("portable", *good)
 
 
@@ -225,7 +225,7 @@ def test_digits_that_do_not_fit_a_tile_are_refused() -> None:
     with pytest.raises(ValueError, match="there are 3 or 4 digits"):
         _C.digit_product("amx_emulated", a, b, 5, 16)
     for isa in {"portable", "avx512_bf16"} & set(ISAS):
-        with pytest.raises(ValueError, match=f"'{isa}' does not multiply"):
+        with pytest.raises(ValueError, match=f"'{isa}' (does not multiply digits|multiplies nothing)"):
             _C.digit_product(isa, a, b, 3, 16)
 
 
@@ -308,6 +308,49 @@ def is_accurate(cell: str) -> None:
                         continue
                     error = ((a - c).abs().max() / c.abs().max()).item()
                     assert bound / 10000 < error < bound, (precision, what, error)
+
+
+def inputs_of(kind: str, T: int, B: int, width: int) -> Tensor:
+    if kind == "one-hot":
+        return torch.nn.functional.one_hot(torch.randint(width, (T, B)), width).float()
+    x = torch.randn(T, B, width)
+    if kind == "outliers":
+        return x * torch.randn(T, B, width).mul(1.5).exp()
+    if kind in UNITS:
+        x[..., 0] *= UNITS[kind]
+    if kind == "a large feature in some rows":
+        x[1, 1::2, 0] *= 1e6
+    return x
+
+
+# Of a feature whose weights are as much smaller, as training makes them.
+UNITS = {"a large feature": 1e3, "a very large feature": 1e6}
+KINDS_OF_INPUT = ("dense", "one-hot", "outliers", "loss at the end", *UNITS, "a large feature in some rows")
+
+
+def is_exact_for_any_input(cell: str) -> None:
+    """Largest errors are near torch.nn's, whether three digits are enough or not, in either mode of a loss."""
+    sizes = [(8, 16, 64, 64), (3, 32, 100, 128)]
+    if _C.cpu_isa() == "amx":
+        sizes = [(64, 64, 64, 256), (32, 16, 512, 512), (35, 32, 28, 256)]
+    for T, B, width, H in sizes:
+        for kind in KINDS_OF_INPUT:
+            theirs, ours, exact = pair(cell, width, H)
+            with torch.no_grad():
+                for module in (theirs, ours, exact):
+                    unit = UNITS.get(kind, 1e6 if kind == "a large feature in some rows" else 1)
+                    module.weight_ih_l0[:, 0] = (module.weight_ih_l0[:, 0].float() / unit).to(module.weight_ih_l0.dtype)
+            x, dy = inputs_of(kind, T, B, width), torch.randn(T, B, H)
+            if kind == "loss at the end":
+                dy[:-1] = 0
+            found = []
+            for module in (theirs, ours, exact):
+                of_dtype = x.to(module.weight_hh_l0.dtype).requires_grad_()
+                y = module(of_dtype)[0]
+                found.append([y, *torch.autograd.grad((y * dy).sum(), [of_dtype, *module.parameters()])])
+            for index, (a, b, c) in enumerate(zip(*found, strict=True)):
+                errors = [(t - c).abs().max().item() for t in (a, b)]
+                assert errors[1] <= 3 * errors[0] + 2.0**-26 * c.abs().max(), (kind, (T, B, width, H), index, errors)
 
 
 def treats_special_values_as_torch(cell: str) -> None:
@@ -398,6 +441,12 @@ def single_steps_keep_float32(cell: str) -> None:
 
 def test_digits_add_up() -> None:
     survives(digits_add_up, **EMULATED)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("isa", ["amx_emulated", pytest.param("amx", marks=needs_amx)])
+def test_layers_are_exact_for_any_input(isa: str, cell: str) -> None:
+    survives(is_exact_for_any_input, cell, FUSED_RNN_CPU_ISA=isa, OMP_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="module")
