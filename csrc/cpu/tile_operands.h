@@ -3,15 +3,9 @@
 // Weights are packed once, rows when they come, at every step. What digits cannot hold is multiplied in float32: rows
 // and blocks of weights with an infinity, a NaN or a number beyond 2^60. Rows may be as small as float32 itself, as
 // gradients of long sequences are; a right operand's column below 2^-88 counts as zeros.
-//
-// Three digits are as exact as float32's own product if no number is much of its row or column (Evenness). Where one
-// is, four digits are multiplied, if the operands have them. An error of theirs is 2^-32 of the largest products, which
-// is below the rounding of any sum that has them. It is not if every large number meets small weights, as those of a
-// feature in other units do. So inputs are watched: where the largest products could matter to a gate, float32's own
-// product is taken (kMostOfGates).
 #pragma once
 
-#include "integers.h"
+#include "digits.h"
 #include "tile.h"
 #include "tiles.h"
 #include "worker.h"
@@ -36,67 +30,6 @@ FUSED_RNN_INLINE Bits rounded(const Vec<float>& v) {
   const Bits u = (Bits)v, up = u + 0x7fff + (u >> 16 & 1);
   return (v == v ? up : u | 0x00400000) >> 16;
 }
-
-constexpr float kLargestOfDigits = 0x1p60f, kLeastColumn = 0x1p-88f;
-
-// What is asked of a row or a column before it becomes digits.
-struct Extent {
-  float largest = 0;  // infinite or NaN if a number is
-  float share = 0;    // of the largest in the root of the sum of squares; 1 if that is beyond float32
-
-  Extent() = default;
-  Extent(float most, float squares) : largest(most) {
-    if (most > 0) share = squares > 0 && squares < __builtin_inff() ? most / __builtin_sqrtf(squares) : 1;
-  }
-  static Extent of(const float* row, int64_t K) {
-    Largest largest;
-    Vec<float> squares{};
-    each_lanes<float>(K, [&](int64_t k, int64_t n) {
-      const Vec<float> v = load(row + k, n);
-      largest.add(v);
-      squares += v * v;
-    });
-    float sum = 0;
-    for (int64_t i = 0; i < kLanes<float>; ++i) sum += squares[i];
-    return {largest.all(), sum};
-  }
-
-  bool fits() const { return largest <= kLargestOfDigits; }  // not if it is NaN
-};
-// Whether three digits are enough for rows and columns of K numbers with these shares. Their rounding is 2^-24 of the
-// largest numbers, against which a sum of K products of usual size rounds by some sqrt(K) 2^-24: hence the sum of the
-// shares. The products left out, of digits 1 and 2, are 2^-24 of the largest product each: hence the shares' product.
-// Measured: errors are then at most twice those of MKL's sgemm.
-inline bool are_even(float row, float column, int64_t K) {
-  return row + column <= 0.5f && row * row * column * column * float(K) <= 1;
-}
-
-// How numbers become integers of digits. The factor that they are multiplied with has 8 bits, so that the product with
-// it and its inverse round by half of float32's last place at most. It may be beyond float32, hence two factors.
-struct DigitScale {
-  float first = 0, second = 0;  // zeros, if all numbers are zeros
-  float unit = 0;               // what 128 is in the first digit: about the largest number
-
-  DigitScale() = default;
-  DigitScale(float largest, int digits) {
-    if (!(largest >= 0x1p-126f)) return;  // zeros to the kernels
-    const float places = digits == 4 ? 0x1p24f : 0x1p16f;
-    first = largest < 0x1p-60f ? 0x1p64f : 1;
-    second = math::bits<float>(math::bits<uint32_t>(127 * places / (largest * first)) & 0xffff0000);
-    unit = 128 * places / second / first;
-  }
-};
-
-// Numbers as integers of digits. A float32 has one bit more than three digits, so that the fourth is often exactly half
-// of the third's unit: 128, which as a byte is -128 and one more of the third. Left out, it would round all of these
-// up, and a row's numbers would err together. So where the third digit is even, 127 takes its place.
-template <class Factor>
-FUSED_RNN_INLINE Ints integers(const Vec<float>& v, const Factor& first, const Factor& second, int digits) {
-  const Ints integers = nearest(v * first * second);
-  return digits == 4 ? integers + ((integers & 511) == 128) : integers;
-}
-// The low byte is the last digit; this leaves the digits before it.
-FUSED_RNN_INLINE Ints without_last_digit(const Ints& integers) { return (integers + 128) >> 8; }
 
 // A block of weights in tiles. Of bfloat16: [depth][tiles of columns][kBf16Tile]. Of digits: a line, which says whether
 // the block has tiles, the largest share of a column, and the largest number; what each column's sums are to be
