@@ -32,8 +32,9 @@ const Kernels& find(const std::string& isa) {
 
 const fused_rnn::cpu::TileUnit& tile_unit(const std::string& isa) {
   const fused_rnn::cpu::TileUnit* const unit = find(isa).unit;
-  if (!unit || !unit->available())
+  if (!unit || !unit->available()) {
     throw std::invalid_argument("'" + isa + "' multiplies nothing narrower than float32");
+  }
   return *unit;
 }
 

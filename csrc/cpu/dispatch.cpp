@@ -354,19 +354,20 @@ void choose_products(const Kernels& k, LayerShape& shape, Precision precision, i
 
 void reconsider_products(LayerShape& shape, const void* x, const void* w_ih) {
   if (digits_of(shape.operands) == 0 || shape.gates_given || shape.N == 0 || shape.H == 0) return;
-  const auto largest = [&](const void* rows, int64_t row) {
-    const float* const from = static_cast<const float*>(rows) + row * shape.I;
+  constexpr int64_t kSample = 16;
+  const auto largest = [&](const void* rows, int64_t count, bool of_x) {
     float most = 0;
-    for (int64_t i = 0; i < shape.I; ++i) most = std::max(most, std::fabs(from[i]));
+    for (int64_t sample = 0; sample < kSample; ++sample) {
+      const int64_t row = (count - 1) * sample / (kSample - 1);
+      const float* const from = static_cast<const float*>(rows) + (of_x ? shape.place(row) : row) * shape.I;
+      for (int64_t i = 0; i < shape.I; ++i) most = std::max(most, std::fabs(from[i]));
+    }
     return most;
   };
-  const float of_weights = largest(w_ih, 0) * std::sqrt(static_cast<float>(shape.I));
-  for (const int64_t row : {int64_t{0}, shape.N / 2, shape.N - 1}) {
-    if (largest(x, shape.place(row)) * of_weights <= kMostOfGates) continue;
-    shape.operands = Operands::kPlain;
-    shape.unit = nullptr;
-    return;
-  }
+  const float of_weights = largest(w_ih, cell_info(shape.cell).gates * shape.H, false);
+  if (largest(x, shape.N, true) * of_weights * std::sqrt(static_cast<float>(shape.I)) <= kMostOfGates) return;
+  shape.operands = Operands::kPlain;
+  shape.unit = nullptr;
 }
 
 int64_t gradient_workers(const LayerShape& shape, int64_t threads) {

@@ -34,8 +34,8 @@ constexpr int kPrecisions = 3;
 // Sets shape.operands and shape.unit: whether to multiply float32 on tiles, and as what. To be called when all else of
 // the shape is known, and before a workspace is asked for.
 FUSED_RNN_EXPORT void choose_products(const Kernels& k, LayerShape& shape, Precision precision, int64_t threads);
-// Takes digits back if a few rows of x [N, I] and w_ih [G*H, I] show features of very different size, whose products
-// digits leave to float32 row by row, which is slow.
+// Takes digits back if one of a few rows of x [N, I] is too large for the weights in a few rows of w_ih [G*H, I]: such
+// rows are left to float32 one by one, which is slow if there are many.
 void reconsider_products(LayerShape& shape, const void* x, const void* w_ih);
 
 // How threads share a layer; see Worker.

@@ -95,7 +95,8 @@ struct SplitOperands {
     const auto end = [&](int64_t rows) { return worker.splits_units ? rows : worker.end(rows); };
     const int64_t rows = part.rows_of_x(s, products);
     x = Rows(workspace + part.split_x, rows, begin(rows), end(rows), s.I, s.operands, cpu::kMostOfGates);
-    h = Rows(workspace + part.split_h, s.B, begin(s.B), end(s.B), s.P, s.operands);
+    const float most_of_h = s.cell == CellKind::kRnnRelu ? cpu::kMostOfGates : __builtin_inff();  // else 1, about
+    h = Rows(workspace + part.split_h, s.B, begin(s.B), end(s.B), s.P, s.operands, most_of_h);
     hidden = Rows(workspace + part.split_hidden, s.B, begin(s.B), end(s.B), s.H, s.operands);
   }
 };

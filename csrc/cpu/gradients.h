@@ -47,9 +47,11 @@ class Products {
   }
   static int64_t transposed_workspace(int64_t N, int64_t K, Operands operands) {
     const int64_t depth = least(K, kRowsAtOnce), blocks = least(ceil_div(N, kBlock), kBlocksAtOnce);
-    if (operands == Operands::kPlain) return depth * (blocks * kBlock + kColumnsAtOnce);
-    return kMostRows * depth + blocks * SplitPanel::size(depth, kBlock, operands) +
-           SplitRows::size(kMostRows, depth, operands);
+    const int64_t plain = depth * (blocks * kBlock + kColumnsAtOnce);
+    if (operands == Operands::kPlain) return plain;
+    const int64_t split = kMostRows * depth + blocks * SplitPanel::size(depth, kBlock, operands) +
+                          SplitRows::size(kMostRows, depth, operands);
+    return plain > split ? plain : split;
   }
 
   // out [M, N] = a b or out += a b, for row-major a [M, K] and b [K, N].
@@ -101,7 +103,8 @@ class Products {
     const Share share(M, N, kBlock, worker_);
     if (share.row == share.row_end) return;
     if (K < kRowsWorthPacking) return add_outer_products(out, a, a_stride, b, share, N, K, accumulate);
-    const int chunk = splits() ? kMostRows : kChunk, at_once = splits() ? kMostRows : kColumnsAtOnce;
+    const bool on_tiles = splits() && fits_digits(b, share, N, K);
+    const int chunk = on_tiles ? kMostRows : kChunk, at_once = on_tiles ? kMostRows : kColumnsAtOnce;
     T* const columns = workspace_;
     T* const panels = columns + at_once * least(K, kRowsAtOnce);
     for (int64_t begin = share.block; begin < share.block_end; begin += kBlocksAtOnce) {
@@ -110,7 +113,7 @@ class Products {
         const int64_t count = least(kRowsAtOnce, K - k), panel = count * kBlock;
         for (int64_t block = begin; block < end; ++block) {
           if constexpr (kSplits) {
-            if (splits()) {
+            if (on_tiles) {
               split_panel(panels, block - begin, block, count, N).pack_columns(b.from(k), count, N, block * kBlock);
               continue;
             }
@@ -125,7 +128,7 @@ class Products {
             const T* from[kMostRows];
             for (int r = 0; r < rows; ++r) from[r] = columns + (first + r) * count;
             if constexpr (kSplits) {
-              if (splits()) {
+              if (on_tiles) {
                 T* const split = panels + (end - begin) * SplitPanel::size(count, kBlock, operands_);
                 add_split(Rows<T>{out, N}, row + first, rows, from, split, panels, begin, end, b.from(k), count, N,
                           accumulate || k > 0);
@@ -183,6 +186,31 @@ class Products {
   }
 
   bool splits() const { return operands_ != Operands::kPlain; }
+
+  // Whether digits hold what this worker reads of b [K, N] beside the largest number of a column. That may meet zeros:
+  // an input out of all proportion, such as one that stands for a missing value, shuts the gates. So it is compared
+  // with the mean, whose last digits it must leave.
+  bool fits_digits(const Rows<const T>& b, const Share& share, int64_t N, int64_t K) const {
+    if constexpr (kSplits) {
+      if (cpu::digits_of(operands_) == 0) return true;
+      const int64_t first = share.block * kBlock, count = least(share.block_end * kBlock, N) - first;
+      Largest largest;
+      Vec<float> sums{}, counts{};
+      for (int64_t k = 0; k < K; ++k) {
+        each_lanes<float>(count, [&](int64_t i, int64_t n) {
+          const Vec<float> v = load(b[k] + first + i, n), size = v < 0 ? -v : v;
+          largest.add(v);
+          sums += size;
+          counts -= __builtin_convertvector((Ints)(size > 0), Vec<float>);
+        });
+      }
+      float sum = 0, numbers = 0;
+      for (int64_t i = 0; i < kLanes<float>; ++i) sum += sums[i], numbers += counts[i];
+      const float most = largest.all();
+      return most <= kLargestOfDigits && most * numbers <= 128 * sum;  // not if one is NaN
+    }
+    return true;
+  }
 
   static Panel<T> own_panel(const T* data, int64_t block, int64_t N) {
     const int vectors = block_vectors<T, 1>(N, block * kBlock);

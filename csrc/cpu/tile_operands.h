@@ -1,8 +1,9 @@
 // The operands of products on tiles (tiles.h): blocks of weights, like those of tile.h, and rows, both in float32.
 //
 // Weights are packed once, rows when they come, at every step. What digits cannot hold is multiplied in float32: rows
-// and blocks of weights with an infinity, a NaN or a number beyond 2^60. Rows may be as small as float32 itself, as
-// gradients of long sequences are; a right operand's column below 2^-88 counts as zeros.
+// and blocks of weights with an infinity, a NaN or a number beyond 2^60; and rows too large for exact gates. Rows may
+// be as small as float32 itself, as gradients of long sequences are; a right operand's column below 2^-88 counts as
+// zeros.
 #pragma once
 
 #include "digits.h"
@@ -234,7 +235,8 @@ class SplitRows {
   int digits() const { return digits_; }  // 0: of bfloat16
   const float* units() const { return units_; }
   float share(int64_t row) const { return shares_[row]; }
-  // Whether digits hold it, which else are zeros, and suffice for its product with weights whose largest is given.
+  // Whether digits hold the row (its tiles are zeros otherwise) and are exact enough for weights with this largest
+  // number.
   bool fits(int64_t row, float largest) const { return units_[row] >= 0 && units_[row] * largest <= most_; }
 
   // Splits rows [begin(), end), of which this worker does its share if `shared`. row(b) points to row b.

@@ -10,7 +10,7 @@
 // "DGEMM on Integer Matrix Multiplication Unit", https://arxiv.org/abs/2306.11975.
 //
 // Four digits lose what is below 2^-31 of the largest number, three what is below 2^-23 of it. When that is as little
-// as the rounding of float32's own sums, tile_operands.h finds out.
+// as the rounding of float32's own sums, digits.h finds out.
 //
 // The operands lie in tiles as AMX's instructions load them: up to 16 rows of 64 bytes. A tile of the left one has rows
 // of consecutive k. A row of a tile of the right one has, for each of 16 columns, the 2 or 4 consecutive k that fill 32

@@ -196,11 +196,14 @@ LARGE_CASES = [Case(cell, **size) for cell in ("RNN", "LSTM", "GRU") for size in
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", LARGE_CASES, ids=str)
 def test_one_thread_and_two_agree(case: Case, dtype: str) -> None:
-    found = []
+    found, digits = [], False
     for count in (1, 2):
         torch.set_num_threads(count)
         found.append(results(case, DTYPES[dtype]))
-    if case.B >= 16:  # each thread has whole rows or a direction
+        sizes = dict(T=case.T, B=case.B, I=case.I, H=case.H, bidirectional=case.bidirectional)
+        plan = fused_rnn.plan(case.cell.lower(), DTYPES[dtype], **sizes, device="cpu")
+        digits |= plan.forward["products"].startswith("int8")  # how many depends on the rows of a thread
+    if case.B >= 16 and not digits:  # each thread has whole rows or a direction
         for one, two in zip(*found, strict=True):
             assert torch.equal(one, two)
     assert_same_rounding(*found)
