@@ -73,7 +73,7 @@ class Backward {
         worker_(worker),
         row_begin_(worker.splits_units ? 0 : worker.begin(s_.B)),
         row_end_(worker.splits_units ? s_.B : worker.end(s_.B)),
-        on_tiles_(s_.unit) {
+        tile_products_(s_.unit) {
     T* workspace = static_cast<T*>(d_.workspace);
     const BackwardWorkspace<Cell, T> part(s_);
     if constexpr (kSplits) {
@@ -160,8 +160,9 @@ class Backward {
       if constexpr (kSplits) {
         const int64_t unit = part.block * kBlock;
         clear<T, U>(sums, part.slots());
-        on_tiles_.add(sums, vectors, split, part.row, part.rows, split_panel(panels, part.block, K, N),
-                      [&](int r) { add_columns_in_float32(sums[r], rows[r], Rows<const T>{at(W), N}, N, K, unit); });
+        tile_products_.add(
+            sums, vectors, split, part.row, part.rows, split_panel(panels, part.block, K, N),
+            [&](int r) { add_columns_in_float32(sums[r], rows[r], Rows<const T>{at(W), N}, N, K, unit); });
       }
     } else if (packed_ || left < kBlock) {
       const int64_t blocks = ceil_div(N, kBlock), next = part.block + (backwards() ? -1 : 1);
@@ -436,7 +437,7 @@ class Backward {
   const bool packed_, splits_, accumulate_, reverse_;
   const cpu::Worker& worker_;
   const int64_t row_begin_, row_end_;
-  const TileProducts on_tiles_;
+  const TileProducts tile_products_;
   SplitRows split_, split_projection_;  // if splits_
   T *recurrent_, *projection_, *direct_, *product_, *zeros_;
   int64_t product_width_, t_ = 0, next_ = 0, rows_ = 0, continuing_rows_ = 0;

@@ -4,7 +4,8 @@
 // fused multiply-adds, over the even and over the odd k, each from +0 in the order of k; then sum + (even + odd). All
 // round to nearest even. Operands that are subnormal are zeros of their sign, and so are results that would be, judged
 // after rounding as if the exponent had no limit. The first operand that is a NaN is the result, made quiet; an invalid
-// operation gives the default NaN. The thread's own settings (MXCSR) have no part in it.
+// operation gives the default NaN. The thread's own settings (MXCSR) have no part in it. tdpbssd adds integers, which
+// has one result.
 #include <cstring>
 #include <initializer_list>
 

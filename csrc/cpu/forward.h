@@ -36,7 +36,7 @@ class Forward {
         worker_(worker),
         row_begin_(worker.splits_units ? 0 : worker.begin(shape.B)),
         row_end_(worker.splits_units ? shape.B : worker.end(shape.B)),
-        on_tiles_(shape.unit) {
+        tile_products_(shape.unit) {
     T* workspace = static_cast<T*>(d_.workspace);
     const ForwardWorkspace<Cell, T> part(shape);
     if constexpr (kSplits) split_ = {s_, products_, part, workspace, worker_};
@@ -183,9 +183,9 @@ class Forward {
     if (is_packed && s_.on_tiles()) {
       if constexpr (kSplits && !Weights::kNarrow) {
         const int64_t unit = part.block * kVectors * kLanes<T>;
-        on_tiles_.add(sums, block_vectors<T, Gates>(H, unit), split, part.row, part.rows,
-                      split_panel<Gates>(panels, part.block, H, K),
-                      [&](int r) { add_rows_in_float32<Gates>(sums[r], rows[r], at(W), H, K, unit); });
+        tile_products_.add(sums, block_vectors<T, Gates>(H, unit), split, part.row, part.rows,
+                           split_panel<Gates>(panels, part.block, H, K),
+                           [&](int r) { add_rows_in_float32<Gates>(sums[r], rows[r], at(W), H, K, unit); });
       }
     } else if (is_packed) {
       const int64_t distance = K * kColumns * kLanes<T>;
@@ -521,7 +521,7 @@ class Forward {
   const bool reverse_;
   const cpu::Worker& worker_;
   const int64_t row_begin_, row_end_;
-  const TileProducts on_tiles_;
+  const TileProducts tile_products_;
   SplitOperands<typename Weights::Rows> split_;  // if splits()
   T *recurrent_, *input_, *bias_, *projection_, *scratch_hidden_, *zeros_, *x_product_;
   T *dropped_, *scratch_products_, *outputs_;

@@ -38,7 +38,7 @@ template <class T>
 class Products {
  public:
   Products(const LayerShape& s, T* workspace, const cpu::Worker& worker)
-      : operands_(s.operands), on_tiles_(s.unit), workspace_(workspace), worker_(worker) {}
+      : operands_(s.operands), tile_products_(s.unit), workspace_(workspace), worker_(worker) {}
 
   // Workspace of the two products below, in elements.
   static int64_t rows_workspace(int64_t N, int64_t K, Operands operands) {
@@ -189,7 +189,7 @@ class Products {
 
   // Whether digits hold what this worker reads of b [K, N] beside the largest number of a column. That may meet zeros:
   // an input out of all proportion, such as one that stands for a missing value, shuts the gates. So it is compared
-  // with the mean, whose last digits it must leave.
+  // with the mean of the numbers that are not zeros: digits end at 2^-31 of the largest, and float32 at 2^-24 of each.
   bool fits_digits(const Rows<const T>& b, const Share& share, int64_t N, int64_t K) const {
     if constexpr (kSplits) {
       if (cpu::digits_of(operands_) == 0) return true;
@@ -206,8 +206,9 @@ class Products {
       }
       float sum = 0, numbers = 0;
       for (int64_t i = 0; i < kLanes<float>; ++i) sum += sums[i], numbers += counts[i];
+      constexpr float kMostOfMean = 128;
       const float most = largest.all();
-      return most <= kLargestOfDigits && most * numbers <= 128 * sum;  // not if one is NaN
+      return most <= kLargestOfDigits && most * numbers <= kMostOfMean * sum;  // not if one is NaN
     }
     return true;
   }
@@ -233,9 +234,9 @@ class Products {
       const int64_t unit = (block + index) * kBlock;
       Sums<T, U> sums;
       clear<T, U>(sums, count);
-      on_tiles_.add(sums, block_vectors<T, 1>(N, unit), tiles, 0, count,
-                    split_panel(panels, index, block + index, K, N),
-                    [&](int r) { add_columns_in_float32(sums[r], rows[r], b, N, K, unit); });
+      tile_products_.add(sums, block_vectors<T, 1>(N, unit), tiles, 0, count,
+                         split_panel(panels, index, block + index, K, N),
+                         [&](int r) { add_columns_in_float32(sums[r], rows[r], b, N, K, unit); });
       store_sums(out, Part{row, block + index, count, 1}, sums, N, accumulate);
     }
   }
@@ -268,7 +269,7 @@ class Products {
   }
 
   const Operands operands_;
-  const TileProducts on_tiles_;
+  const TileProducts tile_products_;
   T* const workspace_;
   const cpu::Worker& worker_;
 };
