@@ -1,6 +1,6 @@
 """The operators ``torch.ops.fused_rnn`` and the order of their arguments; `fused_rnn.options` has that of options.
 
-They have no autograd kernels of their own; `fused_rnn.layers` differentiates them. The schemas are in csrc/bindings.
+They have no autograd kernels of their own; `fused_rnn.autograd` differentiates them. The schemas are in csrc/bindings.
 
 On a CPU they are called without torch's dispatcher, which costs more than a small layer, unless a mode or this thread's
 profiler watches it (csrc/bindings/direct.cpp).
@@ -27,9 +27,10 @@ forward_operator: Callable[..., tuple[Tensor, ...]] = _C.forward
 backward_operator: Callable[..., tuple[Any, ...]] = _C.backward
 step: Callable[..., tuple[Tensor, Tensor]] = _C.step
 """One step of one layer: x, h0, c0, the cell's number, five weights, deterministic -> h, c."""
-stack: Callable[..., tuple[Tensor, Tensor, Tensor] | None] = _C.stack
-"""All layers of a module in inference: x, h0, c0, the cell's number, layers, directions, weights, has_biases,
-projected, deterministic -> y, h_n, c_n; None if they have to be computed in turn."""
+stack: Callable[..., tuple[Tensor, ...] | None] = _C.stack
+"""All layers of a module: x, h0, c0, the cell's number, layers, directions, weights, has_biases, projected,
+deterministic, whether backward follows -> y, h_n, c_n and, for backward, y of the layers below the last and the
+reserves; None if the layers have to be computed in turn."""
 _step_into = torch.ops.fused_rnn.step_into.default
 
 

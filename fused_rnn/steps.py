@@ -83,10 +83,10 @@ def plain(
         return x, torch.stack(hidden) if num_layers > 1 else x.unsqueeze(0)
     if not differentiable and x.dtype in policy.KERNEL_DTYPES and dropout == 0:
         results = operators.stack(
-            x, h0, c0, NUMBER[cell], num_layers, 1, weights, has_biases, projected, policy.deterministic()
+            x, h0, c0, NUMBER[cell], num_layers, 1, weights, has_biases, projected, policy.deterministic(), False
         )
         if results is not None:
-            return results if cell == "lstm" else results[:2]
+            return results[: 3 if cell == "lstm" else 2]
     y, *hidden = layers.stack(cell, x.unsqueeze(0), h0, c0, weights, has_biases, num_layers, 1, dropout)
     return y.squeeze(0), *hidden
 

@@ -242,7 +242,7 @@ PyObject* direct(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 }
 
 PyObject* direct_stack(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  py::object results = count == 10 ? run(&stack, arguments, static_cast<size_t>(count), 0, 0) : py::object();
+  py::object results = count == 11 ? run(&stack, arguments, static_cast<size_t>(count), 0, 0) : py::object();
   return (results ? results : py::none()).release().ptr();
 }
 
@@ -266,7 +266,7 @@ PyMethodDef methods[] = {
     method(kStep, direct<&step, kStep, 0, 0>, "The operator step, of positional arguments."),
     method(
         "stack", direct_stack,
-        "All layers in inference: the arguments of csrc/bindings/cpu_operators.h; None if they have to be computed in "
+        "All layers forward: the arguments of csrc/bindings/cpu_operators.h; None if they have to be computed in "
         "turn."),
     method(
         "in_place", in_place,

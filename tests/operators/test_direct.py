@@ -19,7 +19,9 @@ import fused_rnn
 from fused_rnn import _C, layers, reference
 
 CELLS = list(reference.CELLS)
-NAMES = ("x", "h0", "c0", "cell", "layers", "directions", "weights", "has_biases", "projected", "deterministic")
+NAMES = (
+    "x", "h0", "c0", "cell", "layers", "directions", "weights", "has_biases", "projected", "deterministic", "train",
+)  # fmt: skip
 
 
 def stack(**arguments: Any) -> Any:
@@ -38,7 +40,7 @@ def stack_arguments(
         weights += [torch.randn(shape, dtype=dtype) for _ in range(D) for shape in shapes]
     shapes = (T, B, 4) if T else (B, 4), (count * D, B, P or H), (count * D, B, H)
     x, h0, c0 = (torch.randn(shape, dtype=dtype) for shape in shapes)
-    values = (x, h0, c0 if lstm else None, CELLS.index(cell), count, D, weights, biases, P > 0, False)
+    values = (x, h0, c0 if lstm else None, CELLS.index(cell), count, D, weights, biases, P > 0, False, False)
     return dict(zip(NAMES, values, strict=True))
 
 
@@ -52,7 +54,7 @@ def test_all_layers_in_one_call_are_layers_in_turn(cell: str, states: bool, chan
         a = stack_arguments(cell, dtype=dtype, **changes)
         if not states:
             a |= dict(h0=None, c0=None)
-        y, h, c = stack(**a)
+        y, h, c, *_ = stack(**a)
         x, of_h, of_c = a["x"] if a["x"].dim() == 3 else a["x"].unsqueeze(0), [], []
         for index in range(a["layers"]):
             of_layer = layers.layer_weights(a["weights"], index, a["layers"], a["directions"], a["has_biases"])
@@ -63,6 +65,39 @@ def test_all_layers_in_one_call_are_layers_in_turn(cell: str, states: bool, chan
             of_c.append(c_n)
         assert torch.equal(y, x.view_as(y)) and torch.equal(h, torch.cat(of_h))
         assert c is None if cell != "lstm" else torch.equal(c, torch.cat(of_c))
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "the first layer", "all but the states"])
+@pytest.mark.parametrize("needs_x", [True, False])
+@pytest.mark.parametrize("changes", [{}, {"D": 2}, {"count": 3, "biases": False}, {"P": 3, "D": 2}])
+@pytest.mark.parametrize("cell", CELLS)
+def test_several_layers_in_one_node_are_layers_in_turn(
+    cell: str, changes: dict[str, Any], needs_x: bool, frozen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "P" in changes and cell != "lstm":
+        pytest.skip("only the LSTM has a projection")
+    a = stack_arguments(cell, **changes)
+    each = len(a["weights"]) // a["layers"]
+    kept = {"nothing": 0, "the first layer": each, "all but the states": len(a["weights"])}[frozen]
+    states = [s for s in (a["h0"], a["c0"]) if s is not None and frozen != "the first layer"]
+    wanted = [*[a["x"]] * needs_x, *states, *a["weights"][kept:]]
+    for tensor in wanted:
+        tensor.requires_grad_()
+
+    def results() -> tuple[str, list[Tensor]]:
+        y, *finals = layers.stack(
+            cell, a["x"], a["h0"], a["c0"], a["weights"], a["has_biases"], a["layers"], a["directions"]
+        )
+        outputs = [y, *finals] if frozen != "nothing" else [y]
+        losses = [o.square().sum() for o in outputs]
+        return type(y.grad_fn.next_functions[0][0]).__name__, [*outputs, *torch.autograd.grad(sum(losses), wanted)]
+
+    below, found = results()
+    assert below != "_LayersBackward"
+    monkeypatch.setattr(layers, "_SMALL", 0)
+    below, expected = results()
+    assert below == "_LayersBackward" or not (needs_x or states)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +124,8 @@ def test_all_layers_in_one_call_are_layers_in_turn(cell: str, states: bool, chan
         dict(x=torch.randn(0, 3, 4)),
         dict(x=torch.randn(3, 3, 4).half()),
         dict(x=torch.randn(3, 3, 6)),
+        dict(x=torch.randn(3, 4), train=True),
+        dict(train=None),
         dict(x=torch.randn(3, 3, 4).as_subclass(type("Mine", (Tensor,), {}))),
         dict(h0=torch.randn(1, 3, 5)),
         dict(h0=torch.randn(2, 3, 5).to("meta")),
@@ -97,7 +134,7 @@ def test_all_layers_in_one_call_are_layers_in_turn(cell: str, states: bool, chan
         dict(cell=3),
         dict(cell="lstm"),
     ],
-    ids=range(28),
+    ids=range(30),
 )
 def test_what_does_not_fit_is_left_to_the_layers(change: dict[str, Any]) -> None:
     a = stack_arguments("lstm")

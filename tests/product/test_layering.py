@@ -44,7 +44,8 @@ PYTHON = [
     {"constructor", "cuda", "frozen_file"},
     {"self_check", "tuned"},
     {"policy", "operators"},
-    {"autocast", "layers", "fakes", "lowering"},
+    {"autocast", "autograd", "fakes", "lowering"},
+    {"layers"},
     {"call", "compiled", "patch", "planning"},
     {"steps"},
     {"subclasses"},  # converts to the classes below at run time, and so imports the package itself
