@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../cpu/dispatch.h"
+#include "../cpu/memory.h"
 #include "layer.h"
 #include "schemas.h"
 
@@ -72,6 +73,15 @@ class CpuLayer : public Layer {
     if (chains_h()) return shape.H;
     return cell.saved * shape.H + shape.P + (cell.has_c ? shape.H : 0) + (shape.projected ? shape.H : 0) +
            (keeps_h_direct() ? shape.P : 0) + (shape.normalised ? cell.gates * shape.H + 1 : 0);
+  }
+  // For so many directions, of one layer or several.
+  Tensor new_reserve(int64_t directions) const {
+    // So much memory the system's allocator asks the kernel for at every call; less, it keeps, with its pages.
+    constexpr int64_t kAlwaysFresh = 32 << 20;
+    const Tensor reserve = new_tensor({directions, reserve_rows(), reserve_width()});
+    const int64_t bytes = reserve.numel() * element();
+    if (bytes >= kAlwaysFresh) cpu::ask_for_huge_pages(reserve.data_ptr(), bytes);
+    return reserve;
   }
   bool keeps_h_direct() const { return cell.uses_h && shape.drops_h; }
 

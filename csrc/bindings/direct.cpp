@@ -264,10 +264,9 @@ PyMethodDef methods[] = {
     method(kForward, direct<&forward, kForward, 0, kPlanned>, "The operator forward, of positional arguments."),
     method(kBackward, direct<&backward, kBackward, 3, kPlanned>, "The operator backward, of positional arguments."),
     method(kStep, direct<&step, kStep, 0, 0>, "The operator step, of positional arguments."),
-    method(
-        "stack", direct_stack,
-        "All layers forward: the arguments of csrc/bindings/cpu_operators.h; None if they have to be computed in "
-        "turn."),
+    method("stack", direct_stack,
+           "All layers forward: the arguments of csrc/bindings/cpu_operators.h; None if they have to be computed in "
+           "turn."),
     method(
         "in_place", in_place,
         "Whether every weight is the parameter of its name and a plain tensor: of a dict, a list of names and one of "

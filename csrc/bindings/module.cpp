@@ -199,24 +199,27 @@ PYBIND11_MODULE(_C, m) {
       "sums + a b, of one tile each, computed by an instruction set's products of bfloat16; see csrc/cpu/tiles.h.");
   m.def(
       "digit_product",
-      [](const std::string& isa, const py::buffer& a, const py::buffer& b, int digits, int rows) {
+      [](const std::string& isa, const py::buffer& a, const py::buffer& b, int planes, int products, int rows) {
         using namespace fused_rnn::cpu;
         const TileUnit& unit = tile_unit(isa);
         if (!unit.multiply_digits) throw std::invalid_argument("'" + isa + "' does not multiply digits");
-        if (digits < 3 || digits > kMostDigits) throw std::invalid_argument("there are 3 or 4 digits");
-        const py::buffer_info of_a = a.request(), of_b = b.request();
-        const int64_t b_bytes = digits * kDigitTile, depth = bytes(of_b) / b_bytes;
-        if (rows < 1 || rows > kTileHeight || depth < 1 || depth > kDigitRun / kDigitDepth ||
-            bytes(of_b) != depth * b_bytes || bytes(of_a) != depth * digits * rows * kTileBytes) {
-          throw std::invalid_argument("a must be int8 [1 to 4, digits, rows, 64], b [1 to 4, digits, 16, 64]");
+        const int digits = products == 10 ? 4 : 3;
+        if ((products != 6 && products != 8 && products != 10) || planes < digits || planes > kMostDigits) {
+          throw std::invalid_argument("there are 6, 8 or 10 products, of 3 or 4 digits");
         }
-        alignas(kTileBytes) int32_t levels[kMostDigits + 1][kTileHeight][kTileWidth] = {};
+        const py::buffer_info of_a = a.request(), of_b = b.request();
+        const int64_t b_bytes = planes * kDigitTile, depth = bytes(of_b) / b_bytes;
+        if (rows < 1 || rows > kTileHeight || depth < 1 || depth > kDigitRun / kDigitDepth ||
+            bytes(of_b) != depth * b_bytes || bytes(of_a) != depth * planes * rows * kTileBytes) {
+          throw std::invalid_argument("a must be int8 [1 to 4, planes, rows, 64], b [1 to 4, planes, 16, 64]");
+        }
+        alignas(kTileBytes) int32_t sums[kMostDigits + 1][kTileHeight][kTileWidth] = {};
         TileState state;
-        unit.multiply_digits({levels[0][0], digits, digits, rows, static_cast<const int8_t*>(of_a.ptr),
+        unit.multiply_digits({sums[0][0], products, planes, rows, static_cast<const int8_t*>(of_a.ptr),
                               static_cast<const int8_t*>(of_b.ptr), static_cast<int>(depth)},
                              state);
         unit.release(state);
-        return py::bytes(reinterpret_cast<const char*>(levels), (digits + 1) * sizeof(levels[0]));
+        return py::bytes(reinterpret_cast<const char*>(sums), (digits + 1) * sizeof(sums[0]));
       },
       "The levels of a tile of sums, int32 [digits + 1, 16, 16], from an instruction set's products of digits; see "
       "csrc/cpu/tiles.h.");

@@ -54,7 +54,7 @@ Results forward(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, bo
   const Tensor c_n = layer.first_c(c0);
   FUSED_RNN_CHECK(!want_c_sequence || layer.cell.has_c, "only the LSTM has c");
   const Tensor c_sequence = want_c_sequence ? layer.new_sequence(D * s.H) : empty({0}, layer.dtype);
-  const Tensor reserve = empty({train ? D : 0, layer.reserve_rows(), layer.reserve_width()}, layer.dtype);
+  const Tensor reserve = layer.new_reserve(train ? D : 0);
   const int64_t workspace = whole_lines(layer.kernels.forward_workspace(s));
   const Scratch scratch(D * workspace * layer.element());
 

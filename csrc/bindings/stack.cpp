@@ -34,7 +34,7 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
       if (layer.cell.has_c) c_n = layer.copy_or_zeros(layer.readable(c0, "c0", {layers * D, s.B, H}), state(H));
       if (train) {
         between = layer.new_tensor({(layers - 1) * layer.T, s.B, D * P});
-        reserve = layer.new_tensor({layers * D, layer.reserve_rows(), layer.reserve_width()});
+        reserve = layer.new_reserve(layers * D);
       }
     }
     FUSED_RNN_CHECK(s.H == H && s.P == P, "all layers must be as wide as the first");

@@ -1,10 +1,10 @@
 // How rows and columns of float32 become digits of 8 bits (tiles.h), and how many digits their products need.
 //
-// Three digits are as exact as float32's own product if no number is much of its row or column (are_even). Where one
-// is, four digits are multiplied, if the operands have them. An error of theirs is 2^-32 of the largest products, which
-// is below the rounding of any sum that has them. It is not if every large number meets small weights, as those of a
-// feature in other units do. So inputs are watched: where the largest products could matter to a gate, float32's own
-// product is taken (kMostOfGates).
+// Three digits are as exact as float32's own product if no number is much of its row or column (products_needed). Where
+// one is, four digits are multiplied, if the operands have them. An error of theirs is 2^-32 of the largest products,
+// which is below the rounding of any sum that has them. It is not if every large number meets small weights, as those
+// of a feature in other units do. So inputs are watched: where the largest products could matter to a gate, float32's
+// own product is taken (kMostOfGates).
 #pragma once
 
 #include "integers.h"
@@ -39,12 +39,14 @@ struct Extent {
 
   bool fits() const { return largest <= kLargestOfDigits; }  // not if it is NaN
 };
-// Whether three digits are enough for rows and columns of K numbers with these shares. Their rounding is 2^-24 of the
-// largest numbers, against which a sum of K products of usual size rounds by some sqrt(K) 2^-24: hence the sum of the
-// shares. The products left out, of digits 1 and 2, are 2^-24 of the largest product each: hence the shares' product.
-// Measured: errors are then at most twice those of MKL's sgemm.
-inline bool are_even(float row, float column, int64_t K) {
-  return row + column <= 0.5f && row * row * column * column * float(K) <= 1;
+// How many products of digits (tiles.h) rows and columns of K numbers with these shares need. The rounding of three
+// digits is 2^-24 of the largest numbers, against which a sum of K products of usual size rounds by some sqrt(K) 2^-24:
+// hence the sum of the squares. What 6 products leave out of 8, digits 1 times digits 2, is 2^-24 of the largest
+// product each: hence the shares' product. Measured: errors are then at most twice those of MKL's sgemm.
+inline int products_needed(float row, float column, int64_t K) {
+  const float r = row * row, c = column * column;
+  if (r + c > 0.25f) return 10;
+  return row + column <= 0.5f && r * c * float(K) <= 1 ? 6 : 8;
 }
 
 // How numbers become integers of digits. The factor that they are multiplied with has 8 bits, so that the product with

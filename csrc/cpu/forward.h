@@ -351,6 +351,7 @@ class Forward {
     } else if (!s_.normalised) {
       load_x_gates(from_x, part);
     }
+    if (s_.train) fetch_reserve(part);
     const auto multiply_h = [&](Sums<T, C>& sums, const Start<T>& start, const Part& rows) {
       multiply_by<G>(sums, start, rows, h, split_.h, products_.packed_h, recurrent_, d_.w_hh, s_.H, s_.P,
                      after_recurrent(part.block));
@@ -394,6 +395,22 @@ class Forward {
         const int64_t b = part.row_of(slot);
         store_output(Cell::output(from_h[slot][U + u], from_h[slot][u]), s_.zones_h ? h_prev(b) : nullptr, b, units);
       });
+    }
+  }
+
+  // Fetches, while a part is multiplied, what its cells will keep for backward: the places are too far apart for the
+  // hardware to do so.
+  void fetch_reserve(const Part& part) const {
+    for (int slot = 0; slot < part.slots(); ++slot) {
+      const int64_t row = (s_.row(t_) + part.row_of(slot)) * d_.reserve.stride;
+      const auto fetch = [&](const void* kept, int64_t unit) {
+        const T* const to = at(kept) + row + unit;
+        for (int64_t i = 0; i < kBlock; i += kLine / int64_t(sizeof(T))) __builtin_prefetch(to + i, 1);
+        __builtin_prefetch(to + kBlock - 1, 1);  // a row may begin within a line
+      };
+      const int64_t unit = part.block_of(slot) * kBlock;
+      for (int i = 0; i < Cell::kSaved; ++i) fetch(d_.reserve.gates, i * s_.H + unit);
+      if constexpr (Cell::kHasC) fetch(d_.reserve.c_prev, unit);
     }
   }
 

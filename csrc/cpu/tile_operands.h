@@ -387,13 +387,14 @@ class TileProducts {
                   const SplitPanel& panel, const float* units) const {
     constexpr int kVectors = kTileWidth / kLanes<float>, kRun = cpu::kDigitRun / kDigitDepth;
     const int height = split.height();
-    bool three[2];  // whether three digits are enough for a tile
+    int products[2];  // of each tile
     for (int begin = 0; begin < rows; begin += height) {
       float share = 0;
       for (int r = begin; r < rows && r < begin + height; ++r) {
         share = split.share(row + r) > share ? split.share(row + r) : share;
       }
-      three[begin > 0] = split.digits() == 3 || are_even(share, panel.share(), split.depth() * kDigitDepth);
+      const int needed = products_needed(share, panel.share(), split.depth() * kDigitDepth);
+      products[begin > 0] = split.digits() == 3 ? 6 : needed;
     }
     for (int64_t depth = 0; depth < split.depth(); depth += kRun) {
       const int run = int(least(kRun, split.depth() - depth));
@@ -405,25 +406,31 @@ class TileProducts {
           cpu::DigitProduct p{};
           p.planes = split.digits(), p.rows = height, p.depth = run;
           p.a = split.tiles<int8_t>(row + begin, depth), p.b = panel.digits(c / kVectors, depth);
-          three[begin > 0] ? add_tile<3>(sums + begin, c, count, n, p, scales, units + begin)
-                           : add_tile<4>(sums + begin, c, count, n, p, scales, units + begin);
+          p.products = products[begin > 0];
+          const auto add = [&](auto digits, auto levels) FUSED_RNN_INLINED {
+            add_tile<digits, levels>(sums + begin, c, count, n, p, scales, units + begin);
+          };
+          constexpr std::integral_constant<int, 3> kThree{};
+          constexpr std::integral_constant<int, 4> kFour{};
+          p.products == 6 ? add(kThree, kThree) : p.products == 8 ? add(kThree, kFour) : add(kFour, kFour);
         }
       }
     }
   }
 
-  // The first D digits of n rows and of `count` vectors of columns from c on.
-  template <int D, int C>
+  // The first D digits, in L levels, of n rows and of `count` vectors of columns from c on.
+  template <int D, int L, int C>
   void add_tile(Vec<float> (*sums)[C], int c, int count, int n, cpu::DigitProduct& p, const float* scales,
                 const float* units) const {
-    alignas(kTileBytes) int32_t levels[D + 1][kTileHeight][kTileWidth];
-    p.digits = D, p.levels = levels[0][0];
+    alignas(kTileBytes) int32_t parts[D + 1][kTileHeight][kTileWidth];
+    p.sums = parts[0][0];
     unit_->multiply_digits(p, state_);
     for (int r = 0; r < n; ++r) {
       for (int v = 0; v < count; ++v) {
-        const auto level = [&](int i) FUSED_RNN_INLINED { return load_as<Ints>(&levels[i][r][v * kLanes<float>]); };
-        Vec<float> sum = __builtin_convertvector(level(D - 1) + level(D), Vec<float>);
-        for (int i = D - 2; i >= 0; --i) sum = __builtin_convertvector(level(i), Vec<float>) + sum * (1.0f / 256);
+        const auto part = [&](int i) FUSED_RNN_INLINED { return load_as<Ints>(&parts[i][r][v * kLanes<float>]); };
+        const Ints last = L > D ? part(D) : part(D - 1) + part(D);
+        Vec<float> sum = __builtin_convertvector(last, Vec<float>);
+        for (int i = L - 2; i >= 0; --i) sum = __builtin_convertvector(part(i), Vec<float>) + sum * (1.0f / 256);
         sums[r][c + v] += sum * load(scales + v * kLanes<float>) * units[r];
       }
     }

@@ -68,34 +68,36 @@ void multiply_tiles(Tiles& tiles, const Bf16Product& p) {
   p.tiles == 1 ? multiply_columns<Tiles, 1>(tiles, p) : multiply_columns<Tiles, 2>(tiles, p);
 }
 
-// D digits. The levels have the first registers, the last of them two, which take turns; then come those of a, where as
-// many of its digits as fit wait for their next product; b has the last one. Each digit of b meets those of a, first
-// upwards, then always downwards, so that it begins with what the registers hold.
-template <class Tiles, int D>
+// D digits in L levels. The D + 1 sums have the first registers: the last of D levels has two, which take turns. Then
+// come those of a, where as many of its digits as fit wait for their next product; b has the last one. Each digit of b
+// meets those of a, first upwards, then always downwards, so that it begins with what the registers hold.
+template <class Tiles, int D, int L>
 void multiply_digits(Tiles& tiles, const DigitProduct& p) {
   constexpr int kA = D + 1, kB = 7, kAs = kB - kA;
   const int64_t a_tile = p.rows * kTileBytes;
   tiles.configure(p.rows, kB);
-  each<0, D + 1>([&](auto level) { tiles.template zero<level>(); });
+  each<0, D + 1>([&](auto sum) { tiles.template zero<sum>(); });
   const int8_t *a = p.a, *b = p.b;
   for (int k = 0; k < p.depth; ++k, a += p.planes * a_tile, b += p.planes * kDigitTile) {
     each<0, D>([&](auto j) {
       tiles.template load<kB>(b + j * kDigitTile, kTileBytes);
-      each<0, D - j>([&](auto turn) {
-        constexpr int i = j == 0 ? turn : D - 1 - j - turn, level = i + j < D - 1 ? i + j : D - 1 + j % 2;
+      constexpr int kMet = L - j < D ? L - j : D;
+      each<0, kMet>([&](auto turn) {
+        constexpr int i = j == 0 ? turn : kMet - 1 - turn, sum = i + j == D - 1 && L == D ? i + j + j % 2 : i + j;
         constexpr bool held = j > 1 || (j == 1 && i >= D - kAs);
         if constexpr (!held) tiles.template load<kA + i % kAs>(a + i * a_tile, kTileBytes);
-        tiles.template dot_digits<level, kA + i % kAs, kB>();
+        tiles.template dot_digits<sum, kA + i % kAs, kB>();
       });
     });
   }
-  each<0, D + 1>(
-      [&](auto level) { tiles.template store<level>(p.levels + level * kTileHeight * kTileWidth, kTileBytes); });
+  each<0, D + 1>([&](auto sum) { tiles.template store<sum>(p.sums + sum * kTileHeight * kTileWidth, kTileBytes); });
 }
 
 template <class Tiles>
 void multiply_tile(Tiles& tiles, const DigitProduct& p) {
-  p.digits == 4 ? multiply_digits<Tiles, 4>(tiles, p) : multiply_digits<Tiles, 3>(tiles, p);
+  p.products == 6   ? multiply_digits<Tiles, 3, 3>(tiles, p)
+  : p.products == 8 ? multiply_digits<Tiles, 3, 4>(tiles, p)
+                    : multiply_digits<Tiles, 4, 4>(tiles, p);
 }
 
 }  // namespace cpu

@@ -5,9 +5,9 @@
 // kDigits4, kDigits3: float32's accuracy from products of 8-bit integers (AMX). Every row of the left operand and every
 // column of the right one is scaled, so that its largest number is about 127 x 256^(D - 1), and rounded to integers of
 // D = 4 or 3 digits: v = sum over i of digit i x 256^(D - 1 - i), each digit from -128 to 127. Of the products of
-// digits i and j those of i + j < D are computed, 10 or 6: the others are below the rounding. Their sums are integers
-// and exact, one for each i + j (a level); only the sum of the levels is rounded. Ootomo, Ozaki and Yokota (2024),
-// "DGEMM on Integer Matrix Multiplication Unit", https://arxiv.org/abs/2306.11975.
+// digits i and j those of i + j < D are computed, 10 or 6, or 8 of three digits, i + j < 4: the others are below the
+// rounding. Their sums are integers and exact, one for each i + j (a level); only the sum of the levels is rounded.
+// Ootomo, Ozaki and Yokota (2024), "DGEMM on Integer Matrix Multiplication Unit", https://arxiv.org/abs/2306.11975.
 //
 // Four digits lose what is below 2^-31 of the largest number, three what is below 2^-23 of it. When that is as little
 // as the rounding of float32's own sums, digits.h finds out.
@@ -54,11 +54,13 @@ struct Bf16Product {
   int64_t depth() const { return (K + kBf16Depth - 1) / kBf16Depth; }  // in tiles
 };
 
-// The levels of one tile of sums: level[n][r][c] is the sum over k and over i + j = n of digit i of a[r][k] times digit
-// j of b[k][c]. The last level has the most products. Each waits for the one before, so that two sums take turns.
+// The levels of one tile of sums: level n, [r][c], is the sum over k and over i + j = n of digit i of a[r][k] times
+// digit j of b[k][c].
 struct DigitProduct {
-  int32_t* levels;  // [digits + 1][kTileHeight][kTileWidth], of which the first `rows` rows of each are written
-  int digits;       // that are multiplied: the first 3, or 4
+  // [4, or 5 of four digits][kTileHeight][kTileWidth], of which the first `rows` rows of each are written: the levels.
+  // Of 6 and 10 products the last level has the most. Each waits for the one before, so that two sums take turns.
+  int32_t* sums;
+  int products;     // 6 or 8, of the first three digits, or 10, of four
   int planes;       // digits that a and b have
   int rows;         // of a, at most kTileHeight
   const int8_t* a;  // [depth][planes][rows][kDigitDepth]

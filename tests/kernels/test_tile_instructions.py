@@ -184,18 +184,20 @@ def drawn_digits(digits: int, rows: int, depth: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("isa", ["amx_emulated", pytest.param("amx", marks=needs_amx)])
-@pytest.mark.parametrize("digits", [3, 4])
+@pytest.mark.parametrize(("planes", "products"), [(3, 6), (4, 6), (3, 8), (4, 8), (4, 10)])
 @pytest.mark.parametrize("depth", [1, 4])
 @pytest.mark.parametrize("rows", [1, 7, 16])
-def test_levels_of_digits_are_exact(isa: str, digits: int, depth: int, rows: int) -> None:
-    a, b = drawn_digits(digits, rows, depth)
-    found = _C.digit_product(isa, a.numpy().tobytes(), b.numpy().tobytes(), digits, rows)
+def test_levels_of_digits_are_exact(isa: str, planes: int, products: int, depth: int, rows: int) -> None:
+    a, b = drawn_digits(planes, rows, depth)
+    found = _C.digit_product(isa, a.numpy().tobytes(), b.numpy().tobytes(), planes, products, rows)
+    digits, count = {6: (3, 3), 8: (3, 4), 10: (4, 4)}[products]
     levels = torch.frombuffer(bytearray(found), dtype=torch.int32).view(digits + 1, 16, 16)[:, :rows].long()
-    levels[digits - 1] += levels[digits]  # the last level comes in two parts
+    if count == digits:  # the last level comes in two parts
+        levels[digits - 1] += levels[digits]
     left = a.long().transpose(0, 1).transpose(1, 2).flatten(2)  # [digit, row, k]
     right = b.long().transpose(0, 1).transpose(3, 4).flatten(1, 3)  # [digit, k, column]
-    for level in range(digits):
-        expected = sum(left[i] @ right[level - i] for i in range(level + 1))
+    for level in range(count):
+        expected = sum(left[i] @ right[level - i] for i in range(digits) if 0 <= level - i < digits)
         assert torch.equal(levels[level], expected)
         assert expected.abs().max() <= 2**24
 
@@ -204,20 +206,21 @@ def test_digits_that_do_not_fit_a_tile_are_refused() -> None:
     a, b = (t.numpy().tobytes() for t in drawn_digits(3, 16, 4))
     more = a + a[: 3 * 1024], b + b[: 3 * 1024]
     for bad in (
-        (a, b, 3, 15),
-        (a, b, 3, 0),
-        (a, b[: 3 * 1024], 4, 16),
-        (a[:-1], b, 3, 16),
-        (a, b[:-1], 3, 16),
-        (*more, 3, 16),
+        (a, b, 3, 6, 15),
+        (a, b, 3, 6, 0),
+        (a, b[: 3 * 1024], 4, 6, 16),
+        (a[:-1], b, 3, 6, 16),
+        (a, b[:-1], 3, 6, 16),
+        (*more, 3, 6, 16),
     ):
         with pytest.raises(ValueError, match="a must be int8"):
             _C.digit_product("amx_emulated", *bad)
-    with pytest.raises(ValueError, match="there are 3 or 4 digits"):
-        _C.digit_product("amx_emulated", a, b, 5, 16)
+    for planes, products in ((5, 10), (3, 10), (2, 6), (3, 7), (3, 0)):
+        with pytest.raises(ValueError, match="there are 6, 8 or 10 products"):
+            _C.digit_product("amx_emulated", a, b, planes, products, 16)
     for isa in {"portable", "avx512_bf16"} & set(ISAS):
         with pytest.raises(ValueError, match=f"'{isa}' (does not multiply digits|multiplies nothing)"):
-            _C.digit_product(isa, a, b, 3, 16)
+            _C.digit_product(isa, a, b, 3, 6, 16)
 
 
 # What the compiler made of them
