@@ -40,6 +40,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     alone = seen or option.markexpr == "timing" or hasattr(config, "workerinput")
     if getattr(option, "numprocesses", 0) is None and not alone and not files_are_named(config):
         option.numprocesses, option.dist = min(os.cpu_count() or 1, 4), "loadfile"
+        option.loadscopereorder = False  # by the number of tests: the longest files have few
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning would hold up the others
 
 
@@ -47,6 +48,12 @@ def pytest_report_header(config: pytest.Config) -> str:
     if files_are_named(config):
         return "set: all cases of the files named"
     return f"set: {'all cases' if config.getoption('all') else 'default; pytest --all runs all cases'}"
+
+
+def slow_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """So that at the end no process waits for another that still has a long file."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    return sorted(items, key=lambda item: item.path not in slow)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m, so that COLLECTED holds all tests
@@ -57,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = [item for item in chosen if not item.get_closest_marker("timing")]
     kept = set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = chosen
+    items[:] = slow_files_first(chosen)
 
 
 @pytest.fixture

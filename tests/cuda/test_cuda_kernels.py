@@ -63,7 +63,7 @@ def every_instance(tmp_path_factory: pytest.TempPathFactory, emulator: Path) -> 
     kernels = [CSRC / "cuda" / f"{cell}.cu" for cell in CELLS]
     host = [HERE / "cuda_check.cpp", CSRC / "cuda" / "plan.cpp", CSRC / "cuda" / "recurrence.cpp"]
     return build(
-        tmp_path_factory.mktemp("every_instance") / "cuda_check", [*kernels, *host], *FLAGS, "-O1", also=[emulator]
+        tmp_path_factory.mktemp("every_instance") / "cuda_check", [*kernels, *host], *FLAGS, "-O2", also=[emulator]
     )
 
 

@@ -42,10 +42,12 @@ class SharedMemory {
   std::string check(int offset, int bytes, Access access, const Accessor& self) {
     std::string race;
     for (int i = offset / 2; i < (offset + bytes) / 2; ++i) {
-      const std::string other = access == Access::kRead ? read(halves_[i], self) : write(halves_[i], self);
-      if (other.empty() || !race.empty()) continue;
+      const Other other = access == Access::kRead ? read(halves_[i], self) : write(halves_[i], self);
+      if (!other.access || !race.empty()) continue;
       race = "byte " + std::to_string(2 * i) + ", " + (access == Access::kRead ? "read" : "written") + " by thread " +
-             std::to_string(self.thread) + ", " + other + ", without a barrier between";
+             std::to_string(self.thread) + ", " + other.access + " by " +
+             (other.thread == kSeveral ? "several warps" : "thread " + std::to_string(other.thread)) +
+             ", without a barrier between";
     }
     return race;
   }
@@ -69,18 +71,24 @@ class SharedMemory {
     uint16_t writing_thread;
   };
 
+  // An access that races with another's.
+  struct Other {
+    const char* access = nullptr;  // null: there is none
+    int thread = 0;
+  };
+
   // Whether no barrier orders an access of `warp` at `time` before an access of this thread.
   static bool unordered(int warp, uint32_t time, const Accessor& self) {
     return time >= (warp == self.thread / kLanes ? self.warp_time : self.block_time);
   }
 
-  static std::string other_write(const Accesses& last, const Accessor& self) {
-    if (last.writing_thread == self.thread) return "";
-    if (!unordered(last.writing_thread / kLanes, last.written, self)) return "";
-    return "written by thread " + std::to_string(last.writing_thread);
+  static Other other_write(const Accesses& last, const Accessor& self) {
+    if (last.writing_thread == self.thread) return {};
+    if (!unordered(last.writing_thread / kLanes, last.written, self)) return {};
+    return {"written", last.writing_thread};
   }
 
-  static std::string read(Accesses& last, const Accessor& self) {
+  static Other read(Accesses& last, const Accessor& self) {
     const int warp = self.thread / kLanes;
     if (last.reading_warp != warp && last.reading_lanes != 0 && last.read >= self.block_time) {
       last.reading_warp = kSeveral;
@@ -93,15 +101,15 @@ class SharedMemory {
     return other_write(last, self);
   }
 
-  static std::string write(Accesses& last, const Accessor& self) {
-    std::string other = other_write(last, self);
+  static Other write(Accesses& last, const Accessor& self) {
+    const Other other = other_write(last, self);
     last.written = self.warp_time;
     last.writing_thread = static_cast<uint16_t>(self.thread);
     uint32_t lanes = last.reading_lanes;
     if (last.reading_warp == self.thread / kLanes) lanes &= ~(1u << self.thread % kLanes);
-    if (!other.empty() || lanes == 0 || !unordered(last.reading_warp, last.read, self)) return other;
-    if (last.reading_warp == kSeveral) return "read by several warps";
-    return "read by thread " + std::to_string(last.reading_warp * kLanes + __builtin_ctz(lanes));
+    if (other.access || lanes == 0 || !unordered(last.reading_warp, last.read, self)) return other;
+    if (last.reading_warp == kSeveral) return {"read", kSeveral};
+    return {"read", last.reading_warp * kLanes + __builtin_ctz(lanes)};
   }
 
   std::vector<unsigned char> bytes_;
