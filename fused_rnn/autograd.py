@@ -140,7 +140,7 @@ def _run_backwards(
 class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cell: str, num_layers: int, count: int, options: LayerOptions, *tensors: Any) -> Any:
-        """One layer, or several without options as one node of the graph, which takes as long as a small layer.
+        """One layer, or several without options.
 
         `tensors` are x, h0, c0, `count` weights and, with options, those that are differentiable. None if the layers
         have to be called in turn.
@@ -148,10 +148,12 @@ class _Layers(torch.autograd.Function):
         recompute = options.recompute
         x, h0, c0 = tensors[:3]
         inputs = Inputs(x, h0, c0, tensors[3 : 3 + count])
-        several = _run_forwards(cell, num_layers, inputs) if num_layers > 1 else None
-        if several is None and num_layers > 1:
+        if num_layers == 1:
+            y, h_n, c_n, more, kept = run_forward(cell, inputs, options, not recompute)
+        elif (several := _run_forwards(cell, num_layers, inputs)) is None:
             return None
-        y, h_n, c_n, more, kept = several or run_forward(cell, inputs, options, not recompute)
+        else:
+            y, h_n, c_n, more, kept = several
         kept = () if recompute else kept
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.num_layers, ctx.count, ctx.kept = cell, num_layers, count, len(kept)

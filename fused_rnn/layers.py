@@ -107,13 +107,16 @@ def _in_one_call(
     """The results of `stack` on a CPU, from all layers at once; None if they have to be called in turn.
 
     In training, layers that share a node of the graph keep what backward reads until it has passed all of them: large
-    ones, to which a node's time is nothing, have their own.
+    ones, to which a node's time is nothing, have their own. So have layers on top of others without a gradient, which
+    are then computed as in inference, and under deterministic algorithms, which the options of a node remember.
     """
     if torch.compiler.is_compiling() or policy.on_cuda(x) or x.dtype not in policy.KERNEL_DTYPES or policy.precision(x):
         return None
     if trains or (torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights))):
-        is_small = x.dim() == 3 and x.size(0) * x.size(1) * weights[0].size(0) <= _SMALL
+        is_small = x.dim() == 3 and x.size(0) * x.size(1) * directions * weights[0].size(0) <= _SMALL
         if num_layers == 1 or not is_small or deterministic():
+            return None
+        if not (trains or any_requires_grad((x, h0, c0, *weights[: len(weights) // num_layers]))):
             return None
         all_weights = layer_weights(weights, 0, 1, num_layers * directions, has_biases)
         results: Any = autograd.apply(cell, num_layers, len(all_weights), NO_OPTIONS, x, h0, c0, *all_weights)

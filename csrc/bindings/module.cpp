@@ -137,7 +137,7 @@ PYBIND11_MODULE(_C, m) {
         return d;
       },
       "How many threads take a layer on the CPU, how they share it, and of which numbers its products are: of float32, "
-      "or for each 1 of bfloat16, or 6 or 10 of int8. weights: how they are given, 0 as torch has them, else as a "
+      "or for each 1 of bfloat16, or 6 to 10 of int8. weights: how they are given, 0 as torch has them, else as a "
       "frozen file says. instance: a place in supported_cpu_isas(); -1: the instruction set in use.",
       py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P"), py::arg("directions"),
       py::arg("threads"), py::arg("is_double"), py::arg("precision"), py::arg("deterministic"), py::arg("weights") = 0,

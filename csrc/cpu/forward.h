@@ -398,19 +398,13 @@ class Forward {
     }
   }
 
-  // Fetches, while a part is multiplied, what its cells will keep for backward: the places are too far apart for the
-  // hardware to do so.
+  // Fetches, while a part is multiplied, where its cells will keep values for backward.
   void fetch_reserve(const Part& part) const {
     for (int slot = 0; slot < part.slots(); ++slot) {
-      const int64_t row = (s_.row(t_) + part.row_of(slot)) * d_.reserve.stride;
-      const auto fetch = [&](const void* kept, int64_t unit) {
-        const T* const to = at(kept) + row + unit;
-        for (int64_t i = 0; i < kBlock; i += kLine / int64_t(sizeof(T))) __builtin_prefetch(to + i, 1);
-        __builtin_prefetch(to + kBlock - 1, 1);  // a row may begin within a line
-      };
-      const int64_t unit = part.block_of(slot) * kBlock;
-      for (int i = 0; i < Cell::kSaved; ++i) fetch(d_.reserve.gates, i * s_.H + unit);
-      if constexpr (Cell::kHasC) fetch(d_.reserve.c_prev, unit);
+      const int64_t unit = part.block_of(slot) * kBlock, count = least(s_.H - unit, kBlock);
+      const int64_t at_unit = (s_.row(t_) + part.row_of(slot)) * d_.reserve.stride + unit;
+      for (int i = 0; i < Cell::kSaved; ++i) fetch_for_writing(at(d_.reserve.gates) + at_unit + i * s_.H, count);
+      if constexpr (Cell::kHasC) fetch_for_writing(at(d_.reserve.c_prev) + at_unit, count);
     }
   }
 

@@ -243,11 +243,8 @@ class Products {
 
   static void add(const Rows<T>& out, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K,
                   int64_t N, bool accumulate) {
-    // What will be written is fetched meanwhile: its rows are too far apart for the hardware to do so.
     for (int slot = 0; slot < part.slots(); ++slot) {
-      const T* const to = out[part.row_of(slot)] + part.block_of(slot) * kBlock;
-      for (int64_t i = 0; i < kBlock; i += kLine / int64_t(sizeof(T))) __builtin_prefetch(to + i, 1);
-      __builtin_prefetch(to + kBlock - 1, 1);  // a row may begin within a line
+      fetch_for_writing(out[part.row_of(slot)] + part.block_of(slot) * kBlock, kBlock);
     }
     // A whole block goes from the registers to its place. What is added to a result is summed apart, for accuracy.
     const bool whole = part.blocks == 1 && N - part.block * kBlock >= kBlock;

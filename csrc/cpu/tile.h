@@ -35,6 +35,13 @@ constexpr int64_t kDepth = 1024;
 constexpr int kMostRows = 32;
 constexpr int64_t kLine = 64;  // bytes of a cache line, on most processors
 
+// Fetches what will be written: blocks of rows, which are too far apart for the hardware to do so.
+template <class T>
+FUSED_RNN_INLINE void fetch_for_writing(const T* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLine / int64_t(sizeof(T))) __builtin_prefetch(to + i, 1);
+  __builtin_prefetch(to + count - 1, 1);  // a row may begin within a line
+}
+
 // Inlines a lambda, so that the values it captures stay in registers from one vector to the next.
 #define FUSED_RNN_INLINED __attribute__((always_inline))
 

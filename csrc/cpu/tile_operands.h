@@ -393,8 +393,8 @@ class TileProducts {
       for (int r = begin; r < rows && r < begin + height; ++r) {
         share = split.share(row + r) > share ? split.share(row + r) : share;
       }
-      const int needed = products_needed(share, panel.share(), split.depth() * kDigitDepth);
-      products[begin > 0] = split.digits() == 3 ? 6 : needed;
+      products[begin > 0] =
+          split.digits() == 3 ? 6 : products_needed(share, panel.share(), split.depth() * kDigitDepth);
     }
     for (int64_t depth = 0; depth < split.depth(); depth += kRun) {
       const int run = int(least(kRun, split.depth() - depth));

@@ -87,7 +87,7 @@ def digits_add_up() -> None:
 
 
 def is_accurate(cell: str) -> None:
-    """Ten products of digits are as accurate as float32, six to 16 bits at least, one of bfloat16 to 8."""
+    """Products of four digits are as accurate as float32, of three to 16 bits at least, one of bfloat16 to 8."""
     sizes = [(5, 3, 7, 20), (3, 33, 20, 96), (40, 1, 9, 33), (6, 18, 5, 34)]
     for bidirectional in (False, True):
         for T, B, width, H in sizes:
