@@ -116,22 +116,22 @@ def _run_backwards(
     for index in reversed(range(num_layers)):
         rows, first = slice(index * directions, (index + 1) * directions), index * count
         of_layer = slice(first, first + count)
-        goes_on = any(needs[: 3 + first]) if index > 0 else needs[0]
-        dy, *dh0_dc0_dw = operators.backward(
+        need_dx = any(needs[: 3 + first]) if index > 0 else needs[0]  # of the layers below, or x itself
+        dy, *others = operators.backward(
             cell,
             (dy, *[None if d is None else d[rows] for d in dstates]),
             layer_inputs[index],
             reserves[rows],
             weights[of_layer],
             NO_OPTIONS,
-            (goes_on, *needs[1:3], *needs[3:][of_layer]),
+            (need_dx, *needs[1:3], *needs[3:][of_layer]),
             0,
         )
-        for kind, d in zip(of_states, dh0_dc0_dw, strict=False):
+        for kind, d in zip(of_states, others, strict=False):
             if d is not None:
                 kind.insert(0, d)
-        of_weights[:0] = dh0_dc0_dw[2 : 2 + count]
-        if not goes_on:
+        of_weights[:0] = others[2 : 2 + count]
+        if not need_dx:
             of_weights[:0] = [None] * first
             break
     return [dy, *[torch.cat(kind) if kind else None for kind in of_states], *of_weights]

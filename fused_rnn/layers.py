@@ -106,9 +106,10 @@ def _in_one_call(
 ) -> list[Tensor] | None:
     """The results of `stack` on a CPU, from all layers at once; None if they have to be called in turn.
 
-    In training, layers that share a node of the graph keep what backward reads until it has passed all of them: large
-    ones, to which a node's time is nothing, have their own. So have layers on top of others without a gradient, which
-    are then computed as in inference, and under deterministic algorithms, which the options of a node remember.
+    In training, layers that share a node of the graph keep what backward reads until it has passed all of them. Large
+    ones, to which a node's time is nothing, therefore have nodes of their own. So have layers on top of frozen ones,
+    which then keep nothing, and layers under deterministic algorithms: that is an option, and only the node of one
+    layer has options.
     """
     if torch.compiler.is_compiling() or policy.on_cuda(x) or x.dtype not in policy.KERNEL_DTYPES or policy.precision(x):
         return None
@@ -128,7 +129,7 @@ def _in_one_call(
     return None if results is None else list(results[: 3 if cell == "lstm" else 2])
 
 
-_SMALL = 2**20  # elements of a layer's gates
+_SMALL = 2**20  # elements of a layer's gates, in all steps and directions
 
 
 def layer_weights(

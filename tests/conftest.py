@@ -41,7 +41,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if getattr(option, "numprocesses", 0) is None and not alone and not files_are_named(config):
         option.numprocesses, option.dist = min(os.cpu_count() or 1, 4), "loadfile"
         if option.all:
-            option.loadscopereorder = False  # by the number of tests: the longest files have few
+            option.loadscopereorder = False  # it sorts by the number of tests, of which the longest files have few
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning would hold up the others
 
 

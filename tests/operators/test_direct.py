@@ -44,12 +44,15 @@ def stack_arguments(
     return dict(zip(NAMES, values, strict=True))
 
 
-@pytest.mark.parametrize("changes", [{}, {"D": 2}, {"count": 1}, {"biases": False, "D": 2}, {"T": 0}, {"P": 3, "D": 2}])
+def with_cells(*changes: dict[str, Any]) -> pytest.MarkDecorator:
+    """Every cell with every change of `stack_arguments`; only the LSTM has a projection."""
+    pairs = [(cell, change) for cell in CELLS for change in changes if cell == "lstm" or "P" not in change]
+    return pytest.mark.parametrize(("cell", "changes"), pairs)
+
+
+@with_cells({}, {"D": 2}, {"count": 1}, {"biases": False, "D": 2}, {"T": 0}, {"P": 3, "D": 2})
 @pytest.mark.parametrize("states", [True, False])
-@pytest.mark.parametrize("cell", CELLS)
 def test_all_layers_in_one_call_are_layers_in_turn(cell: str, states: bool, changes: dict[str, int]) -> None:
-    if "P" in changes and cell != "lstm":
-        pytest.skip("only the LSTM has a projection")
     for dtype in (torch.float32, torch.float64):
         a = stack_arguments(cell, dtype=dtype, **changes)
         if not states:
@@ -69,13 +72,10 @@ def test_all_layers_in_one_call_are_layers_in_turn(cell: str, states: bool, chan
 
 @pytest.mark.parametrize("frozen", ["nothing", "the first layer", "all but the states"])
 @pytest.mark.parametrize("needs_x", [True, False])
-@pytest.mark.parametrize("changes", [{}, {"D": 2}, {"count": 3, "biases": False}, {"P": 3, "D": 2}])
-@pytest.mark.parametrize("cell", CELLS)
+@with_cells({}, {"D": 2}, {"count": 3, "biases": False}, {"P": 3, "D": 2})
 def test_several_layers_in_one_node_are_layers_in_turn(
     cell: str, changes: dict[str, Any], needs_x: bool, frozen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "P" in changes and cell != "lstm":
-        pytest.skip("only the LSTM has a projection")
     a = stack_arguments(cell, **changes)
     each = len(a["weights"]) // a["layers"]
     kept = {"nothing": 0, "the first layer": each, "all but the states": len(a["weights"])}[frozen]
