@@ -1,8 +1,8 @@
-"""The graph's node of one layer, or of several.
+"""The graph's nodes: of one layer with any options, and of all layers of a plain module on a CPU.
 
 An ``autograd.Function`` around plain operators costs a third of the time per call that
-``torch.library.register_autograd`` does, and a call that needs no gradient does without it. Several small layers share
-one node: each of its own would take longer than what it computes.
+``torch.library.register_autograd`` does, and a call that needs no gradient does without it. All small layers of a
+module share one node, which does as little as it can in Python: one for each would take longer than what it computes.
 """
 
 from __future__ import annotations
@@ -85,143 +85,207 @@ def _without_w_ih(weights: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]
     return tuple(None if index % 5 == 0 else w for index, w in enumerate(weights))
 
 
-def _run_forwards(cell: str, num_layers: int, inputs: Inputs) -> _Forward | None:
-    """`run_forward` of several layers without options; None if they have to be called in turn."""
-    x, h0, c0, weights = inputs
-    given = [w for w in weights if w is not None]
-    directions, has_biases, projected = len(weights) // (5 * num_layers), weights[2] is not None, weights[4] is not None
-    results: Any = operators.stack(
-        x, h0, c0, NUMBER[cell], num_layers, directions, given, has_biases, projected, False, True
-    )
-    return None if results is None else (*results[:3], (), results[3:])
-
-
-def _run_backwards(
-    cell: str,
-    num_layers: int,
-    grads: Sequence[Tensor | None],
-    inputs: Inputs,
-    kept: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """`_run_backward` of several layers without options."""
-    x, _, _, weights = inputs
-    between, reserves = kept
-    layer_inputs = (x, *between.split(x.size(0)))
-    count = len(weights) // num_layers
-    directions = count // 5
-    dy, *dstates = grads
-    of_states: list[list[Tensor]] = [[], []]
-    of_weights: list[Tensor | None] = []
-    for index in reversed(range(num_layers)):
-        rows, first = slice(index * directions, (index + 1) * directions), index * count
-        of_layer = slice(first, first + count)
-        need_dx = any(needs[: 3 + first]) if index > 0 else needs[0]  # of the layers below, or x itself
-        dy, *others = operators.backward(
-            cell,
-            (dy, *[None if d is None else d[rows] for d in dstates]),
-            layer_inputs[index],
-            reserves[rows],
-            weights[of_layer],
-            NO_OPTIONS,
-            (need_dx, *needs[1:3], *needs[3:][of_layer]),
-            0,
-        )
-        for kind, d in zip(of_states, others, strict=False):
-            if d is not None:
-                kind.insert(0, d)
-        of_weights[:0] = others[2 : 2 + count]
-        if not need_dx:
-            of_weights[:0] = [None] * first
-            break
-    return [dy, *[torch.cat(kind) if kind else None for kind in of_states], *of_weights]
-
-
-class _Layers(torch.autograd.Function):
+class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cell: str, num_layers: int, count: int, options: LayerOptions, *tensors: Any) -> Any:
-        """One layer, or several without options.
-
-        `tensors` are x, h0, c0, `count` weights and, with options, those that are differentiable. None if the layers
-        have to be called in turn.
-        """
+    def forward(ctx: Any, cell: str, count: int, options: LayerOptions, *tensors: Any) -> Any:
+        """`tensors` are x, h0, c0, `count` weights and, with options, those that are differentiable."""
         recompute = options.recompute
         x, h0, c0 = tensors[:3]
         inputs = Inputs(x, h0, c0, tensors[3 : 3 + count])
-        if num_layers == 1:
-            y, h_n, c_n, more, kept = run_forward(cell, inputs, options, not recompute)
-        elif (several := _run_forwards(cell, num_layers, inputs)) is None:
-            return None
-        else:
-            y, h_n, c_n, more, kept = several
-        kept = () if recompute else kept
-        ctx.set_materialize_grads(False)
-        ctx.cell, ctx.num_layers, ctx.count, ctx.kept = cell, num_layers, count, len(kept)
-        # A tensor that the first derivative reads is saved for it, which guards it against writing in place. One that
-        # only a second derivative reads is kept aside with its version, so that writing to it stays allowed until then.
-        ctx.read, aside = _inputs_that_derivatives_read(ctx.needs_input_grad[4:], num_layers, count, recompute)
+        y, h_n, c_n, more, kept = run_forward(cell, inputs, options, not recompute)
         constants: tuple[Any, ...] = () if options is NO_OPTIONS else constants_of(options)
-        ctx.constants, ctx.flags = len(constants), flags_of(options)
-        ctx.save_for_backward(*kept, *constants, *[tensors[i] for i in ctx.read])
-        ctx.aside = [(i, t, t._version) for i in aside if (t := tensors[i]) is not None]
-        if cell != "lstm" and c_n is not None:
+        ctx.cell, ctx.count, ctx.constants, ctx.flags = cell, count, len(constants), flags_of(options)
+        directions = count // 5
+        _save(ctx, () if recompute else kept, constants, tensors, (_PATTERN, directions, directions, recompute))
+        if cell != "lstm":
             ctx.mark_non_differentiable(c_n)
         return y, h_n, c_n, *more
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        needs, count, saved = ctx.needs_input_grad[4:], ctx.count, ctx.saved_tensors
-        first = ctx.kept + ctx.constants
-        kept, constants = saved[: ctx.kept], saved[ctx.kept : first]
-        tensors: list[Any] = [None] * len(needs)
-        for index, tensor in zip(ctx.read, saved[first:], strict=True):
-            tensors[index] = tensor
-        again = torch.is_grad_enabled() or _any_transformed(grads, bool(constants))
-        for index, tensor, version in ctx.aside:
-            tensors[index] = _unchanged(tensor, version) if again else tensor
+        needs, count = ctx.needs_input_grad[3:], ctx.count
+        again = torch.is_grad_enabled() or _any_transformed(grads, ctx.constants > 0)
+        kept, constants, tensors = _saved(ctx, ctx.constants, len(needs), again)
+        x, h0, c0 = tensors[:3]
         options = LayerOptions(*constants, *tensors[3 + count :], *ctx.flags) if constants else NO_OPTIONS
         if again:
-            found = _differentiable_backward(ctx.cell, ctx.num_layers, tensors, count, options, needs, grads)
-            return None, None, None, None, *found
-        x, h0, c0 = tensors[:3]
+
+            def outputs(x: Tensor, h0: Any, c0: Any, *rest: Any) -> Sequence[Tensor | None]:
+                of_call = options
+                if constants:
+                    of_call = LayerOptions(*constants, *rest[count:], *ctx.flags)
+                return reference.layer(ctx.cell, x, h0, c0, rest[:count], of_call)
+
+            return None, None, None, *_differentiable_backward(outputs, tensors, needs, grads)
         inputs = Inputs(x, h0, c0, tuple(tensors[3 : 3 + count]))
         if options.recompute:
             kept = run_forward(ctx.cell, inputs, options, True)[-1]
-        if ctx.num_layers == 1:
-            gradients = _run_backward(ctx.cell, grads, inputs, options, kept, needs)
+        gradients = _run_backward(ctx.cell, grads, inputs, options, kept, needs)
+        return None, None, None, *[g if need else None for g, need in zip(gradients, needs, strict=True)]
+
+
+class _Stack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, cell: str, sizes: tuple[int, int], has_biases: bool, projected: bool, *tensors: Any) -> Any:
+        """`tensors` are x, h0, c0 and all weights, torch.nn's ``_flat_weights``; `sizes` the layers and directions.
+
+        None if the layers have to be called in turn.
+        """
+        x, h0, c0, *weights = tensors
+        results: Any = operators.stack(x, h0, c0, NUMBER[cell], *sizes, weights, has_biases, projected, False, True)
+        if results is None:
+            return None
+        y, h_n, c_n, between, reserve = results
+        ctx.call = cell, sizes, has_biases, projected
+        pattern = _PATTERNS[has_biases, projected]
+        _save(ctx, (between, reserve), (), tensors, (pattern, sizes[1], sizes[0] * sizes[1], False))
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        needs = ctx.needs_input_grad[4:]
+        cell, sizes, has_biases, projected = ctx.call
+        again = torch.is_grad_enabled() or _any_transformed(grads, True)
+        (between, reserve), _, (x, h0, c0, *weights) = _saved(ctx, 0, len(needs), again)
+        if again:
+
+            def outputs(x: Tensor, h0: Any, c0: Any, *weights: Any) -> Sequence[Tensor | None]:
+                sequence = x if x.dim() == 3 else x.unsqueeze(0)
+                y, *states = reference.stack(cell, sequence, h0, c0, weights, has_biases, *sizes)
+                return y if x.dim() == 3 else y.squeeze(0), *states
+
+            gradients: Any = _differentiable_backward(outputs, (x, h0, c0, *weights), needs, grads)
         else:
-            gradients = _run_backwards(ctx.cell, ctx.num_layers, grads, inputs, kept, needs)
-        return None, None, None, None, *[g if need else None for g, need in zip(gradients, needs, strict=True)]
+            kept = x, between, reserve
+            gradients = operators.stack_backward(
+                *grads, *kept, NUMBER[cell], *sizes, weights, has_biases, projected, needs
+            )
+            if gradients is None:
+                gradients = _backward_in_turn(cell, sizes, has_biases, grads, *kept, weights, needs)
+        return None, None, None, None, *gradients
 
 
 # Function.apply without its handling of functorch transforms, in which the policy does not choose the operators.
-apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Layers).apply
+layer: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Layer).apply
+stack: Callable[..., tuple[Tensor, ...] | None] = super(torch.autograd.Function, _Stack).apply
+
+
+def _backward_in_turn(
+    cell: str,
+    sizes: tuple[int, int],
+    has_biases: bool,
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    between: Tensor | None,
+    reserve: Tensor,
+    weights: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """`operators.stack_backward` by the operator of one layer, which a profiler or a mode sees."""
+    num_layers, directions = sizes
+    is_step = x.dim() == 2
+    dy, *dstates = grads
+    if is_step:
+        x, dy = x.unsqueeze(0), None if dy is None else dy.unsqueeze(0)
+    layer_inputs = (x, *(between.split(x.size(0)) if between is not None else ()))
+    found: list[Tensor | None] = [None] * len(needs)
+    of_states: list[list[Tensor]] = [[], []]
+    for index in reversed(range(num_layers)):
+        rows = slice(index * directions, (index + 1) * directions)
+        of_layer, places = (
+            reference.layer_weights(all_weights, index, num_layers, directions, has_biases)
+            for all_weights in (weights, range(3, len(needs)))
+        )
+        needs_of_layer = [place is not None and needs[place] for place in places]
+        need_dx = any(needs[: places[0]]) if index > 0 else needs[0]  # of the layers below, or x itself
+        dy, *others = operators.backward(
+            cell,
+            (dy, *[None if d is None else d[rows] for d in dstates]),
+            layer_inputs[index],
+            reserve[rows],
+            of_layer,
+            NO_OPTIONS,
+            (need_dx, *needs[1:3], *needs_of_layer),
+            0,
+        )
+        for kind, d in zip(of_states, others, strict=False):
+            if d is not None:
+                kind.insert(0, d)
+        for place, need, d in zip(places, needs_of_layer, others[2:], strict=False):
+            if need:
+                found[place] = d
+        if not need_dx:
+            break
+    found[:3] = [dy, *[torch.cat(kind) if kind else None for kind in of_states]]
+    if is_step and dy is not None:
+        found[0] = dy.squeeze(0)
+    return [d if need else None for d, need in zip(found, needs, strict=True)]
+
+
+def _save(
+    ctx: Any,
+    kept: Sequence[Tensor | None],
+    constants: Sequence[Tensor | None],
+    tensors: Sequence[Any],
+    description: tuple[tuple[bool, ...], int, int, bool],
+) -> None:
+    """Keep for backward what forward kept, constants, and `tensors`, the arguments that may need a gradient.
+
+    A tensor that the first derivative reads is saved for it, which guards it against writing in place. One that only a
+    second derivative reads is kept aside with its version, so that writing to it stays allowed until then.
+    """
+    ctx.set_materialize_grads(False)
+    ctx.kept = len(kept)
+    ctx.read, aside = _that_derivatives_read(ctx.needs_input_grad[-len(tensors) :], *description)
+    ctx.save_for_backward(*kept, *constants, *[tensors[i] for i in ctx.read])
+    ctx.aside = [(i, t, t._version) for i in aside if (t := tensors[i]) is not None]
+
+
+def _saved(ctx: Any, constants: int, count: int, again: bool) -> tuple[Any, Any, list[Any]]:
+    """What forward kept, the constants, and the `count` tensors; `again`: for a second derivative."""
+    saved, first = ctx.saved_tensors, ctx.kept + constants
+    tensors: list[Any] = [None] * count
+    for index, tensor in zip(ctx.read, saved[first:], strict=True):
+        tensors[index] = tensor
+    for index, tensor, version in ctx.aside:
+        tensors[index] = _unchanged(tensor, version) if again else tensor
+    return saved[: ctx.kept], saved[ctx.kept : first], tensors
+
+
+# Which weights of a direction the first derivative reads: w_ih and w_hh, no biases, w_hr.
+_PATTERN = (True, True, False, False, True)
+_PATTERNS = {
+    (has_biases, projected): (True, True) + (False, False) * has_biases + (True,) * projected
+    for has_biases in (True, False)
+    for projected in (True, False)
+}
 
 
 @lru_cache(maxsize=4096)
-def _inputs_that_derivatives_read(
-    needs: tuple[bool, ...], num_layers: int, count: int, recompute: bool
+def _that_derivatives_read(
+    needs: tuple[bool, ...], pattern: tuple[bool, ...], in_first_layer: int, directions: int, recompute: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The places, among `_Layers`'s tensors, of those that the first derivative reads, and of those only the second.
+    """The places of the tensors that the first derivative reads, and of those only the second.
 
     Args:
-        needs: which of the tensors need a gradient.
-        count: how many of them are weights, from the fourth on.
+        needs: which of the tensors need a gradient. Weights begin with the fourth.
+        pattern: one of the above.
+        in_first_layer, directions: how many directions the first layer has, and all layers together.
     """
     everything = range(len(needs))
     if recompute:
         return tuple(everything), ()
-    # x and w_ih meet in one product: each is read for the other's gradient. Biases are never read. The initial states
-    # and those of resets are guarded as torch.nn guards its own.
-    in_first_layer = count // (5 * num_layers)  # directions
-    needs_x, needs_w_ih = needs[0], any(needs[3 : 3 + 5 * in_first_layer : 5])
-    reads = [needs_w_ih, True, True, *[True, True, False, False, True] * (count // 5)]
-    reads[3 : 3 + 5 * in_first_layer : 5] = [needs_x] * in_first_layer
+    # x and the first w_ih meet in one product: each is read for the other's gradient. The initial states and those of
+    # resets are guarded as torch.nn guards its own.
+    each = len(pattern)
+    of_w_ih = slice(3, 3 + each * in_first_layer, each)
+    reads = [any(needs[of_w_ih]), True, True, *pattern * directions]
+    reads[of_w_ih] = [needs[0]] * in_first_layer
     if len(needs) > len(reads):
         reads += [True] * (len(needs) - len(reads))
         if needs[-1]:  # norm_ih
             reads[0] = True
-            reads[3 : 3 + count : 5] = [True] * (count // 5)
+            reads[of_w_ih] = [True] * in_first_layer
     return tuple(i for i in everything if reads[i]), tuple(i for i in everything if not reads[i])
 
 
@@ -247,58 +311,28 @@ def _any_transformed(grads: Sequence[Tensor | None], has_options: bool) -> bool:
 
 
 def _differentiable_backward(
-    cell: str,
-    num_layers: int,
+    outputs: Callable[..., Sequence[Tensor | None]],
     tensors: Sequence[Tensor | None],
-    count: int,
-    options: LayerOptions,
     needs: Sequence[bool],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The layers' gradients as a differentiable function of their tensors and of the outputs' gradients."""
+    """The gradients of `outputs` as a differentiable function of `tensors` and of the outputs' gradients."""
     inputs: list[Any] = [t for t, need in zip(tensors, needs, strict=True) if need]
     used = [g for g in grads if g is not None]
 
-    def outputs(*given: Tensor) -> tuple[Tensor, ...]:
+    def of_inputs(*given: Tensor) -> tuple[Tensor, ...]:
         left = iter(given)
-        all_tensors: list[Any] = [next(left) if need else t for t, need in zip(tensors, needs, strict=True)]
-        x, h0, c0, *rest = all_tensors
-        of_call = options
-        if options is not NO_OPTIONS:
-            of_call = LayerOptions(*constants_of(options), *rest[count:], *flags_of(options))
-        results = _specification(cell, num_layers, x, h0, c0, rest[:count], of_call)
+        results = outputs(*[next(left) if need else t for t, need in zip(tensors, needs, strict=True)])
         return tuple(o for o, g in zip(results, grads, strict=False) if o is not None and g is not None)
 
     if torch._C._functorch.get_dynamic_layer_stack_depth() > 0:
         # Inside a transform autograd does not see what was recorded outside; the transform of its kind does.
-        found = torch.func.vjp(outputs, *inputs)[1](tuple(used))
+        found = torch.func.vjp(of_inputs, *inputs)[1](tuple(used))
     else:
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # Views cut every input off from the others: h0 may itself have been computed from x.
             views = [t.view_as(t) for t in inputs]
-            found = torch.autograd.grad(outputs(*views), views, used, create_graph=create_graph, allow_unused=True)
+            found = torch.autograd.grad(of_inputs(*views), views, used, create_graph=create_graph, allow_unused=True)
     left = iter(found)
     return [next(left) if need else None for need in needs]
-
-
-def _specification(
-    cell: str,
-    num_layers: int,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor | None],
-    options: LayerOptions,
-) -> Sequence[Tensor | None]:
-    """The results of `_Layers.forward` from operations that torch differentiates."""
-    if num_layers == 1:
-        return reference.layer(cell, x, h0, c0, weights, options)
-    count = len(weights) // num_layers
-    states: Any = [(None,) * num_layers if s is None else s.chunk(num_layers) for s in (h0, c0)]
-    finals = []
-    for index in range(num_layers):
-        of_layer = weights[index * count : (index + 1) * count]
-        x, *final = reference.layer(cell, x, states[0][index], states[1][index], of_layer)
-        finals.append(final)
-    return x, *[torch.cat(kind) for kind in zip(*finals, strict=True) if kind[0] is not None]

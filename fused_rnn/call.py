@@ -81,7 +81,8 @@ def run(
     has_options = has_keywords or call.norms or spec.recompute or spec.has_rates
     has_options = has_options or call.precision != HIGHEST or call.instance != PLANNED
     with torch.autocast(call.x.device.type, enabled=False) if half is not None else _NO_CONTEXT:
-        results = layers.stack(
+        stack: Any = layers.stack if takes_operators else reference.stack
+        results = stack(
             spec.cell,
             call.x,
             call.states[0],
@@ -95,7 +96,6 @@ def run(
             options_of=call.layer_options if has_options else None,
             sequences=call.wants_sequence,
             widths=spec.state_widths if spec.side_by_side else None,
-            run=layers.layer if takes_operators else reference.layer,
         )
     return call.results(results, casts)
 
@@ -352,7 +352,7 @@ class Arguments:
         if spec.num_layers > 1:
             widths = spec.state_widths if spec.side_by_side else None
             of_layers = [
-                layers.by_layer(s, widths, which, spec.num_layers) for which, s in enumerate(self.reset_states)
+                reference.by_layer(s, widths, which, spec.num_layers) for which, s in enumerate(self.reset_states)
             ]
             reset_h, reset_c = (states[index] for states in of_layers)
         norm_ih, norm_hh, norm_c, norm_c_bias = (*(self.norms[index] if self.norms else ()), *[None] * 4)[:4]

@@ -1,7 +1,5 @@
-"""A stack of layers, one layer, and one step.
-
-`stack` is the readable algorithm of torch.nn's RNN, LSTM and GRU: layers, directions, dropout between layers. `layer`
-runs the operators of `fused_rnn.operators`, through `fused_rnn.autograd` if a gradient is needed.
+"""A stack of layers, one layer, and one step, by the operators of `fused_rnn.operators`, in training through
+`fused_rnn.autograd`. What they compute is said in `fused_rnn.reference`.
 """
 
 from __future__ import annotations
@@ -36,64 +34,43 @@ def stack(
     options_of: Callable[[int, Tensor, Sequence[Tensor | None]], LayerOptions] | None = None,
     sequences: bool = False,
     widths: Sequence[Sequence[int]] | None = None,
-    run: Callable[..., Any] | None = None,
 ) -> list[Tensor]:
-    """Compute all layers of a torch.nn.RNN, LSTM or GRU.
-
-    Args:
-        cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
-        x: ``[T, B, I]``, or ``[N, I]`` with ``batch_sizes`` in the options, the data of a packed sequence.
-        h0, c0: the initial states ``[L*D, B, P]`` and ``[L*D, B, H]``. None means zeros.
-        weights: torch.nn's ``_flat_weights``: per layer and direction ``w_ih, w_hh[, b_ih, b_hh][, w_hr]``.
-        has_biases, num_layers, directions: of the module.
-        dropout: between the layers; 0 outside of training.
-        options: of every layer.
-        options_of: returns a layer's options from its index, its input and its weights, in place of `options`.
-        sequences: whether to return the states of every step.
-        widths: the sizes of h, and of c, in every layer, if the states of layers lie side by side in the last
-            dimension.
-        run: computes one layer; `layer` if None. `fused_rnn.reference.layer` makes this the specification.
-
-    Returns:
-        y ``[T, B, D*P]`` or ``[N, D*P]``, h_n ``[L*D, B, P]``, for the LSTM c_n ``[L*D, B, H]``, and with `sequences` h
-        and for the LSTM c of every step ``[T, L*D, B, ...]`` or ``[N, L*D, ...]``.
-    """
-    run = layer if run is None else run
-    trains = weights[0].requires_grad and torch.is_grad_enabled()  # nearly always all that there is to ask
-    plain = options_of is None and options is NO_OPTIONS and widths is None and run is layer
-    if plain and not (dropout > 0 or sequences or (trains and num_layers == 1)):
-        results = _in_one_call(cell, x, h0, c0, weights, has_biases, num_layers, directions, trains)
+    """Compute all layers of a module; arguments and results are those of `fused_rnn.reference.stack`."""
+    plain = options is NO_OPTIONS and options_of is None and widths is None and not sequences
+    if plain and (dropout == 0 or num_layers == 1):
+        results = in_one_call(cell, x, h0, c0, weights, has_biases, num_layers, directions)
         if results is not None:
             return results
-    h_layers: Sequence[Tensor | None] = (h0,)
-    c_layers: Sequence[Tensor | None] = (c0,)
-    if num_layers > 1:
-        h_layers, c_layers = by_layer(h0, widths, 0, num_layers), by_layer(c0, widths, 1, num_layers)
-    h_n: list[Tensor] = []
-    c_n: list[Any] = []
-    steps: list[tuple[Tensor, ...]] = []
-    for index in range(num_layers):
-        if index > 0 and dropout > 0:
-            x = torch.dropout(x, dropout, True)
-        of_layer = layer_weights(weights, index, num_layers, directions, has_biases)
-        if options_of is not None:
-            options = options_of(index, x, of_layer)
-        x, h, c, *c_steps = run(cell, x, h_layers[index], c_layers[index], of_layer, options)
-        h_n.append(h)
-        c_n.append(c)
-        steps.append((x, *c_steps))
-    dim = 0 if widths is None else -1
-    results = [x, h_n[0] if num_layers == 1 else torch.cat(h_n, dim)]
-    if cell == "lstm":
-        results.append(c_n[0] if num_layers == 1 else torch.cat(c_n, dim))
-    if sequences:
-        results += [
-            torch.cat([_by_direction(s, directions) for s in kind], dim or 1) for kind in zip(*steps, strict=True)
-        ]
-    return results
+    return reference.stack(
+        cell, x, h0, c0, weights, has_biases, num_layers, directions, dropout, options, options_of, sequences, widths,
+        run=layer,
+    )  # fmt: skip
 
 
-def _in_one_call(
+@runs_eagerly
+def stack_step(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+) -> Sequence[Tensor]:
+    """Compute one step of all layers of a module without options, y ``[B, P]`` and the states, from x ``[B, I]``.
+
+    The arguments are those of `stack`.
+    """
+    if dropout == 0 or num_layers == 1:
+        results = in_one_call(cell, x, h0, c0, weights, has_biases, num_layers, 1)
+        if results is not None:
+            return results
+    y, *hidden = stack(cell, x.unsqueeze(0), h0, c0, weights, has_biases, num_layers, 1, dropout)
+    return y.squeeze(0), *hidden
+
+
+def in_one_call(
     cell: str,
     x: Tensor,
     h0: Tensor | None,
@@ -102,27 +79,31 @@ def _in_one_call(
     has_biases: bool,
     num_layers: int,
     directions: int,
-    trains: bool,
 ) -> list[Tensor] | None:
     """The results of `stack` on a CPU, from all layers at once; None if they have to be called in turn.
+
+    x may be ``[B, I]``, one step of all layers, whose y is ``[B, P]``.
 
     In training, layers that share a node of the graph keep what backward reads until it has passed all of them. Large
     ones, to which a node's time is nothing, therefore have nodes of their own. So have layers on top of frozen ones,
     which then keep nothing, and layers under deterministic algorithms: that is an option, and only the node of one
     layer has options.
     """
-    if torch.compiler.is_compiling() or policy.on_cuda(x) or x.dtype not in policy.KERNEL_DTYPES or policy.precision(x):
+    is_step = x.dim() == 2
+    if torch.compiler.is_compiling() or policy.on_cuda(x) or x.dtype not in policy.KERNEL_DTYPES:
         return None
-    if trains or (torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights))):
-        is_small = x.dim() == 3 and x.size(0) * x.size(1) * directions * weights[0].size(0) <= _SMALL
-        if num_layers == 1 or not is_small or deterministic():
+    if policy.precision(x, is_step):
+        return None
+    projected = len(weights) > num_layers * directions * (4 if has_biases else 2)
+    results: Any
+    if torch.is_grad_enabled() and (weights[0].requires_grad or any_requires_grad((x, h0, c0, *weights))):
+        rows = x.size(0) if is_step else x.size(0) * x.size(1)
+        if deterministic() or (num_layers > 1 and rows * directions * weights[0].size(0) > _SMALL):
             return None
-        if not (trains or any_requires_grad((x, h0, c0, *weights[: len(weights) // num_layers]))):
+        if not (weights[0].requires_grad or any_requires_grad((x, h0, c0, *weights[: len(weights) // num_layers]))):
             return None
-        all_weights = layer_weights(weights, 0, 1, num_layers * directions, has_biases)
-        results: Any = autograd.apply(cell, num_layers, len(all_weights), NO_OPTIONS, x, h0, c0, *all_weights)
+        results = autograd.stack(cell, (num_layers, directions), has_biases, projected, x, h0, c0, *weights)
     else:
-        projected = len(weights) > num_layers * directions * (4 if has_biases else 2)
         results = operators.stack(
             x, h0, c0, NUMBER[cell], num_layers, directions, weights, has_biases, projected, deterministic(), False
         )
@@ -130,35 +111,6 @@ def _in_one_call(
 
 
 _SMALL = 2**20  # elements of a layer's gates, in all steps and directions
-
-
-def layer_weights(
-    weights: Sequence[Tensor], index: int, num_layers: int, directions: int, has_biases: bool
-) -> tuple[Tensor | None, ...]:
-    """``w_ih, w_hh, b_ih, b_hh, w_hr`` of each direction of one layer, None for those that are absent."""
-    count = len(weights) // (num_layers * directions)  # of a direction
-    five: list[Tensor | None] = []
-    for first in range(index * directions * count, (index + 1) * directions * count, count):
-        w = weights[first : first + count]
-        five += w if has_biases else (*w[:2], None, None, *w[2:])
-        if count - 2 * has_biases == 2:
-            five.append(None)
-    return tuple(five)
-
-
-def by_layer(
-    state: Tensor | None, widths: Sequence[Sequence[int]] | None, which: int, num_layers: int
-) -> Sequence[Tensor | None]:
-    """``[..., D, B, size]`` of every layer, of h (`which` is 0) or c (1); `widths` as in `stack`."""
-    if state is None:
-        return (None,) * num_layers
-    return state.chunk(num_layers, -3) if widths is None else state.split(list(widths[which]), -1)
-
-
-def _by_direction(sequence: Tensor, D: int) -> Tensor:
-    """``[T, B, D*P]`` as ``[T, D, B, P]``, ``[N, D*P]`` as ``[N, D, P]``."""
-    rows: Tensor = sequence.unflatten(-1, (D, -1))
-    return rows.transpose(1, 2) if rows.dim() == 4 else rows
 
 
 def layer(
@@ -181,7 +133,7 @@ def layer(
     elif options is not NO_OPTIONS or deterministic() or policy.on_cuda(x) or policy.precision(x):
         y, h_n, c_n, *more = layer_of_operators(cell, x, h0, c0, weights, options)
     elif torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
-        y, h_n, c_n = autograd.apply(cell, 1, len(weights), NO_OPTIONS, x, h0, c0, *weights)
+        y, h_n, c_n = autograd.layer(cell, len(weights), NO_OPTIONS, x, h0, c0, *weights)
         return y, y if x.dim() == 2 else h_n, c_n if cell == "lstm" else None
     else:
         y, h_n, c_n, _, _ = operators.forward_operator(x, h0, c0, NUMBER[cell], False, *weights)
@@ -201,7 +153,7 @@ def step(
     if torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
         options = LayerOptions(deterministic=True) if deterministic() else NO_OPTIONS
         tensors = () if options is NO_OPTIONS else differentiable_of(options)
-        h, _, c = autograd.apply(cell, 1, len(weights), options, x, h0, c0, *weights, *tensors)
+        h, _, c = autograd.layer(cell, len(weights), options, x, h0, c0, *weights, *tensors)
         return h, c
     return operators.step(x, h0, c0, NUMBER[cell], *weights, deterministic())
 
@@ -246,7 +198,7 @@ def layer_of_operators(
     if torch.is_grad_enabled():
         tensors: tuple[Any, ...] = () if options is NO_OPTIONS else differentiable_of(options)
         if any_requires_grad((x, h0, c0, *weights, *tensors)):
-            results: Sequence[Tensor] = autograd.apply(cell, 1, len(weights), options, x, h0, c0, *weights, *tensors)
+            results: Sequence[Tensor] = autograd.layer(cell, len(weights), options, x, h0, c0, *weights, *tensors)
             return results
     y, h_n, c_n, more, _ = autograd.run_forward(cell, autograd.Inputs(x, h0, c0, tuple(weights)), options, False)
     return [y, h_n, c_n, *more]

@@ -172,17 +172,17 @@ class FusedRNNBase(TorchConvertible, Variants):
         if not (resets is None and reset_state is None and active is None and out is None):
             return steps.run(self._spec(), input, hx, resets, reset_state, active, out)
         if not self._varied and self._is_plain(input, 2, hx):
+            h0, c0 = (None, None) if hx is None else hx if self.mode == "LSTM" else (hx, None)
             try:
-                y, *hidden = steps.plain(
+                y, *hidden = layers.stack_step(
                     self.mode.lower(),
                     input,
-                    hx if self.mode == "LSTM" else (hx, None),
+                    h0,
+                    c0,
                     self._flat_weights,
                     self.bias,
                     self.num_layers,
-                    self.mode == "LSTM" and self.proj_size > 0,
                     self.dropout if self.training else 0.0,
-                    self.backend,
                 )
                 return y, tuple(hidden) if self.mode == "LSTM" else hidden[0]
             except RuntimeError:  # a size, dtype or device does not fit, as in `forward`

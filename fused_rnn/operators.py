@@ -31,6 +31,10 @@ stack: Callable[..., tuple[Tensor, ...] | None] = _C.stack
 """All layers of a module: x, h0, c0, the cell's number, layers, directions, weights, has_biases, projected,
 deterministic, whether backward follows -> y, h_n, c_n and, for backward, y of the layers below the last and the
 reserves; None if the layers have to be computed in turn."""
+stack_backward: Callable[..., tuple[Tensor | None, ...] | None] = _C.stack_backward
+"""Gradients of y, h_n, c_n, then x, what forward kept, the cell's number, layers, directions, weights, of which the
+biases may be None, has_biases, projected, which gradients are needed -> gradients of x, h0, c0, weights; None if the
+layers have to be computed in turn."""
 _step_into = torch.ops.fused_rnn.step_into.default
 
 

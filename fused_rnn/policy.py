@@ -142,7 +142,7 @@ def choose(
         return Choice(reason is None, reason or "the weights stay on the chip")
     if deterministic():
         return Choice(True, "deterministic: a row's result does not depend on its batch")
-    if kind in ("cell", "step") and differentiable and half is None and torch_trains_step(cell, dtype, B, H):
+    if kind == "cell" and differentiable and half is None and torch_trains_step(cell, dtype, B, H):
         return Choice(False, "the autograd nodes of torch's function for an RNN's cell cost less than ours")
     if (half or dtype) is not torch.bfloat16 or not HAS_BF16_PRODUCTS or (cell == "lstm" and lacks_threads()):
         return Choice(True, "measured to be at least as fast")
@@ -277,7 +277,7 @@ def layer_precision(dtype: torch.dtype, half: torch.dtype | None, single_step: b
 
 
 def torch_trains_step(cell: str, dtype: torch.dtype, B: int, H: int) -> bool:
-    """Whether torch's function for cells computes a cell or `step` that records a gradient, outside of autocast."""
+    """Whether torch's function for cells computes one that records a gradient, outside of autocast."""
     return tuned.torch_trains_as_fast(cell, dtype, B, H) and not deterministic()
 
 

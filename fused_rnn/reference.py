@@ -20,7 +20,7 @@ the H units, of a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -276,3 +276,96 @@ def _replaced(state: Tensor, begins: Tensor, by: Tensor | None, t: int, directio
     n = begins.size(0)
     new = torch.zeros_like(state) if by is None else (by if by.dim() == 3 else by[t])[direction]
     return torch.cat((torch.where(begins.unsqueeze(1), new[:n], state[:n]), state[n:]))
+
+
+def stack(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    directions: int,
+    dropout: float = 0.0,
+    options: LayerOptions = NO_OPTIONS,
+    options_of: Callable[[int, Tensor, Sequence[Tensor | None]], LayerOptions] | None = None,
+    sequences: bool = False,
+    widths: Sequence[Sequence[int]] | None = None,
+    run: Callable[..., Any] = layer,
+) -> list[Tensor]:
+    """Compute all layers of a torch.nn.RNN, LSTM or GRU: layers, directions, dropout between layers.
+
+    Args:
+        cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
+        x: ``[T, B, I]``, or ``[N, I]`` with ``batch_sizes`` in the options, the data of a packed sequence.
+        h0, c0: the initial states ``[L*D, B, P]`` and ``[L*D, B, H]``. None means zeros.
+        weights: torch.nn's ``_flat_weights``: per layer and direction ``w_ih, w_hh[, b_ih, b_hh][, w_hr]``.
+        has_biases, num_layers, directions: of the module.
+        dropout: between the layers; 0 outside of training.
+        options: of every layer.
+        options_of: returns a layer's options from its index, its input and its weights, in place of `options`.
+        sequences: whether to return the states of every step.
+        widths: the sizes of h, and of c, in every layer, if the states of layers lie side by side in the last
+            dimension.
+        run: computes one layer, as `layer` does.
+
+    Returns:
+        y ``[T, B, D*P]`` or ``[N, D*P]``, h_n ``[L*D, B, P]``, for the LSTM c_n ``[L*D, B, H]``, and with `sequences` h
+        and for the LSTM c of every step ``[T, L*D, B, ...]`` or ``[N, L*D, ...]``.
+    """
+    h_layers: Sequence[Tensor | None] = (h0,)
+    c_layers: Sequence[Tensor | None] = (c0,)
+    if num_layers > 1:
+        h_layers, c_layers = by_layer(h0, widths, 0, num_layers), by_layer(c0, widths, 1, num_layers)
+    h_n: list[Tensor] = []
+    c_n: list[Any] = []
+    steps: list[tuple[Tensor, ...]] = []
+    for index in range(num_layers):
+        if index > 0 and dropout > 0:
+            x = torch.dropout(x, dropout, True)
+        of_layer = layer_weights(weights, index, num_layers, directions, has_biases)
+        if options_of is not None:
+            options = options_of(index, x, of_layer)
+        x, h, c, *c_steps = run(cell, x, h_layers[index], c_layers[index], of_layer, options)
+        h_n.append(h)
+        c_n.append(c)
+        steps.append((x, *c_steps))
+    dim = 0 if widths is None else -1
+    results = [x, h_n[0] if num_layers == 1 else torch.cat(h_n, dim)]
+    if cell == "lstm":
+        results.append(c_n[0] if num_layers == 1 else torch.cat(c_n, dim))
+    if sequences:
+        results += [
+            torch.cat([_by_direction(s, directions) for s in kind], dim or 1) for kind in zip(*steps, strict=True)
+        ]
+    return results
+
+
+def layer_weights(
+    weights: Sequence[Any], index: int, num_layers: int, directions: int, has_biases: bool
+) -> tuple[Any, ...]:
+    """``w_ih, w_hh, b_ih, b_hh, w_hr`` of each direction of one layer, None for those that are absent."""
+    count = len(weights) // (num_layers * directions)  # of a direction
+    five: list[Any] = []
+    for first in range(index * directions * count, (index + 1) * directions * count, count):
+        w = weights[first : first + count]
+        five += w if has_biases else (*w[:2], None, None, *w[2:])
+        if count - 2 * has_biases == 2:
+            five.append(None)
+    return tuple(five)
+
+
+def by_layer(
+    state: Tensor | None, widths: Sequence[Sequence[int]] | None, which: int, num_layers: int
+) -> Sequence[Tensor | None]:
+    """``[..., D, B, size]`` of every layer, of h (`which` is 0) or c (1); `widths` as in `stack`."""
+    if state is None:
+        return (None,) * num_layers
+    return state.chunk(num_layers, -3) if widths is None else state.split(list(widths[which]), -1)
+
+
+def _by_direction(sequence: Tensor, D: int) -> Tensor:
+    """``[T, B, D*P]`` as ``[T, D, B, P]``, ``[N, D*P]`` as ``[N, D, P]``."""
+    rows: Tensor = sequence.unflatten(-1, (D, -1))
+    return rows.transpose(1, 2) if rows.dim() == 4 else rows

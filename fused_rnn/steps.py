@@ -1,8 +1,8 @@
 """One time step, and what torch.nn does not have: resets, rows that wait, results in given tensors.
 
-In inference on the CPU one operator computes a plain step of all layers. With resets, waiting rows or `out`, one
-operator runs each layer, from the caller's tensors into the caller's tensors, and allocates nothing. Everything else is
-`fused_rnn.call.run` on a sequence of one step, in which a row that waits has length zero.
+In inference on the CPU one operator runs each layer, from the caller's tensors into the caller's tensors, and
+allocates nothing. Everything else is `fused_rnn.call.run` on a sequence of one step, in which a row that waits has
+length zero. A step without all that is `fused_rnn.layers.stack_step`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fused_rnn import call, layers, operators, policy
-from fused_rnn.cell_info import NUMBER
+from fused_rnn import call, operators, policy, reference
 from fused_rnn.spec import Spec, states_of
 
 
@@ -43,52 +42,6 @@ def check_hx(name: str, has_c: bool, input: Tensor, hx: Any) -> None:
         RuntimeError: they have another number of dimensions.
     """
     _check_rank(name, "hx", _given(has_c, name, "hx", hx), input.dim() == 2)
-
-
-@policy.runs_eagerly
-def plain(
-    cell: str,
-    x: Tensor,
-    hx: Any,
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    projected: bool,
-    dropout: float,
-    backend: str,
-) -> Sequence[Tensor]:
-    """Compute y and the states of a step without options.
-
-    Args:
-        x: ``[B, I]``.
-        hx: h0 and c0 of all layers, ``[L, B, ...]`` or None for zeros; or None.
-        weights: torch.nn's ``_flat_weights``.
-        dropout: between the layers; 0 outside of training.
-        backend: of the module, "auto" or "fused".
-
-    Raises:
-        RuntimeError: a tensor does not fit the others in shape or dtype.
-    """
-    h0, c0 = (None, None) if hx is None else hx
-    differentiable = torch.is_grad_enabled() and policy.any_requires_grad((x, h0, c0, *weights))
-    if differentiable and backend == "auto" and policy.torch_trains_step(cell, x.dtype, x.size(0), weights[1].size(1)):
-        states = (None,) * num_layers if h0 is None else h0.unbind() if num_layers > 1 else (h0.squeeze(0),)
-        hidden: list[Tensor] = []
-        for index, state in enumerate(states):
-            if index > 0 and dropout > 0:
-                x = torch.dropout(x, dropout, True)
-            of_layer = layers.layer_weights(weights, index, num_layers, 1, has_biases)
-            x = layers.torchs_rnn_step(cell, x, state, of_layer)
-            hidden.append(x)
-        return x, torch.stack(hidden) if num_layers > 1 else x.unsqueeze(0)
-    if not differentiable and x.dtype in policy.KERNEL_DTYPES and dropout == 0:
-        results = operators.stack(
-            x, h0, c0, NUMBER[cell], num_layers, 1, weights, has_biases, projected, policy.deterministic(), False
-        )
-        if results is not None:
-            return results[: 3 if cell == "lstm" else 2]
-    y, *hidden = layers.stack(cell, x.unsqueeze(0), h0, c0, weights, has_biases, num_layers, 1, dropout)
-    return y.squeeze(0), *hidden
 
 
 @policy.runs_eagerly
@@ -218,7 +171,7 @@ def _in_place(
     reset_h, reset_c = (*(s.expand(L, B, size) for s, size in zip(fresh, sizes, strict=False)), None, None)[:2]
     below: Tensor | None = x
     for index in range(L):
-        weights = layers.layer_weights(spec._flat_weights, index, L, 1, spec.bias)
+        weights = reference.layer_weights(spec._flat_weights, index, L, 1, spec.bias)
         operators.step_into(
             spec.cell, below, h0, c0, index, weights, (active, resets), (reset_h, reset_c), y, h, c,
             policy.deterministic(),

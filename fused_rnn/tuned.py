@@ -72,7 +72,7 @@ class Call(NamedTuple):
 
 
 def torch_trains_as_fast(cell: str, dtype: torch.dtype, B: int, H: int) -> bool:
-    """Whether torch's function for a cell or step is as fast in training on a CPU: its autograd nodes cost less."""
+    """Whether torch's function for a cell is as fast in training on a CPU: its autograd nodes cost less."""
     plain = dtype in (torch.float32, torch.float64)
     small = _rounded(B) * H**2 < 2**17  # B as in a bucket
     return cell.startswith("rnn") and plain and (small or not _outrun_mkl())

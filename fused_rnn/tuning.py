@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.modules import rnn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from fused_rnn import _C, cuda, layers, policy, reference, self_check, tuned, tuning_report
+from fused_rnn import _C, cuda, policy, reference, self_check, tuned, tuning_report
 from fused_rnn.cell_info import NUMBER
 from fused_rnn.cells import GRUCell, LSTMCell, RNNCell
 from fused_rnn.modules import GRU, LSTM, RNN
@@ -322,9 +322,9 @@ class _Subject:
         x, *states = inputs[: 1 + len(self.states)]
         h0, c0 = (*states, None, None)[:2]
         with torch.autocast(x.device.type, enabled=False):
-            y, *hidden = layers.stack(
+            y, *hidden = reference.stack(
                 call.cell, x, h0, c0, inputs[1 + len(states) :], True, call.num_layers, call.directions, 0.0,
-                LayerOptions(self.batch_sizes), run=reference.layer,
+                LayerOptions(self.batch_sizes),
             )  # fmt: skip
             return self._results(y, hidden, inputs)
 

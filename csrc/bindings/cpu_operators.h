@@ -30,14 +30,21 @@ FUSED_RNN_EXPORT std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, Op
                                                  OptionalTensor w_hr, bool deterministic);
 
 // y, h_n, c_n (undefined but for the LSTM) and, with `train`, what backward reads: y of the layers below the last
-// [(L-1)*T, B, D*P], and the reserves of all [L*D, ...], as Results has them of one layer.
+// [(L-1)*T, B, D*P] (undefined without such), and the reserves of all [L*D, ...], as Results has them of one layer.
 using StackResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// All layers of a module, float32 or float64. x: [T, B, I], or, without `train`, [B, I] for one step. weights: of each
-// layer and direction w_ih, w_hh, then biases if there are, then w_hr if projected.
+// All layers of a module, float32 or float64. x: [T, B, I], or [B, I] for one step, y [B, P]. weights: of each layer
+// and direction w_ih, w_hh, then biases if there are, then w_hr if projected.
 FUSED_RNN_EXPORT StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, int64_t layers,
                                     int64_t directions, std::vector<Tensor> weights, bool has_biases, bool projected,
                                     bool deterministic, bool train);
+
+// Gradients of x, h0, c0 and all weights, in this order, undefined where `needs` says no. Biases are not read.
+FUSED_RNN_EXPORT std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
+                                                    Tensor x, OptionalTensor between, Tensor reserve, int64_t cell,
+                                                    int64_t layers, int64_t directions,
+                                                    std::vector<OptionalTensor> weights, bool has_biases,
+                                                    bool projected, std::vector<bool> needs);
 
 }  // namespace bindings
 }  // namespace fused_rnn

@@ -13,6 +13,7 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
+#include <type_traits>
 #include <utility>
 
 #include "cpu_operators.h"
@@ -150,8 +151,9 @@ bool taken(PyObject* object, Handles&) {
 }
 template <class Element>
 std::vector<Element> elements(PyObject* object, Handles& handles) {
-  FUSED_RNN_CHECK(object && (PyTuple_Check(object) || PyList_Check(object)), "expected a list of tensors");
+  FUSED_RNN_CHECK(object && (PyTuple_Check(object) || PyList_Check(object)), "expected a list");
   std::vector<Element> all;
+  all.reserve(PySequence_Fast_GET_SIZE(object));
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); ++i) {
     all.push_back(taken<Element>(PySequence_Fast_GET_ITEM(object, i), handles));
   }
@@ -162,22 +164,26 @@ std::vector<Tensor> taken(PyObject* object, Handles& handles) {
   return elements<Tensor>(object, handles);
 }
 template <>
+std::vector<OptionalTensor> taken(PyObject* object, Handles& handles) {
+  return elements<OptionalTensor>(object, handles);
+}
+template <>
+std::vector<bool> taken(PyObject* object, Handles& handles) {
+  return elements<bool>(object, handles);
+}
+template <>
 GivenOptions taken(PyObject* object, Handles& handles) {
   if (!object || object == Py_None) return std::nullopt;
   return elements<OptionalTensor>(object, handles);
 }
 
 // A tuple of tensors, with None for the undefined ones.
-template <class... Tensors>
-py::object given_back(const std::tuple<Tensors...>& results) {
-  constexpr size_t count = sizeof...(Tensors);
-  const std::array<const Tensor*, count> all =
-      std::apply([](const auto&... tensor) { return std::array<const Tensor*, count>{&tensor...}; }, results);
+py::object given_back(const Tensor* const* all, size_t count) {
   py::list capsules;
-  for (const Tensor* tensor : all) {
-    if (!tensor->defined()) continue;
+  for (size_t i = 0; i < count; ++i) {
+    if (!all[i]->defined()) continue;
     AtenTensorHandle handle;
-    FUSED_RNN_CHECK(aoti_torch_new_tensor_handle(tensor->get(), &handle) == AOTI_TORCH_SUCCESS, "no memory");
+    FUSED_RNN_CHECK(aoti_torch_new_tensor_handle(all[i]->get(), &handle) == AOTI_TORCH_SUCCESS, "no memory");
     capsules.append(py::capsule(handle));
   }
   const py::list tensors = called(torch_objects().from_handles, capsules.ptr());
@@ -187,6 +193,18 @@ py::object given_back(const std::tuple<Tensors...>& results) {
     out[i] = all[i]->defined() ? py::object(tensors[next++]) : py::none();
   }
   return out;
+}
+template <class... Tensors>
+py::object given_back(const std::tuple<Tensors...>& results) {
+  const auto all = std::apply(
+      [](const auto&... tensor) { return std::array<const Tensor*, sizeof...(tensor)>{&tensor...}; }, results);
+  return given_back(all.data(), all.size());
+}
+py::object given_back(const std::vector<Tensor>& results) {
+  std::vector<const Tensor*> all;
+  all.reserve(results.size());
+  for (const Tensor& tensor : results) all.push_back(&tensor);
+  return given_back(all.data(), all.size());
 }
 
 // A call that takes a few microseconds is over before another thread could make use of Python's lock.
@@ -201,7 +219,10 @@ py::object run(R (*function)(A...), PyObject* const* given, size_t count, size_t
   if (!handles.on_cpu()) return {};
   const bool unlock = handles.work() > kWorthUnlocking;
   std::tuple<A...> arguments{taken<A>(i < count ? given[i] : nullptr, handles)...};  // braces: in order
-  if (count < sizeof...(A)) std::get<sizeof...(A) - 1>(arguments) = last;
+  auto& last_one = std::get<sizeof...(A) - 1>(arguments);
+  if constexpr (std::is_arithmetic_v<std::decay_t<decltype(last_one)>>) {
+    if (count < sizeof...(A)) last_one = last;
+  }
   const R results = [&] {
     std::optional<py::gil_scoped_release> unlocked;
     if (unlock) unlocked.emplace();
@@ -241,8 +262,16 @@ PyObject* direct(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
 }
 
-PyObject* direct_stack(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  py::object results = count == 11 ? run(&stack, arguments, static_cast<size_t>(count), 0, 0) : py::object();
+template <class R, class... A>
+constexpr Py_ssize_t count_of_arguments(R (*)(A...)) {
+  return sizeof...(A);
+}
+
+// What is no operator: None where the dispatcher would be asked.
+template <auto function, size_t x>
+PyObject* direct_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  py::object results;
+  if (count == count_of_arguments(function)) results = run(function, arguments, static_cast<size_t>(count), x, 0);
   return (results ? results : py::none()).release().ptr();
 }
 
@@ -264,8 +293,11 @@ PyMethodDef methods[] = {
     method(kForward, direct<&forward, kForward, 0, kPlanned>, "The operator forward, of positional arguments."),
     method(kBackward, direct<&backward, kBackward, 3, kPlanned>, "The operator backward, of positional arguments."),
     method(kStep, direct<&step, kStep, 0, 0>, "The operator step, of positional arguments."),
-    method("stack", direct_stack,
+    method("stack", direct_or_none<&stack, 0>,
            "All layers forward: the arguments of csrc/bindings/cpu_operators.h; None if they have to be computed in "
+           "turn."),
+    method("stack_backward", direct_or_none<&stack_backward, 3>,
+           "All layers backward: the arguments of csrc/bindings/cpu_operators.h; None if they have to be computed in "
            "turn."),
     method(
         "in_place", in_place,

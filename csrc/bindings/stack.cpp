@@ -1,4 +1,8 @@
-// All layers of a module forward, in one call: what a call costs counts more here than what it computes.
+// All layers of a module in one call, forward and backward: what a call costs counts more here than what it computes.
+#include <algorithm>
+#include <array>
+#include <cstring>
+
 #include "cpu_layer.h"
 #include "cpu_operators.h"
 #include "scratch.h"
@@ -6,15 +10,64 @@
 namespace fused_rnn {
 namespace bindings {
 
+namespace {
+
+// How many weights each layer and direction has.
+int64_t weights_of_each(int64_t layers, int64_t directions, size_t given, bool has_biases, bool projected) {
+  const int64_t each = 2 + 2 * has_biases + projected, count = static_cast<int64_t>(given);
+  FUSED_RNN_CHECK(directions == 1 || directions == 2, "a layer has 1 or 2 directions, got ", directions);
+  FUSED_RNN_CHECK(layers > 0 && layers <= count && layers * directions * each == count, "expected ", each,
+                  " weights for each of ", layers, " layers and ", directions, " directions, got ", count);
+  return each;
+}
+
+// The steps of all layers below the last.
+int64_t steps_between(int64_t layers, int64_t T) {
+  int64_t steps = 0;
+  FUSED_RNN_CHECK(!__builtin_mul_overflow(layers - 1, T, &steps), "x has too many steps: ", T);
+  return steps;
+}
+
+// Of [all, ...] the `count` entries from `first` on.
+Tensor part(const Tensor& tensor, const char* name, int64_t all, int64_t first, int64_t count) {
+  FUSED_RNN_CHECK(tensor.dim() == 3 && tensor.size(0) == all, name, " must have ", all, " entries, got ",
+                  shape_text(tensor.sizes()));
+  return viewed(tensor, {count, tensor.size(1), tensor.size(2)}, {tensor.stride(0), tensor.stride(1), tensor.stride(2)},
+                tensor.numel() == 0 ? 0 : first * tensor.stride(0));
+}
+OptionalTensor part(const OptionalTensor& tensor, const char* name, int64_t all, int64_t first, int64_t count) {
+  if (!tensor) return std::nullopt;
+  return part(*tensor, name, all, first, count);
+}
+
+// A single step's [B, ...] as [1, B, ...], and back.
+Tensor as_sequence(const Tensor& step, const char* name) {
+  FUSED_RNN_CHECK(step.dim() == 2, name, " must have 2 dimensions, got ", step.dim());
+  return viewed(step, {1, step.size(0), step.size(1)}, {0, step.stride(0), step.stride(1)}, 0);
+}
+Tensor as_step(const Tensor& sequence) {
+  return viewed(sequence, {sequence.size(1), sequence.size(2)}, {sequence.stride(1), sequence.stride(2)}, 0);
+}
+
+// [D, B, width] of every layer, one after the other.
+Tensor joined(const std::vector<Tensor>& of_layers) {
+  const Tensor& first = of_layers[0];
+  const int64_t L = static_cast<int64_t>(of_layers.size()), bytes = first.numel() * first.element_size();
+  if (L == 1) return first;
+  const Tensor all = empty({L * first.size(0), first.size(1), first.size(2)}, first.scalar_type());
+  for (int64_t index = 0; index < L && bytes > 0; ++index) {
+    std::memcpy(static_cast<char*>(all.data_ptr()) + index * bytes, of_layers[index].data_ptr(), bytes);
+  }
+  return all;
+}
+
+}  // namespace
+
 StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, int64_t layers, int64_t directions,
                    std::vector<Tensor> weights, bool has_biases, bool projected, bool deterministic, bool train) {
   const ScalarType type = x.scalar_type();
   FUSED_RNN_CHECK(type == ScalarType::Float || type == ScalarType::Double, "x must be float32 or float64");
-  FUSED_RNN_CHECK(directions == 1 || directions == 2, "a layer has 1 or 2 directions, got ", directions);
-  const int64_t D = directions, each = 2 + 2 * has_biases + projected, count = static_cast<int64_t>(weights.size());
-  FUSED_RNN_CHECK(!train || x.dim() == 3, "training takes sequences, [T, B, I]");
-  FUSED_RNN_CHECK(layers > 0 && layers <= count && layers * D * each == count, "expected ", each,
-                  " weights for each of ", layers, " layers and ", D, " directions, got ", count);
+  const int64_t D = directions, each = weights_of_each(layers, D, weights.size(), has_biases, projected);
 
   int64_t H = 0, P = 0;
   OptionalTensor h_n, c_n, between, reserve;
@@ -33,15 +86,20 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
       h_n = state(P);
       if (layer.cell.has_c) c_n = layer.copy_or_zeros(layer.readable(c0, "c0", {layers * D, s.B, H}), state(H));
       if (train) {
-        between = layer.new_tensor({(layers - 1) * layer.T, s.B, D * P});
+        if (layers > 1) between = layer.new_tensor({steps_between(layers, layer.T), s.B, D * P});
         reserve = layer.new_reserve(layers * D);
       }
     }
     FUSED_RNN_CHECK(s.H == H && s.P == P, "all layers must be as wide as the first");
     x = layer.checked_sequence(x, "x", s.I);
     const bool is_last = index == layers - 1;
-    const Tensor y =
-        train && !is_last ? torch::stable::narrow(*between, 0, index * layer.T, layer.T) : layer.new_sequence(D * P);
+    Tensor y;
+    if (train && !is_last) {
+      y = part(*between, "between", steps_between(layers, layer.T), index * layer.T, layer.T);
+      if (layer.step) y = as_step(y);
+    } else {
+      y = layer.new_sequence(D * P);
+    }
     std::optional<Weights> checked[2];  // as long as the kernels read them
     for (int64_t d = 0; d < D; ++d) {
       const Tensor* const w = given + d * each;
@@ -72,6 +130,60 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
   }
   const auto out = [](const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); };
   return {x, *h_n, out(c_n), out(between), out(reserve)};
+}
+
+std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x,
+                                   OptionalTensor between, Tensor reserve, int64_t cell, int64_t layers,
+                                   int64_t directions, std::vector<OptionalTensor> weights, bool has_biases,
+                                   bool projected, std::vector<bool> needs) {
+  const int64_t D = directions, each = weights_of_each(layers, D, weights.size(), has_biases, projected);
+  FUSED_RNN_CHECK(needs.size() == 3 + weights.size(), "needs must have ", 3 + weights.size(), " entries, got ",
+                  needs.size());
+  const bool is_step = x.dim() == 2, need_dstate = needs[1] || needs[2];
+  if (is_step) {
+    x = as_sequence(x, "x");
+    if (dy) dy = as_sequence(*dy, "dy");
+  }
+  FUSED_RNN_CHECK(x.dim() == 3, "x must be [T, B, I] or [B, I], got ", shape_text(x.sizes()));
+  FUSED_RNN_CHECK(between || layers == 1, "between is missing");
+  const int64_t T = x.size(0), all_between = steps_between(layers, T);
+
+  std::vector<Tensor> found(needs.size()), dh0(need_dstate ? layers : 0), dc0(need_dstate ? layers : 0);
+  for (int64_t index = layers - 1; index >= 0; --index) {
+    const int64_t first = index * D * each, rows = index * D;  // of the weights, of the states
+    const auto below = needs.begin() + (index == 0 ? 1 : 3 + first);
+    const bool need_dx = std::find(needs.begin(), below, true) != below;
+    const auto need = [&](int64_t weight) {
+      return needs[3 + first + weight] || (D == 2 && needs[3 + first + each + weight]);
+    };
+    const auto given = [&](int64_t direction, int64_t weight) -> OptionalTensor {
+      return direction < D ? weights[first + direction * each + weight] : std::nullopt;
+    };
+    const auto projection = [&](int64_t direction) { return projected ? given(direction, each - 1) : std::nullopt; };
+    FUSED_RNN_CHECK(given(0, 0) && given(0, 1), "w_ih and w_hh must be given");
+    const auto all =
+        std::apply([](auto&&... gradient) { return std::array<Tensor, sizeof...(gradient)>{std::move(gradient)...}; },
+                   backward(dy, part(dh_n, "dh_n", layers * D, rows, D), part(dc_n, "dc_n", layers * D, rows, D),
+                            index == 0 ? x : part(*between, "between", all_between, (index - 1) * T, T),
+                            part(reserve, "reserve", layers * D, rows, D), cell, need_dx, need_dstate, need(0), need(1),
+                            has_biases && (need(2) || need(3)), projected && need(each - 1), given(0, 0), *given(0, 1),
+                            projection(0), given(1, 0), given(1, 1), projection(1), std::nullopt, 0, std::nullopt,
+                            false, false, 0, kPlanned));
+    for (int64_t d = 0; d < D; ++d) {
+      for (int64_t weight = 0; weight < each; ++weight) {
+        const int64_t at = projected && weight == each - 1 ? 4 : weight;  // of five
+        const int64_t to = 3 + first + d * each + weight;
+        if (needs[to]) found[to] = all[3 + 5 * d + at];
+      }
+    }
+    if (need_dstate) dh0[index] = all[1], dc0[index] = all[2];
+    if (!need_dx) break;  // nor what is below
+    dy = all[0];
+  }
+  if (needs[0]) found[0] = is_step ? as_step(*dy) : *dy;
+  if (needs[1]) found[1] = joined(dh0);
+  if (needs[2] && dc0[0].defined()) found[2] = joined(dc0);
+  return found;
 }
 
 }  // namespace bindings

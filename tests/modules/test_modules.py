@@ -74,9 +74,9 @@ def test_reference_is_torch(case: Case) -> None:
     elif case.batch_first:
         x = x.transpose(0, 1)
     h0, c0 = (*states, None)[:2]
-    output, *finals = layers.stack(
+    output, *finals = reference.stack(
         theirs.mode.lower(), x, h0, c0, theirs._flat_weights, case.bias, case.L, 2 if case.bidirectional else 1,
-        options=LayerOptions(batch_sizes), run=reference.layer,
+        options=LayerOptions(batch_sizes),
     )  # fmt: skip
     if case.lengths:
         finals = [s.index_select(1, unsorted_indices) for s in finals]

@@ -60,7 +60,7 @@ def test_all_layers_in_one_call_are_layers_in_turn(cell: str, states: bool, chan
         y, h, c, *_ = stack(**a)
         x, of_h, of_c = a["x"] if a["x"].dim() == 3 else a["x"].unsqueeze(0), [], []
         for index in range(a["layers"]):
-            of_layer = layers.layer_weights(a["weights"], index, a["layers"], a["directions"], a["has_biases"])
+            of_layer = reference.layer_weights(a["weights"], index, a["layers"], a["directions"], a["has_biases"])
             rows = slice(index * a["directions"], (index + 1) * a["directions"])
             h0, c0 = (None if a[name] is None else a[name][rows] for name in ("h0", "c0"))
             x, h_n, c_n, _, _ = torch.ops.fused_rnn.forward(x, h0, c0, a["cell"], False, *of_layer)
@@ -72,8 +72,8 @@ def test_all_layers_in_one_call_are_layers_in_turn(cell: str, states: bool, chan
 
 @pytest.mark.parametrize("frozen", ["nothing", "the first layer", "all but the states"])
 @pytest.mark.parametrize("needs_x", [True, False])
-@with_cells({}, {"D": 2}, {"count": 3, "biases": False}, {"P": 3, "D": 2})
-def test_several_layers_in_one_node_are_layers_in_turn(
+@with_cells({}, {"D": 2}, {"count": 3, "biases": False}, {"P": 3, "D": 2}, {"count": 1}, {"T": 0}, {"T": 0, "P": 3})
+def test_all_layers_in_one_node_are_layers_in_turn(
     cell: str, changes: dict[str, Any], needs_x: bool, frozen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a = stack_arguments(cell, **changes)
@@ -83,22 +83,48 @@ def test_several_layers_in_one_node_are_layers_in_turn(
     wanted = [*[a["x"]] * needs_x, *states, *a["weights"][kept:]]
     for tensor in wanted:
         tensor.requires_grad_()
+    call = a["h0"], a["c0"], a["weights"], a["has_biases"], a["layers"], a["directions"]
 
-    def results() -> tuple[str, list[Tensor]]:
-        y, *finals = layers.stack(
-            cell, a["x"], a["h0"], a["c0"], a["weights"], a["has_biases"], a["layers"], a["directions"]
-        )
+    def everything(y: Tensor, *finals: Tensor) -> list[Tensor]:
         outputs = [y, *finals] if frozen != "nothing" else [y]
         losses = [o.square().sum() for o in outputs]
-        return type(y.grad_fn.next_functions[0][0]).__name__, [*outputs, *torch.autograd.grad(sum(losses), wanted)]
+        return [*outputs, *torch.autograd.grad(sum(losses), wanted, allow_unused=True)]
 
-    needs_lowest = needs_x or bool(states) or frozen == "nothing"
-    below, found = results()
-    assert below != "_LayersBackward" or not needs_lowest
-    monkeypatch.setattr(layers, "_SMALL", 0)
-    below, expected = results()
-    assert below == "_LayersBackward" or not needs_lowest
+    found = layers.in_one_call(cell, a["x"], *call)
+    if not wanted:
+        assert not found[0].requires_grad
+        return
+    if found is None:  # the lowest layer stays out of the node
+        assert frozen == "the first layer" and not needs_x
+        return
+    assert type(found[0].grad_fn).__name__ == "_StackBackward"
+    sequence = a["x"] if a["x"].dim() == 3 else a["x"].unsqueeze(0)
+    y, *finals = reference.stack(cell, sequence, *call, run=layers.layer)
+    assert a["layers"] == 1 or type(y.grad_fn.next_functions[0][0]).__name__ == "_LayerBackward"
+    expected = everything(y.view_as(found[0]), *finals)
+    assert all(map(torch.equal, everything(*found), expected))
+
+    again = layers.in_one_call(cell, a["x"], *call)
+    with profile() as watching:  # which sees every layer's operator
+        found = everything(*again)
     assert all(map(torch.equal, found, expected))
+    assert 1 <= [event.name for event in watching.events()].count("fused_rnn::backward") <= a["layers"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"D": 2}, {"count": 1}, {"biases": False}, {"T": 0}, {"P": 3}], ids=lambda changes: str(changes)
+)
+def test_second_derivatives_of_all_layers_in_one_node(changes: dict[str, Any]) -> None:
+    a = stack_arguments("lstm", dtype=torch.float64, **changes)
+    tensors = [a["x"], a["h0"], a["c0"], *a["weights"]]
+
+    def call(x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> Any:
+        return tuple(layers.in_one_call("lstm", x, h0, c0, weights, a["has_biases"], a["layers"], a["directions"]))
+
+    for t in tensors:
+        t.mul_(0.3).requires_grad_()
+    assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
@@ -141,7 +167,7 @@ def test_layers_below_the_first_gradient_are_left_out(name: str) -> None:
         dict(x=torch.randn(0, 3, 4)),
         dict(x=torch.randn(3, 3, 4).half()),
         dict(x=torch.randn(3, 3, 6)),
-        dict(x=torch.randn(3, 4), train=True),
+        dict(x=torch.randn(3, 5), train=True),
         dict(train=None),
         dict(x=torch.randn(3, 3, 4).as_subclass(type("Mine", (Tensor,), {}))),
         dict(h0=torch.randn(1, 3, 5)),
@@ -160,10 +186,63 @@ def test_what_does_not_fit_is_left_to_the_layers(change: dict[str, Any]) -> None
     assert all(map(torch.equal, before, (a["x"], a["h0"], a["c0"], *a["weights"])))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(layers=3),
+        dict(layers=0),
+        dict(layers=2**62),
+        dict(directions=2),
+        dict(directions=0),
+        dict(cell=2**40),
+        dict(cell=3),
+        dict(needs=(True,) * 12),
+        dict(needs=[]),
+        dict(needs=None),
+        dict(needs=[1.0] * 11),
+        dict(weights=[None] * 8),
+        dict(weights=[]),
+        dict(weights=[torch.randn(0, 0)] * 8),
+        dict(weights=[torch.randn(())] * 8),
+        dict(has_biases=False),
+        dict(projected=True),
+        dict(x=torch.randn(3, 4)),
+        dict(x=torch.randn(4)),
+        dict(x=torch.randn(4, 3, 4)),
+        dict(x=torch.randn(1, 1, 1).expand(2**62, 0, 4)),
+        dict(x=None),
+        dict(dy=torch.randn(3, 3, 4)),
+        dict(dy=torch.randn(3, 5)),
+        dict(dh_n=torch.randn(1, 3, 5)),
+        dict(dh_n=torch.randn(5)),
+        dict(dc_n=torch.randn(2, 3, 6)),
+        dict(between=None),
+        dict(between=torch.randn(6, 3, 5)),
+        dict(between=torch.randn(3, 3, 6)),
+        dict(between=torch.randn(())),
+        dict(between=torch.randn(3, 3, 5).double()),
+        dict(reserve=torch.randn(2, 9, 2)),
+        dict(reserve=torch.randn(1, 9, 30)),
+        dict(reserve=torch.randn(0)),
+        dict(reserve=None),
+    ],
+    ids=range(36),
+)
+def test_what_does_not_fit_backward_is_left_to_the_layers(change: dict[str, Any]) -> None:
+    a = stack_arguments("lstm") | dict(train=True)
+    y, h_n, c_n, between, reserve = stack(**a)
+    backward = dict(
+        dy=y, dh_n=h_n, dc_n=c_n, x=a["x"], between=between, reserve=reserve, cell=a["cell"], layers=2, directions=1,
+        weights=a["weights"], has_biases=True, projected=False, needs=(True,) * 11,
+    )  # fmt: skip
+    assert len(_C.stack_backward(*backward.values())) == 11
+    assert _C.stack_backward(*(backward | change).values()) is None
+
+
 def test_other_numbers_of_arguments_are_refused() -> None:
     arguments = [stack_arguments("gru")[name] for name in NAMES]
     for given in ([], arguments[:5], [*arguments, None], [None] * 40):
-        assert _C.stack(*given) is None
+        assert _C.stack(*given) is None and _C.stack_backward(*given) is None
         for function in (_C.forward, _C.backward, _C.step):
             with pytest.raises((RuntimeError, TypeError)):
                 function(*given)
