@@ -73,12 +73,18 @@ def test_the_emulator_is_right(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+# Of two cells or elements that differ in their arithmetic alone, one is checked in few instances: the order of events
+# is the same.
+QUICK = [("gru", "fp16"), ("rnn_tanh", "bf16"), ("rnn_relu", "fp16"), ("rnn_relu", "tf32")]
+
+
 def test_every_instance_agrees_with_the_reference(every_instance: Path) -> None:
     def check(cell_and_element: tuple[str, str]) -> subprocess.CompletedProcess[str]:
         cell, element = cell_and_element
         # The others have other numbers, but almost the same order of events.
         seeds = 2 if cell_and_element == ("lstm", "bf16") else 1
-        return run(every_instance, "--cell", cell, "--element", element, "--seeds", seeds)
+        quick = ["--quick"] if cell_and_element in QUICK else []
+        return run(every_instance, "--cell", cell, "--element", element, "--seeds", seeds, *quick)
 
     with ThreadPoolExecutor(PROCESSES) as pool:
         for done in pool.map(check, [(cell, element) for cell in CELLS for element in ELEMENTS]):
