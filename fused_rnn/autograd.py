@@ -129,7 +129,7 @@ class _Stack(torch.autograd.Function):
     def forward(ctx: Any, cell: str, sizes: tuple[int, int], has_biases: bool, projected: bool, *tensors: Any) -> Any:
         """`tensors` are x, h0, c0 and all weights, torch.nn's ``_flat_weights``; `sizes` the layers and directions.
 
-        None if the layers have to be called in turn.
+        A cell has 0 layers and no h_n (csrc/bindings/cpu_operators.h). None if the layers have to be called in turn.
         """
         x, h0, c0, *weights = tensors
         results: Any = operators.stack(x, h0, c0, NUMBER[cell], *sizes, weights, has_biases, projected, False, True)
@@ -138,7 +138,7 @@ class _Stack(torch.autograd.Function):
         y, h_n, c_n, between, reserve = results
         ctx.call = cell, sizes, has_biases, projected
         pattern = _PATTERNS[has_biases, projected]
-        _save(ctx, (between, reserve), (), tensors, (pattern, sizes[1], sizes[0] * sizes[1], False))
+        _save(ctx, (between, reserve), (), tensors, (pattern, sizes[1], max(sizes[0], 1) * sizes[1], False))
         return y, h_n, c_n
 
     @staticmethod
@@ -150,6 +150,8 @@ class _Stack(torch.autograd.Function):
         if again:
 
             def outputs(x: Tensor, h0: Any, c0: Any, *weights: Any) -> Sequence[Tensor | None]:
+                if sizes[0] == 0:
+                    return reference.layer(cell, x, h0, c0, reference.layer_weights(weights, 0, 1, 1, has_biases))
                 sequence = x if x.dim() == 3 else x.unsqueeze(0)
                 y, *states = reference.stack(cell, sequence, h0, c0, weights, has_biases, *sizes)
                 return y if x.dim() == 3 else y.squeeze(0), *states
@@ -182,11 +184,13 @@ def _backward_in_turn(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """`operators.stack_backward` by the operator of one layer, which a profiler or a mode sees."""
-    num_layers, directions = sizes
-    is_step = x.dim() == 2
+    num_layers, directions = max(sizes[0], 1), sizes[1]
+    is_step, is_cell = x.dim() == 2, sizes[0] == 0
     dy, *dstates = grads
     if is_step:
         x, dy = x.unsqueeze(0), None if dy is None else dy.unsqueeze(0)
+    if is_cell:
+        dstates = [None if d is None else d.unsqueeze(0) for d in dstates]
     layer_inputs = (x, *(between.split(x.size(0)) if between is not None else ()))
     found: list[Tensor | None] = [None] * len(needs)
     of_states: list[list[Tensor]] = [[], []]
@@ -217,8 +221,8 @@ def _backward_in_turn(
         if not need_dx:
             break
     found[:3] = [dy, *[torch.cat(kind) if kind else None for kind in of_states]]
-    if is_step and dy is not None:
-        found[0] = dy.squeeze(0)
+    without = 3 if is_cell else 1 if is_step else 0  # their first dimension
+    found[:without] = [None if d is None else d.squeeze(0) for d in found[:without]]
     return [d if need else None for d, need in zip(found, needs, strict=True)]
 
 

@@ -152,6 +152,11 @@ def step(
     """
     if torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
         options = LayerOptions(deterministic=True) if deterministic() else NO_OPTIONS
+        if options is NO_OPTIONS and x.dtype in policy.KERNEL_DTYPES:
+            given = [w for w in weights if w is not None]
+            results = autograd.stack(cell, (0, 1), len(given) > 2, False, x, h0, c0, *given)
+            if results is not None:
+                return results[0], results[2]
         tensors = () if options is NO_OPTIONS else differentiable_of(options)
         h, _, c = autograd.layer(cell, len(weights), options, x, h0, c0, *weights, *tensors)
         return h, c

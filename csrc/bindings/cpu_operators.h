@@ -29,12 +29,14 @@ FUSED_RNN_EXPORT std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, Op
                                                  Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
                                                  OptionalTensor w_hr, bool deterministic);
 
-// y, h_n, c_n (undefined but for the LSTM) and, with `train`, what backward reads: y of the layers below the last
-// [(L-1)*T, B, D*P] (undefined without such), and the reserves of all [L*D, ...], as Results has them of one layer.
+// y, h_n (undefined for a cell), c_n (undefined but for the LSTM) and, with `train`, what backward reads: y of the
+// layers below the last [(L-1)*T, B, D*P] (undefined without such), and the reserves of all [L*D, ...], as Results has
+// them of one layer.
 using StackResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// All layers of a module, float32 or float64. x: [T, B, I], or [B, I] for one step, y [B, P]. weights: of each layer
-// and direction w_ih, w_hh, then biases if there are, then w_hr if projected.
+// All layers of a module, float32 or float64. x: [T, B, I], or [B, I] for one step, y [B, P]. layers: 0 for a cell, one
+// step of one layer with states of [B, ...]. weights: of each layer and direction w_ih, w_hh, then biases if there are,
+// then w_hr if projected.
 FUSED_RNN_EXPORT StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, int64_t layers,
                                     int64_t directions, std::vector<Tensor> weights, bool has_biases, bool projected,
                                     bool deterministic, bool train);

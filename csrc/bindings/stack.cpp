@@ -49,8 +49,8 @@ Tensor as_step(const Tensor& sequence) {
   return viewed(sequence, {sequence.size(1), sequence.size(2)}, {sequence.stride(1), sequence.stride(2)}, 0);
 }
 
-// [D, B, width] of every layer, one after the other.
-Tensor joined(const std::vector<Tensor>& of_layers) {
+// [L*D, B, width] from [D, B, width] of every layer.
+Tensor one_after_the_other(const std::vector<Tensor>& of_layers) {
   const Tensor& first = of_layers[0];
   const int64_t L = static_cast<int64_t>(of_layers.size()), bytes = first.numel() * first.element_size();
   if (L == 1) return first;
@@ -67,6 +67,9 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
                    std::vector<Tensor> weights, bool has_biases, bool projected, bool deterministic, bool train) {
   const ScalarType type = x.scalar_type();
   FUSED_RNN_CHECK(type == ScalarType::Float || type == ScalarType::Double, "x must be float32 or float64");
+  const bool is_cell = layers == 0;
+  FUSED_RNN_CHECK(!is_cell || x.dim() == 2, "x of a cell must be [B, I], got ", shape_text(x.sizes()));
+  if (is_cell) layers = 1;
   const int64_t D = directions, each = weights_of_each(layers, D, weights.size(), has_biases, projected);
 
   int64_t H = 0, P = 0;
@@ -80,11 +83,17 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
     const LayerShape& s = layer.shape;
     if (index == 0) {
       H = s.H, P = s.P;
-      const auto state = [&](int64_t width) { return layer.new_tensor({layers * D, s.B, width}); };
-      h0 = layer.readable(h0, "h0", {layers * D, s.B, P});
       FUSED_RNN_CHECK(layer.cell.has_c || !c0, "only the LSTM has c0");
-      h_n = state(P);
-      if (layer.cell.has_c) c_n = layer.copy_or_zeros(layer.readable(c0, "c0", {layers * D, s.B, H}), state(H));
+      const auto state = [&](const OptionalTensor& given, const char* name, int64_t width) {
+        return is_cell ? layer.checked_state(given, name, width)
+                       : layer.readable(given, name, {layers * D, s.B, width});
+      };
+      const auto new_state = [&](int64_t width) {
+        return is_cell ? layer.new_state(width) : layer.new_tensor({layers * D, s.B, width});
+      };
+      h0 = state(h0, "h0", P);
+      if (!is_cell) h_n = new_state(P);
+      if (layer.cell.has_c) c_n = layer.copy_or_zeros(state(c0, "c0", H), new_state(H));
       if (train) {
         if (layers > 1) between = layer.new_tensor({steps_between(layers, layer.T), s.B, D * P});
         reserve = layer.new_reserve(layers * D);
@@ -121,7 +130,7 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
       if (train) p.reserve = layer.reserve(of_layer, d);
       p.y = layer.offset(y, d * P);
       p.y_stride = D * P;
-      p.h_n = layer.offset(*h_n, row * P);
+      p.h_n = h_n ? layer.offset(*h_n, row * P) : nullptr;
       p.c = layer.cell.has_c ? layer.offset(*c_n, row * H) : nullptr;
       p.workspace = scratch.data() + d * workspace * layer.element();
     }
@@ -129,13 +138,15 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
     x = y;
   }
   const auto out = [](const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); };
-  return {x, *h_n, out(c_n), out(between), out(reserve)};
+  return {x, out(h_n), out(c_n), out(between), out(reserve)};
 }
 
 std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x,
                                    OptionalTensor between, Tensor reserve, int64_t cell, int64_t layers,
                                    int64_t directions, std::vector<OptionalTensor> weights, bool has_biases,
                                    bool projected, std::vector<bool> needs) {
+  const bool is_cell = layers == 0;
+  if (is_cell) layers = 1;
   const int64_t D = directions, each = weights_of_each(layers, D, weights.size(), has_biases, projected);
   FUSED_RNN_CHECK(needs.size() == 3 + weights.size(), "needs must have ", 3 + weights.size(), " entries, got ",
                   needs.size());
@@ -143,7 +154,9 @@ std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalTensor dh_n, Optio
   if (is_step) {
     x = as_sequence(x, "x");
     if (dy) dy = as_sequence(*dy, "dy");
+    if (dc_n && is_cell) dc_n = as_sequence(*dc_n, "dc_n");
   }
+  FUSED_RNN_CHECK(!is_cell || (is_step && !dh_n), "a cell has x of [B, I] and no dh_n");
   FUSED_RNN_CHECK(x.dim() == 3, "x must be [T, B, I] or [B, I], got ", shape_text(x.sizes()));
   FUSED_RNN_CHECK(between || layers == 1, "between is missing");
   const int64_t T = x.size(0), all_between = steps_between(layers, T);
@@ -181,6 +194,9 @@ std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalTensor dh_n, Optio
     dy = all[0];
   }
   if (needs[0]) found[0] = is_step ? as_step(*dy) : *dy;
+  const auto joined = [&](const std::vector<Tensor>& states) {
+    return is_cell ? as_step(states[0]) : one_after_the_other(states);
+  };
   if (needs[1]) found[1] = joined(dh0);
   if (needs[2] && dc0[0].defined()) found[2] = joined(dc0);
   return found;

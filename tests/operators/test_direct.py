@@ -6,6 +6,7 @@ That each equals its operator, also with damaged arguments, is tested in test_op
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_rnn
-from fused_rnn import _C, layers, reference
+from fused_rnn import _C, layers, operators, reference
 
 CELLS = list(reference.CELLS)
 NAMES = (
@@ -111,6 +112,48 @@ def test_all_layers_in_one_node_are_layers_in_turn(
     assert 1 <= [event.name for event in watching.events()].count("fused_rnn::backward") <= a["layers"]
 
 
+def cell_call(cell: str, *tensors: Tensor) -> list[Tensor]:
+    """h' and, for the LSTM, c' of a cell in training, from x, the states and the weights."""
+    x, h0, *rest = tensors
+    c0, weights = (rest[0], rest[1:]) if cell == "lstm" else (None, rest)
+    h, c = layers.step(cell, x, h0, c0, (*(*weights, None, None)[:4], None))
+    return [h, c] if cell == "lstm" else [h]
+
+
+def cell_tensors(cell: str, biases: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    a = stack_arguments(cell, count=1, biases=biases, T=0, dtype=dtype)
+    states = [s[0] for s in (a["h0"], a["c0"]) if s is not None]
+    return [t.mul_(0.5).requires_grad_() for t in (a["x"], *states, *a["weights"])]
+
+
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cell_in_one_call_is_a_layer(cell: str, biases: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = cell_tensors(cell, biases)
+
+    def everything(watched: bool = False) -> tuple[str, list[Tensor]]:
+        outputs = cell_call(cell, *tensors)
+        loss = sum(o.square().sum() for o in outputs)
+        with profile() if watched else nullcontext():
+            gradients = torch.autograd.grad(loss, tensors)
+        return type(outputs[0].grad_fn).__name__, [*outputs, *gradients]
+
+    node, found = everything()
+    _, in_turn = everything(watched=True)
+    monkeypatch.setattr(operators, "stack", lambda *arguments: None)
+    other_node, expected = everything()
+    assert (node, other_node) == ("_StackBackward", "_LayerBackward")
+    assert all(map(torch.equal, found, expected)) and all(map(torch.equal, in_turn, expected))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_second_derivatives_of_a_cell_in_one_call(cell: str) -> None:
+    tensors = cell_tensors(cell, biases=True, dtype=torch.float64)
+    assert type(cell_call(cell, *tensors)[0].grad_fn).__name__ == "_StackBackward"
+    assert torch.autograd.gradcheck(lambda *given: tuple(cell_call(cell, *given)), tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *given: tuple(cell_call(cell, *given)), tensors, fast_mode=True)
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"D": 2}, {"count": 1}, {"biases": False}, {"T": 0}, {"P": 3}], ids=lambda changes: str(changes)
 )
@@ -168,6 +211,8 @@ def test_layers_below_the_first_gradient_are_left_out(name: str) -> None:
         dict(x=torch.randn(3, 3, 4).half()),
         dict(x=torch.randn(3, 3, 6)),
         dict(x=torch.randn(3, 5), train=True),
+        dict(x=torch.randn(3, 4), layers=0),
+        dict(layers=0, weights=[torch.randn(s) for s in ((20, 4), (20, 5), 20, 20)]),
         dict(train=None),
         dict(x=torch.randn(3, 3, 4).as_subclass(type("Mine", (Tensor,), {}))),
         dict(h0=torch.randn(1, 3, 5)),
@@ -177,7 +222,7 @@ def test_layers_below_the_first_gradient_are_left_out(name: str) -> None:
         dict(cell=3),
         dict(cell="lstm"),
     ],
-    ids=range(30),
+    ids=range(32),
 )
 def test_what_does_not_fit_is_left_to_the_layers(change: dict[str, Any]) -> None:
     a = stack_arguments("lstm")
@@ -211,6 +256,7 @@ def test_what_does_not_fit_is_left_to_the_layers(change: dict[str, Any]) -> None
         dict(x=torch.randn(4, 3, 4)),
         dict(x=torch.randn(1, 1, 1).expand(2**62, 0, 4)),
         dict(x=None),
+        dict(x=torch.randn(3, 4), dy=torch.randn(3, 5), dh_n=None, dc_n=torch.randn(3, 5), layers=0),
         dict(dy=torch.randn(3, 3, 4)),
         dict(dy=torch.randn(3, 5)),
         dict(dh_n=torch.randn(1, 3, 5)),
@@ -226,7 +272,7 @@ def test_what_does_not_fit_is_left_to_the_layers(change: dict[str, Any]) -> None
         dict(reserve=torch.randn(0)),
         dict(reserve=None),
     ],
-    ids=range(36),
+    ids=range(37),
 )
 def test_what_does_not_fit_backward_is_left_to_the_layers(change: dict[str, Any]) -> None:
     a = stack_arguments("lstm") | dict(train=True)
