@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_rnn
-from fused_rnn import reference
+from fused_rnn import _C, reference
 from fused_rnn.options import LayerOptions, operator_tensors_of
 from operator_calls import WAYS, dispatched
+from test_direct import stack, stack_arguments
 from test_ops import KINDS, backward_arguments, forward_arguments
 
 CELLS = list(reference.CELLS)
@@ -242,6 +243,38 @@ def check(operator: Any, arguments: dict[str, Any], which: slice = slice(None)) 
 @given(data=st.data())
 def test_damaged_calls(operator: str, way: str, data: st.DataObject) -> None:
     check(WAYS[way](operator), damaged(data, data.draw(calls(operator), "call")))
+
+
+def all_layers(**arguments: Any) -> Any:
+    """`_C.stack` with every weight as an argument of its own, so that one can be damaged."""
+    weights = [arguments.pop(name) for name in list(arguments) if name.startswith("weight")]
+    return stack(**arguments, weights=weights)
+
+
+def all_layers_backward(**arguments: Any) -> Any:
+    """As `all_layers`; the gradients that nobody needs are None."""
+    weights = [arguments.pop(name) for name in list(arguments) if name.startswith("weight")]
+    first, last = [*arguments.values()][:9], [*arguments.values()][9:]
+    return _C.stack_backward(*first, weights, *last)
+
+
+@pytest.mark.parametrize("operator", [all_layers, all_layers_backward], ids=["forward", "backward"])
+@searched
+@given(data=st.data())
+def test_damaged_calls_of_all_layers(operator: Callable[..., Any], data: st.DataObject) -> None:
+    cell = data.draw(st.sampled_from(CELLS), "cell")
+    changes = data.draw(st.sampled_from([{}, {"D": 2}, {"T": 0}, {"count": 1}, {"biases": False}]), "changes")
+    call = stack_arguments(cell, **changes) | {"train": True}
+    weights = {f"weight {i}": w for i, w in enumerate(call.pop("weights"))}
+    y, h_n, c_n, between, reserve = all_layers(**call, **weights)
+    if operator is all_layers:
+        check(operator, damaged(data, call | weights))
+        return
+    sizes = {name: call[name] for name in ("cell", "layers", "directions", "has_biases", "projected")}
+    needs = tuple(data.draw(st.lists(st.booleans(), min_size=3 + len(weights), max_size=3 + len(weights)), "needs"))
+    given = dict(dy=y, dh_n=h_n, dc_n=c_n, x=call["x"], between=between, reserve=reserve) | sizes | {"needs": needs}
+    assert len(operator(**given, **weights)) == len(needs)
+    check(operator, damaged(data, given | weights))
 
 
 @pytest.mark.parametrize("way", WAYS)
