@@ -96,7 +96,7 @@ class _Layer(torch.autograd.Function):
         constants: tuple[Any, ...] = () if options is NO_OPTIONS else constants_of(options)
         ctx.cell, ctx.count, ctx.constants, ctx.flags = cell, count, len(constants), flags_of(options)
         directions = count // 5
-        _save(ctx, () if recompute else kept, constants, tensors, (_PATTERN, directions, directions, recompute))
+        _save(ctx, () if recompute else kept, constants, tensors, _PATTERN, directions, directions, recompute)
         if cell != "lstm":
             ctx.mark_non_differentiable(c_n)
         return y, h_n, c_n, *more
@@ -129,23 +129,25 @@ class _Stack(torch.autograd.Function):
     def forward(ctx: Any, cell: str, sizes: tuple[int, int], has_biases: bool, projected: bool, *tensors: Any) -> Any:
         """`tensors` are x, h0, c0 and all weights, torch.nn's ``_flat_weights``; `sizes` the layers and directions.
 
-        A cell has 0 layers and no h_n (csrc/bindings/cpu_operators.h). None if the layers have to be called in turn.
+        A cell has 0 layers and no h_n (csrc/bindings/cpu_operators.h).
         """
         x, h0, c0, *weights = tensors
         results: Any = operators.stack(x, h0, c0, NUMBER[cell], *sizes, weights, has_biases, projected, False, True)
         if results is None:
-            return None
+            results = _forward_in_turn(cell, sizes, has_biases, x, h0, c0, weights)
         y, h_n, c_n, between, reserve = results
         ctx.call = cell, sizes, has_biases, projected
+        num_layers, directions = sizes
         pattern = _PATTERNS[has_biases, projected]
-        _save(ctx, (between, reserve), (), tensors, (pattern, sizes[1], max(sizes[0], 1) * sizes[1], False))
+        _save(ctx, (between, reserve), (), tensors, pattern, directions, (num_layers or 1) * directions)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         needs = ctx.needs_input_grad[4:]
         cell, sizes, has_biases, projected = ctx.call
-        again = torch.is_grad_enabled() or _any_transformed(grads, True)
+        # Of a cell, batched gradients take less time through the specification than row by row.
+        again = torch.is_grad_enabled() or _any_transformed(grads, sizes[0] == 0)
         (between, reserve), _, (x, h0, c0, *weights) = _saved(ctx, 0, len(needs), again)
         if again:
 
@@ -169,7 +171,40 @@ class _Stack(torch.autograd.Function):
 
 # Function.apply without its handling of functorch transforms, in which the policy does not choose the operators.
 layer: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Layer).apply
-stack: Callable[..., tuple[Tensor, ...] | None] = super(torch.autograd.Function, _Stack).apply
+stack: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Stack).apply
+
+
+# Where the functions of all layers return None, because a profiler or a mode would see the operators, or because a
+# tensor is one that only torch can read: the same by the operator of one layer, which keeps the same.
+
+
+def _forward_in_turn(
+    cell: str,
+    sizes: tuple[int, int],
+    has_biases: bool,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    """`operators.stack` in training."""
+    num_layers, directions = sizes
+    if num_layers == 0:
+        of_layer = reference.layer_weights(weights, 0, 1, 1, has_biases)
+        y, _, c_n, reserve, _ = operators.forward(cell, x, h0, c0, of_layer, NO_OPTIONS, True)
+        return y, None, c_n if cell == "lstm" else None, None, reserve
+    y = x if x.dim() == 3 else x.unsqueeze(0)
+    of_layers = []
+    for index in range(num_layers):
+        rows = slice(index * directions, (index + 1) * directions)
+        of_layer = reference.layer_weights(weights, index, num_layers, directions, has_biases)
+        h, c = (None if s is None else s[rows] for s in (h0, c0))
+        y, *others = operators.forward(cell, y, h, c, of_layer, NO_OPTIONS, True)
+        of_layers.append((y, *others[:3]))
+    ys, *kinds = zip(*of_layers, strict=True)
+    h_n, c_n, reserve = map(torch.cat, kinds)
+    between = torch.cat(ys[:-1]) if num_layers > 1 else None
+    return y if x.dim() == 3 else y.squeeze(0), h_n, c_n if cell == "lstm" else None, between, reserve
 
 
 def _backward_in_turn(
@@ -183,8 +218,8 @@ def _backward_in_turn(
     weights: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """`operators.stack_backward` by the operator of one layer, which a profiler or a mode sees."""
-    num_layers, directions = max(sizes[0], 1), sizes[1]
+    """`operators.stack_backward`."""
+    num_layers, directions = sizes[0] or 1, sizes[1]
     is_step, is_cell = x.dim() == 2, sizes[0] == 0
     dy, *dstates = grads
     if is_step:
@@ -231,18 +266,23 @@ def _save(
     kept: Sequence[Tensor | None],
     constants: Sequence[Tensor | None],
     tensors: Sequence[Any],
-    description: tuple[tuple[bool, ...], int, int, bool],
+    pattern: tuple[bool, ...],
+    directions: int,
+    all_directions: int,
+    recompute: bool = False,
 ) -> None:
     """Keep for backward what forward kept, constants, and `tensors`, the arguments that may need a gradient.
 
     A tensor that the first derivative reads is saved for it, which guards it against writing in place. One that only a
-    second derivative reads is kept aside with its version, so that writing to it stays allowed until then.
+    second derivative reads is kept aside with its version, so that writing to it stays allowed until then. The last
+    four arguments are those of `_that_derivatives_read`.
     """
     ctx.set_materialize_grads(False)
     ctx.kept = len(kept)
-    ctx.read, aside = _that_derivatives_read(ctx.needs_input_grad[-len(tensors) :], *description)
+    needs = ctx.needs_input_grad[-len(tensors) :]
+    ctx.read, aside = _that_derivatives_read(needs, pattern, directions, all_directions, recompute)
     ctx.save_for_backward(*kept, *constants, *[tensors[i] for i in ctx.read])
-    ctx.aside = [(i, t, t._version) for i in aside if (t := tensors[i]) is not None]
+    ctx.aside = [(i, t, None if t.is_inference() else t._version) for i in aside if (t := tensors[i]) is not None]
 
 
 def _saved(ctx: Any, constants: int, count: int, again: bool) -> tuple[Any, Any, list[Any]]:
@@ -267,14 +307,14 @@ _PATTERNS = {
 
 @lru_cache(maxsize=4096)
 def _that_derivatives_read(
-    needs: tuple[bool, ...], pattern: tuple[bool, ...], in_first_layer: int, directions: int, recompute: bool
+    needs: tuple[bool, ...], pattern: tuple[bool, ...], directions: int, all_directions: int, recompute: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The places of the tensors that the first derivative reads, and of those only the second.
 
     Args:
         needs: which of the tensors need a gradient. Weights begin with the fourth.
         pattern: one of the above.
-        in_first_layer, directions: how many directions the first layer has, and all layers together.
+        directions, all_directions: of one layer, and of all layers together.
     """
     everything = range(len(needs))
     if recompute:
@@ -282,19 +322,19 @@ def _that_derivatives_read(
     # x and the first w_ih meet in one product: each is read for the other's gradient. The initial states and those of
     # resets are guarded as torch.nn guards its own.
     each = len(pattern)
-    of_w_ih = slice(3, 3 + each * in_first_layer, each)
-    reads = [any(needs[of_w_ih]), True, True, *pattern * directions]
-    reads[of_w_ih] = [needs[0]] * in_first_layer
+    of_w_ih = slice(3, 3 + each * directions, each)
+    reads = [any(needs[of_w_ih]), True, True, *pattern * all_directions]
+    reads[of_w_ih] = [needs[0]] * directions
     if len(needs) > len(reads):
         reads += [True] * (len(needs) - len(reads))
         if needs[-1]:  # norm_ih
             reads[0] = True
-            reads[of_w_ih] = [True] * in_first_layer
+            reads[of_w_ih] = [True] * directions
     return tuple(i for i in everything if reads[i]), tuple(i for i in everything if not reads[i])
 
 
-def _unchanged(tensor: Tensor, version: int) -> Tensor:
-    if tensor._version != version:
+def _unchanged(tensor: Tensor, version: int | None) -> Tensor:
+    if version is not None and tensor._version != version:
         raise RuntimeError(
             "one of the variables needed for the second derivative has been modified by an inplace operation: "
             f"it is at version {tensor._version}; expected version {version} instead"
@@ -302,14 +342,15 @@ def _unchanged(tensor: Tensor, version: int) -> Tensor:
     return tensor
 
 
-def _any_transformed(grads: Sequence[Tensor | None], has_options: bool) -> bool:
+def _any_transformed(grads: Sequence[Tensor | None], or_batched: bool) -> bool:
     # A gradient under vmap or with a tangent: torch's own operations know how to take it. is_grads_batched=True is a
-    # vmap of its own, which runs an operator row by row unless the operator has a list of tensors among its arguments.
+    # vmap of its own, which runs an operator row by row unless the operator has a list of tensors among its arguments:
+    # then, with `or_batched`, it counts, too.
     functorch = torch._C._functorch
     if forward_ad._current_level >= 0 or functorch.get_dynamic_layer_stack_depth() > 0:
         return True
     for g in grads:
-        if g is not None and (type(g) not in COMPILERS_TYPES or (has_options and functorch.is_legacy_batchedtensor(g))):
+        if g is not None and (type(g) not in COMPILERS_TYPES or (or_batched and functorch.is_legacy_batchedtensor(g))):
             return True
     return False
 

@@ -48,7 +48,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         weights = [parameters.get(name) for name in _WEIGHTS]
         h0, c0 = (*states, None, None)[:2]
         complete = not (self.bias and (weights[2] is None or weights[3] is None))
-        torch_trains = complete and policy.torch_trains_cell(cell, input, h0, weights)
+        torch_trains = complete and policy.torch_trains_any(cell, input, h0, weights)
         if not torch_trains and not (complete and policy.plain_call(2, input, h0, c0, weights)):
             return self._run_any(cell, input, hx, states)
         choice = None

@@ -66,7 +66,7 @@ def stack_step(
         results = in_one_call(cell, x, h0, c0, weights, has_biases, num_layers, 1)
         if results is not None:
             return results
-    y, *hidden = stack(cell, x.unsqueeze(0), h0, c0, weights, has_biases, num_layers, 1, dropout)
+    y, *hidden = reference.stack(cell, x.unsqueeze(0), h0, c0, weights, has_biases, num_layers, 1, dropout, run=layer)
     return y.squeeze(0), *hidden
 
 
@@ -92,7 +92,7 @@ def in_one_call(
     is_step = x.dim() == 2
     if torch.compiler.is_compiling() or policy.on_cuda(x) or x.dtype not in policy.KERNEL_DTYPES:
         return None
-    if policy.precision(x, is_step):
+    if policy.precision(x, is_step or x.size(0) == 1):
         return None
     projected = len(weights) > num_layers * directions * (4 if has_biases else 2)
     results: Any
@@ -144,8 +144,10 @@ def layer(
 
 def step(
     cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
-    """Compute one time step of one layer: ``[B, I]`` and states ``[B, ...]`` to h' and c' (empty but for the LSTM).
+) -> tuple[Tensor, Tensor | None]:
+    """Compute one time step of one layer: ``[B, I]`` and states ``[B, ...]`` to h' and, for the LSTM, c'.
+
+    c' of another cell is empty or None.
 
     Raises:
         RuntimeError: a tensor does not fit the others in shape, dtype or device.
@@ -154,9 +156,8 @@ def step(
         options = LayerOptions(deterministic=True) if deterministic() else NO_OPTIONS
         if options is NO_OPTIONS and x.dtype in policy.KERNEL_DTYPES:
             given = [w for w in weights if w is not None]
-            results = autograd.stack(cell, (0, 1), len(given) > 2, False, x, h0, c0, *given)
-            if results is not None:
-                return results[0], results[2]
+            h, _, c = autograd.stack(cell, (0, 1), len(given) > 2, False, x, h0, c0, *given)
+            return h, c
         tensors = () if options is NO_OPTIONS else differentiable_of(options)
         h, _, c = autograd.layer(cell, len(weights), options, x, h0, c0, *weights, *tensors)
         return h, c
@@ -165,7 +166,7 @@ def step(
 
 def step_of_instance(
     instance: int, cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`step` on these kernels (`fused_rnn.options`)."""
     h, _, c, *_ = layer_of_operators(cell, x, h0, c0, weights, LayerOptions(instance=instance))
     return h, c

@@ -142,7 +142,7 @@ def choose(
         return Choice(reason is None, reason or "the weights stay on the chip")
     if deterministic():
         return Choice(True, "deterministic: a row's result does not depend on its batch")
-    if kind == "cell" and differentiable and half is None and torch_trains_step(cell, dtype, B, H):
+    if kind == "cell" and differentiable and half is None and torch_trains(cell, dtype, B, H):
         return Choice(False, "the autograd nodes of torch's function for an RNN's cell cost less than ours")
     if (half or dtype) is not torch.bfloat16 or not HAS_BF16_PRODUCTS or (cell == "lstm" and lacks_threads()):
         return Choice(True, "measured to be at least as fast")
@@ -276,20 +276,18 @@ def layer_precision(dtype: torch.dtype, half: torch.dtype | None, single_step: b
     return precision(FLOAT32, single_step)
 
 
-def torch_trains_step(cell: str, dtype: torch.dtype, B: int, H: int) -> bool:
-    """Whether torch's function for cells computes one that records a gradient, outside of autocast."""
+def torch_trains(cell: str, dtype: torch.dtype, B: int, H: int) -> bool:
+    """Whether torch's function computes a cell of these sizes that records a gradient, outside of autocast."""
     return tuned.torch_trains_as_fast(cell, dtype, B, H) and not deterministic()
 
 
-def torch_trains(cell: str, x: Any, h0: Tensor, weights: Sequence[Tensor | None]) -> bool:
-    """`torch_trains_step` of a call of x, ``[B, H]`` and these weights that nothing observes."""
-    return (
-        torch.is_grad_enabled() and torch_trains_step(cell, x.dtype, *h0.shape) and any_requires_grad((x, h0, *weights))
-    )
+def torch_trains_plain(cell: str, x: Any, h0: Tensor, weights: Sequence[Tensor | None]) -> bool:
+    """`torch_trains` of a call of x, ``[B, H]`` and these weights that nothing observes."""
+    return torch.is_grad_enabled() and torch_trains(cell, x.dtype, *h0.shape) and any_requires_grad((x, h0, *weights))
 
 
-def torch_trains_cell(cell: str, x: Any, h0: Any, weights: Sequence[Any]) -> bool:
-    """`torch_trains` of a cell's call with any arguments, asked before all else: every check costs a percent of it."""
+def torch_trains_any(cell: str, x: Any, h0: Any, weights: Sequence[Any]) -> bool:
+    """`torch_trains_plain` of a call with any arguments, asked before all else: every check costs a percent of it."""
     return (
         torch.is_grad_enabled()
         and cell.startswith("rnn")

@@ -1,5 +1,6 @@
 // The CPU's operators as C++ functions, which check all that a kernel relies on. ops.cpp registers them with torch, but
-// for `stack` (stack.cpp), which is no operator; direct.cpp calls them from Python without torch's dispatcher.
+// for `stack` and `stack_backward` (stack.cpp), which are no operators; direct.cpp calls them from Python without
+// torch's dispatcher.
 #pragma once
 
 #include "../cpu/dispatch.h"
@@ -41,7 +42,9 @@ FUSED_RNN_EXPORT StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor 
                                     int64_t directions, std::vector<Tensor> weights, bool has_biases, bool projected,
                                     bool deterministic, bool train);
 
-// Gradients of x, h0, c0 and all weights, in this order, undefined where `needs` says no. Biases are not read.
+// Gradients of x, h0, c0 and all weights, in this order, undefined where `needs` says no. dy, dh_n and dc_n are shaped
+// as y, h_n and c_n of `stack`, between and reserve are its own; weights are those of `stack`, whose biases may be
+// absent.
 FUSED_RNN_EXPORT std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
                                                     Tensor x, OptionalTensor between, Tensor reserve, int64_t cell,
                                                     int64_t layers, int64_t directions,

@@ -173,7 +173,10 @@ std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalTensor dh_n, Optio
       return direction < D ? weights[first + direction * each + weight] : std::nullopt;
     };
     const auto projection = [&](int64_t direction) { return projected ? given(direction, each - 1) : std::nullopt; };
-    FUSED_RNN_CHECK(given(0, 0) && given(0, 1), "w_ih and w_hh must be given");
+    FUSED_RNN_CHECK(given(0, 0) && given(0, 1) && weights[1], "w_ih and w_hh must be given");
+    const auto wide = given(0, 1)->sizes(), first_wide = weights[1]->sizes();
+    FUSED_RNN_CHECK(std::equal(wide.begin(), wide.end(), first_wide.begin(), first_wide.end()),
+                    "all layers must be as wide as the first");
     const auto all =
         std::apply([](auto&&... gradient) { return std::array<Tensor, sizeof...(gradient)>{std::move(gradient)...}; },
                    backward(dy, part(dh_n, "dh_n", layers * D, rows, D), part(dc_n, "dc_n", layers * D, rows, D),

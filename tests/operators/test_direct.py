@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
-from fused_rnn import _C, layers, operators, reference
+from fused_rnn import _C, layers, operators, policy, reference
 
 CELLS = list(reference.CELLS)
 NAMES = (
@@ -75,7 +76,7 @@ def test_all_layers_in_one_call_are_layers_in_turn(cell: str, states: bool, chan
 @pytest.mark.parametrize("needs_x", [True, False])
 @with_cells({}, {"D": 2}, {"count": 3, "biases": False}, {"P": 3, "D": 2}, {"count": 1}, {"T": 0}, {"T": 0, "P": 3})
 def test_all_layers_in_one_node_are_layers_in_turn(
-    cell: str, changes: dict[str, Any], needs_x: bool, frozen: str, monkeypatch: pytest.MonkeyPatch
+    cell: str, changes: dict[str, Any], needs_x: bool, frozen: str
 ) -> None:
     a = stack_arguments(cell, **changes)
     each = len(a["weights"]) // a["layers"]
@@ -105,11 +106,15 @@ def test_all_layers_in_one_node_are_layers_in_turn(
     expected = everything(y.view_as(found[0]), *finals)
     assert all(map(torch.equal, everything(*found), expected))
 
-    again = layers.in_one_call(cell, a["x"], *call)
+    unwatched = layers.in_one_call(cell, a["x"], *call)
     with profile() as watching:  # which sees every layer's operator
-        found = everything(*again)
+        found = everything(*unwatched)
     assert all(map(torch.equal, found, expected))
     assert 1 <= [event.name for event in watching.events()].count("fused_rnn::backward") <= a["layers"]
+    with profile() as watching:
+        watched = layers.in_one_call(cell, a["x"], *call)
+    assert all(map(torch.equal, everything(*watched), expected))
+    assert [event.name for event in watching.events()].count("fused_rnn::forward") == a["layers"]
 
 
 def cell_call(cell: str, *tensors: Tensor) -> list[Tensor]:
@@ -139,11 +144,14 @@ def test_a_cell_in_one_call_is_a_layer(cell: str, biases: bool, monkeypatch: pyt
         return type(outputs[0].grad_fn).__name__, [*outputs, *gradients]
 
     node, found = everything()
-    _, in_turn = everything(watched=True)
+    _, backward_in_turn = everything(watched=True)
     monkeypatch.setattr(operators, "stack", lambda *arguments: None)
+    _, in_turn = everything(watched=True)
+    monkeypatch.setattr(policy, "KERNEL_DTYPES", ())
     other_node, expected = everything()
     assert (node, other_node) == ("_StackBackward", "_LayerBackward")
-    assert all(map(torch.equal, found, expected)) and all(map(torch.equal, in_turn, expected))
+    for results in (found, backward_in_turn, in_turn):
+        assert all(map(torch.equal, results, expected))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -168,6 +176,45 @@ def test_second_derivatives_of_all_layers_in_one_node(changes: dict[str, Any]) -
         t.mul_(0.3).requires_grad_()
     assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_batched_gradients_run_the_operator_row_by_row(name: str, num_layers: int) -> None:
+    module, x = getattr(fused_rnn, name)(4, 5, num_layers=num_layers), torch.randn(3, 2, 4)
+    y, weights = module(x)[0], list(module.parameters())
+    dy = torch.randn(6, *y.shape)
+    with profile() as watching:
+        batched = torch.autograd.grad(y, weights, dy, is_grads_batched=True, retain_graph=True)
+    assert [event.name for event in watching.events()].count("fused_rnn::backward") >= 6 * num_layers
+    one_by_one = zip(*[torch.autograd.grad(y, weights, d, retain_graph=True) for d in dy], strict=True)
+    for found, expected in zip(batched, one_by_one, strict=True):
+        assert torch.equal(found, torch.stack(expected))
+
+
+@pytest.mark.parametrize("call", ["forward", "step", "cell"])
+def test_a_profiler_around_backward_alone_and_checkpoints(call: str) -> None:
+    """What is computed again keeps the same tensors, whoever watches."""
+    gru, cell, x = fused_rnn.GRU(3, 4, num_layers=2), fused_rnn.GRUCell(3, 4), torch.randn(5, 2, 3, requires_grad=True)
+    run = {"forward": lambda x: gru(x)[0], "step": lambda x: gru.step(x[0])[0], "cell": lambda x: cell(x[0])}[call]
+    gradients = []
+    for watching in (nullcontext(), profile()):
+        loss = checkpoint(lambda x: run(x).square().sum(), x, use_reentrant=False)
+        with watching:
+            gradients.append(torch.autograd.grad(loss, x)[0])
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_inference_tensors_meet_frozen_weights(name: str) -> None:
+    """As in torch.nn: no derivative reads x."""
+    module, cell = getattr(fused_rnn, name)(3, 4), getattr(fused_rnn, f"{name}Cell")(3, 4)
+    module.weight_ih_l0.requires_grad_(False), cell.weight_ih.requires_grad_(False)
+    with torch.inference_mode():
+        x = torch.randn(5, 2, 3)
+    for y in (module(x)[0], module.step(x[0])[0], cell(x[0])):
+        (y[0] if isinstance(y, tuple) else y).sum().backward()
+    assert module.weight_hh_l0.grad.abs().sum() > 0 and cell.weight_hh.grad is not None
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
@@ -283,6 +330,19 @@ def test_what_does_not_fit_backward_is_left_to_the_layers(change: dict[str, Any]
     )  # fmt: skip
     assert len(_C.stack_backward(*backward.values())) == 11
     assert _C.stack_backward(*(backward | change).values()) is None
+
+
+def test_layers_of_different_widths_are_refused() -> None:
+    """Their rows may be as long as those that forward kept."""
+
+    def weights(H: int, size: int, P: int) -> list[Tensor]:
+        return [torch.randn(4 * H, size), torch.randn(4 * H, P), torch.randn(P, H)]
+
+    (H0, P0), (H1, P1), B = (1, 62), (11, 2), 3
+    assert 6 * H0 + P0 == 6 * H1 + P1 == 68
+    given = torch.randn(1, B, P1), None, None, torch.randn(1, B, 1), torch.randn(1, B, P0), torch.randn(2, B, 68)
+    sizes = CELLS.index("lstm"), 2, 1
+    assert _C.stack_backward(*given, *sizes, weights(H0, 1, P0) + weights(H1, P0, P1), False, True, (True,) * 9) is None
 
 
 def test_other_numbers_of_arguments_are_refused() -> None:

@@ -263,7 +263,8 @@ def all_layers_backward(**arguments: Any) -> Any:
 @given(data=st.data())
 def test_damaged_calls_of_all_layers(operator: Callable[..., Any], data: st.DataObject) -> None:
     cell = data.draw(st.sampled_from(CELLS), "cell")
-    changes = data.draw(st.sampled_from([{}, {"D": 2}, {"T": 0}, {"count": 1}, {"biases": False}]), "changes")
+    changes = data.draw(st.sampled_from([{}, {"D": 2}, {"T": 0}, {"count": 1}, {"biases": False}, {"P": 3}]), "changes")
+    cell = "lstm" if "P" in changes else cell
     call = stack_arguments(cell, **changes) | {"train": True}
     weights = {f"weight {i}": w for i, w in enumerate(call.pop("weights"))}
     y, h_n, c_n, between, reserve = all_layers(**call, **weights)
