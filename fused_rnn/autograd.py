@@ -194,12 +194,11 @@ def _forward_in_turn(
         y, _, c_n, reserve, _ = operators.forward(cell, x, h0, c0, of_layer, NO_OPTIONS, True)
         return y, None, c_n if cell == "lstm" else None, None, reserve
     y = x if x.dim() == 3 else x.unsqueeze(0)
+    h_layers, c_layers = reference.by_layer(h0, None, 0, num_layers), reference.by_layer(c0, None, 1, num_layers)
     of_layers = []
     for index in range(num_layers):
-        rows = slice(index * directions, (index + 1) * directions)
         of_layer = reference.layer_weights(weights, index, num_layers, directions, has_biases)
-        h, c = (None if s is None else s[rows] for s in (h0, c0))
-        y, *others = operators.forward(cell, y, h, c, of_layer, NO_OPTIONS, True)
+        y, *others = operators.forward(cell, y, h_layers[index], c_layers[index], of_layer, NO_OPTIONS, True)
         of_layers.append((y, *others[:3]))
     ys, *kinds = zip(*of_layers, strict=True)
     h_n, c_n, reserve = map(torch.cat, kinds)

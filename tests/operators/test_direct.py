@@ -332,6 +332,18 @@ def test_what_does_not_fit_backward_is_left_to_the_layers(change: dict[str, Any]
     assert _C.stack_backward(*(backward | change).values()) is None
 
 
+@pytest.mark.parametrize("name", ["h0", "c0"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_states_of_other_numbers_of_layers_are_refused(count: int, name: str) -> None:
+    """No layer takes a part of them."""
+    a = stack_arguments("lstm", count=count)
+    a["weights"][0].requires_grad_()
+    for rows in (0, count + 1, 2 * count):
+        a[name] = torch.randn(rows, *a[name].shape[1:])
+        with pytest.raises((RuntimeError, IndexError)):
+            layers.in_one_call("lstm", a["x"], a["h0"], a["c0"], a["weights"], True, count, 1)
+
+
 def test_layers_of_different_widths_are_refused() -> None:
     """Their rows may be as long as those that forward kept."""
 
