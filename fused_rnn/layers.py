@@ -57,17 +57,33 @@ def stack_step(
     has_biases: bool,
     num_layers: int,
     dropout: float,
+    backend: str,
 ) -> Sequence[Tensor]:
     """Compute one step of all layers of a module without options, y ``[B, P]`` and the states, from x ``[B, I]``.
 
-    The arguments are those of `stack`.
+    The arguments are those of `stack`, and the module's backend, "auto" or "fused".
     """
+    if (
+        cell != "lstm"
+        and backend == "auto"
+        and torch.is_grad_enabled()
+        and policy.torch_trains_steps(cell, x.dtype, x.size(0), weights[1].size(1))
+        and any_requires_grad((x, h0, *weights))
+    ):
+        states = (None,) * num_layers if h0 is None else h0.unbind()
+        hidden: list[Tensor] = []
+        for index, state in enumerate(states):
+            if index > 0 and dropout > 0:
+                x = torch.dropout(x, dropout, True)
+            x = torchs_rnn_step(cell, x, state, reference.layer_weights(weights, index, num_layers, 1, has_biases))
+            hidden.append(x)
+        return x, torch.stack(hidden) if num_layers > 1 else x.unsqueeze(0)
     if dropout == 0 or num_layers == 1:
         results = in_one_call(cell, x, h0, c0, weights, has_biases, num_layers, 1)
         if results is not None:
             return results
-    y, *hidden = reference.stack(cell, x.unsqueeze(0), h0, c0, weights, has_biases, num_layers, 1, dropout, run=layer)
-    return y.squeeze(0), *hidden
+    y, *finals = reference.stack(cell, x.unsqueeze(0), h0, c0, weights, has_biases, num_layers, 1, dropout, run=layer)
+    return y.squeeze(0), *finals
 
 
 def in_one_call(

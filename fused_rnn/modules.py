@@ -183,6 +183,7 @@ class FusedRNNBase(TorchConvertible, Variants):
                     self.bias,
                     self.num_layers,
                     self.dropout if self.training else 0.0,
+                    self.backend,
                 )
                 return y, tuple(hidden) if self.mode == "LSTM" else hidden[0]
             except RuntimeError:  # a size, dtype or device does not fit, as in `forward`

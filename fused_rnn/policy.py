@@ -142,7 +142,8 @@ def choose(
         return Choice(reason is None, reason or "the weights stay on the chip")
     if deterministic():
         return Choice(True, "deterministic: a row's result does not depend on its batch")
-    if kind == "cell" and differentiable and half is None and torch_trains(cell, dtype, B, H):
+    by_torch = torch_trains if kind == "cell" else torch_trains_steps
+    if kind in ("cell", "step") and differentiable and half is None and by_torch(cell, dtype, B, H):
         return Choice(False, "the autograd nodes of torch's function for an RNN's cell cost less than ours")
     if (half or dtype) is not torch.bfloat16 or not HAS_BF16_PRODUCTS or (cell == "lstm" and lacks_threads()):
         return Choice(True, "measured to be at least as fast")
@@ -279,6 +280,11 @@ def layer_precision(dtype: torch.dtype, half: torch.dtype | None, single_step: b
 def torch_trains(cell: str, dtype: torch.dtype, B: int, H: int) -> bool:
     """Whether torch's function computes a cell of these sizes that records a gradient, outside of autocast."""
     return tuned.torch_trains_as_fast(cell, dtype, B, H) and not deterministic()
+
+
+def torch_trains_steps(cell: str, dtype: torch.dtype, B: int, H: int) -> bool:
+    """As `torch_trains`, of a module's `step`."""
+    return tuned.torch_trains_steps_as_fast(cell, dtype, B, H) and not deterministic()
 
 
 def torch_trains_plain(cell: str, x: Any, h0: Tensor, weights: Sequence[Tensor | None]) -> bool:

@@ -78,6 +78,12 @@ def torch_trains_as_fast(cell: str, dtype: torch.dtype, B: int, H: int) -> bool:
     return cell.startswith("rnn") and plain and (small or not _outrun_mkl())
 
 
+def torch_trains_steps_as_fast(cell: str, dtype: torch.dtype, B: int, H: int) -> bool:
+    """Whether a loop over torch's function trains a module's `step` as fast on a CPU, in spite of its two views."""
+    plain = dtype in (torch.float32, torch.float64)
+    return cell.startswith("rnn") and plain and _rounded(B) * H**2 >= 2**18 and not _outrun_mkl()
+
+
 @cache
 def _outrun_mkl() -> bool:
     """Whether the kernels multiply faster than MKL, torch's library for that, which does without AVX-512 on AMD's."""
