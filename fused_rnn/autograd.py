@@ -95,8 +95,8 @@ class _Layer(torch.autograd.Function):
         y, h_n, c_n, more, kept = run_forward(cell, inputs, options, not recompute)
         constants: tuple[Any, ...] = () if options is NO_OPTIONS else constants_of(options)
         ctx.cell, ctx.count, ctx.constants, ctx.flags = cell, count, len(constants), flags_of(options)
-        directions = count // 5
-        _save(ctx, () if recompute else kept, constants, tensors, _PATTERN, directions, directions, recompute)
+        directions, read = count // 5, _READ_WEIGHTS[True, True]  # all five have a place, absent ones, too
+        _save(ctx, () if recompute else kept, constants, tensors, read, directions, directions, recompute)
         if cell != "lstm":
             ctx.mark_non_differentiable(c_n)
         return y, h_n, c_n, *more
@@ -138,8 +138,8 @@ class _Stack(torch.autograd.Function):
         y, h_n, c_n, between, reserve = results
         ctx.call = cell, sizes, has_biases, projected
         num_layers, directions = sizes
-        pattern = _PATTERNS[has_biases, projected]
-        _save(ctx, (between, reserve), (), tensors, pattern, directions, (num_layers or 1) * directions)
+        read = _READ_WEIGHTS[has_biases, projected]
+        _save(ctx, (between, reserve), (), tensors, read, directions, (num_layers or 1) * directions)
         return y, h_n, c_n
 
     @staticmethod
@@ -265,7 +265,7 @@ def _save(
     kept: Sequence[Tensor | None],
     constants: Sequence[Tensor | None],
     tensors: Sequence[Any],
-    pattern: tuple[bool, ...],
+    read_weights: tuple[bool, ...],
     directions: int,
     all_directions: int,
     recompute: bool = False,
@@ -279,7 +279,7 @@ def _save(
     ctx.set_materialize_grads(False)
     ctx.kept = len(kept)
     needs = ctx.needs_input_grad[-len(tensors) :]
-    ctx.read, aside = _that_derivatives_read(needs, pattern, directions, all_directions, recompute)
+    ctx.read, aside = _that_derivatives_read(needs, read_weights, directions, all_directions, recompute)
     ctx.save_for_backward(*kept, *constants, *[tensors[i] for i in ctx.read])
     ctx.aside = [(i, t, None if t.is_inference() else t._version) for i in aside if (t := tensors[i]) is not None]
 
@@ -295,9 +295,8 @@ def _saved(ctx: Any, constants: int, count: int, again: bool) -> tuple[Any, Any,
     return saved[: ctx.kept], saved[ctx.kept : first], tensors
 
 
-# Which weights of a direction the first derivative reads: w_ih and w_hh, no biases, w_hr.
-_PATTERN = (True, True, False, False, True)
-_PATTERNS = {
+# Which weights of a direction the first derivative reads, by which there are: w_ih and w_hh, no biases, w_hr.
+_READ_WEIGHTS = {
     (has_biases, projected): (True, True) + (False, False) * has_biases + (True,) * projected
     for has_biases in (True, False)
     for projected in (True, False)
@@ -306,13 +305,13 @@ _PATTERNS = {
 
 @lru_cache(maxsize=4096)
 def _that_derivatives_read(
-    needs: tuple[bool, ...], pattern: tuple[bool, ...], directions: int, all_directions: int, recompute: bool
+    needs: tuple[bool, ...], read_weights: tuple[bool, ...], directions: int, all_directions: int, recompute: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The places of the tensors that the first derivative reads, and of those only the second.
 
     Args:
         needs: which of the tensors need a gradient. Weights begin with the fourth.
-        pattern: one of the above.
+        read_weights: one of `_READ_WEIGHTS`.
         directions, all_directions: of one layer, and of all layers together.
     """
     everything = range(len(needs))
@@ -320,9 +319,9 @@ def _that_derivatives_read(
         return tuple(everything), ()
     # x and the first w_ih meet in one product: each is read for the other's gradient. The initial states and those of
     # resets are guarded as torch.nn guards its own.
-    each = len(pattern)
+    each = len(read_weights)
     of_w_ih = slice(3, 3 + each * directions, each)
-    reads = [any(needs[of_w_ih]), True, True, *pattern * all_directions]
+    reads = [any(needs[of_w_ih]), True, True, *read_weights * all_directions]
     reads[of_w_ih] = [needs[0]] * directions
     if len(needs) > len(reads):
         reads += [True] * (len(needs) - len(reads))

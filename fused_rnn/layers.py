@@ -1,5 +1,7 @@
-"""A stack of layers, one layer, and one step, by the operators of `fused_rnn.operators`, in training through
-`fused_rnn.autograd`. What they compute is said in `fused_rnn.reference`.
+"""All layers of a module, one layer, and one step, on the kernels.
+
+They call the operators of `fused_rnn.operators`, in training through `fused_rnn.autograd`. `fused_rnn.reference` says
+what they compute.
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ def stack_step(
         and policy.torch_trains_steps(cell, x.dtype, x.size(0), weights[1].size(1))
         and any_requires_grad((x, h0, *weights))
     ):
+        # Where products take most of the time, torch's are as fast, in spite of the views of states and results.
         states = (None,) * num_layers if h0 is None else h0.unbind()
         hidden: list[Tensor] = []
         for index, state in enumerate(states):

@@ -1,7 +1,8 @@
-"""The specification: every cell as a plain loop over time, in differentiable torch operations.
+"""The specification: every cell as a plain loop over time, and the loop over layers, in differentiable operations.
 
-It is slow, and written to be read. The kernels, the modules and torch.nn are tested against it in float64, and second
-derivatives of a layer are computed through it. It works with any floating-point dtype, on any device.
+It is slow, and written to be read; the loop over layers runs the kernels' layers, too. The kernels, the modules and
+torch.nn are tested against it in float64, and second derivatives of a layer are computed through it. It works with any
+floating-point dtype, on any device.
 
 Names and orders are those of torch.nn. The gates ``i, f, g, o`` (LSTM) and ``r, z, n`` (GRU) are stacked in the rows of
 ``w_ih`` and ``w_hh``. A packed sequence has ``batch_sizes[t]`` rows at step t, longest sequences first.
