@@ -15,7 +15,7 @@ struct ForwardProducts {
 
   explicit ForwardProducts(const LayerShape& s)
       : packed_x(!s.gates_given && (always(s) || s.N >= rows_worth_transposing(s, s.I))),
-        packed_h(always(s) || ((s.B > 1 || s.on_tiles()) && s.N >= rows_worth_transposing(s, s.P))),
+        packed_h(always(s) || s.N >= rows_worth_transposing(s, s.P)),
         x_beforehand(s.gates_given || (s.T > 1 && s.B < few_rows(s))) {}
 
  private:

@@ -256,11 +256,12 @@ void multiply(Sums<T, C>& sums, const Start<T>& start, const Part& part, const T
   multiply<T, C>(Output<T>(sums), start, part, rows, panel, K);
 }
 
-// Rows of W that are multiplied at once by R rows: a power of two, with the sums of a tile in registers.
+// Rows of W that are multiplied at once by R rows: a power of two, with the sums of a tile in registers. Eight are enough
+// to hide the latency of a multiply-add, and in large weights every row is in another page.
 template <class T, int R>
 constexpr int dot_columns() {
   int n = 1;
-  while (n * 2 * R <= FUSED_RNN_VECTOR_REGISTERS * 3 / 4 && n < kLanes<T>) n *= 2;
+  while (n * 2 * R <= FUSED_RNN_VECTOR_REGISTERS * 3 / 4 && n < least(kLanes<T>, 8)) n *= 2;
   return n;
 }
 
