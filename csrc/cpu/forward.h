@@ -4,12 +4,12 @@
 // A step multiplies x and the previous h by the packed weights and runs the cell on the sums, which begin with the
 // biases, while they are in the first-level cache. The new h is stored in y, where the next step reads it.
 // Small batches multiply x of all steps before the first step, so that each load of W_ih serves more rows.
-// Packing is skipped where the weights serve fewer than rows_worth_transposing() rows over all steps. Packed and unpacked
-// products round differently, so `deterministic` layers, whose rows must not depend on the batch around them, always
-// pack. A worker packs a block that no other one needs just before it first multiplies by it, in a single step always to
-// the same place, and the others before the first step. Packed products of float32 may be computed on tiles
-// (LayerShape::operands): the rows that a step multiplies are then split before its products, as they are rounded for
-// int8 weights.
+// Packing is skipped where the weights serve too few rows: fewer than rows_worth_transposing() over all steps, and for
+// W_hh one row per step where vectors are short. Packed and unpacked products round differently, so `deterministic`
+// layers, whose rows must not depend on the batch around them, always pack. A worker packs a block that no other one
+// needs just before it first multiplies by it, in a single step always to the same place, and the others before the
+// first step. Packed products of float32 may be computed on tiles (LayerShape::operands): the rows that a step
+// multiplies are then split before its products, as they are rounded for int8 weights.
 //
 // With a projection, the cell's output is stored in `hidden` and a second product gives h. With layer normalisation,
 // the products of a step are stored first, because a row's mean needs all of its units; the cell then runs row by row.

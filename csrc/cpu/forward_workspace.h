@@ -15,10 +15,13 @@ struct ForwardProducts {
 
   explicit ForwardProducts(const LayerShape& s)
       : packed_x(!s.gates_given && (always(s) || s.N >= rows_worth_transposing(s, s.I))),
-        packed_h(always(s) || s.N >= rows_worth_transposing(s, s.P)),
+        packed_h(always(s) || (s.N >= rows_worth_transposing(s, s.P) && (s.B > 1 || kWide || s.on_tiles()))),
         x_beforehand(s.gates_given || (s.T > 1 && s.B < few_rows(s))) {}
 
  private:
+  // One row reads W_hh as fast as it lies, unless the sums over the lanes of each result, which packing saves, are long.
+  static constexpr bool kWide = kLanes<float> >= 16;
+
   static bool always(const LayerShape& s) {
     return s.frozen() || s.deterministic || s.bf16_weights || cpu::digits_of(s.operands);
   }
