@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn import autocast, layers, policy, reference, tuned
+from fused_rnn import autocast, layers, operators, policy, reference, tuned
+from fused_rnn.cell_info import NUMBER
 from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
 from fused_rnn.options import NO_OPTIONS, PLANNED, LayerOptions
 
-_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_WEIGHTS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
 
 
 def check_ranks(name: str, input: Any, states: Iterable[Any]) -> None:
@@ -47,6 +48,8 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         parameters: Any = self._parameters
         weights = [parameters.get(name) for name in _WEIGHTS]
         h0, c0 = (*states, None, None)[:2]
+        if (inferred := self._inferred(cell, input, hx, weights)) is not None:
+            return inferred
         complete = not (self.bias and (weights[2] is None or weights[3] is None))
         torch_trains = complete and policy.torch_trains_any(cell, input, h0, weights)
         if not torch_trains and not (complete and policy.plain_call(2, input, h0, c0, weights)):
@@ -64,6 +67,20 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         except RuntimeError:  # a size or dtype does not fit
             self._run_any(cell, input, hx, states)  # raises torch.nn's error
             raise
+
+    @policy.runs_eagerly
+    def _inferred(self, cell: str, input: Any, hx: Any, weights: Sequence[Tensor | None]) -> Any:
+        """As `fused_rnn.modules.FusedRNNBase._inferred`."""
+        biased = weights[2] is not None
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or biased is not (weights[3] is not None)
+            or self.hidden_size in tuned.table.cell_hidden_sizes
+        ):
+            return None
+        names, given = (_WEIGHTS, weights) if biased else (_WEIGHTS[:2], weights[:2])
+        return operators.infer(input, hx, 2, NUMBER[cell], 0, 1, biased, False, False, self._parameters, names, given)
 
     def _choice(self, cell: str, x: Tensor, states: Sequence[Any], weights: Sequence[Any]) -> policy.Choice:
         batch = x.size(0) if x.dim() == 2 else 1

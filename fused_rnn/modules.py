@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _C, call, layers, policy, steps, tuned
+from fused_rnn import _C, call, layers, operators, policy, steps, tuned
+from fused_rnn.cell_info import NUMBER
 from fused_rnn.constructor import Variants
 from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
 from fused_rnn.options import NO_OPTIONS
@@ -101,6 +102,8 @@ class FusedRNNBase(TorchConvertible, Variants):
             resets is None and reset_state is None and lengths is None and return_state_sequence is False
         ):
             return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
+        if (inferred := self._inferred(input, hx, 3)) is not None:
+            return inferred
         if self._is_plain(input, 3, hx):
             options = NO_OPTIONS
             if self.hidden_size in tuned.table.hidden_sizes and self.backend == "auto":
@@ -171,6 +174,8 @@ class FusedRNNBase(TorchConvertible, Variants):
             steps.refuse(f"{type(self).__name__}.step", self.bidirectional, input)
         if not (resets is None and reset_state is None and active is None and out is None):
             return steps.run(self._spec(), input, hx, resets, reset_state, active, out)
+        if not self._varied and (inferred := self._inferred(input, hx, 2)) is not None:
+            return inferred
         if not self._varied and self._is_plain(input, 2, hx):
             h0, c0 = (None, None) if hx is None else hx if self.mode == "LSTM" else (hx, None)
             try:
@@ -192,6 +197,35 @@ class FusedRNNBase(TorchConvertible, Variants):
         time_dim = 1 if self.batch_first and input.dim() == 2 else 0
         y, hidden = FusedRNNBase.forward(self, input.unsqueeze(time_dim), hx)
         return y.squeeze(time_dim), hidden
+
+    @policy.runs_eagerly
+    def _inferred(self, input: Any, hx: Any, dim: int) -> tuple[Any, Any] | None:
+        """The results of a plain call, from C++ alone, where no gradients are recorded; None for `forward` to go on."""
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or (self.training and self.dropout and self.num_layers > 1)
+            or self.hidden_size in tuned.table.hidden_sizes
+            or self.backend == "torch"
+            or not self._checks_are_torchs
+            or type(self.bidirectional) is not bool
+        ):
+            return None
+        results: tuple[Any, Any] | None = operators.infer(
+            input,
+            hx,
+            dim,
+            NUMBER[self.mode.lower()],
+            self.num_layers,
+            2 if self.bidirectional else 1,
+            self.bias,
+            getattr(self, "proj_size", 0) > 0,
+            self.batch_first,
+            self._parameters,
+            self._flat_weights_names,
+            self._flat_weights,
+        )
+        return results
 
     @policy.runs_eagerly
     def _is_plain(self, input: Any, dim: int, hx: Any) -> bool:

@@ -395,9 +395,7 @@ def watched() -> bool:
     """Whether a compiler, a tracer, a mode or a functorch transform looks at torch's operations."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or transformed()
+        or _C.watched()
         or (torch._C._len_torch_function_stack() > 0 and _function_mode_matters())
     )
 

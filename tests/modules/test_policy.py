@@ -23,17 +23,19 @@ SEED_COUNT, CALLS = 4, 600
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The names of the operators that ran so far."""
+    """The names of the operators that computed something so far."""
     names: list[str] = []
 
     def counted(name: str, operator: Any) -> Any:
         def run(*arguments: Any) -> Any:
-            names.append(name)
-            return operator(*arguments)
+            results = operator(*arguments)
+            if results is not None or name == "_step_into":
+                names.append(name)
+            return results
 
         return run
 
-    for name in ("forward_operator", "step", "stack", "_step_into"):
+    for name in ("infer", "forward_operator", "step", "stack", "_step_into"):
         monkeypatch.setattr(operators, name, counted(name, getattr(operators, name)))
     yield names
 

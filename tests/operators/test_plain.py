@@ -1,0 +1,259 @@
+"""Plain calls in inference by C++ alone: they are what Python would compute, and only made where nobody could tell."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_rnn
+from fused_rnn import _C, operators, policy
+
+CELLS = {"RNN": {}, "ReLU": {"nonlinearity": "relu"}, "LSTM": {}, "GRU": {}}
+SIZES: tuple[dict[str, Any], ...] = (
+    {},
+    {"num_layers": 2, "bidirectional": True},
+    {"bias": False, "batch_first": True},
+    {"num_layers": 3, "dropout": 0.5, "batch_first": True},
+)
+
+
+def made(cell: str, options: dict[str, Any], dtype: torch.dtype = torch.float32, suffix: str = "") -> torch.nn.Module:
+    cls = getattr(fused_rnn, ("RNN" if cell == "ReLU" else cell) + suffix)
+    return cls(3, 4, **CELLS[cell], **options, dtype=dtype).eval()
+
+
+def states_of(module: torch.nn.Module, dtype: torch.dtype, *shape: int) -> Any:
+    h, c = torch.randn(2, *shape, dtype=dtype)
+    return (h, c) if "LSTM" in type(module).__name__ else h
+
+
+def calls_of(module: torch.nn.Module, options: dict[str, Any], dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """Its forward, and its step if it has one, with states and without."""
+    if "Cell" in type(module).__name__:
+        x, state = torch.randn(2, 3, dtype=dtype), states_of(module, dtype, 2, 4)
+        yield from (lambda: module(x), lambda: module(x, state))
+        return
+    layers = options.get("num_layers", 1)
+    x, state = torch.randn(2, 2, 3, dtype=dtype), states_of(module, dtype, layers, 2, 4)
+    if options.get("bidirectional"):
+        both = states_of(module, dtype, 2 * layers, 2, 4)
+        yield from (lambda: module(x), lambda: module(x, both))
+        return
+    yield from (lambda: module(x), lambda: module(x, state))
+    yield from (lambda: module.step(x[0]), lambda: module.step(x[0], state))
+
+
+def tensors(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else [t for result in results for t in tensors(result)]
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Whether each call was made so."""
+    found: list[bool] = []
+
+    def infer(*arguments: Any) -> Any:
+        results = _C.infer(*arguments)
+        found.append(results is not None)
+        return results
+
+    with monkeypatch.context() as patch:
+        patch.setattr(operators, "infer", infer)
+        yield found
+
+
+@pytest.mark.parametrize("suffix", ["", "Cell"])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_they_are_what_python_computes(
+    cell: str, suffix: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    of_modules = SIZES + (({"proj_size": 2},) if cell == "LSTM" else ())
+    for options in of_modules if not suffix else ({}, {"bias": False}):
+        if "proj_size" in options:
+            module, x = made(cell, options, dtype), torch.randn(2, 2, 3, dtype=dtype)
+            calls = [lambda module=module, x=x: module(x)]
+        else:
+            module = made(cell, options, dtype, suffix)
+            calls = list(calls_of(module, options, dtype))
+        for call in calls:
+            with torch.no_grad():
+                with counted(monkeypatch) as found:
+                    ours = call()
+                assert found == [True]
+                with monkeypatch.context() as patch:
+                    patch.setattr(operators, "infer", lambda *_: None)
+                    expected = call()
+            assert type(ours) is type(expected)
+            for a, b in zip(tensors(ours), tensors(expected), strict=True):
+                assert torch.equal(a, b) and a.stride() == b.stride() and not a._is_view()
+
+
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class SeenFunctions(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class Own(Tensor):
+    pass
+
+
+def vmapped(call: Callable[[Tensor], Any], x: Tensor) -> Any:
+    return torch.func.vmap(call)(x.unsqueeze(0))
+
+
+def with_tangent(call: Callable[[Tensor], Any], x: Tensor) -> Any:
+    with forward_ad.dual_level():
+        return call(x)
+
+
+def traced(call: Callable[[Tensor], Any], x: Tensor) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(lambda x: tensors(call(x))[0], (x,), check_trace=False)(x)
+
+
+def compiled(call: Callable[[Tensor], Any], x: Tensor) -> Any:
+    with torch._dynamo.config.patch(allow_rnn=True):
+        return torch.compile(call, backend="eager", fullgraph=True)(x)
+
+
+def parametrised(module: torch.nn.Module, name: str) -> torch.nn.Module:
+    parametrize.register_parametrization(module, name, torch.nn.Identity())
+    return module
+
+
+WATCHED: dict[str, Callable[[Callable[[Tensor], Any], Tensor], Any]] = {
+    "vmap": vmapped,
+    "forward mode": with_tangent,
+    "trace": traced,
+    "compiler": compiled,
+}
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "profiler": profile,
+    "dispatch mode": Seen,
+    "function mode": SeenFunctions,
+    "device": lambda: torch.device("cpu"),
+    "gradient": torch.enable_grad,
+}
+
+
+@pytest.mark.parametrize("suffix", ["", "Cell"])
+@pytest.mark.parametrize("name", [*CONTEXTS, *WATCHED, "half", "subclass", "negated", "parametrised", "requires grad"])
+def test_others_see_the_call(name: str, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    dtype = torch.float16 if name == "half" else torch.float32
+    module, x = made("LSTM", {}, dtype, suffix), torch.randn(2, 3, dtype=dtype)
+    if name in ("trace", "requires grad"):
+        module.requires_grad_(False)
+    if name == "parametrised":
+        parametrised(module, "weight_hh" if suffix else "weight_hh_l0")
+    x = {"subclass": lambda: x.as_subclass(Own), "negated": lambda: torch._neg_view(x)}.get(name, lambda: x)()
+
+    def call(x: Tensor) -> Any:
+        return module(x) if suffix else module(x.unsqueeze(0))
+
+    with counted(monkeypatch) as found, CONTEXTS.get(name, torch.no_grad)():
+        if name == "requires grad":
+            with torch.enable_grad():
+                assert all(t.grad_fn is not None for t in tensors(call(x.requires_grad_())))
+        else:
+            with torch.enable_grad() if name == "gradient" else torch.no_grad():
+                WATCHED.get(name, lambda call, x: call(x))(call, x)
+    assert not any(found)
+
+
+@pytest.mark.skipif(not policy.bf16_unit(), reason="this processor multiplies nothing narrower than float32")
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_other_products_are_chosen_by_layers(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = made("GRU", {}), torch.randn(2, 2, 3)
+    with counted(monkeypatch) as found, torch.no_grad():
+        try:
+            torch.set_float32_matmul_precision(precision)
+            module(x)
+            module.step(x[0])  # a single step has no choice
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        module(x)
+    assert found == [False, True, True]
+
+
+def test_deterministic_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = made("LSTM", {}), torch.randn(4, 3, 3)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with counted(monkeypatch) as found, torch.no_grad():
+            rows = [module(x[:, b : b + 1])[0] for b in range(3)]
+            assert torch.equal(module(x)[0], torch.cat(rows, 1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(found)
+
+
+class Changes:
+    """A number that empties the lists of a call as it is read."""
+
+    def __init__(self, *lists: list[Any]) -> None:
+        self.lists = lists
+
+    def __index__(self) -> int:
+        for each in self.lists:
+            each.clear()
+        return 1
+
+
+def test_wrong_arguments_are_none() -> None:
+    module, x = made("LSTM", {"num_layers": 2}), torch.randn(2, 2, 3)
+    hx = list(states_of(module, torch.float32, 2, 2, 4))
+    weights, names = module._flat_weights, module._flat_weights_names
+    good = [x, hx, 3, 2, 2, 1, True, False, False, module._parameters, names, weights]
+    wrong = [
+        None, 1, -1, 2**62, 2**70, 0.5, "x", [], (), {}, [None], [x], [x, x, x], (None, None), {"a": 1}, x, x[0],
+        x.to_sparse(), x.to_mkldnn(), x.double(), x.half(), x.int(), x.to("meta"), torch.empty(0), torch.empty(2, 0, 3),
+        x.as_subclass(Own), torch.nested.nested_tensor([x[0], x[1]]), object(), True, False,
+    ]  # fmt: skip
+    with torch.no_grad():
+        expected = tensors(_C.infer(*good))
+        assert _C.infer() is None and _C.infer(*good[:-1]) is None and _C.infer(*good, 1) is None
+        draw = random.Random(0)
+        for trial in range(4000):
+            places = [trial % len(good)] if trial < 1000 else draw.sample(range(len(good)), 2)
+            arguments = [draw.choice(wrong) if i in places else value for i, value in enumerate(good)]
+            results = _C.infer(*arguments)
+            assert results is None or all(isinstance(t, Tensor) for t in tensors(results))
+        for place in (2, 3, 4, 5):
+            lists = [list(hx), list(names), list(weights)]
+            changed = [x, lists[0], *good[2:10], lists[1], lists[2]]
+            changed[place] = Changes(*lists)
+            _C.infer(*changed)
+        assert all(map(torch.equal, tensors(_C.infer(*good)), expected))
+
+
+@pytest.mark.parametrize(("watching", "expected"), [(nullcontext, False), (Seen, True), (SeenFunctions, False)])
+def test_who_watches(watching: Callable[[], Any], expected: bool) -> None:
+    with watching():
+        assert _C.watched() is expected
+    seen = []
+    torch.func.vmap(lambda x: seen.append(_C.watched()) or x)(torch.ones(1))
+    with forward_ad.dual_level():
+        seen.append(_C.watched())
+    assert seen == [True, True]
