@@ -37,8 +37,8 @@ biases may be None, has_biases, projected, which gradients are needed -> gradien
 layers have to be computed in turn."""
 infer: Callable[..., Any] = _C.infer
 """A plain call of a module or cell while no gradients are recorded: input, hx, the input's dimensions, the cell's
-number, num_layers (0: a cell), directions, bias, whether it is projected, batch_first, the parameters, a dict, the lists
-of the weights' names and of the weights -> what it returns; None if the call has to be looked at more closely."""
+number, num_layers (0: a cell), directions, bias, whether it is projected, batch_first, the parameters, a dict, the
+lists of the weights' names and of the weights -> what it returns; None if the call has to be looked at more closely."""
 _step_into = torch.ops.fused_rnn.step_into.default
 
 
