@@ -3,7 +3,7 @@
 They have no autograd kernels of their own; `fused_rnn.autograd` differentiates them. The schemas are in csrc/bindings.
 
 On a CPU they are called without torch's dispatcher, which costs more than a small layer, unless a mode or this thread's
-profiler watches it (csrc/bindings/direct.cpp).
+profiler watches it (csrc/bindings/direct.h).
 """
 
 from __future__ import annotations

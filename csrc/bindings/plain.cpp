@@ -84,7 +84,10 @@ struct ModuleCall {
   // Null if it is no plain call. What may change while Python's functions run is held here.
   py::object results() const {
     const Torch& torch = torch_objects();
-    if (!torch.from_handles || !is_tensor(input) || !PyList_Check(weights) || !PyBool_Check(batch_first)) return {};
+    if (!torch.from_handles || !is_tensor(input) || !PyList_Check(weights) || !PyBool_Check(batch_first) ||
+        number(called(torch.function_modes)) > 0) {  // which would see that a tensor is asked for its dtype
+      return {};
+    }
     const auto given = py::reinterpret_steal<py::object>(PyList_AsTuple(weights));
     if (!are_in_place(parameters, weight_names, given.ptr())) return {};
     const int64_t dimensions = number(attribute(input, names().ndim));
@@ -99,12 +102,12 @@ struct ModuleCall {
       c0 = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(hx, 1));
       if (h0.is_none() || c0.is_none()) return {};
     }
+    const bool transposes = dimensions == 3 && batch_first == Py_True;
     if (!is_tensor_or_none(h0) || !is_tensor_or_none(c0) || are_transformed() ||
-        number(called(torch.function_modes)) > 0 || called(torch.autocast, names().cpu).ptr() != Py_False ||
-        (is_float32 && dimensions == 3 && wants_other_products())) {
+        called(torch.autocast, names().cpu).ptr() != Py_False ||
+        (is_float32 && dimensions == 3 && wants_other_products()) || (transposes && dispatcher_is_watched())) {
       return {};
     }
-    const bool transposes = dimensions == 3 && batch_first == Py_True;
     const py::object x = transposes ? transposed(input, names().transpose) : py::reinterpret_borrow<py::object>(input);
     const py::object deterministic = called(torch.deterministic);
     PyObject* const arguments[] = {x.ptr(),    h0.ptr(),    c0.ptr(),   cell,      layers,
