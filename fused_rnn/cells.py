@@ -48,9 +48,9 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         parameters: Any = self._parameters
         weights = [parameters.get(name) for name in _WEIGHTS]
         h0, c0 = (*states, None, None)[:2]
-        if (inferred := self._inferred(cell, input, hx, weights)) is not None:
-            return inferred
         complete = not (self.bias and (weights[2] is None or weights[3] is None))
+        if complete and (inferred := self._inferred(cell, input, hx, weights)) is not None:
+            return inferred
         torch_trains = complete and policy.torch_trains_any(cell, input, h0, weights)
         if not torch_trains and not (complete and policy.plain_call(2, input, h0, c0, weights)):
             return self._run_any(cell, input, hx, states)

@@ -205,6 +205,7 @@ class FusedRNNBase(TorchConvertible, Variants):
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()
             or (self.training and self.dropout and self.num_layers > 1)
+            or self.num_layers == 0  # a cell's
             or self.hidden_size in tuned.table.hidden_sizes
             or self.backend == "torch"
             or not self._checks_are_torchs

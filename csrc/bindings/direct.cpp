@@ -11,17 +11,14 @@ namespace {
 // place of x among them.
 template <auto function, const char* name, size_t x, int64_t last>
 PyObject* direct(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  try {
+  return guarded([&] {
     py::object results = run(function, arguments, static_cast<size_t>(count), x, last);
     if (!results) {
       const py::object torchs = py::module_::import("torch").attr("ops").attr("fused_rnn").attr(name).attr("default");
       results = called(torchs.ptr(), arguments, static_cast<size_t>(count));
     }
     return results.release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-    return nullptr;
-  }
+  });
 }
 
 template <class R, class... A>

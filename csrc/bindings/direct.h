@@ -23,35 +23,33 @@ namespace bindings {
 
 namespace py = pybind11;
 
-// What is needed of torch: the process's own, never released. Another torch may lack the functions.
+// What is needed of torch: the process's own, never released.
 struct Torch {
   PyTypeObject *tensor, *parameter;
   PyObject *float32, *float64;
-  PyObject *grad_mode, *deterministic, *autocast;
-  PyObject *is_neg = nullptr, *profiles = nullptr, *modes = nullptr, *tracer = nullptr;
-  PyObject *function_modes = nullptr, *transforms = nullptr, *forward_mode = nullptr, *precision = nullptr;
-  PyObject *to_handles = nullptr, *from_handles = nullptr;
+  PyObject *deterministic, *precision, *autocast;
+  PyObject *modes, *function_modes, *tracer, *transforms, *forward_mode;
+  // Another torch may lack these; from_handles is null then.
+  PyObject *is_neg = nullptr, *profiles = nullptr, *to_handles = nullptr, *from_handles = nullptr;
 
   Torch() {
     const auto kept = [](py::object object) { return object.release().ptr(); };
     const py::module_ torch = py::module_::import("torch"), c = py::module_::import("torch._C");
-    const py::object cls = torch.attr("Tensor");
-    tensor = reinterpret_cast<PyTypeObject*>(kept(cls));
+    tensor = reinterpret_cast<PyTypeObject*>(kept(torch.attr("Tensor")));
+    parameter = reinterpret_cast<PyTypeObject*>(kept(py::module_::import("torch.nn").attr("Parameter")));
     float32 = kept(torch.attr("float32"));
     float64 = kept(torch.attr("float64"));
-    grad_mode = kept(torch.attr("is_grad_enabled"));
-    deterministic = kept(torch.attr("are_deterministic_algorithms_enabled"));
+    deterministic = kept(c.attr("_get_deterministic_algorithms"));
+    precision = kept(c.attr("_get_fp32_precision_getter"));
     autocast = kept(torch.attr("is_autocast_enabled"));
-    parameter = reinterpret_cast<PyTypeObject*>(kept(py::module_::import("torch.nn").attr("Parameter")));
+    modes = kept(c.attr("_len_torch_dispatch_stack"));
+    function_modes = kept(c.attr("_len_torch_function_stack"));
+    tracer = kept(c.attr("_get_tracing_state"));
+    transforms = kept(c.attr("_functorch").attr("get_dynamic_layer_stack_depth"));
+    forward_mode = kept(py::module_::import("torch.autograd.forward_ad"));
     try {
-      is_neg = kept(cls.attr("is_neg"));
+      is_neg = kept(torch.attr("Tensor").attr("is_neg"));
       profiles = kept(c.attr("_autograd").attr("_profiler_enabled"));
-      modes = kept(c.attr("_len_torch_dispatch_stack"));
-      tracer = kept(c.attr("_get_tracing_state"));
-      function_modes = kept(c.attr("_len_torch_function_stack"));
-      transforms = kept(c.attr("_functorch").attr("get_dynamic_layer_stack_depth"));
-      forward_mode = kept(py::module_::import("torch.autograd.forward_ad").attr("__dict__"));
-      precision = kept(c.attr("_get_fp32_precision_getter"));
       to_handles = kept(c.attr("_aoti").attr("unsafe_alloc_void_ptrs_from_tensors"));
       from_handles = kept(c.attr("_aoti").attr("alloc_tensors_by_stealing_from_void_ptrs"));
     } catch (const py::error_already_set&) {
@@ -250,6 +248,19 @@ py::object run(R (*function)(A...), PyObject* const* arguments, size_t count, si
   } catch (const std::exception&) {  // a mistake, or a tensor that only torch can read
     return {};
   }
+}
+
+// The result of run(), or null with an exception of Python's.
+template <class Run>
+PyObject* guarded(const Run& run) {
+  try {
+    return run();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
 }
 
 // Not pybind11's functions, which take half a microsecond to find out what they were given.

@@ -1,7 +1,10 @@
 // A module's or cell's plain call in inference, from the caller's arguments to the results: what Python takes to find
 // out that nothing stands in the way of the kernels is more than small layers compute. The answer is None to all other
-// calls, at which fused_rnn/modules.py and cells.py then look more closely; nothing is refused here. They do not ask
-// while gradients are recorded.
+// calls, at which fused_rnn/modules.py and cells.py then look more closely; nothing is refused here.
+//
+// What the module is, they know: they do not ask while gradients are recorded or a compiler looks, for a module with
+// options of ours, with dropout, with another backend, with weights that are missing or with checks of a subclass, nor
+// where the user's table has a say.
 #include "direct.h"
 
 namespace fused_rnn {
@@ -15,12 +18,12 @@ struct Names {
   PyObject* ndim = PyUnicode_InternFromString("ndim");
   PyObject* transpose = PyUnicode_InternFromString("transpose");
   PyObject* transpose_in_place = PyUnicode_InternFromString("transpose_");
-  PyObject* forward_level = PyUnicode_InternFromString("_current_level");
+  PyObject* current_level = PyUnicode_InternFromString("_current_level");
   PyObject* cpu = PyUnicode_InternFromString("cpu");
-  PyObject* backend = PyUnicode_InternFromString("mkldnn");
-  PyObject* operations[2] = {PyUnicode_InternFromString("rnn"), PyUnicode_InternFromString("matmul")};
+  PyObject* mkldnn = PyUnicode_InternFromString("mkldnn");
+  PyObject* switches[2] = {PyUnicode_InternFromString("rnn"), PyUnicode_InternFromString("matmul")};
 };
-const Names& names() {
+const Names& interned() {
   static const Names all;
   return all;
 }
@@ -35,16 +38,14 @@ int64_t number(py::handle object) { return object.cast<int64_t>(); }
 // Whether a functorch transform or a forward-mode derivative rewrites torch's operations.
 bool are_transformed() {
   const Torch& torch = torch_objects();
-  if (number(called(torch.transforms)) > 0) return true;
-  PyObject* const level = PyDict_GetItemWithError(torch.forward_mode, names().forward_level);
-  return !level || number(level) >= 0;
+  return number(called(torch.transforms)) > 0 || number(attribute(torch.forward_mode, interned().current_level)) >= 0;
 }
 
-// As `precision` in fused_rnn/policy.py, of a sequence of float32.
+// As `precision` in fused_rnn/policy.py, of a sequence of float32 with more than one step.
 bool wants_other_products() {
   if (!cpu::kernels().unit) return false;
-  for (PyObject* operation : names().operations) {
-    PyObject* const arguments[] = {names().backend, operation};
+  for (PyObject* switch_ : interned().switches) {
+    PyObject* const arguments[] = {interned().mkldnn, switch_};
     const py::object precision = called(torch_objects().precision, arguments, 2);
     const auto is = [&](const char* name) { return PyUnicode_CompareWithASCIIString(precision.ptr(), name) == 0; };
     if (!PyUnicode_Check(precision.ptr()) || is("tf32") || is("bf16")) return true;
@@ -90,8 +91,8 @@ struct ModuleCall {
     }
     const auto given = py::reinterpret_steal<py::object>(PyList_AsTuple(weights));
     if (!are_in_place(parameters, weight_names, given.ptr())) return {};
-    const int64_t dimensions = number(attribute(input, names().ndim));
-    const py::object dtype = attribute(input, names().dtype);
+    const int64_t dimensions = number(attribute(input, interned().ndim));
+    const py::object dtype = attribute(input, interned().dtype);
     const bool is_float32 = dtype.ptr() == torch.float32;
     if (dimensions != number(dim) || !(is_float32 || dtype.ptr() == torch.float64)) return {};
     const bool is_lstm = number(cell) == static_cast<int64_t>(CellKind::kLstm), is_cell = number(layers) == 0;
@@ -104,11 +105,12 @@ struct ModuleCall {
     }
     const bool transposes = dimensions == 3 && batch_first == Py_True;
     if (!is_tensor_or_none(h0) || !is_tensor_or_none(c0) || are_transformed() ||
-        called(torch.autocast, names().cpu).ptr() != Py_False ||
+        called(torch.autocast, interned().cpu).ptr() != Py_False ||
         (is_float32 && dimensions == 3 && wants_other_products()) || (transposes && dispatcher_is_watched())) {
       return {};
     }
-    const py::object x = transposes ? transposed(input, names().transpose) : py::reinterpret_borrow<py::object>(input);
+    const py::object x =
+        transposes ? transposed(input, interned().transpose) : py::reinterpret_borrow<py::object>(input);
     const py::object deterministic = called(torch.deterministic);
     PyObject* const arguments[] = {x.ptr(),    h0.ptr(),    c0.ptr(),   cell,      layers,
                                    directions, given.ptr(), has_biases, projected, deterministic.ptr(),
@@ -119,37 +121,38 @@ struct ModuleCall {
     const py::handle y = result(0);
     if (is_cell && !is_lstm) return py::reinterpret_borrow<py::object>(y);
     if (is_cell) return py::make_tuple(y, result(2));
-    if (transposes) transposed(y.ptr(), names().transpose_in_place);  // in place, as torch.nn's own on a CPU
+    if (transposes) transposed(y.ptr(), interned().transpose_in_place);  // in place, as torch.nn's own on a CPU
     if (!is_lstm) return py::make_tuple(y, result(1));
     return py::make_tuple(y, py::make_tuple(result(1), result(2)));
   }
 };
 
 PyObject* infer(PyObject*, PyObject* const* a, Py_ssize_t count) {
-  try {
+  return guarded([&] {
+    py::object results;
     if (count == 12) {
       const ModuleCall call{a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]};
-      py::object results = call.results();
-      if (results) return results.release().ptr();
+      try {
+        results = call.results();
+      } catch (const py::cast_error&) {  // of what should be a number
+      }
     }
-  } catch (const std::exception&) {  // an argument is not what it should be
-  }
-  Py_RETURN_NONE;
+    return (results ? results : py::none()).release().ptr();
+  });
 }
 
 PyObject* in_place(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return PyBool_FromLong(count == 3 && PyList_Check(arguments[2]) &&
-                         are_in_place(arguments[0], arguments[1], arguments[2]));
+  return guarded([&] {
+    return PyBool_FromLong(count == 3 && PyList_Check(arguments[2]) &&
+                           are_in_place(arguments[0], arguments[1], arguments[2]));
+  });
 }
 
 PyObject* watched(PyObject*, PyObject* const*, Py_ssize_t) {
-  try {
+  return guarded([] {
     const Torch& torch = torch_objects();
     return PyBool_FromLong(!called(torch.tracer).is_none() || number(called(torch.modes)) > 0 || are_transformed());
-  } catch (py::error_already_set& error) {
-    error.restore();
-    return nullptr;
-  }
+  });
 }
 
 PyMethodDef methods[] = {

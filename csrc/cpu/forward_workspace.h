@@ -19,7 +19,8 @@ struct ForwardProducts {
         x_beforehand(s.gates_given || (s.T > 1 && s.B < few_rows(s))) {}
 
  private:
-  // One row reads W_hh as fast as it lies, unless the sums over the lanes of each result, which packing saves, are long.
+  // One row reads W_hh as fast as it lies, unless vectors are long (64 bytes, of float32 and float64): packing saves
+  // the sum over the lanes of each result.
   static constexpr bool kWide = kLanes<float> >= 16;
 
   static bool always(const LayerShape& s) {

@@ -256,8 +256,8 @@ void multiply(Sums<T, C>& sums, const Start<T>& start, const Part& part, const T
   multiply<T, C>(Output<T>(sums), start, part, rows, panel, K);
 }
 
-// Rows of W that are multiplied at once by R rows: a power of two, with the sums of a tile in registers. Eight are enough
-// to hide the latency of a multiply-add, and in large weights every row is in another page.
+// Rows of W that are multiplied at once by R rows: a power of two, with the sums of a tile in registers. Eight are
+// enough to hide the latency of a multiply-add, and in large weights every row is in another page.
 template <class T, int R>
 constexpr int dot_columns() {
   int n = 1;
@@ -281,7 +281,7 @@ __attribute__((noinline)) void multiply_lanes(Vec<T> (*sums)[C], int c, const T*
       Vec<T> x[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) x[r] = load(rows[r] + k, count...);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
       for (int j = 0; j < kAtOnce; ++j) {
         const Vec<T> v = load(w[j] + k, count...);
 #pragma GCC unroll 8
@@ -293,7 +293,7 @@ __attribute__((noinline)) void multiply_lanes(Vec<T> (*sums)[C], int c, const T*
     if (k < K) add(k, K - k);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
+#pragma GCC unroll 8
       for (int j = 0; j < kAtOnce; ++j) dots[r][begin + j] = acc[r][j];
     }
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -195,6 +196,92 @@ def test_other_products_are_chosen_by_layers(precision: str, monkeypatch: pytest
             torch.set_float32_matmul_precision("highest")
         module(x)
     assert found == [False, True, True]
+
+
+@pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
+def test_weights_that_are_no_parameters_count(cell: str) -> None:
+    torch.manual_seed(0)
+    module, x = made(cell, {}, suffix="Cell"), torch.randn(2, 3)
+    with torch.no_grad():
+        expected = tensors(module(x))
+        for name in ("bias_ih", "bias_hh", "weight_ih"):
+            parametrised(module, name)
+            assert all(map(torch.allclose, tensors(module(x)), expected))
+
+
+def test_no_layers_are_no_cell() -> None:
+    module, x = made("GRU", {}), torch.randn(2, 3)
+    module.num_layers = 0
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError)):
+        module.step(x, torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("cell", ["RNN", "LSTM"])
+def test_states_without_memory(cell: str) -> None:
+    """torch.nn computes with such zeros; in the kernels they would be read."""
+    module, x = made(cell, {"num_layers": 2, "bidirectional": True}), torch.randn(5, 2, 3)
+    zeros = torch._efficientzerotensor((4, 2, 4))
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            y = module(x, (zeros, zeros) if cell == "LSTM" else zeros)[0]
+            assert torch.allclose(y, module(x)[0])
+
+
+def test_empty_states_of_another_layout_are_refused() -> None:
+    module, x = made("GRU", {}), torch.empty(5, 0, 3)
+    with torch.no_grad(), pytest.raises((RuntimeError, NotImplementedError)):
+        module(x, torch.empty(1, 0, 4).to_mkldnn())
+
+
+def test_a_mode_sees_every_operation_once() -> None:
+    seen: list[str] = []
+
+    class Counts(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    module, x = made("GRU", {"batch_first": True}), torch.randn(2, 5, 3)
+    counts = []
+    for infer in (operators.infer, lambda *_: None):
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad(), Counts():
+            patch.setattr(operators, "infer", infer)
+            seen.clear()
+            module(x)
+            counts.append(list(seen))
+    assert counts[0] == counts[1] != []
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def test_exceptions_of_signals_are_raised() -> None:
+    def raise_it(*_: Any) -> None:
+        raise Interrupted
+
+    module, x = made("GRU", {}, suffix="Cell"), torch.randn(2, 3)
+    old = signal.signal(signal.SIGALRM, raise_it)
+    try:
+        with torch.no_grad():
+            for _ in range(100):
+                caught = False
+                signal.setitimer(signal.ITIMER_REAL, 0.0005)
+                try:
+                    for _ in range(100_000):
+                        module(x)
+                except Interrupted:
+                    caught = True
+                assert caught
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+def test_a_torch_that_lacks_something_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_ad, "_current_level", "none")
+    with pytest.raises(RuntimeError):
+        _C.watched()
 
 
 def test_deterministic_results(monkeypatch: pytest.MonkeyPatch) -> None:
