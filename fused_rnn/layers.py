@@ -38,7 +38,8 @@ def stack(
     widths: Sequence[Sequence[int]] | None = None,
 ) -> list[Tensor]:
     """Compute all layers of a module; arguments and results are those of `fused_rnn.reference.stack`."""
-    plain = options is NO_OPTIONS and options_of is None and widths is None and not sequences
+    compiling = torch.compiler.is_compiling()  # torch 2.10's compiler cannot compare options
+    plain = not compiling and options is NO_OPTIONS and options_of is None and widths is None and not sequences
     if plain and (dropout == 0 or num_layers == 1):
         results = in_one_call(cell, x, h0, c0, weights, has_biases, num_layers, directions)
         if results is not None:

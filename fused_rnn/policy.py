@@ -402,7 +402,7 @@ def watched() -> bool:
 
 def transformed() -> bool:
     """Whether a functorch transform or a forward-mode derivative rewrites torch's operations."""
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _function_mode_matters() -> bool:
