@@ -37,7 +37,10 @@ _CHECKS = (  # a subclass may override
 
 
 class FusedRNNBase(TorchConvertible, Variants):
-    """Base class of RNN, LSTM and GRU. Plain calls go straight to `fused_rnn.layers`, others to `fused_rnn.call`."""
+    """Base class of RNN, LSTM and GRU. Others than plain calls go to `fused_rnn.call`.
+
+    A plain call goes straight to C++ where no gradients are recorded, else to `fused_rnn.layers`.
+    """
 
     _checks_are_torchs = True
 

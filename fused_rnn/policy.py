@@ -402,6 +402,7 @@ def watched() -> bool:
 
 def transformed() -> bool:
     """Whether a functorch transform or a forward-mode derivative rewrites torch's operations."""
+    # Every torch's compiler can trace this question, 2.10's not the one for the transforms' depth.
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

@@ -250,11 +250,11 @@ py::object run(R (*function)(A...), PyObject* const* arguments, size_t count, si
   }
 }
 
-// The result of run(), or null with an exception of Python's.
-template <class Run>
-PyObject* guarded(const Run& run) {
+// The result of a function that Python calls, or null with an exception of Python's for one of C++.
+template <class Function>
+PyObject* guarded(const Function& function) {
   try {
-    return run();
+    return function();
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const std::exception& error) {

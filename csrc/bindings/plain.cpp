@@ -103,7 +103,7 @@ struct ModuleCall {
       c0 = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(hx, 1));
       if (h0.is_none() || c0.is_none()) return {};
     }
-    const bool transposes = dimensions == 3 && batch_first == Py_True;
+    const bool transposes = dimensions == 3 && batch_first == Py_True;  // which a watcher would see again from Python
     if (!is_tensor_or_none(h0) || !is_tensor_or_none(c0) || are_transformed() ||
         called(torch.autocast, interned().cpu).ptr() != Py_False ||
         (is_float32 && dimensions == 3 && wants_other_products()) || (transposes && dispatcher_is_watched())) {
@@ -130,7 +130,7 @@ struct ModuleCall {
 PyObject* infer(PyObject*, PyObject* const* a, Py_ssize_t count) {
   return guarded([&] {
     py::object results;
-    if (count == 12) {
+    if (count == sizeof(ModuleCall) / sizeof(PyObject*)) {
       const ModuleCall call{a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]};
       try {
         results = call.results();

@@ -28,13 +28,14 @@ inline void require_storage(const Tensor& tensor, const char* name, int64_t elem
   aoti_torch_get_storage_size(tensor.get(), &bytes);
   FUSED_RNN_CHECK(tensor.storage_offset() + elements <= bytes / static_cast<int64_t>(tensor.element_size()), name,
                   " reaches beyond the end of its storage");
+  // A view of no memory has its offset for an address.
   const int64_t skipped = tensor.storage_offset() * static_cast<int64_t>(tensor.element_size());
   FUSED_RNN_CHECK(reinterpret_cast<intptr_t>(tensor.data_ptr()) != skipped, name, " has no memory");
 }
 
 inline Tensor contiguous(const Tensor& tensor, const char* name) {
   const int64_t numel = tensor.numel();
-  if (numel == 0) {
+  if (numel == 0) {  // else the storage tells another layout
     int32_t layout = 0;
     aoti_torch_get_layout(tensor.get(), &layout);
     FUSED_RNN_CHECK(layout == aoti_torch_layout_strided(), name, " must be strided");
