@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_rnn import input_gates, operators, reference
-from fused_rnn.cell_info import NUMBER
+from fused_rnn.cell_info import NAMES
 from fused_rnn.options import NO_OPTIONS, LayerOptions, constants_of, flags_of
 from fused_rnn.policy import COMPILERS_TYPES, FAKE_TYPES
 
@@ -126,47 +126,49 @@ class _Layer(torch.autograd.Function):
 
 class _Stack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cell: str, sizes: tuple[int, int], has_biases: bool, projected: bool, *tensors: Any) -> Any:
-        """`tensors` are x, h0, c0 and all weights, torch.nn's ``_flat_weights``; `sizes` the layers and directions.
+    def forward(
+        ctx: Any, cell: int, layers: int, directions: int, has_biases: bool, projected: bool, *tensors: Any
+    ) -> Any:
+        """`tensors` are x, h0, c0 and all weights, torch.nn's ``_flat_weights``; `cell` is the cell's number.
 
         A cell has 0 layers and no h_n (csrc/bindings/cpu_operators.h).
         """
         x, h0, c0, *weights = tensors
-        results: Any = operators.stack(x, h0, c0, NUMBER[cell], *sizes, weights, has_biases, projected, False, True)
+        results: Any = operators.stack(x, h0, c0, cell, layers, directions, weights, has_biases, projected, False, True)
         if results is None:
-            results = _forward_in_turn(cell, sizes, has_biases, x, h0, c0, weights)
+            results = _forward_in_turn(NAMES[cell], layers, directions, has_biases, x, h0, c0, weights)
         y, h_n, c_n, between, reserve = results
-        ctx.call = cell, sizes, has_biases, projected
-        num_layers, directions = sizes
+        ctx.call = cell, layers, directions, has_biases, projected
         read = _READ_WEIGHTS[has_biases, projected]
-        _save(ctx, (between, reserve), (), tensors, read, directions, (num_layers or 1) * directions)
+        _save(ctx, (between, reserve), (), tensors, read, directions, (layers or 1) * directions)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        needs = ctx.needs_input_grad[4:]
-        cell, sizes, has_biases, projected = ctx.call
+        needs = ctx.needs_input_grad[5:]
+        cell, layers, directions, has_biases, projected = ctx.call
         # Of a cell, batched gradients take less time through the specification than row by row.
-        again = torch.is_grad_enabled() or _any_transformed(grads, sizes[0] == 0)
+        again = torch.is_grad_enabled() or _any_transformed(grads, layers == 0)
         (between, reserve), _, (x, h0, c0, *weights) = _saved(ctx, 0, len(needs), again)
         if again:
 
             def outputs(x: Tensor, h0: Any, c0: Any, *weights: Any) -> Sequence[Tensor | None]:
-                if sizes[0] == 0:
-                    return reference.layer(cell, x, h0, c0, reference.layer_weights(weights, 0, 1, 1, has_biases))
+                name = NAMES[cell]
+                if layers == 0:
+                    return reference.layer(name, x, h0, c0, reference.layer_weights(weights, 0, 1, 1, has_biases))
                 sequence = x if x.dim() == 3 else x.unsqueeze(0)
-                y, *states = reference.stack(cell, sequence, h0, c0, weights, has_biases, *sizes)
+                y, *states = reference.stack(name, sequence, h0, c0, weights, has_biases, layers, directions)
                 return y if x.dim() == 3 else y.squeeze(0), *states
 
             gradients: Any = _differentiable_backward(outputs, (x, h0, c0, *weights), needs, grads)
         else:
             kept = x, between, reserve
             gradients = operators.stack_backward(
-                *grads, *kept, NUMBER[cell], *sizes, weights, has_biases, projected, needs
+                *grads, *kept, cell, layers, directions, weights, has_biases, projected, needs
             )
             if gradients is None:
-                gradients = _backward_in_turn(cell, sizes, has_biases, grads, *kept, weights, needs)
-        return None, None, None, None, *gradients
+                gradients = _backward_in_turn(NAMES[cell], layers, directions, has_biases, grads, *kept, weights, needs)
+        return None, None, None, None, None, *gradients
 
 
 # Function.apply without its handling of functorch transforms, in which the policy does not choose the operators.
@@ -180,7 +182,8 @@ stack: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Stack
 
 def _forward_in_turn(
     cell: str,
-    sizes: tuple[int, int],
+    num_layers: int,
+    directions: int,
     has_biases: bool,
     x: Tensor,
     h0: Tensor | None,
@@ -188,7 +191,6 @@ def _forward_in_turn(
     weights: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
     """`operators.stack` in training."""
-    num_layers, directions = sizes
     if num_layers == 0:
         of_layer = reference.layer_weights(weights, 0, 1, 1, has_biases)
         y, _, c_n, reserve, _ = operators.forward(cell, x, h0, c0, of_layer, NO_OPTIONS, True)
@@ -208,7 +210,8 @@ def _forward_in_turn(
 
 def _backward_in_turn(
     cell: str,
-    sizes: tuple[int, int],
+    num_layers: int,
+    directions: int,
     has_biases: bool,
     grads: Sequence[Tensor | None],
     x: Tensor,
@@ -218,8 +221,8 @@ def _backward_in_turn(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """`operators.stack_backward`."""
-    num_layers, directions = sizes[0] or 1, sizes[1]
-    is_step, is_cell = x.dim() == 2, sizes[0] == 0
+    is_step, is_cell = x.dim() == 2, num_layers == 0
+    num_layers = num_layers or 1
     dy, *dstates = grads
     if is_step:
         x, dy = x.unsqueeze(0), None if dy is None else dy.unsqueeze(0)

@@ -47,40 +47,23 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         """h' and c', which is empty or None but for the LSTM; or torch.nn's own result."""
         parameters: Any = self._parameters
         weights = [parameters.get(name) for name in _WEIGHTS]
-        h0, c0 = (*states, None, None)[:2]
-        complete = not (self.bias and (weights[2] is None or weights[3] is None))
-        if complete and (inferred := self._inferred(cell, input, hx, weights)) is not None:
-            return inferred
-        torch_trains = complete and policy.torch_trains_any(cell, input, h0, weights)
-        if not torch_trains and not (complete and policy.plain_call(2, input, h0, c0, weights)):
-            return self._run_any(cell, input, hx, states)
-        choice = None
-        if tuned.table.cell_hidden_sizes:
-            choice = policy.tuned_cell(cell, input, self.hidden_size, h0, c0, weights)
-        use_torch = torch_trains if choice is None else not choice.fused
-        if use_torch:
-            return layers.torchs_rnn_step(cell, input, h0, weights) if torch_trains else super().forward(input, hx)
-        try:
-            if choice is not None and choice.instance != PLANNED:
-                return layers.step_of_instance(choice.instance, cell, input, h0, c0, (*weights, None))
-            return layers.step(cell, input, h0, c0, (*weights, None))
-        except RuntimeError:  # a size or dtype does not fit
-            self._run_any(cell, input, hx, states)  # raises torch.nn's error
-            raise
+        results = self._plain(cell, input, hx, weights)
+        return self._run_any(cell, input, hx, states) if results is None else results
 
     @policy.runs_eagerly
-    def _inferred(self, cell: str, input: Any, hx: Any, weights: Sequence[Tensor | None]) -> Any:
-        """As `fused_rnn.modules.FusedRNNBase._inferred`."""
+    def _plain(self, cell: str, input: Any, hx: Any, weights: Sequence[Tensor | None]) -> Any:
+        """As `fused_rnn.modules.FusedRNNBase._plain`."""
         biased = weights[2] is not None
         if (
             torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
             or biased is not (weights[3] is not None)
+            or (self.bias and not biased)
             or self.hidden_size in tuned.table.cell_hidden_sizes
         ):
             return None
         names, given = (_WEIGHTS, weights) if biased else (_WEIGHTS[:2], weights[:2])
-        return operators.infer(input, hx, 2, NUMBER[cell], 0, 1, biased, False, False, self._parameters, names, given)
+        of_weights = self._parameters, names, given
+        return operators.plain(input, hx, 2, NUMBER[cell], 0, 1, biased, False, False, False, *of_weights)
 
     def _choice(self, cell: str, x: Tensor, states: Sequence[Any], weights: Sequence[Any]) -> policy.Choice:
         batch = x.size(0) if x.dim() == 2 else 1
@@ -167,8 +150,38 @@ class RNNCell(FusedCellBase, torch.nn.RNNCell):
         """
         if self.nonlinearity not in ("tanh", "relu"):
             return super().forward(input, hx)
+        if (trained := self._trained_by_torch(input, hx)) is not None:
+            return trained
         result = self._run(f"rnn_{self.nonlinearity}", input, hx, () if hx is None else (hx,))
         return result if isinstance(result, Tensor) else result[0]
+
+    @policy.runs_eagerly
+    def _trained_by_torch(self, input: Any, hx: Any) -> Tensor | None:
+        """h' from torch's function, where that trains as fast; None for others. Each check costs a percent of it."""
+        # A parametrised weight is no parameter.
+        w_ih, w_hh, b_ih, b_hh = map(self._parameters.get, _WEIGHTS)
+        if (
+            not torch.is_grad_enabled()
+            or w_ih is None
+            or w_hh is None
+            or not w_hh.requires_grad
+            or (self.bias and (b_ih is None or b_hh is None))
+            or type(input) not in policy.PLAIN_TYPES
+            or input.dim() != 2
+            or (hx is not None and (type(hx) not in policy.PLAIN_TYPES or hx.dim() != 2))
+            or torch.compiler.is_compiling()
+            or torch._C._get_tracing_state() is not None  # sizes may be symbols
+            or policy.transformed()
+            or not tuned.torch_trains_as_fast(True, input.size(0), self.hidden_size)
+            or self.hidden_size in tuned.table.cell_hidden_sizes
+            or torch.is_autocast_enabled("cpu")
+            or policy.deterministic()
+            or input.dtype not in policy.KERNEL_DTYPES
+        ):
+            return None
+        if hx is None:
+            hx = input.new_zeros(input.size(0), self.hidden_size)
+        return layers.TORCHS_RNN_CELL[self.nonlinearity](input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 @fx_leaf

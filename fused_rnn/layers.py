@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import autograd, cuda, operators, policy, reference
-from fused_rnn.cell_info import NUMBER
+from fused_rnn.cell_info import NAMES, NUMBER
 from fused_rnn.options import NO_OPTIONS, LayerOptions, differentiable_of, tensors_of
 from fused_rnn.policy import any_requires_grad, deterministic, runs_eagerly
 
@@ -41,96 +41,14 @@ def stack(
     compiling = torch.compiler.is_compiling()  # torch 2.10's compiler cannot compare options
     plain = not compiling and options is NO_OPTIONS and options_of is None and widths is None and not sequences
     if plain and (dropout == 0 or num_layers == 1):
-        results = in_one_call(cell, x, h0, c0, weights, has_biases, num_layers, directions)
-        if results is not None:
-            return results
+        projected = len(weights) > num_layers * directions * (4 if has_biases else 2)
+        given = x, h0, c0, NUMBER[cell], num_layers, directions, weights, has_biases, projected
+        if (results := operators.in_one_call(*given)) is not None:
+            return list(results[: 3 if cell == "lstm" else 2])
     return reference.stack(
         cell, x, h0, c0, weights, has_biases, num_layers, directions, dropout, options, options_of, sequences, widths,
         run=layer,
     )  # fmt: skip
-
-
-@runs_eagerly
-def stack_step(
-    cell: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    backend: str,
-) -> Sequence[Tensor]:
-    """Compute one step of all layers of a module without options, y ``[B, P]`` and the states, from x ``[B, I]``.
-
-    The arguments are those of `stack`, and the module's backend, "auto" or "fused".
-    """
-    if (
-        cell != "lstm"
-        and backend == "auto"
-        and torch.is_grad_enabled()
-        and policy.torch_trains_steps(cell, x.dtype, x.size(0), weights[1].size(1))
-        and any_requires_grad((x, h0, *weights))
-    ):
-        # Where products take most of the time, torch's are as fast, in spite of the views of states and results.
-        states = (None,) * num_layers if h0 is None else h0.unbind()
-        hidden: list[Tensor] = []
-        for index, state in enumerate(states):
-            if index > 0 and dropout > 0:
-                x = torch.dropout(x, dropout, True)
-            x = torchs_rnn_step(cell, x, state, reference.layer_weights(weights, index, num_layers, 1, has_biases))
-            hidden.append(x)
-        return x, torch.stack(hidden) if num_layers > 1 else x.unsqueeze(0)
-    if dropout == 0 or num_layers == 1:
-        results = in_one_call(cell, x, h0, c0, weights, has_biases, num_layers, 1)
-        if results is not None:
-            return results
-    y, *finals = reference.stack(cell, x.unsqueeze(0), h0, c0, weights, has_biases, num_layers, 1, dropout, run=layer)
-    return y.squeeze(0), *finals
-
-
-def in_one_call(
-    cell: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    directions: int,
-) -> list[Tensor] | None:
-    """The results of `stack` on a CPU, from all layers at once; None if they have to be called in turn.
-
-    x may be ``[B, I]``, one step of all layers, whose y is ``[B, P]``.
-
-    In training, layers that share a node of the graph keep what backward reads until it has passed all of them. Large
-    ones, to which a node's time is nothing, therefore have nodes of their own. So have layers on top of frozen ones,
-    which then keep nothing, and layers under deterministic algorithms: that is an option, and only the node of one
-    layer has options.
-    """
-    is_step = x.dim() == 2
-    if torch.compiler.is_compiling() or policy.on_cuda(x) or x.dtype not in policy.KERNEL_DTYPES:
-        return None
-    if policy.precision(x, is_step or x.size(0) == 1):
-        return None
-    projected = len(weights) > num_layers * directions * (4 if has_biases else 2)
-    results: Any
-    if torch.is_grad_enabled() and (weights[0].requires_grad or any_requires_grad((x, h0, c0, *weights))):
-        rows = x.size(0) if is_step else x.size(0) * x.size(1)
-        if deterministic() or (num_layers > 1 and rows * directions * weights[0].size(0) > _SMALL):
-            return None
-        if not (weights[0].requires_grad or any_requires_grad((x, h0, c0, *weights[: len(weights) // num_layers]))):
-            return None
-        results = autograd.stack(cell, (num_layers, directions), has_biases, projected, x, h0, c0, *weights)
-    else:
-        results = operators.stack(
-            x, h0, c0, NUMBER[cell], num_layers, directions, weights, has_biases, projected, deterministic(), False
-        )
-    return None if results is None else list(results[: 3 if cell == "lstm" else 2])
-
-
-_SMALL = 2**20  # elements of a layer's gates, in all steps and directions
 
 
 def layer(
@@ -176,7 +94,7 @@ def step(
         options = LayerOptions(deterministic=True) if deterministic() else NO_OPTIONS
         if options is NO_OPTIONS and x.dtype in policy.KERNEL_DTYPES:
             given = [w for w in weights if w is not None]
-            h, _, c = autograd.stack(cell, (0, 1), len(given) > 2, False, x, h0, c0, *given)
+            h, _, c = autograd.stack(NUMBER[cell], 0, 1, len(given) > 2, False, x, h0, c0, *given)
             return h, c
         tensors = () if options is NO_OPTIONS else differentiable_of(options)
         h, _, c = autograd.layer(cell, len(weights), options, x, h0, c0, *weights, *tensors)
@@ -192,14 +110,29 @@ def step_of_instance(
     return h, c
 
 
-def torchs_rnn_step(cell: str, x: Tensor, h0: Tensor | None, weights: Sequence[Tensor | None]) -> Tensor:
-    """h' of `step` of an RNN, from torch's own function, whose autograd nodes cost less than ours."""
-    w_ih, w_hh, b_ih, b_hh = weights[:4]
-    h0 = x.new_zeros(x.size(0), w_hh.size(0)) if h0 is None else h0  # type: ignore[union-attr]  # never None
-    return _TORCHS_RNN_CELL[cell](x, h0, w_ih, w_hh, b_ih, b_hh)
+def torchs_rnn(
+    cell: int, x: Tensor, h0: Tensor | None, weights: Sequence[Tensor], has_biases: bool, num_layers: int
+) -> tuple[Tensor, Tensor]:
+    """One step of all layers of an RNN from torch's own function for a cell: y ``[B, H]`` and h ``[L, B, H]``.
+
+    Args:
+        cell: its number.
+
+    Raises:
+        RuntimeError: a tensor does not fit the others.
+    """
+    run, shape = TORCHS_RNN_CELL[NAMES[cell].removeprefix("rnn_")], (num_layers, x.size(0), weights[1].size(0))
+    h0 = x.new_zeros(shape) if h0 is None else h0
+    if h0.shape != shape:
+        raise RuntimeError(f"Expected hidden size {shape}, got {list(h0.shape)}")
+    hidden: list[Tensor] = []
+    for index, state in enumerate(h0.unbind()):
+        x = run(x, state, *reference.layer_weights(weights, index, num_layers, 1, has_biases)[:4])
+        hidden.append(x)
+    return x, torch.stack(hidden) if num_layers > 1 else x.unsqueeze(0)
 
 
-_TORCHS_RNN_CELL: dict[str, Callable[..., Tensor]] = {"rnn_tanh": torch.rnn_tanh_cell, "rnn_relu": torch.rnn_relu_cell}
+TORCHS_RNN_CELL: dict[str, Callable[..., Tensor]] = {"tanh": torch.rnn_tanh_cell, "relu": torch.rnn_relu_cell}
 
 
 def layer_of_operators(

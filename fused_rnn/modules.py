@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import _C, call, layers, operators, policy, steps, tuned
+from fused_rnn import call, operators, policy, steps, tuned
 from fused_rnn.cell_info import NUMBER
 from fused_rnn.constructor import Variants
 from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
-from fused_rnn.options import NO_OPTIONS
 from fused_rnn.spec import Spec
 
 if TYPE_CHECKING:
@@ -105,34 +104,8 @@ class FusedRNNBase(TorchConvertible, Variants):
             resets is None and reset_state is None and lengths is None and return_state_sequence is False
         ):
             return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
-        if (inferred := self._inferred(input, hx, 3)) is not None:
-            return inferred
-        if self._is_plain(input, 3, hx):
-            options = NO_OPTIONS
-            if self.hidden_size in tuned.table.hidden_sizes and self.backend == "auto":
-                choice = self._tuned_choice(input, hx)
-                if choice is not None and not choice.fused:
-                    return self._torchs(input, hx)
-                if choice is not None:
-                    options = choice.options()
-            h0, c0 = (None, None) if hx is None else hx if self.mode == "LSTM" else (hx, None)
-            try:
-                y, *states = layers.stack(
-                    self.mode.lower(),
-                    input.transpose(0, 1) if self.batch_first else input,
-                    h0,
-                    c0,
-                    self._flat_weights,
-                    self.bias,
-                    self.num_layers,
-                    2 if self.bidirectional else 1,
-                    self.dropout if self.training else 0.0,
-                    options,
-                )
-            except RuntimeError:  # a size, dtype or device does not fit: torch.nn's error, or its result
-                return call.run(self._spec(), self._torchs, input, hx)
-            hidden = tuple(states) if self.mode == "LSTM" else states[0]
-            return call.batch_major(y) if self.batch_first else y, hidden
+        if (results := self._plain(input, hx, 3)) is not None:
+            return results
         if self.backend == "torch" or ("parametrizations" in self._modules and not policy.fusible(_data(input))):
             return self._torchs(input, hx)  # which reads the weights itself: a parametrised one may be random
         return call.run(self._spec(), self._torchs, input, hx)
@@ -177,36 +150,18 @@ class FusedRNNBase(TorchConvertible, Variants):
             steps.refuse(f"{type(self).__name__}.step", self.bidirectional, input)
         if not (resets is None and reset_state is None and active is None and out is None):
             return steps.run(self._spec(), input, hx, resets, reset_state, active, out)
-        if not self._varied and (inferred := self._inferred(input, hx, 2)) is not None:
-            return inferred
-        if not self._varied and self._is_plain(input, 2, hx):
-            h0, c0 = (None, None) if hx is None else hx if self.mode == "LSTM" else (hx, None)
-            try:
-                y, *hidden = layers.stack_step(
-                    self.mode.lower(),
-                    input,
-                    h0,
-                    c0,
-                    self._flat_weights,
-                    self.bias,
-                    self.num_layers,
-                    self.dropout if self.training else 0.0,
-                    self.backend,
-                )
-                return y, tuple(hidden) if self.mode == "LSTM" else hidden[0]
-            except RuntimeError:  # a size, dtype or device does not fit, as in `forward`
-                pass
+        if not self._varied and (results := self._plain(input, hx, 2)) is not None:
+            return results
         steps.check_hx(f"{type(self).__name__}.step", self.mode == "LSTM", input, hx)
         time_dim = 1 if self.batch_first and input.dim() == 2 else 0
         y, hidden = FusedRNNBase.forward(self, input.unsqueeze(time_dim), hx)
         return y.squeeze(time_dim), hidden
 
     @policy.runs_eagerly
-    def _inferred(self, input: Any, hx: Any, dim: int) -> tuple[Any, Any] | None:
-        """The results of a plain call, from C++ alone, where no gradients are recorded; None for `forward` to go on."""
+    def _plain(self, input: Any, hx: Any, dim: int) -> tuple[Any, Any] | None:
+        """The results of a plain call, from one C++ function; None if it has to be looked at more closely."""
         if (
             torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
             or (self.training and self.dropout and self.num_layers > 1)
             or self.num_layers == 0  # a cell's
             or self.hidden_size in tuned.table.hidden_sizes
@@ -215,7 +170,7 @@ class FusedRNNBase(TorchConvertible, Variants):
             or type(self.bidirectional) is not bool
         ):
             return None
-        results: tuple[Any, Any] | None = operators.infer(
+        results: tuple[Any, Any] | None = operators.plain(
             input,
             hx,
             dim,
@@ -225,66 +180,12 @@ class FusedRNNBase(TorchConvertible, Variants):
             self.bias,
             getattr(self, "proj_size", 0) > 0,
             self.batch_first,
+            self.backend == "auto",
             self._parameters,
             self._flat_weights_names,
             self._flat_weights,
         )
         return results
-
-    @policy.runs_eagerly
-    def _is_plain(self, input: Any, dim: int, hx: Any) -> bool:
-        """Whether the operators check all that is left to check, and `fused_rnn.policy` always chooses them.
-
-        True for a batch of CPU tensors with weights in place, if nothing observes torch's operations.
-        """
-        if (
-            type(input) not in policy.PLAIN_TYPES
-            or not input.is_cpu
-            or input.dim() != dim
-            or input.dtype not in policy.ALWAYS_FUSED
-            or self.backend == "torch"
-            or not self._checks_are_torchs
-            or type(self.bidirectional) is not bool
-            or torch.is_autocast_enabled("cpu")
-            or policy.watched()
-        ):
-            return False
-        if not _C.in_place(self._parameters, self._flat_weights_names, self._flat_weights):
-            return False
-        if hx is None:
-            return True
-        if self.mode != "LSTM":
-            hx = (hx,)
-        elif type(hx) not in (tuple, list) or len(hx) != 2:
-            return False
-        rows = self.num_layers * (2 if self.bidirectional else 1)
-        for state in hx:
-            if (
-                type(state) not in policy.PLAIN_TYPES
-                or not state.is_cpu
-                or state.dtype is not input.dtype  # torch.nn takes some others, and some other layouts
-                or state.layout is not torch.strided
-                or state.dim() != 3
-                or state.size(0) != rows
-            ):
-                return False
-        return True
-
-    @policy.runs_eagerly
-    def _tuned_choice(self, input: Tensor, hx: Any) -> policy.Choice | None:
-        """What the user's table says of a plain call."""
-        first, second, _ = input.shape
-        states = () if hx is None else hx if self.mode == "LSTM" else (hx,)
-        return policy.tuned_plain(
-            self.mode.lower(),
-            input,
-            *((second, first) if self.batch_first else (first, second)),
-            self.hidden_size,
-            getattr(self, "proj_size", 0),
-            self.num_layers,
-            2 if self.bidirectional else 1,
-            (*states, *self._flat_weights),
-        )
 
     @policy.runs_eagerly
     def _spec(self) -> Spec:

@@ -194,7 +194,7 @@ def _cell(cell: str, original: Callable[..., Any]) -> Callable[..., Any]:
         if may_be_torchs and not followed and isinstance(h0, Tensor) and h0.dim() == 2:
             if len(states) == count and tuned.table.cell_hidden_sizes:
                 choice = policy.tuned_cell(cell, input, h0.size(1), h0, c0, weights, may_measure=False)
-            use_torch = policy.torch_trains_plain(cell, input, h0, weights) if choice is None else not choice.fused
+            use_torch = policy.torch_trains_cell(cell, input, h0, weights) if choice is None else not choice.fused
             if use_torch:
                 return original(input, hx, *weights)
         if len(states) == count and policy.plain_call(2, input, h0, c0, weights):

@@ -142,8 +142,8 @@ def choose(
         return Choice(reason is None, reason or "the weights stay on the chip")
     if deterministic():
         return Choice(True, "deterministic: a row's result does not depend on its batch")
-    by_torch = torch_trains if kind == "cell" else torch_trains_steps
-    if kind in ("cell", "step") and differentiable and half is None and by_torch(cell, dtype, B, H):
+    is_step = kind in ("cell", "step")
+    if is_step and differentiable and half is None and tuned.torch_trains(cell, dtype, kind == "cell", B, H):
         return Choice(False, "the autograd nodes of torch's function for an RNN's cell cost less than ours")
     if (half or dtype) is not torch.bfloat16 or not HAS_BF16_PRODUCTS or (cell == "lstm" and lacks_threads()):
         return Choice(True, "measured to be at least as fast")
@@ -277,35 +277,11 @@ def layer_precision(dtype: torch.dtype, half: torch.dtype | None, single_step: b
     return precision(FLOAT32, single_step)
 
 
-def torch_trains(cell: str, dtype: torch.dtype, B: int, H: int) -> bool:
-    """Whether torch's function computes a cell of these sizes that records a gradient, outside of autocast."""
-    return tuned.torch_trains_as_fast(cell, dtype, B, H) and not deterministic()
-
-
-def torch_trains_steps(cell: str, dtype: torch.dtype, B: int, H: int) -> bool:
-    """As `torch_trains`, of a module's `step`."""
-    return tuned.torch_trains_steps_as_fast(cell, dtype, B, H) and not deterministic()
-
-
-def torch_trains_plain(cell: str, x: Any, h0: Tensor, weights: Sequence[Tensor | None]) -> bool:
-    """`torch_trains` of a call of x, ``[B, H]`` and these weights that nothing observes."""
-    return torch.is_grad_enabled() and torch_trains(cell, x.dtype, *h0.shape) and any_requires_grad((x, h0, *weights))
-
-
-def torch_trains_any(cell: str, x: Any, h0: Any, weights: Sequence[Any]) -> bool:
-    """`torch_trains_plain` of a call with any arguments, asked before all else: every check costs a percent of it."""
-    return (
-        torch.is_grad_enabled()
-        and cell.startswith("rnn")
-        and type(x) in PLAIN_TYPES
-        and x.dim() == 2
-        and (h0 is None or (type(h0) in PLAIN_TYPES and h0.dim() == 2))
-        and x.dtype in KERNEL_DTYPES
-        and weights[0] is not None is not weights[1]  # parametrised ones are no parameters
-        and any_requires_grad((weights[1], x, h0, *weights))
-        and not (deterministic() or torch.is_autocast_enabled("cpu") or watched())
-        and tuned.torch_trains_as_fast(cell, x.dtype, x.size(0), weights[1].size(-1))  # sizes are symbols in a trace
-    )
+def torch_trains_cell(cell: str, x: Any, h0: Tensor, weights: Sequence[Tensor | None]) -> bool:
+    """Whether torch's function computes a cell's call that nothing observes, with h0 ``[B, H]`` and these weights."""
+    if not (torch.is_grad_enabled() and tuned.torch_trains(cell, x.dtype, True, *h0.shape)):
+        return False
+    return any_requires_grad((x, h0, *weights)) and not deterministic()
 
 
 def lacks_threads() -> bool:

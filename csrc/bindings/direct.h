@@ -27,7 +27,7 @@ namespace py = pybind11;
 struct Torch {
   PyTypeObject *tensor, *parameter;
   PyObject *float32, *float64;
-  PyObject *deterministic, *precision, *autocast;
+  PyObject *deterministic, *precision, *autocast, *grad_enabled;
   PyObject *modes, *function_modes, *tracer, *transforms, *forward_mode;
   // Another torch may lack these; from_handles is null then.
   PyObject *is_neg = nullptr, *profiles = nullptr, *to_handles = nullptr, *from_handles = nullptr;
@@ -42,6 +42,7 @@ struct Torch {
     deterministic = kept(c.attr("_get_deterministic_algorithms"));
     precision = kept(c.attr("_get_fp32_precision_getter"));
     autocast = kept(torch.attr("is_autocast_enabled"));
+    grad_enabled = kept(c.attr("is_grad_enabled"));
     modes = kept(c.attr("_len_torch_dispatch_stack"));
     function_modes = kept(c.attr("_len_torch_function_stack"));
     tracer = kept(c.attr("_get_tracing_state"));

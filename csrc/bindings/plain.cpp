@@ -1,10 +1,12 @@
-// A module's or cell's plain call in inference, from the caller's arguments to the results: what Python takes to find
-// out that nothing stands in the way of the kernels is more than small layers compute. The answer is None to all other
-// calls, at which fused_rnn/modules.py and cells.py then look more closely; nothing is refused here.
+// A module's or cell's plain call, from the caller's arguments to the results: what Python takes to find out that
+// nothing stands in the way of the kernels is more than small layers compute. The answer is None to all other calls, at
+// which fused_rnn/modules.py and cells.py then look more closely; nothing is refused here.
 //
-// What the module is, they know: they do not ask while gradients are recorded or a compiler looks, for a module with
-// options of ours, with dropout, with another backend, with weights that are missing or with checks of a subclass, nor
-// where the user's table has a say.
+// What the module is, they know: they do not ask while a compiler looks, for a module with options of ours, with
+// dropout, with another backend, with weights that are missing or with checks of a subclass, nor where the user's table
+// has a say. Where gradients are recorded, the call is a node of fused_rnn/autograd.py.
+#include <algorithm>
+
 #include "direct.h"
 
 namespace fused_rnn {
@@ -18,7 +20,10 @@ struct Names {
   PyObject* ndim = PyUnicode_InternFromString("ndim");
   PyObject* transpose = PyUnicode_InternFromString("transpose");
   PyObject* transpose_in_place = PyUnicode_InternFromString("transpose_");
+  PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
+  PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* current_level = PyUnicode_InternFromString("_current_level");
+  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
   PyObject* cpu = PyUnicode_InternFromString("cpu");
   PyObject* mkldnn = PyUnicode_InternFromString("mkldnn");
   PyObject* switches[2] = {PyUnicode_InternFromString("rnn"), PyUnicode_InternFromString("matmul")};
@@ -26,6 +31,23 @@ struct Names {
 const Names& interned() {
   static const Names all;
   return all;
+}
+
+// Functions of fused_rnn's own, never released.
+struct Ours {
+  PyObject *node, *torch_trains, *torchs_rnn;
+  Ours() {
+    const auto function = [](const char* module, const char* name) {
+      return py::object(py::module_::import(module).attr(name)).release().ptr();
+    };
+    node = function("fused_rnn.autograd", "stack");
+    torch_trains = function("fused_rnn.tuned", "torch_trains_as_fast");
+    torchs_rnn = function("fused_rnn.layers", "torchs_rnn");
+  }
+};
+const Ours& ours() {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Ours> storage;
+  return storage.call_once_and_store_result([] { return Ours(); }).get_stored();
 }
 
 py::object attribute(PyObject* object, PyObject* name) {
@@ -66,7 +88,12 @@ bool are_in_place(PyObject* parameters, PyObject* names, PyObject* weights) {
   return true;
 }
 
-bool is_tensor_or_none(const py::object& object) { return object.is_none() || is_tensor(object.ptr()); }
+// A tensor's first dimension, 0 if it has none.
+Py_ssize_t length(PyObject* tensor) {
+  const Py_ssize_t length = PyObject_Length(tensor);
+  if (length < 0) PyErr_Clear();
+  return std::max<Py_ssize_t>(length, 0);
+}
 
 py::object transposed(PyObject* tensor, PyObject* method) {
   static PyObject* const dimensions[] = {PyLong_FromLong(0), PyLong_FromLong(1)};
@@ -76,10 +103,90 @@ py::object transposed(PyObject* tensor, PyObject* method) {
   return py::reinterpret_steal<py::object>(result);
 }
 
-// The arguments of `infer`: the caller's input, of `dim` dimensions, and states, and what the module is. A cell has 0
-// layers.
+// All layers of a module, or a cell: 0 layers. The types of the tensors are not known yet; `weights`: a list or tuple.
+struct Layers {
+  PyObject *x, *h0, *c0, *cell, *layers, *directions, *weights, *has_biases, *projected;
+
+  bool are_tensors() const {
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(weights); ++i) {
+      if (!is_tensor(PySequence_Fast_GET_ITEM(weights, i))) return false;
+    }
+    return PySequence_Fast_GET_SIZE(weights) > 1 && is_tensor(x) && (h0 == Py_None || is_tensor(h0)) &&
+           (c0 == Py_None || is_tensor(c0));
+  }
+
+  bool is_of_the_kernels() const {
+    const py::object dtype = attribute(x, interned().dtype);
+    return dtype.ptr() == torch_objects().float32 || dtype.ptr() == torch_objects().float64;
+  }
+
+  // Whether autograd records what is computed from x, the states and the first `count` weights.
+  bool records(Py_ssize_t count) const {
+    if (called(torch_objects().grad_enabled).ptr() != Py_True) return false;
+    const auto recorded = [](PyObject* tensor) {
+      return tensor != Py_None && attribute(tensor, interned().requires_grad).ptr() == Py_True;
+    };
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      if (recorded(PySequence_Fast_GET_ITEM(weights, i))) return true;
+    }
+    return recorded(x) || recorded(h0) || recorded(c0);
+  }
+  bool records() const { return records(PySequence_Fast_GET_SIZE(weights)); }
+
+  // Layers that share a node keep what backward reads until it has passed all of them. Large ones, to which a node's
+  // time is nothing, therefore have nodes of their own. So have layers on top of frozen ones, which then keep nothing.
+  bool share_a_node() const {
+    const int64_t count = number(layers);
+    if (count < 2) return true;
+    constexpr double kSmall = 1 << 20;  // elements of a layer's gates, in all steps and directions
+    double elements = static_cast<double>(number(directions));
+    elements *= static_cast<double>(length(PySequence_Fast_GET_ITEM(weights, 0)));
+    const py::tuple shape = attribute(x, interned().shape);
+    for (size_t i = 0; i + 1 < shape.size(); ++i) elements *= shape[i].cast<double>();
+    return elements <= kSmall && records(PySequence_Fast_GET_SIZE(weights) / count);
+  }
+
+  // One step of an RNN by torch's function: whether that is as fast in training, and its results.
+  bool torch_trains() const {
+    const Torch& torch = torch_objects();
+    const Py_ssize_t B = length(x), H = length(PySequence_Fast_GET_ITEM(weights, 1));
+    const py::int_ rows(B), units(H);
+    PyObject* const arguments[] = {Py_False, rows.ptr(), units.ptr()};
+    return is_of_the_kernels() && called(torch.deterministic).ptr() == Py_False &&
+           called(ours().torch_trains, arguments, std::size(arguments)).ptr() == Py_True;
+  }
+  py::object torchs_rnn() const {
+    PyObject* const arguments[] = {cell, x, h0, weights, has_biases, layers};
+    return called(ours().torchs_rnn, arguments, std::size(arguments));
+  }
+
+  // y, h_n, c_n and more, from one call; null if the layers have to be called in turn. `records`: see above.
+  py::object in_one_call(bool records) const {
+    const Torch& torch = torch_objects();
+    if (!is_of_the_kernels()) return {};
+    const bool has_steps = number(attribute(x, interned().ndim)) == 3 && length(x) > 1;
+    if (has_steps && attribute(x, interned().dtype).ptr() == torch.float32 && wants_other_products()) return {};
+    const py::object deterministic = called(torch.deterministic);
+    if (!records) {
+      PyObject* const arguments[] = {
+          x, h0, c0, cell, layers, directions, weights, has_biases, projected, deterministic.ptr(), Py_False};
+      return run(&stack, arguments, std::size(arguments), 0, 0);
+    }
+    // Determinism is an option, and only the node of one layer has options.
+    const bool on_cpu = attribute(x, interned().is_cpu).ptr() == Py_True;
+    if (!on_cpu || deterministic.ptr() == Py_True || !share_a_node()) return {};
+    std::vector<PyObject*> arguments{cell, layers, directions, has_biases, projected, x, h0, c0};
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(weights); ++i) {
+      arguments.push_back(PySequence_Fast_GET_ITEM(weights, i));
+    }
+    return called(ours().node, arguments.data(), arguments.size());
+  }
+};
+
+// The arguments of `plain`: the caller's input, of `dim` dimensions, and states, and what the module is. A cell has 0
+// layers. may_be_torchs: whether torch's function for a cell may compute the step, where it trains as fast.
 struct ModuleCall {
-  PyObject *input, *hx, *dim, *cell, *layers, *directions, *has_biases, *projected, *batch_first;
+  PyObject *input, *hx, *dim, *cell, *layers, *directions, *has_biases, *projected, *batch_first, *may_be_torchs;
   PyObject *parameters, *weight_names, *weights;
 
   // Null if it is no plain call. What may change while Python's functions run is held here.
@@ -92,10 +199,9 @@ struct ModuleCall {
     const auto given = py::reinterpret_steal<py::object>(PyList_AsTuple(weights));
     if (!are_in_place(parameters, weight_names, given.ptr())) return {};
     const int64_t dimensions = number(attribute(input, interned().ndim));
-    const py::object dtype = attribute(input, interned().dtype);
-    const bool is_float32 = dtype.ptr() == torch.float32;
-    if (dimensions != number(dim) || !(is_float32 || dtype.ptr() == torch.float64)) return {};
-    const bool is_lstm = number(cell) == static_cast<int64_t>(CellKind::kLstm), is_cell = number(layers) == 0;
+    if (dimensions != number(dim)) return {};
+    const auto kind = static_cast<CellKind>(number(cell));
+    const bool is_lstm = kind == CellKind::kLstm, is_cell = number(layers) == 0;
     py::object h0 = py::reinterpret_borrow<py::object>(hx), c0 = py::none();
     if (is_lstm && hx != Py_None) {
       if (!(PyTuple_CheckExact(hx) || PyList_CheckExact(hx)) || PySequence_Fast_GET_SIZE(hx) != 2) return {};
@@ -104,18 +210,24 @@ struct ModuleCall {
       if (h0.is_none() || c0.is_none()) return {};
     }
     const bool transposes = dimensions == 3 && batch_first == Py_True;  // which a watcher would see again from Python
-    if (!is_tensor_or_none(h0) || !is_tensor_or_none(c0) || are_transformed() ||
-        called(torch.autocast, interned().cpu).ptr() != Py_False ||
-        (is_float32 && dimensions == 3 && wants_other_products()) || (transposes && dispatcher_is_watched())) {
+    if (are_transformed() || called(torch.autocast, interned().cpu).ptr() != Py_False ||
+        (transposes && dispatcher_is_watched())) {
       return {};
     }
     const py::object x =
         transposes ? transposed(input, interned().transpose) : py::reinterpret_borrow<py::object>(input);
-    const py::object deterministic = called(torch.deterministic);
-    PyObject* const arguments[] = {x.ptr(),    h0.ptr(),    c0.ptr(),   cell,      layers,
-                                   directions, given.ptr(), has_biases, projected, deterministic.ptr(),
-                                   Py_False};
-    const py::object found = run(&stack, arguments, std::size(arguments), 0, 0);
+    const Layers all{x.ptr(), h0.ptr(), c0.ptr(), cell, layers, directions, given.ptr(), has_biases, projected};
+    if (!all.are_tensors()) return {};
+    const bool records = all.records();
+    if (records) {
+      if (number(called(torch.modes)) > 0 || !called(torch.tracer).is_none()) return {};
+      for (const py::object& state : {h0, c0}) {
+        if (!state.is_none() && number(attribute(state.ptr(), interned().ndim)) != (is_cell ? 2 : 3)) return {};
+      }
+      const bool is_rnn = kind == CellKind::kRnnTanh || kind == CellKind::kRnnRelu;
+      if (is_rnn && dimensions == 2 && may_be_torchs == Py_True && all.torch_trains()) return all.torchs_rnn();
+    }
+    const py::object found = all.in_one_call(records);
     if (!found) return {};
     const auto result = [&](Py_ssize_t i) { return py::handle(PyTuple_GET_ITEM(found.ptr(), i)); };
     const py::handle y = result(0);
@@ -127,24 +239,34 @@ struct ModuleCall {
   }
 };
 
-PyObject* infer(PyObject*, PyObject* const* a, Py_ssize_t count) {
+template <class Call>
+constexpr Py_ssize_t kCount = sizeof(Call) / sizeof(PyObject*);
+
+PyObject* plain(PyObject*, PyObject* const* a, Py_ssize_t count) {
   return guarded([&] {
     py::object results;
-    if (count == sizeof(ModuleCall) / sizeof(PyObject*)) {
-      const ModuleCall call{a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]};
+    if (count == kCount<ModuleCall>) {
+      const ModuleCall call{a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12]};
       try {
         results = call.results();
       } catch (const py::cast_error&) {  // of what should be a number
+      } catch (const py::error_already_set& error) {
+        if (!error.matches(PyExc_RuntimeError) && !error.matches(PyExc_IndexError)) throw;  // a size does not fit
       }
     }
     return (results ? results : py::none()).release().ptr();
   });
 }
 
-PyObject* in_place(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+PyObject* in_one_call(PyObject*, PyObject* const* a, Py_ssize_t count) {
   return guarded([&] {
-    return PyBool_FromLong(count == 3 && PyList_Check(arguments[2]) &&
-                           are_in_place(arguments[0], arguments[1], arguments[2]));
+    py::object results;
+    if (count == kCount<Layers> && torch_objects().from_handles && (PyTuple_Check(a[6]) || PyList_Check(a[6]))) {
+      const auto weights = py::reinterpret_steal<py::object>(PySequence_Tuple(a[6]));
+      const Layers layers{a[0], a[1], a[2], a[3], a[4], a[5], weights.ptr(), a[7], a[8]};
+      if (layers.are_tensors()) results = layers.in_one_call(layers.records());
+    }
+    return (results ? results : py::none()).release().ptr();
   });
 }
 
@@ -156,15 +278,14 @@ PyObject* watched(PyObject*, PyObject* const*, Py_ssize_t) {
 }
 
 PyMethodDef methods[] = {
-    method("infer", infer,
-           "What a module without our options returns for input, hx, where no gradients are recorded and nothing "
-           "watches; None if that has to be looked at more closely. Further arguments: the dimensions that the input "
-           "must have, the cell's number, num_layers (0: a cell), directions, bias, whether it is projected, "
-           "batch_first, the parameters, a dict, and the lists of the weights' names and of the weights."),
-    method(
-        "in_place", in_place,
-        "Whether every weight is the parameter of its name and a plain tensor: of a dict, a list of names and one of "
-        "weights."),
+    method("plain", plain,
+           "What a module without our options returns for input and hx where nothing watches; None if that has to be "
+           "looked at more closely. Further arguments: the dimensions that the input must have, the cell's number, "
+           "num_layers (0: a cell), directions, bias, whether it is projected, batch_first, whether torch's function "
+           "may compute a step, the parameters, a dict, and the lists of the weights' names and of the weights."),
+    method("in_one_call", in_one_call,
+           "y, h_n, c_n and more of all layers; None if they have to be called in turn. Arguments: x, h0, c0, the "
+           "cell's number, layers (0: a cell), directions, weights, whether there are biases and projections."),
     method("watched", watched,
            "Whether a tracer, a mode of the dispatcher, a functorch transform or a forward-mode derivative looks at "
            "torch's operations."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tuned_calls import CALL, CPU, H200, HIDDEN, OTHER_SET, SIZE, B, T, computes
 from tuned_calls import clock as clock
 from tuned_calls import instances as instances
 from tuned_calls import instruction_sets as instruction_sets
+from tuned_calls import set_outrun_mkl as set_outrun_mkl
 from tuned_calls import table as table
 from tuned_calls import torch_wins as torch_wins
 
@@ -117,10 +119,10 @@ def test_cells(
     clock: dict[str, float],
     instruction_sets: dict[str, int],
     instances: list[int],
-    monkeypatch: pytest.MonkeyPatch,
+    set_outrun_mkl: Callable[[bool], None],
 ) -> None:
     """A loop over a cell is one call; modules and patched() follow, in float32 and under autocast."""
-    monkeypatch.setattr(tuned, "_outrun_mkl", lambda: False)
+    set_outrun_mkl(False)
     clock |= {"torch": 2.0, "fused": 2.0, OTHER_SET: 2.0} | {faster: 1.0}
     name = {"lstm": "LSTMCell", "gru": "GRUCell"}.get(cell, "RNNCell")
     ours, theirs = (getattr(library, name)(SIZE, HIDDEN) for library in (fused_rnn, nn))
@@ -308,7 +310,7 @@ def test_wrong_values_are_not_taken(
 
         return run
 
-    for name in ("backward_operator", "stack_backward") if train else ("forward_operator", "stack"):
+    for name in ("backward_operator", "stack_backward") if train else ("plain", "in_one_call"):
         monkeypatch.setattr(operators, name, damaged(getattr(operators, name)))
     clock["torch"] = 100.0
     gru = fused_rnn.GRU(SIZE, HIDDEN).requires_grad_(train)
@@ -328,7 +330,7 @@ def test_a_dtype_that_torch_does_not_know(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(fused_rnn.GRU, "_torchs", refuse)
     with torch.no_grad():
         assert next(iter(tuning._correct(tuning._rivals(CALL, CPU), subject))) == "kernels"
-        for name in ("forward_operator", "stack"):
+        for name in ("plain", "forward_operator", "in_one_call"):
             monkeypatch.setattr(operators, name, refuse)
         with pytest.raises(RuntimeError, match="not implemented for 'Half'"):
             tuning._correct(tuning._rivals(CALL, CPU), subject)

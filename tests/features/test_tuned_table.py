@@ -8,6 +8,7 @@ import os
 import platform
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from fused_rnn import tuned
 from fused_rnn.tuned import Call, Result, Table
 from tuned_calls import put_results
+from tuned_calls import set_outrun_mkl as set_outrun_mkl
 
 CALL = Call("lstm", torch.float32, None, 64, 32, 16, 128, 0, 1, 1, "sequence", False, 0)
 HERE, ELSEWHERE = "cpu: this one", "cpu: another one"
@@ -83,9 +85,9 @@ def test_an_empty_table_is_never_asked(path: str) -> None:
     assert CALL.H in Table(path).hidden_sizes and CALL.H + 1 in Table(path).hidden_sizes  # not read yet
 
 
-def test_what_the_rules_say_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_rules_say_is_not_asked(set_outrun_mkl: Callable[[bool], None]) -> None:
     """An RNN's cell in training is torch.nn's by the rules, all other plain calls on a CPU are the kernels'."""
-    monkeypatch.setattr(tuned, "_outrun_mkl", lambda: False)
+    set_outrun_mkl(False)
     table, cell = Table(None), CALL._replace(T=1, kind="cell")
     rnn = cell._replace(cell="rnn_tanh", train=True)
     table.put({(HERE, cell): Result("fused"), (HERE, rnn): Result("torch")})

@@ -1,4 +1,4 @@
-"""Plain calls in inference by C++ alone: they are what Python would compute, and only made where nobody could tell."""
+"""Plain calls by one C++ function: they are what Python would compute, and only made where nobody could tell."""
 
 from __future__ import annotations
 
@@ -65,21 +65,22 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Whether each call was made so."""
     found: list[bool] = []
 
-    def infer(*arguments: Any) -> Any:
-        results = _C.infer(*arguments)
+    def plain(*arguments: Any) -> Any:
+        results = _C.plain(*arguments)
         found.append(results is not None)
         return results
 
     with monkeypatch.context() as patch:
-        patch.setattr(operators, "infer", infer)
+        patch.setattr(operators, "plain", plain)
         yield found
 
 
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("suffix", ["", "Cell"])
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_they_are_what_python_computes(
-    cell: str, suffix: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    cell: str, suffix: str, train: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     of_modules = SIZES + (({"proj_size": 2},) if cell == "LSTM" else ())
@@ -91,16 +92,24 @@ def test_they_are_what_python_computes(
             module = made(cell, options, dtype, suffix)
             calls = list(calls_of(module, options, dtype))
         for call in calls:
-            with torch.no_grad():
+            with torch.set_grad_enabled(train):
                 with counted(monkeypatch) as found:
                     ours = call()
-                assert found == [True]
+                assert found == [True] or (train and cell in ("RNN", "ReLU") and suffix)  # torch's own function
                 with monkeypatch.context() as patch:
-                    patch.setattr(operators, "infer", lambda *_: None)
+                    for name in ("plain", "in_one_call"):
+                        patch.setattr(operators, name, lambda *_: None)
                     expected = call()
             assert type(ours) is type(expected)
             for a, b in zip(tensors(ours), tensors(expected), strict=True):
-                assert torch.equal(a, b) and a.stride() == b.stride() and not a._is_view()
+                assert torch.equal(a, b) and a.stride() == b.stride() and not a._is_view() and a.requires_grad is train
+            if train:
+                found, wanted = (gradients(results, module) for results in (ours, expected))
+                assert all(map(torch.equal, found, wanted))
+
+
+def gradients(results: Any, module: torch.nn.Module) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(sum(t.square().sum() for t in tensors(results)), list(module.parameters()))
 
 
 class Seen(TorchDispatchMode):
@@ -154,17 +163,17 @@ CONTEXTS: dict[str, Callable[[], Any]] = {
     "dispatch mode": Seen,
     "function mode": SeenFunctions,
     "device": lambda: torch.device("cpu"),
-    "gradient": torch.enable_grad,
 }
 
 
 @pytest.mark.parametrize("suffix", ["", "Cell"])
-@pytest.mark.parametrize("name", [*CONTEXTS, *WATCHED, "half", "subclass", "negated", "parametrised", "requires grad"])
-def test_others_see_the_call(name: str, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [*CONTEXTS, *WATCHED, "half", "subclass", "negated", "parametrised"])
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+def test_others_see_the_call(name: str, suffix: str, train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     dtype = torch.float16 if name == "half" else torch.float32
     module, x = made("LSTM", {}, dtype, suffix), torch.randn(2, 3, dtype=dtype)
-    if name in ("trace", "requires grad"):
+    if name == "trace":
         module.requires_grad_(False)
     if name == "parametrised":
         parametrised(module, "weight_hh" if suffix else "weight_hh_l0")
@@ -173,14 +182,19 @@ def test_others_see_the_call(name: str, suffix: str, monkeypatch: pytest.MonkeyP
     def call(x: Tensor) -> Any:
         return module(x) if suffix else module(x.unsqueeze(0))
 
-    with counted(monkeypatch) as found, CONTEXTS.get(name, torch.no_grad)():
-        if name == "requires grad":
-            with torch.enable_grad():
-                assert all(t.grad_fn is not None for t in tensors(call(x.requires_grad_())))
-        else:
-            with torch.enable_grad() if name == "gradient" else torch.no_grad():
-                WATCHED.get(name, lambda call, x: call(x))(call, x)
-    assert not any(found)
+    with counted(monkeypatch) as found, CONTEXTS.get(name, nullcontext)(), torch.set_grad_enabled(train):
+        WATCHED.get(name, lambda call, x: call(x))(call, x)
+    assert not any(found) or (train and name in ("profiler", "negated"))  # there the node asks the dispatcher
+
+
+@pytest.mark.parametrize("suffix", ["", "Cell"])
+def test_gradients_of_inputs_alone(suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = made("LSTM", {}, suffix=suffix).requires_grad_(False), torch.randn(2, 3).requires_grad_()
+    with counted(monkeypatch) as found:
+        results = tensors(module(x) if suffix else module(x.unsqueeze(0)))
+    assert found == [True] and all(t.grad_fn is not None for t in results)
+    (gradient,) = torch.autograd.grad(results[0].sum(), x)
+    assert gradient.shape == x.shape and gradient.any()
 
 
 @pytest.mark.skipif(not policy.bf16_unit(), reason="this processor multiplies nothing narrower than float32")
@@ -243,9 +257,9 @@ def test_a_mode_sees_every_operation_once() -> None:
 
     module, x = made("GRU", {"batch_first": True}), torch.randn(2, 5, 3)
     counts = []
-    for infer in (operators.infer, lambda *_: None):
+    for plain in (operators.plain, lambda *_: None):
         with pytest.MonkeyPatch.context() as patch, torch.no_grad(), Counts():
-            patch.setattr(operators, "infer", infer)
+            patch.setattr(operators, "plain", plain)
             seen.clear()
             module(x)
             counts.append(list(seen))
@@ -312,27 +326,27 @@ def test_wrong_arguments_are_none() -> None:
     module, x = made("LSTM", {"num_layers": 2}), torch.randn(2, 2, 3)
     hx = list(states_of(module, torch.float32, 2, 2, 4))
     weights, names = module._flat_weights, module._flat_weights_names
-    good = [x, hx, 3, 2, 2, 1, True, False, False, module._parameters, names, weights]
+    good = [x, hx, 3, 2, 2, 1, True, False, False, True, module._parameters, names, weights]
     wrong = [
         None, 1, -1, 2**62, 2**70, 0.5, "x", [], (), {}, [None], [x], [x, x, x], (None, None), {"a": 1}, x, x[0],
         x.to_sparse(), x.to_mkldnn(), x.double(), x.half(), x.int(), x.to("meta"), torch.empty(0), torch.empty(2, 0, 3),
         x.as_subclass(Own), torch.nested.nested_tensor([x[0], x[1]]), object(), True, False,
     ]  # fmt: skip
     with torch.no_grad():
-        expected = tensors(_C.infer(*good))
-        assert _C.infer() is None and _C.infer(*good[:-1]) is None and _C.infer(*good, 1) is None
+        expected = tensors(_C.plain(*good))
+        assert _C.plain() is None and _C.plain(*good[:-1]) is None and _C.plain(*good, 1) is None
         draw = random.Random(0)
         for trial in range(4000):
             places = [trial % len(good)] if trial < 1000 else draw.sample(range(len(good)), 2)
             arguments = [draw.choice(wrong) if i in places else value for i, value in enumerate(good)]
-            results = _C.infer(*arguments)
+            results = _C.plain(*arguments)
             assert results is None or all(isinstance(t, Tensor) for t in tensors(results))
         for place in (2, 3, 4, 5):
             lists = [list(hx), list(names), list(weights)]
-            changed = [x, lists[0], *good[2:10], lists[1], lists[2]]
+            changed = [x, lists[0], *good[2:11], lists[1], lists[2]]
             changed[place] = Changes(*lists)
-            _C.infer(*changed)
-        assert all(map(torch.equal, tensors(_C.infer(*good)), expected))
+            _C.plain(*changed)
+        assert all(map(torch.equal, tensors(_C.plain(*good)), expected))
 
 
 @pytest.mark.parametrize(("watching", "expected"), [(nullcontext, False), (Seen, True), (SeenFunctions, False)])

@@ -92,7 +92,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def patch_operators(patch: pytest.MonkeyPatch, forward: Any, backward: Any) -> None:
     """Run every layer on these operators in place of ``fused_rnn::forward`` and ``backward``."""
-    patch.setattr(operators, "infer", lambda *_: None)  # which calls the CPU's kernels itself
+    for name in ("plain", "in_one_call"):  # which call the CPU's kernels themselves
+        patch.setattr(operators, name, lambda *_: None)
     patch.setattr(operators, "forward_operator", forward)
     patch.setattr(operators, "backward_operator", backward)
 

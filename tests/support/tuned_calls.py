@@ -30,6 +30,18 @@ def put_results(path: str, machine: str, call: Call, result: Result, count: int)
 
 
 @pytest.fixture
+def set_outrun_mkl(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+    """Say whether the kernels multiply faster than MKL."""
+
+    def set_to(outrun: bool) -> None:
+        monkeypatch.setattr(tuned, "_outrun_mkl", lambda: outrun)
+        tuned.torch_trains_as_fast.cache_clear()
+
+    yield set_to
+    tuned.torch_trains_as_fast.cache_clear()
+
+
+@pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Table]:
     """The user's table, in a folder of the test."""
     own, of_all = Table(str(tmp_path / "tuned.json")), tuned.table
