@@ -124,6 +124,10 @@ class _Layer(torch.autograd.Function):
         return None, None, None, *[g if need else None for g, need in zip(gradients, needs, strict=True)]
 
 
+class Refused(RuntimeError):
+    """A tensor does not fit the others; not an error of the user's own code, such as a hook, which also runs here."""
+
+
 class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -136,7 +140,10 @@ class _Stack(torch.autograd.Function):
         x, h0, c0, *weights = tensors
         results: Any = operators.stack(x, h0, c0, cell, layers, directions, weights, has_biases, projected, False, True)
         if results is None:
-            results = _forward_in_turn(NAMES[cell], layers, directions, has_biases, x, h0, c0, weights)
+            try:
+                results = _forward_in_turn(NAMES[cell], layers, directions, has_biases, x, h0, c0, weights)
+            except (RuntimeError, IndexError) as error:
+                raise Refused(str(error)) from error
         y, h_n, c_n, between, reserve = results
         ctx.call = cell, layers, directions, has_biases, projected
         read = _READ_WEIGHTS[has_biases, projected]

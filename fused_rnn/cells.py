@@ -93,6 +93,8 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
         # A parametrised weight is no parameter, may change whenever it is got, and an attribute is slow to get.
         weights: Any = [parameters[name] if name in parameters else getattr(self, name) for name in _WEIGHTS]
         computed = any(name not in parameters for name in _WEIGHTS)  # torch.nn would compute them once more
+        if weights[0] is None or weights[1] is None:
+            return super().forward(input, hx)
         casts = autocast.casts(cell, input, states, weights)
         if not transformed:
             tensors = (input, *states, *weights)

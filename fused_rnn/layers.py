@@ -119,15 +119,19 @@ def torchs_rnn(
         cell: its number.
 
     Raises:
-        RuntimeError: a tensor does not fit the others.
+        autograd.Refused: a tensor does not fit the others.
     """
     run, shape = TORCHS_RNN_CELL[NAMES[cell].removeprefix("rnn_")], (num_layers, x.size(0), weights[1].size(0))
     h0 = x.new_zeros(shape) if h0 is None else h0
     if h0.shape != shape:
-        raise RuntimeError(f"Expected hidden size {shape}, got {list(h0.shape)}")
+        raise autograd.Refused(f"Expected hidden size {shape}, got {list(h0.shape)}")
     hidden: list[Tensor] = []
     for index, state in enumerate(h0.unbind()):
-        x = run(x, state, *reference.layer_weights(weights, index, num_layers, 1, has_biases)[:4])
+        of_layer = reference.layer_weights(weights, index, num_layers, 1, has_biases)
+        try:
+            x = run(x, state, *of_layer[:4])
+        except RuntimeError as error:
+            raise autograd.Refused(str(error)) from error
         hidden.append(x)
     return x, torch.stack(hidden) if num_layers > 1 else x.unsqueeze(0)
 

@@ -38,7 +38,7 @@ _CHECKS = (  # a subclass may override
 class FusedRNNBase(TorchConvertible, Variants):
     """Base class of RNN, LSTM and GRU. Others than plain calls go to `fused_rnn.call`.
 
-    A plain call goes straight to C++ where no gradients are recorded, else to `fused_rnn.layers`.
+    A plain call is one C++ function (csrc/bindings/plain.cpp), and in training a node of `fused_rnn.autograd`.
     """
 
     _checks_are_torchs = True

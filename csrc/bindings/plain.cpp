@@ -5,8 +5,6 @@
 // What the module is, they know: they do not ask while a compiler looks, for a module with options of ours, with
 // dropout, with another backend, with weights that are missing or with checks of a subclass, nor where the user's table
 // has a say. Where gradients are recorded, the call is a node of fused_rnn/autograd.py.
-#include <algorithm>
-
 #include "direct.h"
 
 namespace fused_rnn {
@@ -33,14 +31,15 @@ const Names& interned() {
   return all;
 }
 
-// Functions of fused_rnn's own, never released.
+// Of fused_rnn's own functions and classes, never released.
 struct Ours {
-  PyObject *node, *torch_trains, *torchs_rnn;
+  PyObject *node, *refused, *torch_trains, *torchs_rnn;
   Ours() {
     const auto function = [](const char* module, const char* name) {
       return py::object(py::module_::import(module).attr(name)).release().ptr();
     };
     node = function("fused_rnn.autograd", "stack");
+    refused = function("fused_rnn.autograd", "Refused");
     torch_trains = function("fused_rnn.tuned", "torch_trains_as_fast");
     torchs_rnn = function("fused_rnn.layers", "torchs_rnn");
   }
@@ -83,16 +82,23 @@ bool are_in_place(PyObject* parameters, PyObject* names, PyObject* weights) {
   if (PyList_GET_SIZE(names) != count) return false;
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* const weight = PySequence_Fast_GET_ITEM(weights, i);
-    if (!is_tensor(weight) || PyDict_GetItem(parameters, PyList_GET_ITEM(names, i)) != weight) return false;
+    if (PyList_GET_SIZE(names) != count) return false;  // a name's hash may be a function of Python
+    const auto name = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(names, i));
+    if (!is_tensor(weight) || PyDict_GetItem(parameters, name.ptr()) != weight) return false;
   }
   return true;
 }
 
-// A tensor's first dimension, 0 if it has none.
-Py_ssize_t length(PyObject* tensor) {
-  const Py_ssize_t length = PyObject_Length(tensor);
-  if (length < 0) PyErr_Clear();
-  return std::max<Py_ssize_t>(length, 0);
+// A tensor's sizes; none of a nested one. What fails is torch's own code: a signal would be handled in Python's alone.
+py::tuple sizes_of(PyObject* tensor) {
+  PyObject* const shape = PyObject_GetAttr(tensor, interned().shape);
+  if (!shape) PyErr_Clear();
+  return shape ? py::reinterpret_steal<py::tuple>(shape) : py::tuple();
+}
+// Not len(), which is a function of Python.
+int64_t length(PyObject* tensor) {
+  const py::tuple sizes = sizes_of(tensor);
+  return sizes.empty() ? 0 : sizes[0].cast<int64_t>();
 }
 
 py::object transposed(PyObject* tensor, PyObject* method) {
@@ -141,15 +147,15 @@ struct Layers {
     constexpr double kSmall = 1 << 20;  // elements of a layer's gates, in all steps and directions
     double elements = static_cast<double>(number(directions));
     elements *= static_cast<double>(length(PySequence_Fast_GET_ITEM(weights, 0)));
-    const py::tuple shape = attribute(x, interned().shape);
-    for (size_t i = 0; i + 1 < shape.size(); ++i) elements *= shape[i].cast<double>();
+    const py::tuple sizes = sizes_of(x);
+    for (size_t i = 0; i + 1 < sizes.size(); ++i) elements *= sizes[i].cast<double>();
     return elements <= kSmall && records(PySequence_Fast_GET_SIZE(weights) / count);
   }
 
   // One step of an RNN by torch's function: whether that is as fast in training, and its results.
   bool torch_trains() const {
     const Torch& torch = torch_objects();
-    const Py_ssize_t B = length(x), H = length(PySequence_Fast_GET_ITEM(weights, 1));
+    const int64_t B = length(x), H = length(PySequence_Fast_GET_ITEM(weights, 1));
     const py::int_ rows(B), units(H);
     PyObject* const arguments[] = {Py_False, rows.ptr(), units.ptr()};
     return is_of_the_kernels() && called(torch.deterministic).ptr() == Py_False &&
@@ -251,7 +257,7 @@ PyObject* plain(PyObject*, PyObject* const* a, Py_ssize_t count) {
         results = call.results();
       } catch (const py::cast_error&) {  // of what should be a number
       } catch (const py::error_already_set& error) {
-        if (!error.matches(PyExc_RuntimeError) && !error.matches(PyExc_IndexError)) throw;  // a size does not fit
+        if (!error.matches(ours().refused)) throw;
       }
     }
     return (results ? results : py::none()).release().ptr();
@@ -264,7 +270,10 @@ PyObject* in_one_call(PyObject*, PyObject* const* a, Py_ssize_t count) {
     if (count == kCount<Layers> && torch_objects().from_handles && (PyTuple_Check(a[6]) || PyList_Check(a[6]))) {
       const auto weights = py::reinterpret_steal<py::object>(PySequence_Tuple(a[6]));
       const Layers layers{a[0], a[1], a[2], a[3], a[4], a[5], weights.ptr(), a[7], a[8]};
-      if (layers.are_tensors()) results = layers.in_one_call(layers.records());
+      try {
+        if (layers.are_tensors()) results = layers.in_one_call(layers.records());
+      } catch (const py::cast_error&) {
+      }
     }
     return (results ? results : py::none()).release().ptr();
   });

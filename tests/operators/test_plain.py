@@ -270,26 +270,65 @@ class Interrupted(BaseException):
     pass
 
 
-def test_exceptions_of_signals_are_raised() -> None:
-    def raise_it(*_: Any) -> None:
-        raise Interrupted
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(("cell", "suffix"), [("GRU", "Cell"), ("RNN", "Cell"), ("LSTM", ""), ("RNN", "")])
+@pytest.mark.parametrize("kind", [Interrupted, RuntimeError])
+def test_exceptions_of_signals_are_raised(kind: type[BaseException], cell: str, suffix: str, train: bool) -> None:
+    raised = 0
 
-    module, x = made("GRU", {}, suffix="Cell"), torch.randn(2, 3)
+    def raise_it(*_: Any) -> None:
+        nonlocal raised
+        raised += 1
+        raise kind
+
+    module, x = made(cell, {} if suffix else {"num_layers": 2}, suffix=suffix), torch.randn(2, 3)
+    call = module if suffix else lambda x: (module(x.unsqueeze(0)), module.step(x))
     old = signal.signal(signal.SIGALRM, raise_it)
     try:
-        with torch.no_grad():
-            for _ in range(100):
-                caught = False
-                signal.setitimer(signal.ITIMER_REAL, 0.0005)
-                try:
-                    for _ in range(100_000):
-                        module(x)
-                except Interrupted:
-                    caught = True
-                assert caught
+        with torch.set_grad_enabled(train):
+            for trial in range(100):
+                with pytest.raises(kind):
+                    signal.setitimer(signal.ITIMER_REAL, 0.0005)
+                    while raised == trial:
+                        call(x)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
+
+
+@pytest.mark.parametrize("suffix", ["", "Cell"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_errors_of_hooks_are_raised(cell: str, suffix: str) -> None:
+    module, x, packed = made(cell, {}, suffix=suffix), torch.randn(2, 3), 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal packed
+        packed += 1
+        if packed == 1:
+            raise RuntimeError("the disk is full")
+        return tensor
+
+    with pytest.raises(RuntimeError, match="the disk is full"):  # noqa: SIM117 - the hooks are left first
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module(x if suffix else x.unsqueeze(0))
+    assert packed == 1
+
+
+def test_names_that_change_as_they_are_looked_up() -> None:
+    class Name(str):
+        __slots__ = ()
+
+        def __hash__(self) -> int:
+            if armed:
+                names.clear()
+            return str.__hash__(self)
+
+    armed, module = False, made("GRU", {"num_layers": 3})
+    names = list(map(Name, module._flat_weights_names))
+    kept, module._flat_weights_names, armed = list(names), names, True
+    arguments = [module._parameters, names, module._flat_weights]
+    assert _C.plain(torch.randn(2, 2, 3), None, 3, 3, 3, 1, True, False, False, True, *arguments) is None
+    assert len(kept) == 12 and not names
 
 
 def test_a_torch_that_lacks_something_raises(monkeypatch: pytest.MonkeyPatch) -> None:
