@@ -152,7 +152,7 @@ class RNNCell(FusedCellBase, torch.nn.RNNCell):
         """
         if self.nonlinearity not in ("tanh", "relu"):
             return super().forward(input, hx)
-        if (trained := self._trained_by_torch(input, hx)) is not None:
+        if torch.is_grad_enabled() and (trained := self._trained_by_torch(input, hx)) is not None:
             return trained
         result = self._run(f"rnn_{self.nonlinearity}", input, hx, () if hx is None else (hx,))
         return result if isinstance(result, Tensor) else result[0]
@@ -163,8 +163,7 @@ class RNNCell(FusedCellBase, torch.nn.RNNCell):
         # A parametrised weight is no parameter.
         w_ih, w_hh, b_ih, b_hh = map(self._parameters.get, _WEIGHTS)
         if (
-            not torch.is_grad_enabled()
-            or w_ih is None
+            w_ih is None
             or w_hh is None
             or not w_hh.requires_grad
             or (self.bias and (b_ih is None or b_hh is None))
