@@ -64,7 +64,7 @@ def extension() -> Extension:
             "-fno-sanitize=null,alignment,object-size,vptr",  # thrice the build time, and address sees their faults
             "-fno-sanitize-recover=undefined",
         ]
-        flags = [*flags, *sanitizers, "-O1", "-g", "-fno-omit-frame-pointer"]
+        flags = [*flags, *sanitizers, "-O1", "-g1", "-fno-omit-frame-pointer"]
         link += sanitizers
     sources = sorted(
         path.relative_to(ROOT).as_posix()
