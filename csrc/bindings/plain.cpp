@@ -35,13 +35,13 @@ const Names& interned() {
 struct Ours {
   PyObject *node, *refused, *torch_trains, *torchs_rnn;
   Ours() {
-    const auto function = [](const char* module, const char* name) {
+    const auto kept = [](const char* module, const char* name) {
       return py::object(py::module_::import(module).attr(name)).release().ptr();
     };
-    node = function("fused_rnn.autograd", "stack");
-    refused = function("fused_rnn.autograd", "Refused");
-    torch_trains = function("fused_rnn.tuned", "torch_trains_as_fast");
-    torchs_rnn = function("fused_rnn.layers", "torchs_rnn");
+    node = kept("fused_rnn.autograd", "stack");
+    refused = kept("fused_rnn.autograd", "Refused");
+    torch_trains = kept("fused_rnn.tuned", "torch_trains_as_fast");
+    torchs_rnn = kept("fused_rnn.layers", "torchs_rnn");
   }
 };
 const Ours& ours() {
@@ -109,7 +109,8 @@ py::object transposed(PyObject* tensor, PyObject* method) {
   return py::reinterpret_steal<py::object>(result);
 }
 
-// All layers of a module, or a cell: 0 layers. The types of the tensors are not known yet; `weights`: a list or tuple.
+// The arguments of `in_one_call`: all layers of a module, or a cell, which has 0 layers. `weights` is a list or tuple;
+// whether its elements, x and the states are tensors is to be asked first.
 struct Layers {
   PyObject *x, *h0, *c0, *cell, *layers, *directions, *weights, *has_biases, *projected;
 
@@ -166,7 +167,7 @@ struct Layers {
     return called(ours().torchs_rnn, arguments, std::size(arguments));
   }
 
-  // y, h_n, c_n and more, from one call; null if the layers have to be called in turn. `records`: see above.
+  // y, h_n, c_n and more, from one call; null if the layers have to be called in turn. `records` is records().
   py::object in_one_call(bool records) const {
     const Torch& torch = torch_objects();
     if (!is_of_the_kernels()) return {};
@@ -189,8 +190,8 @@ struct Layers {
   }
 };
 
-// The arguments of `plain`: the caller's input, of `dim` dimensions, and states, and what the module is. A cell has 0
-// layers. may_be_torchs: whether torch's function for a cell may compute the step, where it trains as fast.
+// The arguments of `plain`: the caller's input and states, how many dimensions the input must have, and what the module
+// is. may_be_torchs: whether torch's function for a cell may compute the step, where it trains as fast.
 struct ModuleCall {
   PyObject *input, *hx, *dim, *cell, *layers, *directions, *has_biases, *projected, *batch_first, *may_be_torchs;
   PyObject *parameters, *weight_names, *weights;
