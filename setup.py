@@ -64,6 +64,7 @@ def extension() -> Extension:
             "-fno-sanitize=null,alignment,object-size,vptr",  # thrice the build time, and address sees their faults
             "-fno-sanitize-recover=undefined",
         ]
+        # Line numbers are what a report shows; variables, too (-g), would double the build time.
         flags = [*flags, *sanitizers, "-O1", "-g1", "-fno-omit-frame-pointer"]
         link += sanitizers
     sources = sorted(

@@ -23,7 +23,10 @@ namespace bindings {
 
 namespace py = pybind11;
 
-// What is needed of torch: the process's own, never released.
+// A reference that is never released.
+inline PyObject* kept(py::object object) { return object.release().ptr(); }
+
+// What is needed of torch: the process's own.
 struct Torch {
   PyTypeObject *tensor, *parameter;
   PyObject *float32, *float64;
@@ -33,7 +36,6 @@ struct Torch {
   PyObject *is_neg = nullptr, *profiles = nullptr, *to_handles = nullptr, *from_handles = nullptr;
 
   Torch() {
-    const auto kept = [](py::object object) { return object.release().ptr(); };
     const py::module_ torch = py::module_::import("torch"), c = py::module_::import("torch._C");
     tensor = reinterpret_cast<PyTypeObject*>(kept(torch.attr("Tensor")));
     parameter = reinterpret_cast<PyTypeObject*>(kept(py::module_::import("torch.nn").attr("Parameter")));

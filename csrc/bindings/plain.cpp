@@ -31,17 +31,15 @@ const Names& interned() {
   return all;
 }
 
-// Of fused_rnn's own functions and classes, never released.
+// What is needed of fused_rnn's Python.
 struct Ours {
   PyObject *node, *refused, *torch_trains, *torchs_rnn;
   Ours() {
-    const auto kept = [](const char* module, const char* name) {
-      return py::object(py::module_::import(module).attr(name)).release().ptr();
-    };
-    node = kept("fused_rnn.autograd", "stack");
-    refused = kept("fused_rnn.autograd", "Refused");
-    torch_trains = kept("fused_rnn.tuned", "torch_trains_as_fast");
-    torchs_rnn = kept("fused_rnn.layers", "torchs_rnn");
+    const auto autograd = py::module_::import("fused_rnn.autograd");
+    node = kept(autograd.attr("stack"));
+    refused = kept(autograd.attr("Refused"));
+    torch_trains = kept(py::module_::import("fused_rnn.tuned").attr("torch_trains_as_fast"));
+    torchs_rnn = kept(py::module_::import("fused_rnn.layers").attr("torchs_rnn"));
   }
 };
 const Ours& ours() {

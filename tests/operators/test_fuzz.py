@@ -220,7 +220,10 @@ def _bytes(t: Tensor) -> int:
 
 
 def check(operator: Any, arguments: dict[str, Any], which: slice = slice(None)) -> None:
-    """Assert an error, or equal results (those in `which`) for plain copies, and no writes to the arguments."""
+    """Assert an error, or equal results (those in `which`) for plain copies, and that the call leaves nothing behind.
+
+    The arguments are as before, and so is the state of torch's dispatcher.
+    """
     before = {n: v.detach().clone() for n, v in arguments.items() if is_readable(v)}
     keys = torch._C._dispatch_tls_local_exclude_set().raw_repr()
     try:
