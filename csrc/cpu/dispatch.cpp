@@ -143,6 +143,14 @@ const Kernels& choose() {
 bool forked = false;
 const int fork_watched = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
+// Runs work(thread, how many there are) on all threads, also where only some have a part: GCC's OpenMP ends threads
+// that a smaller region leaves out, and the next larger one, torch's or ours, has to start them again, at 40 us each.
+template <class Work>
+void in_parallel(int64_t threads, const Work& work) {
+#pragma omp parallel num_threads(static_cast<int>(threads))
+  work(omp_get_thread_num(), omp_get_num_threads());
+}
+
 // Runs work(direction, worker) for every direction and worker of the plan.
 template <class Work>
 void run(const LayerShape& shape, int64_t threads, const Work& work) {
@@ -158,12 +166,10 @@ void run(const LayerShape& shape, int64_t threads, const Work& work) {
   const Plan wish = plan(shape, threads);
   const int64_t count = wish.teams * wish.workers;
   if (count == 1) return take_part(0, wish);
-#pragma omp parallel num_threads(static_cast<int>(count))
-  {
+  in_parallel(threads, [&](int64_t thread, int64_t given) {
     // OpenMP may give fewer threads than asked for; the plan is then made for those, as nobody does the others' part.
-    const int64_t given = omp_get_num_threads();
-    take_part(omp_get_thread_num(), given == count ? wish : plan(shape, given));
-  }
+    take_part(thread, given >= count ? wish : plan(shape, given));
+  });
 }
 
 // Bytes of a core's second-level cache.
@@ -233,11 +239,11 @@ void backward_chunk(const Kernels& k, const BackwardParams& params, int64_t thre
     run(params.shape, threads, [&](int64_t d, const Worker& worker) { k.backward(params, d, worker); });
   }
   if (gradient_workers == 1) return k.gradients(params, Worker{0, 1, false, nullptr});
-#pragma omp parallel num_threads(static_cast<int>(gradient_workers))
-  {
+  in_parallel(threads, [&](int64_t thread, int64_t given) {
     // Fewer threads than asked for share the work alike: no worker waits for another.
-    k.gradients(params, Worker{omp_get_thread_num(), omp_get_num_threads(), false, nullptr});
-  }
+    const int64_t workers = std::min(gradient_workers, given);
+    if (thread < workers) k.gradients(params, Worker{thread, workers, false, nullptr});
+  });
 }
 
 }  // namespace
@@ -256,13 +262,17 @@ const Kernels& kernels(int64_t place) {
 
 namespace {
 
+// Nanoseconds that a parallel region takes: its threads may have to be woken, and each is told what to do, and waits.
+constexpr double kRegion = 4600, kOfThread = 200;
+double region(int64_t threads) { return kRegion + kOfThread * double(threads); }
+
 // The plan of frozen weights. A step of theirs is so short that waits for the other threads count, so the plans are
 // compared by the time that they take. It is estimated in nanoseconds, too short rather than too long where a thread
 // works alone, for sharing must not make a call slower; and waits as on a machine that is slow at them.
 Plan frozen_plan(const LayerShape& s, int64_t threads) {
   constexpr double kProducts = 1.4, kBytes = 1.75;  // of a nanosecond, for each byte of a vector
   constexpr double kActivation = 32;                // of a unit: as many products
-  constexpr double kWait = 1000, kRegion = 5000;    // a barrier; a parallel region
+  constexpr double kWait = 1000;                    // a barrier
   constexpr double kGain = 0.8;                     // sharing must take less than this part of the time alone
   const bool rounds = s.weights == WeightFormat::kInt8;
   const int64_t units = cell_info(s.cell).gates * s.H, vector = kernels().vector_bytes;
@@ -275,10 +285,10 @@ Plan frozen_plan(const LayerShape& s, int64_t threads) {
   Plan best{1, 1, false};
   double least = kGain * s.directions * s.T * (s.B * row + weights);
   const auto consider = [&](const Plan& plan, double step) {
-    const double time = kRegion + s.directions / plan.teams * s.T * step;
+    const double time = region(threads) + s.directions / plan.teams * s.T * step;
     if (time < least) best = plan, least = time;
   };
-  if (least < kRegion) return best;
+  if (least < region(threads)) return best;
   for (int64_t teams = 1; teams <= s.directions; ++teams) {
     for (int64_t n = teams == 1 ? 2 : 1; n * teams <= threads; ++n) {
       if (n <= s.B) consider({teams, n, false}, (s.B + n - 1) / n * row + weights);
@@ -288,6 +298,8 @@ Plan frozen_plan(const LayerShape& s, int64_t threads) {
   }
   return best;
 }
+
+constexpr double kProducts = 80;  // of a nanosecond: more than one thread makes, so that sharing is worth it
 
 }  // namespace
 
@@ -300,10 +312,9 @@ Plan plan(const LayerShape& shape, int64_t threads) {
   // threads are awake, because the gradients are shared, too.
   const double reading = shape.T == 1 && shape.train && shape.B > 0 ? 2 * step / double(shape.B) : 0;
   const double total = step * shape.T + reading;
-  constexpr double kRegion = 4e5;  // below it a parallel region costs more than it saves
-  constexpr double kStep = 3e4;    // the same for a barrier after every step
-  constexpr int64_t kRows = 8;     // a worker's fewest rows, so that packed weights are read for more than one row
-  if (threads <= 1 || total * shape.directions < kRegion) return {1, 1, false};
+  if (threads <= 1 || total * shape.directions < kProducts * region(threads)) return {1, 1, false};
+  constexpr double kStep = 3e4;  // a worker's fewest multiply-adds between two waits
+  constexpr int64_t kRows = 8;   // a worker's fewest rows, so that packed weights are read for more than one row
   const int64_t block = gates == 1 ? 64 : 16;  // units of a block at least
   if (step >= kStep * threads && shares_weights(shape, gates, block, threads)) return {1, threads, true};
   const int64_t teams = shape.directions == 2 ? 2 : 1;
@@ -313,9 +324,16 @@ Plan plan(const LayerShape& shape, int64_t threads) {
   const bool packs_its_own = shape.T == 1 && shape.H >= most * block;
   if (shape.B >= most * kRows && !packs_its_own) return {teams, most, false};
   if (shape.whole_rows()) return {teams, std::min(most, std::max<int64_t>(shape.B, 1)), false};
+  // By rows no worker waits for another, but there may be work for a few of them only.
+  Plan best{teams, packs_its_own ? 1 : std::max<int64_t>(shape.B / kRows, 1), false};
+  double least = step / double(best.workers) * (shape.T == 1 && best.workers > 1 ? 1.5 : 1);
   const int64_t blocks = (shape.H + 15) / 16;
-  const int64_t useful = std::min({most, blocks, int64_t(step / kStep)});
-  return {teams, std::max<int64_t>(useful, 1), useful > 1};
+  for (int64_t n = 2; n <= std::min(most, blocks); ++n) {
+    const double share = step * double((blocks + n - 1) / n) / double(blocks);
+    const double wait = 2.6e4 + 2e3 * double(n);  // each arrival takes the barrier's cache line to another core
+    if (share >= kStep && share + wait < least) best = {teams, n, true}, least = share + wait;
+  }
+  return best;
 }
 
 void forward(const Kernels& k, const ForwardParams& params, int64_t threads) {
@@ -375,7 +393,7 @@ int64_t gradient_workers(const LayerShape& shape, int64_t threads) {
   // A product is worth a parallel region, and each thread a part that is worth packing for. Writing an element of the
   // result takes as long as some multiply-adds.
   const double work = double(shape.N + 4) * double(shape.H) * double(shape.I + shape.P) * double(shape.directions);
-  return std::max<int64_t>(1, std::min<int64_t>(threads, int64_t(work / 1e5)));
+  return std::clamp<int64_t>(int64_t((work - kProducts * kOfThread * double(threads)) / 1e5), 1, threads);
 }
 
 LayerShape chunk_shape(const LayerShape& shape) {

@@ -6,6 +6,8 @@ training, so no call may be given to it.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -82,6 +84,27 @@ def both() -> None:
 @pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda variables: "-".join(map("=".join, variables.items())))
 def test_fewer_threads_than_asked_for(environment: dict[str, str]) -> None:
     survives(both, **environment)
+
+
+def threads_stay() -> None:
+    """The same threads run operations of torch on all of them and layers that have work for fewer."""
+    torch.set_num_threads(THREADS)
+    for H, workers in ((32, 2), (48, 3)):
+        assert fused_rnn.plan("lstm", T=20, B=16, I=32, H=H, device="cpu").forward["workers"] == workers < THREADS
+    calls = [(fused_rnn.LSTM(32, H), torch.randn(20, 16, 32)) for H in (32, 48)]
+    of_torch = torch.randn(2**20)
+    seen = []
+    for _ in range(3):
+        for module, x in calls:
+            of_torch.sin()
+            module(x)[0].sum().backward()
+        seen.append(set(os.listdir("/proc/self/task")))
+    assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list a process's threads")
+def test_threads_are_not_started_again() -> None:
+    survives(threads_stay)
 
 
 def test_all_threads_come() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fused_rnn
-from fused_rnn import cuda, reference
+from fused_rnn import _C, cuda, reference
+from fused_rnn.cell_info import NUMBER
 
 DEVICES = {
     "a100": (108, 166912, 80),
@@ -155,6 +156,28 @@ def test_plan_on_the_cpu() -> None:
     tiny = fused_rnn.plan("rnn", T=2, B=1, I=2, H=2, device="cpu")
     assert tiny.forward["workers"] * tiny.forward["teams"] == 1
     assert fused_rnn.plan("lstm", T=64, B=32, I=256, H=256, device="cpu", backend="torch").backend == "torch"
+
+
+def largest_share(cell: str, B: int, width: int, H: int, directions: int, threads: int) -> float:
+    """The part of a long layer that the busiest thread computes on a CPU, of one direction's work."""
+    plan = _C.cpu_plan(NUMBER[cell], 1000, B, width, H, H, directions, threads, False, 0, False)
+    items = -(-H // 16) if plan["splits_units"] else B
+    return -(-items // plan["workers"]) / items * directions / plan["teams"]
+
+
+def test_more_threads_never_have_less_to_do() -> None:
+    """No number of cores between 2 and 128 at which a layer falls to fewer threads than it had before."""
+    draw = random.Random(0)
+    for _ in range(500):
+        cell, directions = draw.choice(list(NUMBER)), draw.choice([1, 2])
+        B, width, H = (
+            draw.choice(sizes) for sizes in ([16, 20, 50, 64, 128, 512], [28, 128, 512], [64, 100, 256, 512])
+        )
+        least = float(directions)
+        for threads in (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
+            share = largest_share(cell, B, width, H, directions, threads)
+            assert share <= 1.15 * least, (cell, B, width, H, directions, threads)
+            least = min(share, least)
 
 
 def test_auto_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
