@@ -5,7 +5,7 @@ Only `forward` is new. As in `fused_rnn.modules`, calls that the kernels cannot 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ from fused_rnn.convert import TorchConvertible, documentation, fx_leaf
 from fused_rnn.options import NO_OPTIONS, PLANNED, LayerOptions
 
 _WEIGHTS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+_TORCHS_RNN: dict[str, Callable[..., Tensor]] = {"tanh": torch.rnn_tanh_cell, "relu": torch.rnn_relu_cell}
 
 
 def check_ranks(name: str, input: Any, states: Iterable[Any]) -> None:
@@ -63,7 +64,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
             return None
         names, given = (_WEIGHTS, weights) if biased else (_WEIGHTS[:2], weights[:2])
         of_weights = self._parameters, names, given
-        return operators.plain(input, hx, 2, NUMBER[cell], 0, 1, biased, False, False, False, *of_weights)
+        return operators.plain(input, hx, 2, NUMBER[cell], 0, 1, biased, False, False, *of_weights)
 
     def _choice(self, cell: str, x: Tensor, states: Sequence[Any], weights: Sequence[Any]) -> policy.Choice:
         batch = x.size(0) if x.dim() == 2 else 1
@@ -173,7 +174,7 @@ class RNNCell(FusedCellBase, torch.nn.RNNCell):
             or torch.compiler.is_compiling()
             or torch._C._get_tracing_state() is not None  # sizes may be symbols
             or policy.transformed()
-            or not tuned.torch_trains_as_fast(True, input.size(0), self.hidden_size)
+            or not tuned.torch_trains_as_fast(input.size(0), self.hidden_size)
             or self.hidden_size in tuned.table.cell_hidden_sizes
             or torch.is_autocast_enabled("cpu")
             or policy.deterministic()
@@ -182,7 +183,7 @@ class RNNCell(FusedCellBase, torch.nn.RNNCell):
             return None
         if hx is None:
             hx = input.new_zeros(input.size(0), self.hidden_size)
-        return layers.TORCHS_RNN_CELL[self.nonlinearity](input, hx, w_ih, w_hh, b_ih, b_hh)
+        return _TORCHS_RNN[self.nonlinearity](input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 @fx_leaf

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import autograd, cuda, operators, policy, reference
-from fused_rnn.cell_info import NAMES, NUMBER
+from fused_rnn.cell_info import NUMBER
 from fused_rnn.options import NO_OPTIONS, LayerOptions, differentiable_of, tensors_of
 from fused_rnn.policy import any_requires_grad, deterministic, runs_eagerly
 
@@ -108,35 +108,6 @@ def step_of_instance(
     """`step` on these kernels (`fused_rnn.options`)."""
     h, _, c, *_ = layer_of_operators(cell, x, h0, c0, weights, LayerOptions(instance=instance))
     return h, c
-
-
-def torchs_rnn(
-    cell: int, x: Tensor, h0: Tensor | None, weights: Sequence[Tensor], has_biases: bool, num_layers: int
-) -> tuple[Tensor, Tensor]:
-    """One step of all layers of an RNN from torch's own function for a cell: y ``[B, H]`` and h ``[L, B, H]``.
-
-    Args:
-        cell: its number.
-
-    Raises:
-        autograd.Refused: a tensor does not fit the others.
-    """
-    run, shape = TORCHS_RNN_CELL[NAMES[cell].removeprefix("rnn_")], (num_layers, x.size(0), weights[1].size(0))
-    h0 = x.new_zeros(shape) if h0 is None else h0
-    if h0.shape != shape:
-        raise autograd.Refused(f"Expected hidden size {shape}, got {list(h0.shape)}")
-    hidden: list[Tensor] = []
-    for index, state in enumerate(h0.unbind()):
-        of_layer = reference.layer_weights(weights, index, num_layers, 1, has_biases)
-        try:
-            x = run(x, state, *of_layer[:4])
-        except RuntimeError as error:
-            raise autograd.Refused(str(error)) from error
-        hidden.append(x)
-    return x, torch.stack(hidden) if num_layers > 1 else x.unsqueeze(0)
-
-
-TORCHS_RNN_CELL: dict[str, Callable[..., Tensor]] = {"tanh": torch.rnn_tanh_cell, "relu": torch.rnn_relu_cell}
 
 
 def layer_of_operators(

@@ -180,7 +180,6 @@ class FusedRNNBase(TorchConvertible, Variants):
             self.bias,
             getattr(self, "proj_size", 0) > 0,
             self.batch_first,
-            self.backend == "auto",
             self._parameters,
             self._flat_weights_names,
             self._flat_weights,

@@ -40,9 +40,8 @@ in_one_call: Callable[..., tuple[Any, ...] | None] = _C.in_one_call
 layers, directions, weights, has_biases, projected; None if the layers have to be computed in turn."""
 plain: Callable[..., Any] = _C.plain
 """A plain call of a module or cell: input, hx, the input's dimensions, the cell's number, num_layers (0: a cell),
-directions, bias, whether it is projected, batch_first, whether torch's function may compute a step, the parameters, a
-dict, the lists of the weights' names and of the weights -> what it returns; None if the call has to be looked at more
-closely."""
+directions, bias, whether it is projected, batch_first, the parameters, a dict, the lists of the weights' names and of
+the weights -> what it returns; None if the call has to be looked at more closely."""
 _step_into = torch.ops.fused_rnn.step_into.default
 
 

@@ -142,8 +142,7 @@ def choose(
         return Choice(reason is None, reason or "the weights stay on the chip")
     if deterministic():
         return Choice(True, "deterministic: a row's result does not depend on its batch")
-    is_step = kind in ("cell", "step")
-    if is_step and differentiable and half is None and tuned.torch_trains(cell, dtype, kind == "cell", B, H):
+    if kind == "cell" and differentiable and half is None and tuned.torch_trains(cell, dtype, B, H):
         return Choice(False, "the autograd nodes of torch's function for an RNN's cell cost less than ours")
     if (half or dtype) is not torch.bfloat16 or not HAS_BF16_PRODUCTS or (cell == "lstm" and lacks_threads()):
         return Choice(True, "measured to be at least as fast")
@@ -279,7 +278,7 @@ def layer_precision(dtype: torch.dtype, half: torch.dtype | None, single_step: b
 
 def torch_trains_cell(cell: str, x: Any, h0: Tensor, weights: Sequence[Tensor | None]) -> bool:
     """Whether torch's function computes a cell's call that nothing observes, with h0 ``[B, H]`` and these weights."""
-    if not (torch.is_grad_enabled() and tuned.torch_trains(cell, x.dtype, True, *h0.shape)):
+    if not (torch.is_grad_enabled() and tuned.torch_trains(cell, x.dtype, *h0.shape)):
         return False
     return any_requires_grad((x, h0, *weights)) and not deterministic()
 

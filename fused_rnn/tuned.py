@@ -64,25 +64,22 @@ class Call(NamedTuple):
     def left_to_torch(self) -> bool:
         """Whether the shipped rules leave this call of a cell on a CPU to torch."""
         records = self.kind == "cell" and self.train and self.autocast is None
-        return records and torch_trains(self.cell, self.dtype, True, self.B, self.H)
+        return records and torch_trains(self.cell, self.dtype, self.B, self.H)
 
     def bucket(self) -> Call:
         """The call that stands for this one in the table: T, B and I are rounded to powers of two."""
         return self._replace(T=_rounded(self.T), B=_rounded(self.B), I=_rounded(self.I))
 
 
-def torch_trains(cell: str, dtype: torch.dtype, is_cell: bool, B: int, H: int) -> bool:
-    """Whether torch's function for a cell is as fast in training on a CPU, for a cell or for a module's `step`."""
-    return cell.startswith("rnn") and dtype in (torch.float32, torch.float64) and torch_trains_as_fast(is_cell, B, H)
+def torch_trains(cell: str, dtype: torch.dtype, B: int, H: int) -> bool:
+    """Whether torch's function for a cell is as fast in training on a CPU."""
+    return cell.startswith("rnn") and dtype in (torch.float32, torch.float64) and torch_trains_as_fast(B, H)
 
 
 @lru_cache(maxsize=4096)  # of small calls that ask it, 1 µs is a percent
-def torch_trains_as_fast(is_cell: bool, B: int, H: int) -> bool:
-    """`torch_trains` of an RNN: its autograd nodes cost less, but for a module's `step` there are two views more."""
-    size = _rounded(B) * H**2  # B as in a bucket
-    if _outrun_mkl():
-        return is_cell and size < 2**17
-    return is_cell or size >= 2**18
+def torch_trains_as_fast(B: int, H: int) -> bool:
+    """`torch_trains` of an RNN: its autograd nodes cost less."""
+    return not _outrun_mkl() or _rounded(B) * H**2 < 2**17  # B as in a bucket
 
 
 @cache

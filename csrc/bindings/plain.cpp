@@ -33,13 +33,11 @@ const Names& interned() {
 
 // What is needed of fused_rnn's Python.
 struct Ours {
-  PyObject *node, *refused, *torch_trains, *torchs_rnn;
+  PyObject *node, *refused;
   Ours() {
     const auto autograd = py::module_::import("fused_rnn.autograd");
     node = kept(autograd.attr("stack"));
     refused = kept(autograd.attr("Refused"));
-    torch_trains = kept(py::module_::import("fused_rnn.tuned").attr("torch_trains_as_fast"));
-    torchs_rnn = kept(py::module_::import("fused_rnn.layers").attr("torchs_rnn"));
   }
 };
 const Ours& ours() {
@@ -151,20 +149,6 @@ struct Layers {
     return elements <= kSmall && records(PySequence_Fast_GET_SIZE(weights) / count);
   }
 
-  // One step of an RNN by torch's function: whether that is as fast in training, and its results.
-  bool torch_trains() const {
-    const Torch& torch = torch_objects();
-    const int64_t B = length(x), H = length(PySequence_Fast_GET_ITEM(weights, 1));
-    const py::int_ rows(B), units(H);
-    PyObject* const arguments[] = {Py_False, rows.ptr(), units.ptr()};
-    return is_of_the_kernels() && called(torch.deterministic).ptr() == Py_False &&
-           called(ours().torch_trains, arguments, std::size(arguments)).ptr() == Py_True;
-  }
-  py::object torchs_rnn() const {
-    PyObject* const arguments[] = {cell, x, h0, weights, has_biases, layers};
-    return called(ours().torchs_rnn, arguments, std::size(arguments));
-  }
-
   // y, h_n, c_n and more, from one call; null if the layers have to be called in turn. `records` is records().
   py::object in_one_call(bool records) const {
     const Torch& torch = torch_objects();
@@ -189,9 +173,9 @@ struct Layers {
 };
 
 // The arguments of `plain`: the caller's input and states, how many dimensions the input must have, and what the module
-// is. may_be_torchs: whether torch's function for a cell may compute the step, where it trains as fast.
+// is.
 struct ModuleCall {
-  PyObject *input, *hx, *dim, *cell, *layers, *directions, *has_biases, *projected, *batch_first, *may_be_torchs;
+  PyObject *input, *hx, *dim, *cell, *layers, *directions, *has_biases, *projected, *batch_first;
   PyObject *parameters, *weight_names, *weights;
 
   // Null if it is no plain call. What may change while Python's functions run is held here.
@@ -229,8 +213,6 @@ struct ModuleCall {
       for (const py::object& state : {h0, c0}) {
         if (!state.is_none() && number(attribute(state.ptr(), interned().ndim)) != (is_cell ? 2 : 3)) return {};
       }
-      const bool is_rnn = kind == CellKind::kRnnTanh || kind == CellKind::kRnnRelu;
-      if (is_rnn && dimensions == 2 && may_be_torchs == Py_True && all.torch_trains()) return all.torchs_rnn();
     }
     const py::object found = all.in_one_call(records);
     if (!found) return {};
@@ -251,7 +233,7 @@ PyObject* plain(PyObject*, PyObject* const* a, Py_ssize_t count) {
   return guarded([&] {
     py::object results;
     if (count == kCount<ModuleCall>) {
-      const ModuleCall call{a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12]};
+      const ModuleCall call{a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]};
       try {
         results = call.results();
       } catch (const py::cast_error&) {  // of what should be a number
@@ -286,11 +268,12 @@ PyObject* watched(PyObject*, PyObject* const*, Py_ssize_t) {
 }
 
 PyMethodDef methods[] = {
-    method("plain", plain,
-           "What a module without our options returns for input and hx where nothing watches; None if that has to be "
-           "looked at more closely. Further arguments: the dimensions that the input must have, the cell's number, "
-           "num_layers (0: a cell), directions, bias, whether it is projected, batch_first, whether torch's function "
-           "may compute a step, the parameters, a dict, and the lists of the weights' names and of the weights."),
+    method(
+        "plain", plain,
+        "What a module without our options returns for input and hx where nothing watches; None if that has to be "
+        "looked at more closely. Further arguments: the dimensions that the input must have, the cell's number, "
+        "num_layers (0: a cell), directions, bias, whether it is projected, batch_first, the parameters, a dict, and "
+        "the lists of the weights' names and of the weights."),
     method("in_one_call", in_one_call,
            "y, h_n, c_n and more of all layers; None if they have to be called in turn. Arguments: x, h0, c0, the "
            "cell's number, layers (0: a cell), directions, weights, whether there are biases and projections."),

@@ -327,7 +327,7 @@ def test_names_that_change_as_they_are_looked_up() -> None:
     names = list(map(Name, module._flat_weights_names))
     kept, module._flat_weights_names, armed = list(names), names, True
     arguments = [module._parameters, names, module._flat_weights]
-    assert _C.plain(torch.randn(2, 2, 3), None, 3, 3, 3, 1, True, False, False, True, *arguments) is None
+    assert _C.plain(torch.randn(2, 2, 3), None, 3, 3, 3, 1, True, False, False, *arguments) is None
     assert len(kept) == 12 and not names
 
 
@@ -365,7 +365,7 @@ def test_wrong_arguments_are_none() -> None:
     module, x = made("LSTM", {"num_layers": 2}), torch.randn(2, 2, 3)
     hx = list(states_of(module, torch.float32, 2, 2, 4))
     weights, names = module._flat_weights, module._flat_weights_names
-    good = [x, hx, 3, 2, 2, 1, True, False, False, True, module._parameters, names, weights]
+    good = [x, hx, 3, 2, 2, 1, True, False, False, module._parameters, names, weights]
     wrong = [
         None, 1, -1, 2**62, 2**70, 0.5, "x", [], (), {}, [None], [x], [x, x, x], (None, None), {"a": 1}, x, x[0],
         x.to_sparse(), x.to_mkldnn(), x.double(), x.half(), x.int(), x.to("meta"), torch.empty(0), torch.empty(2, 0, 3),
@@ -382,7 +382,7 @@ def test_wrong_arguments_are_none() -> None:
             assert results is None or all(isinstance(t, Tensor) for t in tensors(results))
         for place in (2, 3, 4, 5):
             lists = [list(hx), list(names), list(weights)]
-            changed = [x, lists[0], *good[2:11], lists[1], lists[2]]
+            changed = [x, lists[0], *good[2:10], lists[1], lists[2]]
             changed[place] = Changes(*lists)
             _C.plain(*changed)
         assert all(map(torch.equal, tensors(_C.plain(*good)), expected))
