@@ -68,6 +68,7 @@ def cpu_plan(
     deterministic: bool,
     weights: int = 0,
     instance: int = -1,
+    backward: bool = False,
 ) -> dict[str, Any]: ...
 def cuda_plans(
     cell: int,

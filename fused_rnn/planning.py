@@ -140,11 +140,15 @@ def plan(
     if not choice.fused:
         return Plan("torch", "torch", choice.reason, source=choice.source)
     if device.type == "cpu":
-        shared = _C.cpu_plan(
-            NUMBER[cell], T, B, I, H, H, directions, torch.get_num_threads(), dtype is torch.float64,
-            policy.layer_precision(dtype, half, T == 1), policy.deterministic(), instance=choice.instance,
+        forward, backward = (
+            _C.cpu_plan(
+                NUMBER[cell], T, B, I, H, H, directions, torch.get_num_threads(), dtype is torch.float64,
+                policy.layer_precision(dtype, half, T == 1), policy.deterministic(), instance=choice.instance,
+                backward=backward,
+            )
+            for backward in (False, True)
         )  # fmt: skip
-        return Plan("fused", "cpu", choice.reason, shared, shared, choice.source)
+        return Plan("fused", "cpu", choice.reason, forward, backward, choice.source)
     properties = properties or cuda.device_properties(device)
     if choice.instance == EVERY_STEP or (
         choice.instance == PLANNED and (T == 1 or not cuda.is_resident(cell, dtype, B, H, directions, properties))

@@ -117,7 +117,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_plan",
       [](int cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t directions, int64_t threads,
-         bool is_double, int precision, bool deterministic, int weights, int64_t instance) {
+         bool is_double, int precision, bool deterministic, int weights, int64_t instance, bool backward) {
         const Kernels& k = fused_rnn::cpu::kernels(instance);
         fused_rnn::LayerShape shape{};
         shape.cell = fused_rnn::bindings::cell_by_number(cell).kind;
@@ -127,13 +127,14 @@ PYBIND11_MODULE(_C, m) {
         shape.deterministic = deterministic;
         shape.weights = static_cast<fused_rnn::WeightFormat>(weights);
         fused_rnn::cpu::choose_products(k, shape, static_cast<fused_rnn::cpu::Precision>(precision), threads);
-        const fused_rnn::cpu::Plan plan = fused_rnn::cpu::plan(shape, threads);
+        const fused_rnn::cpu::Plan plan = fused_rnn::cpu::plan(k, shape, backward, threads);
         py::dict d;
         d["instruction_set"] = k.name;
         d["vector_bytes"] = k.vector_bytes;
         d["teams"] = plan.teams;
         d["workers"] = plan.workers;
         d["splits_units"] = plan.splits_units;
+        d["block"] = k.block(backward ? 1 : fused_rnn::cell_info(shape.cell).gates, is_double ? 8 : 4);
         const char* const products[] = {"float32", "bfloat16", "int8x6", "int8x10"};
         d["products"] = is_double ? "float64" : products[static_cast<int>(shape.operands)];
         return d;
@@ -143,7 +144,7 @@ PYBIND11_MODULE(_C, m) {
       "frozen file says. instance: a place in supported_cpu_isas(); -1: the instruction set in use.",
       py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P"), py::arg("directions"),
       py::arg("threads"), py::arg("is_double"), py::arg("precision"), py::arg("deterministic"), py::arg("weights") = 0,
-      py::arg("instance") = -1);
+      py::arg("instance") = -1, py::arg("backward") = false);
   m.def(
       "cuda_plans",
       [](int cell, int element_bytes, int64_t batch, int hidden_size, int directions, bool backward, int sms,

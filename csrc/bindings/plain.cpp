@@ -172,8 +172,7 @@ struct Layers {
   }
 };
 
-// The arguments of `plain`: the caller's input and states, how many dimensions the input must have, and what the module
-// is.
+// The arguments of `plain`: input and states as the caller gave them, the input's dimensions, and the module.
 struct ModuleCall {
   PyObject *input, *hx, *dim, *cell, *layers, *directions, *has_biases, *projected, *batch_first;
   PyObject *parameters, *weight_names, *weights;

@@ -153,7 +153,7 @@ void in_parallel(int64_t threads, const Work& work) {
 
 // Runs work(direction, worker) for every direction and worker of the plan.
 template <class Work>
-void run(const LayerShape& shape, int64_t threads, const Work& work) {
+void run(const Kernels& k, const LayerShape& shape, bool backward, int64_t threads, const Work& work) {
   if (omp_in_parallel() || forked) threads = 1;
   Barrier barriers[2];  // of each team
   const auto take_part = [&](int64_t thread, const Plan& plan) {
@@ -163,12 +163,12 @@ void run(const LayerShape& shape, int64_t threads, const Work& work) {
     const Worker worker{thread % plan.workers, plan.workers, plan.splits_units, barrier};
     for (int64_t d = team; d < shape.directions; d += plan.teams) work(d, worker);
   };
-  const Plan wish = plan(shape, threads);
+  const Plan wish = plan(k, shape, backward, threads);
   const int64_t count = wish.teams * wish.workers;
   if (count == 1) return take_part(0, wish);
   in_parallel(threads, [&](int64_t thread, int64_t given) {
     // OpenMP may give fewer threads than asked for; the plan is then made for those, as nobody does the others' part.
-    take_part(thread, given >= count ? wish : plan(shape, given));
+    take_part(thread, given >= count ? wish : plan(k, shape, backward, given));
   });
 }
 
@@ -184,14 +184,23 @@ int64_t second_level_cache() {
   return bytes;
 }
 
-// Whether the weights that a direction reads at every step outgrow a core's cache, so that each worker should read a
-// share of them for all rows. The rows must be few beside the weights, and the shares of the blocks of units even.
+// How many of n items the busiest of some workers takes.
+int64_t most_of(int64_t n, int64_t workers) { return (n + workers - 1) / workers; }
+
+// The same of units in blocks, of which the last may be narrow. It is the last worker's, who has as many as any other.
+int64_t most_units(int64_t units, int64_t block, int64_t workers) {
+  const int64_t blocks = most_of(units, block), most = most_of(blocks, workers);
+  const bool only_the_last = blocks - workers * (most - 1) == 1;
+  return only_the_last ? std::max((most - 1) * block, units - (blocks - most) * block) : most * block;
+}
+
+// Whether the weights that a direction reads at every step outgrow a core's cache by far, so that each worker should
+// read a share of them for all rows. The rows must be few beside the weights, and the shares of the units even.
 bool shares_weights(const LayerShape& shape, int64_t gates, int64_t block, int64_t workers) {
   const int64_t columns = shape.P + (shape.B < 8 ? 0 : shape.I);  // with fewer rows, x is multiplied beforehand
   const int64_t bytes = gates * shape.H * columns * (shape.dtype == Dtype::kFloat32 ? 4 : 8);
-  const int64_t blocks = (shape.H + block - 1) / block, most = (blocks + workers - 1) / workers;
-  return !shape.whole_rows() && bytes > second_level_cache() && 4 * shape.B < gates * shape.H &&
-         most * workers * 15 <= blocks * 16;
+  return !shape.whole_rows() && 4 * bytes > 5 * second_level_cache() && 4 * shape.B < gates * shape.H &&
+         most_units(shape.H, block, workers) * workers * 15 <= shape.H * 16;
 }
 
 // Of a plain sequence, which alone can be cut anywhere: in one direction, with every row there until the end.
@@ -236,7 +245,7 @@ BackwardParams chunk(const BackwardParams& params, int64_t begin, int64_t end) {
 
 void backward_chunk(const Kernels& k, const BackwardParams& params, int64_t threads, int64_t gradient_workers) {
   if (params.shape.N > 0 && params.shape.P > 0) {  // else there may be any number of steps, and nothing in them
-    run(params.shape, threads, [&](int64_t d, const Worker& worker) { k.backward(params, d, worker); });
+    run(k, params.shape, true, threads, [&](int64_t d, const Worker& worker) { k.backward(params, d, worker); });
   }
   if (gradient_workers == 1) return k.gradients(params, Worker{0, 1, false, nullptr});
   in_parallel(threads, [&](int64_t thread, int64_t given) {
@@ -262,90 +271,95 @@ const Kernels& kernels(int64_t place) {
 
 namespace {
 
-// Nanoseconds that a parallel region takes: its threads may have to be woken, and each is told what to do, and waits.
-constexpr double kRegion = 4600, kOfThread = 200;
-double region(int64_t threads) { return kRegion + kOfThread * double(threads); }
+// What each thread adds to a parallel region, in nanoseconds and in multiply-adds.
+constexpr double kThread = 200, kThreadProducts = 50 * kThread;
 
 // The plan of frozen weights. A step of theirs is so short that waits for the other threads count, so the plans are
 // compared by the time that they take. It is estimated in nanoseconds, too short rather than too long where a thread
 // works alone, for sharing must not make a call slower; and waits as on a machine that is slow at them.
-Plan frozen_plan(const LayerShape& s, int64_t threads) {
+Plan frozen_plan(const Kernels& k, const LayerShape& s, int64_t threads) {
   constexpr double kProducts = 1.4, kBytes = 1.75;  // of a nanosecond, for each byte of a vector
   constexpr double kActivation = 32;                // of a unit: as many products
   constexpr double kWait = 1000;                    // a barrier
   constexpr double kGain = 0.8;                     // sharing must take less than this part of the time alone
+  const double region = 4600 + kThread * double(threads);
   const bool rounds = s.weights == WeightFormat::kInt8;
-  const int64_t units = cell_info(s.cell).gates * s.H, vector = kernels().vector_bytes;
+  const int64_t gates = cell_info(s.cell).gates, units = gates * s.H;
   const int64_t size = rounds ? 1 : s.weights == WeightFormat::kBfloat16 ? 2 : 4;
   const int64_t read = s.P + (s.T > 1 && s.B < 8 ? 0 : s.I);  // with few rows, about, x comes beforehand
-  const double row = units * ((s.P + s.I) * (rounds ? 0.5 : 1) + kActivation) / (kProducts * vector);
-  const double weights = units * read * size / (kBytes * vector);
+  const double row = units * ((s.P + s.I) * (rounds ? 0.5 : 1) + kActivation) / (kProducts * k.vector_bytes);
+  const double weights = units * read * size / (kBytes * k.vector_bytes);
   const double waits = kWait * (1 + rounds) * (1 + s.projected);
-  const int64_t blocks = (s.H + 15) / 16;
+  const int64_t blocks = most_of(s.H, std::max<int64_t>(k.block(gates, 4), 16));
   Plan best{1, 1, false};
   double least = kGain * s.directions * s.T * (s.B * row + weights);
   const auto consider = [&](const Plan& plan, double step) {
-    const double time = region(threads) + s.directions / plan.teams * s.T * step;
+    const double time = region + s.directions / plan.teams * s.T * step;
     if (time < least) best = plan, least = time;
   };
-  if (least < region(threads)) return best;
+  if (least < region) return best;
   for (int64_t teams = 1; teams <= s.directions; ++teams) {
     for (int64_t n = teams == 1 ? 2 : 1; n * teams <= threads; ++n) {
-      if (n <= s.B) consider({teams, n, false}, (s.B + n - 1) / n * row + weights);
-      const double share = (s.B * row + weights) * ((blocks + n - 1) / n) / blocks;
+      if (n <= s.B) consider({teams, n, false}, most_of(s.B, n) * row + weights);
+      const double share = (s.B * row + weights) * most_of(blocks, n) / blocks;
       if (n > 1 && n <= blocks && share >= kWait) consider({teams, n, true}, share + waits);
     }
   }
   return best;
 }
 
-constexpr double kProducts = 80;  // of a nanosecond: more than one thread makes, so that sharing is worth it
-
 }  // namespace
 
-Plan plan(const LayerShape& shape, int64_t threads) {
-  if (shape.frozen()) return frozen_plan(shape, threads);
-  // Multiply-adds of a step and of the whole, in one direction. An activation counts as some tens of them.
+Plan plan(const Kernels& k, const LayerShape& shape, bool backward, int64_t threads) {
+  if (shape.frozen()) return frozen_plan(k, shape, threads);
+  // All times are in multiply-adds, 50 to a nanosecond.
+  constexpr double kRegion = 3.8e5;  // a parallel region: below it, sharing costs more than it saves
+  constexpr double kWait = 2.6e4;    // a barrier after every step,
+  constexpr double kArrival = 2e3;   // at which each worker takes a cache line from another core
+  constexpr double kStep = 3e4;      // a worker's least part of a step with a barrier
+  constexpr double kForeign = 1.5;   // a single step with weights that other cores have just packed, of one's own
+  constexpr int64_t kRows = 8;       // a worker's fewest rows, so that packed weights are read for more than one row
+  // Those of a step and of the whole, in one direction. An activation counts as some tens of them.
   const int64_t gates = cell_info(shape.cell).gates;
   const double step = double(gates) * shape.H * double(shape.B) * (shape.P + shape.I + 32);
-  // Reading a weight for a single step takes as long as two multiply-adds. That counts in training, where the other
-  // threads are awake, because the gradients are shared, too.
+  // Reading a weight for a single step takes as long as two. That counts in training, where the other threads are
+  // awake, because the gradients are shared, too.
   const double reading = shape.T == 1 && shape.train && shape.B > 0 ? 2 * step / double(shape.B) : 0;
-  const double total = step * shape.T + reading;
-  if (threads <= 1 || total * shape.directions < kProducts * region(threads)) return {1, 1, false};
-  constexpr double kStep = 3e4;  // a worker's fewest multiply-adds between two waits
-  constexpr int64_t kRows = 8;   // a worker's fewest rows, so that packed weights are read for more than one row
-  const int64_t block = gates == 1 ? 64 : 16;  // units of a block at least
+  const double total = (step * shape.T + reading) * shape.directions;
+  if (threads <= 1 || total < kRegion + kThreadProducts * double(threads)) return {1, 1, false};
+  // Units of a block at least: backward multiplies by one gate after the other. Two workers share no cache line.
+  const int64_t element = shape.dtype == Dtype::kFloat32 ? 4 : 8;
+  const int64_t block = std::max<int64_t>(k.block(backward ? 1 : gates, element), 64 / element);
+  const int64_t blocks = most_of(shape.H, block);
   if (step >= kStep * threads && shares_weights(shape, gates, block, threads)) return {1, threads, true};
   const int64_t teams = shape.directions == 2 ? 2 : 1;
   const int64_t most = threads / teams;
   if (most <= 1) return {teams, 1, false};
-  // In a single step a worker with units of its own packs what it multiplies: else most of it comes from other cores.
-  const bool packs_its_own = shape.T == 1 && shape.H >= most * block;
+  const bool packs_its_own = shape.T == 1 && shape.H >= most * block;  // if units are split
   if (shape.B >= most * kRows && !packs_its_own) return {teams, most, false};
   if (shape.whole_rows()) return {teams, std::min(most, std::max<int64_t>(shape.B, 1)), false};
   // By rows no worker waits for another, but there may be work for a few of them only.
   Plan best{teams, packs_its_own ? 1 : std::max<int64_t>(shape.B / kRows, 1), false};
-  double least = step / double(best.workers) * (shape.T == 1 && best.workers > 1 ? 1.5 : 1);
-  const int64_t blocks = (shape.H + 15) / 16;
+  double least = step * double(most_of(shape.B, best.workers)) / double(shape.B);
+  if (shape.T == 1 && best.workers > 1) least *= kForeign;
   for (int64_t n = 2; n <= std::min(most, blocks); ++n) {
-    const double share = step * double((blocks + n - 1) / n) / double(blocks);
-    const double wait = 2.6e4 + 2e3 * double(n);  // each arrival takes the barrier's cache line to another core
-    if (share >= kStep && share + wait < least) best = {teams, n, true}, least = share + wait;
+    const double part = step * double(most_units(shape.H, block, n)) / double(shape.H);
+    const double time = part + kWait + kArrival * double(n);
+    if (part >= kStep && time < least) best = {teams, n, true}, least = time;
   }
   return best;
 }
 
 void forward(const Kernels& k, const ForwardParams& params, int64_t threads) {
-  run(params.shape, threads, [&](int64_t d, const Worker& worker) { k.forward(params, d, worker); });
+  run(k, params.shape, false, threads, [&](int64_t d, const Worker& worker) { k.forward(params, d, worker); });
 }
 
 namespace {
 
 // Whether products of digits on AMX are faster than float32's own: rows fill much of a tile, and packing takes little
 // beside them. Measured on a core that served another thread, too, where AMX runs at half its speed.
-bool digits_pay(const LayerShape& shape, Precision precision, int64_t threads) {
-  const Plan p = plan(shape, threads);
+bool digits_pay(const Kernels& k, const LayerShape& shape, Precision precision, int64_t threads) {
+  const Plan p = plan(k, shape, false, threads);
   const int64_t rows = p.splits_units ? shape.B : (shape.B + p.workers - 1) / p.workers;
   if (shape.T == 1 || shape.N < 192) return false;
   if (precision == Precision::kHigh) return rows >= 8 && shape.H >= 128;
@@ -362,7 +376,7 @@ void choose_products(const Kernels& k, LayerShape& shape, Precision precision, i
     // How many digits of a row are multiplied depends on the rows in its tile, and whether any are, on how many there
     // are.
     if (!unit->multiply_digits || shape.deterministic) return Operands::kPlain;
-    if (unit != &kEmulatedTiles && !digits_pay(shape, precision, threads)) return Operands::kPlain;
+    if (unit != &kEmulatedTiles && !digits_pay(k, shape, precision, threads)) return Operands::kPlain;
     return precision == Precision::kHigh ? Operands::kDigits3 : Operands::kDigits4;
   }();
   const bool runs = operands != Operands::kPlain && unit->available();
@@ -390,10 +404,10 @@ void reconsider_products(LayerShape& shape, const void* x, const void* w_ih) {
 
 int64_t gradient_workers(const LayerShape& shape, int64_t threads) {
   if (omp_in_parallel() || forked) return 1;
-  // A product is worth a parallel region, and each thread a part that is worth packing for. Writing an element of the
-  // result takes as long as some multiply-adds.
+  // A product is worth a parallel region, whose threads are awake, and each thread a part that is worth packing for.
+  // Writing an element of the result takes as long as some multiply-adds.
   const double work = double(shape.N + 4) * double(shape.H) * double(shape.I + shape.P) * double(shape.directions);
-  return std::clamp<int64_t>(int64_t((work - kProducts * kOfThread * double(threads)) / 1e5), 1, threads);
+  return std::clamp<int64_t>(int64_t((work - kThreadProducts * double(threads)) / 1e5), 1, threads);
 }
 
 LayerShape chunk_shape(const LayerShape& shape) {

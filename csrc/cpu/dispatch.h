@@ -44,7 +44,7 @@ struct Plan {
   int64_t workers;  // threads of each team
   bool splits_units;
 };
-FUSED_RNN_EXPORT Plan plan(const LayerShape& shape, int64_t threads);
+FUSED_RNN_EXPORT Plan plan(const Kernels& k, const LayerShape& shape, bool backward, int64_t threads);
 
 void forward(const Kernels& k, const ForwardParams& params, int64_t threads);
 

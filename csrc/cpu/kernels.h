@@ -18,6 +18,11 @@ struct PlainDirection {
 struct Kernels {
   const char* name;
   int vector_bytes;
+  int unit_vectors;  // of a block of units with one gate; a block with several gates has one
+  // Units of a block, the least that a worker of a team that splits units takes.
+  int64_t block(int64_t gates, int64_t element) const {
+    return (gates > 1 ? 1 : unit_vectors) * vector_bytes / element;
+  }
   // The work of one worker in one direction (0, or 1 for the reverse one). All workers of the direction must call it.
   // These three functions treat denormal numbers as zeros, and restore the thread's own setting: see denormals.h.
   void (*forward)(const ForwardParams& params, int64_t direction, const Worker& worker);

@@ -158,25 +158,30 @@ def test_plan_on_the_cpu() -> None:
     assert fused_rnn.plan("lstm", T=64, B=32, I=256, H=256, device="cpu", backend="torch").backend == "torch"
 
 
-def largest_share(cell: str, B: int, width: int, H: int, directions: int, threads: int) -> float:
+def largest_share(cell: str, B: int, width: int, H: int, directions: int, threads: int, backward: bool) -> float:
     """The part of a long layer that the busiest thread computes on a CPU, of one direction's work."""
-    plan = _C.cpu_plan(NUMBER[cell], 1000, B, width, H, H, directions, threads, False, 0, False)
-    items = -(-H // 16) if plan["splits_units"] else B
-    return -(-items // plan["workers"]) / items * directions / plan["teams"]
+    plan = _C.cpu_plan(
+        NUMBER[cell], 1000, B, width, H, H, directions, threads, False, 0, False, backward=backward
+    )  # fmt: skip
+    items, workers, width = B, plan["workers"], 1
+    if plan["splits_units"]:  # in blocks, of which the last may be narrow
+        items, width = H, plan["block"]
+    blocks = -(-items // width)
+    edges = [min(items, blocks * i // workers * width) for i in range(workers + 1)]
+    return max(end - begin for begin, end in itertools.pairwise(edges)) / items * directions / plan["teams"]
 
 
-def test_more_threads_never_have_less_to_do() -> None:
-    """No number of cores between 2 and 128 at which a layer falls to fewer threads than it had before."""
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_more_threads_never_leave_more_to_the_busiest(backward: bool) -> None:
+    """No number of cores between 2 and 128 at which a long layer falls to fewer threads than it had before."""
     draw = random.Random(0)
     for _ in range(500):
         cell, directions = draw.choice(list(NUMBER)), draw.choice([1, 2])
-        B, width, H = (
-            draw.choice(sizes) for sizes in ([16, 20, 50, 64, 128, 512], [28, 128, 512], [64, 100, 256, 512])
-        )
+        B, width, H = map(draw.choice, ([16, 20, 50, 64, 128, 512], [28, 128, 512], [64, 100, 256, 512]))
         least = float(directions)
         for threads in (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
-            share = largest_share(cell, B, width, H, directions, threads)
-            assert share <= 1.15 * least, (cell, B, width, H, directions, threads)
+            share = largest_share(cell, B, width, H, directions, threads, backward)
+            assert share <= 1.2 * least, (cell, B, width, H, directions, threads)
             least = min(share, least)
 
 
