@@ -260,8 +260,8 @@ class _Frozen(Module):
 
         Args:
             batch: the number of rows.
-            threads: that may share a step, best 1 or as many as torch's: OpenMP would else end and start threads between
-                a step and torch's operations. Layers that one thread computes sooner stay on one.
+            threads: that may share a step; best 1 or as many as torch's, or OpenMP ends and starts threads between a
+                step and torch's operations. Layers that one thread computes sooner stay on one.
 
         Raises:
             RuntimeError: the module is bidirectional, or a number is out of range.
