@@ -317,7 +317,7 @@ Plan plan(const Kernels& k, const LayerShape& shape, bool backward, int64_t thre
   constexpr double kWait = 2.6e4;    // a barrier after every step,
   constexpr double kArrival = 2e3;   // at which each worker takes a cache line from another core
   constexpr double kStep = 3e4;      // a worker's least part of a step with a barrier
-  constexpr double kForeign = 1.5;   // a single step with weights that other cores have just packed, of one's own
+  constexpr double kForeign = 1.5;   // of the time of a single step, if other cores have packed most of its weights
   constexpr int64_t kRows = 8;       // a worker's fewest rows, so that packed weights are read for more than one row
   // Those of a step and of the whole, in one direction. An activation counts as some tens of them.
   const int64_t gates = cell_info(shape.cell).gates;
