@@ -141,7 +141,8 @@ PYBIND11_MODULE(_C, m) {
       },
       "How many threads take a layer on the CPU, how they share it, and of which numbers its products are: of float32, "
       "or for each 1 of bfloat16, or 6 to 10 of int8. weights: how they are given, 0 as torch has them, else as a "
-      "frozen file says. instance: a place in supported_cpu_isas(); -1: the instruction set in use.",
+      "frozen file says. instance: a place in supported_cpu_isas(); -1: the instruction set in use. backward: the plan "
+      "of that pass. block: the units that the kernels compute together, a worker's least if units are split.",
       py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P"), py::arg("directions"),
       py::arg("threads"), py::arg("is_double"), py::arg("precision"), py::arg("deterministic"), py::arg("weights") = 0,
       py::arg("instance") = -1, py::arg("backward") = false);

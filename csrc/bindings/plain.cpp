@@ -188,8 +188,7 @@ struct ModuleCall {
     if (!are_in_place(parameters, weight_names, given.ptr())) return {};
     const int64_t dimensions = number(attribute(input, interned().ndim));
     if (dimensions != number(dim)) return {};
-    const auto kind = static_cast<CellKind>(number(cell));
-    const bool is_lstm = kind == CellKind::kLstm, is_cell = number(layers) == 0;
+    const bool is_lstm = static_cast<CellKind>(number(cell)) == CellKind::kLstm, is_cell = number(layers) == 0;
     py::object h0 = py::reinterpret_borrow<py::object>(hx), c0 = py::none();
     if (is_lstm && hx != Py_None) {
       if (!(PyTuple_CheckExact(hx) || PyList_CheckExact(hx)) || PySequence_Fast_GET_SIZE(hx) != 2) return {};
@@ -267,12 +266,11 @@ PyObject* watched(PyObject*, PyObject* const*, Py_ssize_t) {
 }
 
 PyMethodDef methods[] = {
-    method(
-        "plain", plain,
-        "What a module without our options returns for input and hx where nothing watches; None if that has to be "
-        "looked at more closely. Further arguments: the dimensions that the input must have, the cell's number, "
-        "num_layers (0: a cell), directions, bias, whether it is projected, batch_first, the parameters, a dict, and "
-        "the lists of the weights' names and of the weights."),
+    method("plain", plain,
+           "What a module without our options returns for input and hx where nothing watches; None if that has to be "
+           "looked at more closely. Further arguments: the dimensions that the input must have, the cell's number, "
+           "num_layers (0: a cell), directions, bias, whether it is projected, batch_first, the parameters (a dict), "
+           "and the lists of the weights' names and of the weights."),
     method("in_one_call", in_one_call,
            "y, h_n, c_n and more of all layers; None if they have to be called in turn. Arguments: x, h0, c0, the "
            "cell's number, layers (0: a cell), directions, weights, whether there are biases and projections."),

@@ -271,6 +271,13 @@ const Kernels& kernels(int64_t place) {
 
 namespace {
 
+// Units that a worker takes at least where a team splits them: a block of the kernels, and a cache line, which no two
+// workers then share. Backward multiplies by one gate after the other.
+int64_t least_units(const Kernels& k, const LayerShape& shape, bool backward) {
+  const int64_t element = shape.dtype == Dtype::kFloat32 ? 4 : 8;
+  return std::max<int64_t>(k.block(backward ? 1 : cell_info(shape.cell).gates, element), 64 / element);
+}
+
 // What each thread adds to a parallel region, in nanoseconds and in multiply-adds.
 constexpr double kThread = 200, kThreadProducts = 50 * kThread;
 
@@ -284,13 +291,13 @@ Plan frozen_plan(const Kernels& k, const LayerShape& s, int64_t threads) {
   constexpr double kGain = 0.8;                     // sharing must take less than this part of the time alone
   const double region = 4600 + kThread * double(threads);
   const bool rounds = s.weights == WeightFormat::kInt8;
-  const int64_t gates = cell_info(s.cell).gates, units = gates * s.H;
+  const int64_t units = cell_info(s.cell).gates * s.H;
   const int64_t size = rounds ? 1 : s.weights == WeightFormat::kBfloat16 ? 2 : 4;
   const int64_t read = s.P + (s.T > 1 && s.B < 8 ? 0 : s.I);  // with few rows, about, x comes beforehand
   const double row = units * ((s.P + s.I) * (rounds ? 0.5 : 1) + kActivation) / (kProducts * k.vector_bytes);
   const double weights = units * read * size / (kBytes * k.vector_bytes);
   const double waits = kWait * (1 + rounds) * (1 + s.projected);
-  const int64_t blocks = most_of(s.H, std::max<int64_t>(k.block(gates, 4), 16));
+  const int64_t blocks = most_of(s.H, least_units(k, s, false));
   Plan best{1, 1, false};
   double least = kGain * s.directions * s.T * (s.B * row + weights);
   const auto consider = [&](const Plan& plan, double step) {
@@ -319,7 +326,7 @@ Plan plan(const Kernels& k, const LayerShape& shape, bool backward, int64_t thre
   constexpr double kStep = 3e4;      // a worker's least part of a step with a barrier
   constexpr double kForeign = 1.5;   // of the time of a single step, if other cores have packed most of its weights
   constexpr int64_t kRows = 8;       // a worker's fewest rows, so that packed weights are read for more than one row
-  // Those of a step and of the whole, in one direction. An activation counts as some tens of them.
+  // The multiply-adds of a step in one direction. An activation counts as some tens of them.
   const int64_t gates = cell_info(shape.cell).gates;
   const double step = double(gates) * shape.H * double(shape.B) * (shape.P + shape.I + 32);
   // Reading a weight for a single step takes as long as two. That counts in training, where the other threads are
@@ -327,10 +334,7 @@ Plan plan(const Kernels& k, const LayerShape& shape, bool backward, int64_t thre
   const double reading = shape.T == 1 && shape.train && shape.B > 0 ? 2 * step / double(shape.B) : 0;
   const double total = (step * shape.T + reading) * shape.directions;
   if (threads <= 1 || total < kRegion + kThreadProducts * double(threads)) return {1, 1, false};
-  // Units of a block at least: backward multiplies by one gate after the other. Two workers share no cache line.
-  const int64_t element = shape.dtype == Dtype::kFloat32 ? 4 : 8;
-  const int64_t block = std::max<int64_t>(k.block(backward ? 1 : gates, element), 64 / element);
-  const int64_t blocks = most_of(shape.H, block);
+  const int64_t block = least_units(k, shape, backward), blocks = most_of(shape.H, block);
   if (step >= kStep * threads && shares_weights(shape, gates, block, threads)) return {1, threads, true};
   const int64_t teams = shape.directions == 2 ? 2 : 1;
   const int64_t most = threads / teams;

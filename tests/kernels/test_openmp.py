@@ -2,6 +2,8 @@
 
 oneDNN's LSTM then silently skips a part of the work: in such a process torch.nn.LSTM returns wrong numbers in
 training, so no call may be given to it.
+
+And it ends threads that a smaller region leaves out, so that the next larger one starts them again: no layer may.
 """
 
 from __future__ import annotations

@@ -158,16 +158,13 @@ def test_plan_on_the_cpu() -> None:
     assert fused_rnn.plan("lstm", T=64, B=32, I=256, H=256, device="cpu", backend="torch").backend == "torch"
 
 
-def largest_share(cell: str, B: int, width: int, H: int, directions: int, threads: int, backward: bool) -> float:
+def largest_share(cell: str, B: int, I: int, H: int, directions: int, threads: int, backward: bool) -> float:  # noqa: E741
     """The part of a long layer that the busiest thread computes on a CPU, of one direction's work."""
-    plan = _C.cpu_plan(
-        NUMBER[cell], 1000, B, width, H, H, directions, threads, False, 0, False, backward=backward
-    )  # fmt: skip
-    items, workers, width = B, plan["workers"], 1
-    if plan["splits_units"]:  # in blocks, of which the last may be narrow
-        items, width = H, plan["block"]
-    blocks = -(-items // width)
-    edges = [min(items, blocks * i // workers * width) for i in range(workers + 1)]
+    plan = _C.cpu_plan(NUMBER[cell], 1000, B, I, H, H, directions, threads, False, 0, False, backward=backward)
+    # Units are shared in blocks, of which the last may be narrow.
+    items, block = (H, plan["block"]) if plan["splits_units"] else (B, 1)
+    blocks, workers = -(-items // block), plan["workers"]
+    edges = [min(items, blocks * i // workers * block) for i in range(workers + 1)]
     return max(end - begin for begin, end in itertools.pairwise(edges)) / items * directions / plan["teams"]
 
 
