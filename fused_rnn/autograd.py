@@ -131,51 +131,74 @@ class Refused(RuntimeError):
 class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, cell: int, layers: int, directions: int, has_biases: bool, projected: bool, *tensors: Any
+        ctx: Any,
+        cell: int,
+        layers: int,
+        directions: int,
+        has_biases: bool,
+        projected: bool,
+        resets: Tensor | None,
+        lengths: Tensor | None,
+        *tensors: Any,
     ) -> Any:
         """`tensors` are x, h0, c0 and all weights, torch.nn's ``_flat_weights``; `cell` is the cell's number.
 
         A cell has 0 layers and no h_n (csrc/bindings/cpu_operators.h).
         """
         x, h0, c0, *weights = tensors
-        results: Any = operators.stack(x, h0, c0, cell, layers, directions, weights, has_biases, projected, False, True)
+        options = projected, resets, lengths, False, True
+        results: Any = operators.stack(x, h0, c0, cell, layers, directions, weights, has_biases, *options)
         if results is None:
+            options = _of_rows(resets, lengths, x)
             try:
-                results = _forward_in_turn(NAMES[cell], layers, directions, has_biases, x, h0, c0, weights)
+                results = _forward_in_turn(NAMES[cell], layers, directions, has_biases, x, h0, c0, weights, options)
             except (RuntimeError, IndexError) as error:
                 raise Refused(str(error)) from error
         y, h_n, c_n, between, reserve = results
         ctx.call = cell, layers, directions, has_biases, projected
+        ctx.has_options = resets is not None or lengths is not None
         read = _READ_WEIGHTS[has_biases, projected]
-        _save(ctx, (between, reserve), (), tensors, read, directions, (layers or 1) * directions)
+        _save(ctx, (between, reserve), (resets, lengths), tensors, read, directions, (layers or 1) * directions)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        needs = ctx.needs_input_grad[5:]
+        needs = ctx.needs_input_grad[7:]
         cell, layers, directions, has_biases, projected = ctx.call
         # Of a cell, batched gradients take less time through the specification than row by row.
-        again = torch.is_grad_enabled() or _any_transformed(grads, layers == 0)
-        (between, reserve), _, (x, h0, c0, *weights) = _saved(ctx, 0, len(needs), again)
+        again = torch.is_grad_enabled() or _any_transformed(grads, layers == 0 or ctx.has_options)
+        (between, reserve), (resets, lengths), (x, h0, c0, *weights) = _saved(ctx, 2, len(needs), again)
         if again:
+            options = _of_rows(resets, lengths, x)
 
             def outputs(x: Tensor, h0: Any, c0: Any, *weights: Any) -> Sequence[Tensor | None]:
                 name = NAMES[cell]
                 if layers == 0:
                     return reference.layer(name, x, h0, c0, reference.layer_weights(weights, 0, 1, 1, has_biases))
                 sequence = x if x.dim() == 3 else x.unsqueeze(0)
-                y, *states = reference.stack(name, sequence, h0, c0, weights, has_biases, layers, directions)
+                call = weights, has_biases, layers, directions
+                y, *states = reference.stack(name, sequence, h0, c0, *call, options=options)
                 return y if x.dim() == 3 else y.squeeze(0), *states
 
             gradients: Any = _differentiable_backward(outputs, (x, h0, c0, *weights), needs, grads)
         else:
             kept = x, between, reserve
             gradients = operators.stack_backward(
-                *grads, *kept, cell, layers, directions, weights, has_biases, projected, needs
+                *grads, *kept, cell, layers, directions, weights, has_biases, projected, resets, lengths, needs
             )
             if gradients is None:
-                gradients = _backward_in_turn(NAMES[cell], layers, directions, has_biases, grads, *kept, weights, needs)
-        return None, None, None, None, None, *gradients
+                options = _of_rows(resets, lengths, x)
+                gradients = _backward_in_turn(
+                    NAMES[cell], layers, directions, has_biases, grads, *kept, weights, options, needs
+                )
+        return None, None, None, None, None, None, None, *gradients
+
+
+def _of_rows(resets: Tensor | None, lengths: Tensor | None, x: Tensor) -> LayerOptions:
+    """The options of every layer of a sequence; x may be a single step."""
+    if resets is None and lengths is None:
+        return NO_OPTIONS
+    return LayerOptions(resets=resets if resets is None or x.dim() == 3 else resets.unsqueeze(0), lengths=lengths)
 
 
 # Function.apply without its handling of functorch transforms, in which the policy does not choose the operators.
@@ -196,18 +219,19 @@ def _forward_in_turn(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
+    options: LayerOptions,
 ) -> tuple[Tensor | None, ...]:
     """`operators.stack` in training."""
     if num_layers == 0:
         of_layer = reference.layer_weights(weights, 0, 1, 1, has_biases)
-        y, _, c_n, reserve, _ = operators.forward(cell, x, h0, c0, of_layer, NO_OPTIONS, True)
+        y, _, c_n, reserve, _ = operators.forward(cell, x, h0, c0, of_layer, options, True)
         return y, None, c_n if cell == "lstm" else None, None, reserve
     y = x if x.dim() == 3 else x.unsqueeze(0)
     h_layers, c_layers = reference.by_layer(h0, None, 0, num_layers), reference.by_layer(c0, None, 1, num_layers)
     of_layers = []
     for index in range(num_layers):
         of_layer = reference.layer_weights(weights, index, num_layers, directions, has_biases)
-        y, *others = operators.forward(cell, y, h_layers[index], c_layers[index], of_layer, NO_OPTIONS, True)
+        y, *others = operators.forward(cell, y, h_layers[index], c_layers[index], of_layer, options, True)
         of_layers.append((y, *others[:3]))
     ys, *kinds = zip(*of_layers, strict=True)
     h_n, c_n, reserve = map(torch.cat, kinds)
@@ -225,6 +249,7 @@ def _backward_in_turn(
     between: Tensor | None,
     reserve: Tensor,
     weights: Sequence[Tensor],
+    options: LayerOptions,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """`operators.stack_backward`."""
@@ -252,7 +277,7 @@ def _backward_in_turn(
             layer_inputs[index],
             reserve[rows],
             of_layer,
-            NO_OPTIONS,
+            options,
             (need_dx, *needs[1:3], *needs_of_layer),
             0,
         )

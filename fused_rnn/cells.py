@@ -64,7 +64,7 @@ class FusedCellBase(TorchConvertible, torch.nn.RNNCellBase):
             return None
         names, given = (_WEIGHTS, weights) if biased else (_WEIGHTS[:2], weights[:2])
         of_weights = self._parameters, names, given
-        return operators.plain(input, hx, 2, NUMBER[cell], 0, 1, biased, False, False, *of_weights)
+        return operators.plain(input, hx, 2, NUMBER[cell], 0, 1, biased, False, False, *of_weights, None, None)
 
     def _choice(self, cell: str, x: Tensor, states: Sequence[Any], weights: Sequence[Any]) -> policy.Choice:
         batch = x.size(0) if x.dim() == 2 else 1

@@ -42,7 +42,7 @@ def stack(
     plain = not compiling and options is NO_OPTIONS and options_of is None and widths is None and not sequences
     if plain and (dropout == 0 or num_layers == 1):
         projected = len(weights) > num_layers * directions * (4 if has_biases else 2)
-        given = x, h0, c0, NUMBER[cell], num_layers, directions, weights, has_biases, projected
+        given = x, h0, c0, NUMBER[cell], num_layers, directions, weights, has_biases, projected, None, None
         if (results := operators.in_one_call(*given)) is not None:
             return list(results[: 3 if cell == "lstm" else 2])
     return reference.stack(
@@ -94,7 +94,7 @@ def step(
         options = LayerOptions(deterministic=True) if deterministic() else NO_OPTIONS
         if options is NO_OPTIONS and x.dtype in policy.KERNEL_DTYPES:
             given = [w for w in weights if w is not None]
-            h, _, c = autograd.stack(NUMBER[cell], 0, 1, len(given) > 2, False, x, h0, c0, *given)
+            h, _, c = autograd.stack(NUMBER[cell], 0, 1, len(given) > 2, False, None, None, x, h0, c0, *given)
             return h, c
         tensors = () if options is NO_OPTIONS else differentiable_of(options)
         h, _, c = autograd.layer(cell, len(weights), options, x, h0, c0, *weights, *tensors)

@@ -99,16 +99,15 @@ class FusedRNNBase(TorchConvertible, Variants):
 
             Without the keywords, and without options that torch.nn does not have, type and message are torch.nn's.
         """
+        if not self._varied and reset_state is None and return_state_sequence is False:
+            if (results := self._plain(input, hx, 3, resets, lengths)) is not None:
+                return results
+            if resets is None and lengths is None:
+                if self.backend == "torch" or ("parametrizations" in self._modules and not policy.fusible(_data(input))):
+                    return self._torchs(input, hx)  # which reads the weights itself: a parametrised one may be random
+                return call.run(self._spec(), self._torchs, input, hx)
         keywords = (resets, reset_state, lengths, return_state_sequence)
-        if self._varied or not (
-            resets is None and reset_state is None and lengths is None and return_state_sequence is False
-        ):
-            return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
-        if (results := self._plain(input, hx, 3)) is not None:
-            return results
-        if self.backend == "torch" or ("parametrizations" in self._modules and not policy.fusible(_data(input))):
-            return self._torchs(input, hx)  # which reads the weights itself: a parametrised one may be random
-        return call.run(self._spec(), self._torchs, input, hx)
+        return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
 
     def step(
         self,
@@ -148,17 +147,18 @@ class FusedRNNBase(TorchConvertible, Variants):
         """
         if self.bidirectional or not isinstance(input, Tensor) or input.dim() not in (1, 2):
             steps.refuse(f"{type(self).__name__}.step", self.bidirectional, input)
-        if not (resets is None and reset_state is None and active is None and out is None):
-            return steps.run(self._spec(), input, hx, resets, reset_state, active, out)
-        if not self._varied and (results := self._plain(input, hx, 2)) is not None:
+        is_plain = reset_state is None and active is None and out is None
+        if is_plain and not self._varied and (results := self._plain(input, hx, 2, resets, None)) is not None:
             return results
+        if not (is_plain and resets is None):
+            return steps.run(self._spec(), input, hx, resets, reset_state, active, out)
         steps.check_hx(f"{type(self).__name__}.step", self.mode == "LSTM", input, hx)
         time_dim = 1 if self.batch_first and input.dim() == 2 else 0
         y, hidden = FusedRNNBase.forward(self, input.unsqueeze(time_dim), hx)
         return y.squeeze(time_dim), hidden
 
     @policy.runs_eagerly
-    def _plain(self, input: Any, hx: Any, dim: int) -> tuple[Any, Any] | None:
+    def _plain(self, input: Any, hx: Any, dim: int, resets: Any, lengths: Any) -> tuple[Any, Any] | None:
         """The results of a plain call, from one C++ function; None if it has to be looked at more closely."""
         if (
             torch.compiler.is_compiling()
@@ -183,6 +183,8 @@ class FusedRNNBase(TorchConvertible, Variants):
             self._parameters,
             self._flat_weights_names,
             self._flat_weights,
+            resets,
+            lengths,
         )
         return results
 

@@ -28,20 +28,20 @@ backward_operator: Callable[..., tuple[Any, ...]] = _C.backward
 step: Callable[..., tuple[Tensor, Tensor]] = _C.step
 """One step of one layer: x, h0, c0, the cell's number, five weights, deterministic -> h, c."""
 stack: Callable[..., tuple[Tensor, ...] | None] = _C.stack
-"""All layers of a module: x, h0, c0, the cell's number, layers, directions, weights, has_biases, projected,
-deterministic, whether backward follows -> y, h_n, c_n and, for backward, y of the layers below the last and the
-reserves; None if the layers have to be computed in turn."""
+"""All layers of a module: x, h0, c0, the cell's number, layers, directions, weights, has_biases, projected, resets,
+lengths, deterministic, whether backward follows -> y, h_n, c_n and, for backward, y of the layers below the last and
+the reserves; None if the layers have to be computed in turn."""
 stack_backward: Callable[..., tuple[Tensor | None, ...] | None] = _C.stack_backward
 """Gradients of y, h_n, c_n, then x, what forward kept, the cell's number, layers, directions, weights, of which the
-biases may be None, has_biases, projected, which gradients are needed -> gradients of x, h0, c0, weights; None if the
-layers have to be computed in turn."""
+biases may be None, has_biases, projected, resets, lengths, which gradients are needed -> gradients of x, h0, c0,
+weights; None if the layers have to be computed in turn."""
 in_one_call: Callable[..., tuple[Any, ...] | None] = _C.in_one_call
 """y, h_n, c_n and more of `stack`, in training through the node of `fused_rnn.autograd`: x, h0, c0, the cell's number,
-layers, directions, weights, has_biases, projected; None if the layers have to be computed in turn."""
+layers, directions, weights, has_biases, projected, resets, lengths; None if the layers have to be computed in turn."""
 plain: Callable[..., Any] = _C.plain
 """A plain call of a module or cell: input, hx, the input's dimensions, the cell's number, num_layers (0: a cell),
 directions, bias, whether it is projected, batch_first, the parameters, a dict, the lists of the weights' names and of
-the weights -> what it returns; None if the call has to be looked at more closely."""
+the weights, resets, lengths -> what it returns; None if the call has to be looked at more closely."""
 _step_into = torch.ops.fused_rnn.step_into.default
 
 

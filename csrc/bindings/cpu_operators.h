@@ -37,19 +37,20 @@ using StackResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // All layers of a module, float32 or float64. x: [T, B, I], or [B, I] for one step, y [B, P]. layers: 0 for a cell, one
 // step of one layer with states of [B, ...]. weights: of each layer and direction w_ih, w_hh, then biases if there are,
-// then w_hr if projected.
+// then w_hr if projected. resets: bool [T, B], or [B] for one step; lengths: as in RaggedRows. A cell has neither.
 FUSED_RNN_EXPORT StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, int64_t layers,
                                     int64_t directions, std::vector<Tensor> weights, bool has_biases, bool projected,
-                                    bool deterministic, bool train);
+                                    OptionalTensor resets, OptionalTensor lengths, bool deterministic, bool train);
 
 // Gradients of x, h0, c0 and all weights, in this order, undefined where `needs` says no. dy, dh_n and dc_n are shaped
-// as y, h_n and c_n of `stack`, between and reserve are its own; weights are those of `stack`, whose biases may be
-// absent.
+// as y, h_n and c_n of `stack`, between and reserve are its own; weights, whose biases may be absent, and the rest are
+// its arguments.
 FUSED_RNN_EXPORT std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
                                                     Tensor x, OptionalTensor between, Tensor reserve, int64_t cell,
                                                     int64_t layers, int64_t directions,
                                                     std::vector<OptionalTensor> weights, bool has_biases,
-                                                    bool projected, std::vector<bool> needs);
+                                                    bool projected, OptionalTensor resets, OptionalTensor lengths,
+                                                    std::vector<bool> needs);
 
 }  // namespace bindings
 }  // namespace fused_rnn

@@ -108,14 +108,16 @@ py::object transposed(PyObject* tensor, PyObject* method) {
 // The arguments of `in_one_call`: all layers of a module, or a cell, which has 0 layers. `weights` is a list or tuple;
 // whether its elements, x and the states are tensors is to be asked first.
 struct Layers {
-  PyObject *x, *h0, *c0, *cell, *layers, *directions, *weights, *has_biases, *projected;
+  PyObject *x, *h0, *c0, *cell, *layers, *directions, *weights, *has_biases, *projected, *resets, *lengths;
 
   bool are_tensors() const {
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(weights); ++i) {
       if (!is_tensor(PySequence_Fast_GET_ITEM(weights, i))) return false;
     }
-    return PySequence_Fast_GET_SIZE(weights) > 1 && is_tensor(x) && (h0 == Py_None || is_tensor(h0)) &&
-           (c0 == Py_None || is_tensor(c0));
+    for (PyObject* const optional : {h0, c0, resets, lengths}) {
+      if (optional != Py_None && !is_tensor(optional)) return false;
+    }
+    return PySequence_Fast_GET_SIZE(weights) > 1 && is_tensor(x);
   }
 
   bool is_of_the_kernels() const {
@@ -158,13 +160,14 @@ struct Layers {
     const py::object deterministic = called(torch.deterministic);
     if (!records) {
       PyObject* const arguments[] = {
-          x, h0, c0, cell, layers, directions, weights, has_biases, projected, deterministic.ptr(), Py_False};
+          x,          h0,        c0,     cell,    layers,              directions, weights,
+          has_biases, projected, resets, lengths, deterministic.ptr(), Py_False};
       return run(&stack, arguments, std::size(arguments), 0, 0);
     }
     // Determinism is an option, and only the node of one layer has options.
     const bool on_cpu = attribute(x, interned().is_cpu).ptr() == Py_True;
     if (!on_cpu || deterministic.ptr() == Py_True || !share_a_node()) return {};
-    std::vector<PyObject*> arguments{cell, layers, directions, has_biases, projected, x, h0, c0};
+    std::vector<PyObject*> arguments{cell, layers, directions, has_biases, projected, resets, lengths, x, h0, c0};
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(weights); ++i) {
       arguments.push_back(PySequence_Fast_GET_ITEM(weights, i));
     }
@@ -175,7 +178,7 @@ struct Layers {
 // The arguments of `plain`: input and states as the caller gave them, the input's dimensions, and the module.
 struct ModuleCall {
   PyObject *input, *hx, *dim, *cell, *layers, *directions, *has_biases, *projected, *batch_first;
-  PyObject *parameters, *weight_names, *weights;
+  PyObject *parameters, *weight_names, *weights, *resets, *lengths;
 
   // Null if it is no plain call. What may change while Python's functions run is held here.
   py::object results() const {
@@ -201,9 +204,13 @@ struct ModuleCall {
         (transposes && dispatcher_is_watched())) {
       return {};
     }
-    const py::object x =
-        transposes ? transposed(input, interned().transpose) : py::reinterpret_borrow<py::object>(input);
-    const Layers all{x.ptr(), h0.ptr(), c0.ptr(), cell, layers, directions, given.ptr(), has_biases, projected};
+    const auto time_first = [&](PyObject* tensor) {
+      return transposes && is_tensor(tensor) ? transposed(tensor, interned().transpose)
+                                             : py::reinterpret_borrow<py::object>(tensor);
+    };
+    const py::object x = time_first(input), begins = time_first(resets);
+    const Layers all{x.ptr(),     h0.ptr(),   c0.ptr(),  cell,         layers, directions,
+                     given.ptr(), has_biases, projected, begins.ptr(), lengths};
     if (!all.are_tensors()) return {};
     const bool records = all.records();
     if (records) {
@@ -231,7 +238,8 @@ PyObject* plain(PyObject*, PyObject* const* a, Py_ssize_t count) {
   return guarded([&] {
     py::object results;
     if (count == kCount<ModuleCall>) {
-      const ModuleCall call{a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]};
+      const ModuleCall call{a[0], a[1], a[2], a[3],  a[4],  a[5],  a[6],
+                            a[7], a[8], a[9], a[10], a[11], a[12], a[13]};
       try {
         results = call.results();
       } catch (const py::cast_error&) {  // of what should be a number
@@ -248,7 +256,7 @@ PyObject* in_one_call(PyObject*, PyObject* const* a, Py_ssize_t count) {
     py::object results;
     if (count == kCount<Layers> && torch_objects().from_handles && (PyTuple_Check(a[6]) || PyList_Check(a[6]))) {
       const auto weights = py::reinterpret_steal<py::object>(PySequence_Tuple(a[6]));
-      const Layers layers{a[0], a[1], a[2], a[3], a[4], a[5], weights.ptr(), a[7], a[8]};
+      const Layers layers{a[0], a[1], a[2], a[3], a[4], a[5], weights.ptr(), a[7], a[8], a[9], a[10]};
       try {
         if (layers.are_tensors()) results = layers.in_one_call(layers.records());
       } catch (const py::cast_error&) {
@@ -270,10 +278,11 @@ PyMethodDef methods[] = {
            "What a module without our options returns for input and hx where nothing watches; None if that has to be "
            "looked at more closely. Further arguments: the dimensions that the input must have, the cell's number, "
            "num_layers (0: a cell), directions, bias, whether it is projected, batch_first, the parameters (a dict), "
-           "and the lists of the weights' names and of the weights."),
+           "the lists of the weights' names and of the weights, resets and lengths."),
     method("in_one_call", in_one_call,
            "y, h_n, c_n and more of all layers; None if they have to be called in turn. Arguments: x, h0, c0, the "
-           "cell's number, layers (0: a cell), directions, weights, whether there are biases and projections."),
+           "cell's number, layers (0: a cell), directions, weights, whether there are biases and projections, resets "
+           "and lengths."),
     method("watched", watched,
            "Whether a tracer, a mode of the dispatcher, a functorch transform or a forward-mode derivative looks at "
            "torch's operations."),

@@ -45,6 +45,10 @@ Tensor as_sequence(const Tensor& step, const char* name) {
   FUSED_RNN_CHECK(step.dim() == 2, name, " must have 2 dimensions, got ", step.dim());
   return viewed(step, {1, step.size(0), step.size(1)}, {0, step.stride(0), step.stride(1)}, 0);
 }
+Tensor as_sequence(const Tensor& resets) {
+  FUSED_RNN_CHECK(resets.dim() == 1, "resets of a single step must have 1 dimension, got ", resets.dim());
+  return viewed(resets, {1, resets.size(0)}, {0, resets.stride(0)}, 0);
+}
 Tensor as_step(const Tensor& sequence) {
   return viewed(sequence, {sequence.size(1), sequence.size(2)}, {sequence.stride(1), sequence.stride(2)}, 0);
 }
@@ -64,12 +68,16 @@ Tensor one_after_the_other(const std::vector<Tensor>& of_layers) {
 }  // namespace
 
 StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, int64_t layers, int64_t directions,
-                   std::vector<Tensor> weights, bool has_biases, bool projected, bool deterministic, bool train) {
+                   std::vector<Tensor> weights, bool has_biases, bool projected, OptionalTensor resets,
+                   OptionalTensor lengths, bool deterministic, bool train) {
   const ScalarType type = x.scalar_type();
   FUSED_RNN_CHECK(type == ScalarType::Float || type == ScalarType::Double, "x must be float32 or float64");
   const bool is_cell = layers == 0;
   FUSED_RNN_CHECK(!is_cell || x.dim() == 2, "x of a cell must be [B, I], got ", shape_text(x.sizes()));
+  FUSED_RNN_CHECK(!is_cell || !(resets || lengths), "a cell has no resets and no lengths");
   if (is_cell) layers = 1;
+  const bool is_step_with_resets = x.dim() == 2 && resets;  // one without them has no need of a dimension of time
+  if (is_step_with_resets) x = as_sequence(x, "x"), resets = as_sequence(*resets);
   const int64_t D = directions, each = weights_of_each(layers, D, weights.size(), has_biases, projected);
 
   int64_t H = 0, P = 0;
@@ -77,8 +85,10 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
   for (int64_t index = 0; index < layers; ++index) {
     const Tensor* const given = &weights[index * D * each];
     CpuLayer layer(cell, x.sizes(), type, given[1].sizes(), projected, D == 2, std::nullopt);
+    layer.end_at(lengths);
     layer.shape.train = train;
     layer.shape.deterministic = deterministic;
+    layer.replace_at(resets);
     layer.choose_products(0, true);
     const LayerShape& s = layer.shape;
     if (index == 0) {
@@ -86,16 +96,16 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
       FUSED_RNN_CHECK(layer.cell.has_c || !c0, "only the LSTM has c0");
       const auto state = [&](const OptionalTensor& given, const char* name, int64_t width) {
         return is_cell ? layer.checked_state(given, name, width)
-                       : layer.readable(given, name, {layers * D, s.B, width});
+                       : layer.readable(given, name, {layers * D, layer.B, width});
       };
       const auto new_state = [&](int64_t width) {
-        return is_cell ? layer.new_state(width) : layer.new_tensor({layers * D, s.B, width});
+        return is_cell ? layer.new_state(width) : layer.new_tensor({layers * D, layer.B, width});
       };
       h0 = state(h0, "h0", P);
-      if (!is_cell) h_n = new_state(P);
+      if (!is_cell) layer.pass_on(h0, *(h_n = new_state(P)));
       if (layer.cell.has_c) c_n = layer.copy_or_zeros(state(c0, "c0", H), new_state(H));
       if (train) {
-        if (layers > 1) between = layer.new_tensor({steps_between(layers, layer.T), s.B, D * P});
+        if (layers > 1) between = layer.new_tensor({steps_between(layers, layer.T), layer.B, D * P});
         reserve = layer.new_reserve(layers * D);
       }
     }
@@ -109,6 +119,7 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
     } else {
       y = layer.new_sequence(D * P);
     }
+    layer.clear_absent(y, D * P);
     std::optional<Weights> checked[2];  // as long as the kernels read them
     for (int64_t d = 0; d < D; ++d) {
       const Tensor* const w = given + d * each;
@@ -124,7 +135,7 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
         train ? layer.offset(*reserve, index * D * layer.reserve_rows() * layer.reserve_width()) : nullptr;
     ForwardParams params{s, {}};
     for (int64_t d = 0; d < D; ++d) {
-      const int64_t row = (index * D + d) * s.B;
+      const int64_t row = (index * D + d) * layer.B;
       ForwardDirection& p = params.direction[d] = inputs_of_forward(x, *checked[d]);
       p.h0 = h0 ? layer.offset(*h0, row * P) : nullptr;
       if (train) p.reserve = layer.reserve(of_layer, d);
@@ -138,13 +149,14 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
     x = y;
   }
   const auto out = [](const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); };
-  return {x, out(h_n), out(c_n), out(between), out(reserve)};
+  return {is_step_with_resets ? as_step(x) : x, out(h_n), out(c_n), out(between), out(reserve)};
 }
 
 std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x,
                                    OptionalTensor between, Tensor reserve, int64_t cell, int64_t layers,
                                    int64_t directions, std::vector<OptionalTensor> weights, bool has_biases,
-                                   bool projected, std::vector<bool> needs) {
+                                   bool projected, OptionalTensor resets, OptionalTensor lengths,
+                                   std::vector<bool> needs) {
   const bool is_cell = layers == 0;
   if (is_cell) layers = 1;
   const int64_t D = directions, each = weights_of_each(layers, D, weights.size(), has_biases, projected);
@@ -155,7 +167,11 @@ std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalTensor dh_n, Optio
     x = as_sequence(x, "x");
     if (dy) dy = as_sequence(*dy, "dy");
     if (dc_n && is_cell) dc_n = as_sequence(*dc_n, "dc_n");
+    if (resets) resets = as_sequence(*resets);
   }
+  Options options;
+  options.resets = resets, options.lengths = lengths;
+  const GivenOptions given_options = resets || lengths ? options.given() : std::nullopt;
   FUSED_RNN_CHECK(!is_cell || (is_step && !dh_n), "a cell has x of [B, I] and no dh_n");
   FUSED_RNN_CHECK(x.dim() == 3, "x must be [T, B, I] or [B, I], got ", shape_text(x.sizes()));
   FUSED_RNN_CHECK(between || layers == 1, "between is missing");
@@ -183,7 +199,7 @@ std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalTensor dh_n, Optio
                             index == 0 ? x : part(*between, "between", all_between, (index - 1) * T, T),
                             part(reserve, "reserve", layers * D, rows, D), cell, need_dx, need_dstate, need(0), need(1),
                             has_biases && (need(2) || need(3)), projected && need(each - 1), given(0, 0), *given(0, 1),
-                            projection(0), given(1, 0), given(1, 1), projection(1), std::nullopt, 0, std::nullopt,
+                            projection(0), given(1, 0), given(1, 1), projection(1), given_options, 0, std::nullopt,
                             false, false, 0, kPlanned));
     for (int64_t d = 0; d < D; ++d) {
       for (int64_t weight = 0; weight < each; ++weight) {

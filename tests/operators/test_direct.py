@@ -19,10 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
 from fused_rnn import _C, layers, operators, policy, reference
+from fused_rnn.options import NO_OPTIONS, LayerOptions
 
 CELLS = list(reference.CELLS)
 NAMES = (
-    "x", "h0", "c0", "cell", "layers", "directions", "weights", "has_biases", "projected", "deterministic", "train",
+    "x", "h0", "c0", "cell", "layers", "directions", "weights", "has_biases", "projected", "resets", "lengths",
+    "deterministic", "train",
+)  # fmt: skip
+ROWS: tuple[dict[str, Any], ...] = (
+    {"resets": True}, {"lengths": True}, {"resets": True, "lengths": True, "D": 2}, {"T": 0, "resets": True},
+    {"resets": True, "lengths": True, "P": 3, "count": 1},
 )  # fmt: skip
 
 
@@ -31,7 +37,16 @@ def stack(**arguments: Any) -> Any:
 
 
 def stack_arguments(
-    cell: str, *, count: int = 2, D: int = 1, biases: bool = True, P: int = 0, T: int = 3, dtype: Any = torch.float32
+    cell: str,
+    *,
+    count: int = 2,
+    D: int = 1,
+    biases: bool = True,
+    P: int = 0,
+    T: int = 3,
+    resets: bool = False,
+    lengths: bool = False,
+    dtype: Any = torch.float32,
 ) -> dict[str, Any]:
     """Arguments of a valid call; T = 0 is a single step."""
     torch.manual_seed(0)
@@ -42,15 +57,36 @@ def stack_arguments(
         weights += [torch.randn(shape, dtype=dtype) for _ in range(D) for shape in shapes]
     shapes = (T, B, 4) if T else (B, 4), (count * D, B, P or H), (count * D, B, H)
     x, h0, c0 = (torch.randn(shape, dtype=dtype) for shape in shapes)
-    values = (x, h0, c0 if lstm else None, CELLS.index(cell), count, D, weights, biases, P > 0, False, False)
+    begins = torch.tensor([[True, False, True], [False, True, False], [False, False, True]]) if resets else None
+    begins = begins if T or begins is None else begins[0]
+    ends = torch.tensor([2, 0, 3], dtype=torch.int32) if lengths else None
+    of_rows = begins, ends, False, False
+    values = (x, h0, c0 if lstm else None, CELLS.index(cell), count, D, weights, biases, P > 0, *of_rows)
     return dict(zip(NAMES, values, strict=True))
 
 
+def options_of(arguments: dict[str, Any]) -> LayerOptions:
+    """Of every layer, over a sequence."""
+    resets, lengths = arguments["resets"], arguments["lengths"]
+    if resets is None and lengths is None:
+        return NO_OPTIONS
+    return LayerOptions(resets=resets[None] if resets is not None and resets.dim() == 1 else resets, lengths=lengths)
+
+
 def in_one_call(
-    cell: str, x: Any, h0: Any, c0: Any, weights: Any, has_biases: bool, count: int, D: int
+    cell: str,
+    x: Any,
+    h0: Any,
+    c0: Any,
+    weights: Any,
+    has_biases: bool,
+    count: int,
+    D: int,
+    resets: Any = None,
+    lengths: Any = None,
 ) -> list[Tensor] | None:
     projected = len(weights) > count * D * (4 if has_biases else 2)
-    given = x, h0, c0, CELLS.index(cell), count, D, weights, has_biases, projected
+    given = x, h0, c0, CELLS.index(cell), count, D, weights, has_biases, projected, resets, lengths
     results = operators.in_one_call(*given)
     return None if results is None else list(results[: 3 if cell == "lstm" else 2])
 
@@ -61,7 +97,7 @@ def with_cells(*changes: dict[str, Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("cell", "changes"), pairs)
 
 
-@with_cells({}, {"D": 2}, {"count": 1}, {"biases": False, "D": 2}, {"T": 0}, {"P": 3, "D": 2})
+@with_cells({}, {"D": 2}, {"count": 1}, {"biases": False, "D": 2}, {"T": 0}, {"P": 3, "D": 2}, *ROWS)
 @pytest.mark.parametrize("states", [True, False])
 def test_all_layers_in_one_call_are_layers_in_turn(cell: str, states: bool, changes: dict[str, int]) -> None:
     for dtype in (torch.float32, torch.float64):
@@ -74,7 +110,7 @@ def test_all_layers_in_one_call_are_layers_in_turn(cell: str, states: bool, chan
             of_layer = reference.layer_weights(a["weights"], index, a["layers"], a["directions"], a["has_biases"])
             rows = slice(index * a["directions"], (index + 1) * a["directions"])
             h0, c0 = (None if a[name] is None else a[name][rows] for name in ("h0", "c0"))
-            x, h_n, c_n, _, _ = torch.ops.fused_rnn.forward(x, h0, c0, a["cell"], False, *of_layer)
+            x, h_n, c_n, _, _ = operators.forward(cell, x, h0, c0, of_layer, options_of(a), False)
             of_h.append(h_n)
             of_c.append(c_n)
         assert torch.equal(y, x.view_as(y)) and torch.equal(h, torch.cat(of_h))
@@ -83,7 +119,9 @@ def test_all_layers_in_one_call_are_layers_in_turn(cell: str, states: bool, chan
 
 @pytest.mark.parametrize("frozen", ["nothing", "the first layer", "all but the states"])
 @pytest.mark.parametrize("needs_x", [True, False])
-@with_cells({}, {"D": 2}, {"count": 3, "biases": False}, {"P": 3, "D": 2}, {"count": 1}, {"T": 0}, {"T": 0, "P": 3})
+@with_cells(
+    {}, {"D": 2}, {"count": 3, "biases": False}, {"P": 3, "D": 2}, {"count": 1}, {"T": 0}, {"T": 0, "P": 3}, *ROWS
+)
 def test_all_layers_in_one_node_are_layers_in_turn(
     cell: str, changes: dict[str, Any], needs_x: bool, frozen: str
 ) -> None:
@@ -101,7 +139,8 @@ def test_all_layers_in_one_node_are_layers_in_turn(
         losses = [o.square().sum() for o in outputs]
         return [*outputs, *torch.autograd.grad(sum(losses), wanted, allow_unused=True)]
 
-    found = in_one_call(cell, a["x"], *call)
+    of_rows = a["resets"], a["lengths"]
+    found = in_one_call(cell, a["x"], *call, *of_rows)
     if not wanted:
         assert not found[0].requires_grad
         return
@@ -110,18 +149,18 @@ def test_all_layers_in_one_node_are_layers_in_turn(
         return
     assert type(found[0].grad_fn).__name__ == "_StackBackward"
     sequence = a["x"] if a["x"].dim() == 3 else a["x"].unsqueeze(0)
-    y, *finals = reference.stack(cell, sequence, *call, run=layers.layer)
+    y, *finals = reference.stack(cell, sequence, *call, options=options_of(a), run=layers.layer)
     assert a["layers"] == 1 or type(y.grad_fn.next_functions[0][0]).__name__ == "_LayerBackward"
     expected = everything(y.view_as(found[0]), *finals)
     assert all(map(torch.equal, everything(*found), expected))
 
-    unwatched = in_one_call(cell, a["x"], *call)
+    unwatched = in_one_call(cell, a["x"], *call, *of_rows)
     with profile() as watching:  # which sees every layer's operator
         found = everything(*unwatched)
     assert all(map(torch.equal, found, expected))
     assert 1 <= [event.name for event in watching.events()].count("fused_rnn::backward") <= a["layers"]
     with profile() as watching:
-        watched = in_one_call(cell, a["x"], *call)
+        watched = in_one_call(cell, a["x"], *call, *of_rows)
     assert all(map(torch.equal, everything(*watched), expected))
     assert [event.name for event in watching.events()].count("fused_rnn::forward") == a["layers"]
 
@@ -172,14 +211,17 @@ def test_second_derivatives_of_a_cell_in_one_call(cell: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"D": 2}, {"count": 1}, {"biases": False}, {"T": 0}, {"P": 3}], ids=lambda changes: str(changes)
+    "changes",
+    [{}, {"D": 2}, {"count": 1}, {"biases": False}, {"T": 0}, {"P": 3}, *ROWS],
+    ids=lambda changes: str(changes),
 )
 def test_second_derivatives_of_all_layers_in_one_node(changes: dict[str, Any]) -> None:
     a = stack_arguments("lstm", dtype=torch.float64, **changes)
     tensors = [a["x"], a["h0"], a["c0"], *a["weights"]]
 
     def call(x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> Any:
-        return tuple(in_one_call("lstm", x, h0, c0, weights, a["has_biases"], a["layers"], a["directions"]))
+        call = weights, a["has_biases"], a["layers"], a["directions"], a["resets"], a["lengths"]
+        return tuple(in_one_call("lstm", x, h0, c0, *call))
 
     for t in tensors:
         t.mul_(0.3).requires_grad_()
@@ -199,6 +241,18 @@ def test_batched_gradients_run_the_operator_row_by_row(name: str, num_layers: in
     one_by_one = zip(*[torch.autograd.grad(y, weights, d, retain_graph=True) for d in dy], strict=True)
     for found, expected in zip(batched, one_by_one, strict=True):
         assert torch.equal(found, torch.stack(expected))
+
+
+@pytest.mark.parametrize("keyword", ["resets", "lengths"])
+def test_batched_gradients_with_options_are_the_specifications(keyword: str) -> None:
+    module, x = fused_rnn.GRU(4, 5), torch.randn(3, 2, 4)
+    of_rows = {"resets": torch.tensor([[True, False], [False, True], [False, False]]), "lengths": torch.tensor([3, 1])}
+    y, weights = module(x, **{keyword: of_rows[keyword]})[0], list(module.parameters())
+    dy = torch.randn(6, *y.shape)
+    batched = torch.autograd.grad(y, weights, dy, is_grads_batched=True, retain_graph=True)
+    one_by_one = zip(*[torch.autograd.grad(y, weights, d, retain_graph=True) for d in dy], strict=True)
+    for found, expected in zip(batched, one_by_one, strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))
 
 
 @pytest.mark.parametrize("call", ["forward", "step", "cell"])
@@ -277,8 +331,19 @@ def test_layers_below_the_first_gradient_are_left_out(name: str) -> None:
         dict(cell=7),
         dict(cell=3),
         dict(cell="lstm"),
+        dict(resets=torch.zeros(3, 3)),
+        dict(resets=torch.zeros(3, 2, dtype=torch.bool)),
+        dict(resets=torch.zeros(3, dtype=torch.bool)),
+        dict(resets=[True]),
+        dict(resets=torch.zeros(3, 3, dtype=torch.bool), x=torch.randn(3, 4)),
+        dict(lengths=torch.tensor([1, 2, 4])),
+        dict(lengths=torch.tensor([1, 2, -1])),
+        dict(lengths=torch.tensor([1, 2])),
+        dict(lengths=torch.tensor([1.0, 2.0, 3.0])),
+        dict(lengths=torch.tensor([1, 1, 1]), x=torch.randn(3, 4)),
+        dict(lengths=torch.tensor([1, 2, 3]).to("meta")),
     ],
-    ids=range(32),
+    ids=range(43),
 )
 def test_what_does_not_fit_is_left_to_the_layers(change: dict[str, Any]) -> None:
     a = stack_arguments("lstm")
@@ -327,15 +392,20 @@ def test_what_does_not_fit_is_left_to_the_layers(change: dict[str, Any]) -> None
         dict(reserve=torch.randn(1, 9, 30)),
         dict(reserve=torch.randn(0)),
         dict(reserve=None),
+        dict(resets=torch.zeros(3, 2, dtype=torch.bool)),
+        dict(resets=torch.zeros(3, 3)),
+        dict(lengths=torch.tensor([1, 2, 3])),  # the reserve is of all rows
+        dict(lengths=torch.tensor([1, 2, 4])),
+        dict(lengths=torch.tensor([3.0, 3.0, 3.0])),
     ],
-    ids=range(37),
+    ids=range(42),
 )
 def test_what_does_not_fit_backward_is_left_to_the_layers(change: dict[str, Any]) -> None:
     a = stack_arguments("lstm") | dict(train=True)
     y, h_n, c_n, between, reserve = stack(**a)
     backward = dict(
         dy=y, dh_n=h_n, dc_n=c_n, x=a["x"], between=between, reserve=reserve, cell=a["cell"], layers=2, directions=1,
-        weights=a["weights"], has_biases=True, projected=False, needs=(True,) * 11,
+        weights=a["weights"], has_biases=True, projected=False, resets=None, lengths=None, needs=(True,) * 11,
     )  # fmt: skip
     assert len(_C.stack_backward(*backward.values())) == 11
     assert _C.stack_backward(*(backward | change).values()) is None
@@ -363,7 +433,7 @@ def test_layers_of_different_widths_are_refused() -> None:
     assert 6 * H0 + P0 == 6 * H1 + P1 == 68
     given = torch.randn(1, B, P1), None, None, torch.randn(1, B, 1), torch.randn(1, B, P0), torch.randn(2, B, 68)
     sizes = CELLS.index("lstm"), 2, 1
-    assert _C.stack_backward(*given, *sizes, weights(H0, 1, P0) + weights(H1, P0, P1), False, True, (True,) * 9) is None
+    assert _C.stack_backward(*given, *sizes, weights(H0, 1, P0) + weights(H1, P0, P1), False, True, None, None, (True,) * 9) is None
 
 
 def test_other_numbers_of_arguments_are_refused() -> None:

@@ -25,7 +25,7 @@ import fused_rnn
 from fused_rnn import _C, reference
 from fused_rnn.options import LayerOptions, operator_tensors_of
 from operator_calls import WAYS, dispatched
-from test_direct import stack, stack_arguments
+from test_direct import ROWS, stack, stack_arguments
 from test_ops import KINDS, backward_arguments, forward_arguments
 
 CELLS = list(reference.CELLS)
@@ -273,7 +273,8 @@ def all_layers_backward(**arguments: Any) -> Any:
 @given(data=st.data())
 def test_damaged_calls_of_all_layers(operator: Callable[..., Any], data: st.DataObject) -> None:
     cell = data.draw(st.sampled_from(CELLS), "cell")
-    changes = data.draw(st.sampled_from([{}, {"D": 2}, {"T": 0}, {"count": 1}, {"biases": False}, {"P": 3}]), "changes")
+    sizes = st.sampled_from([{}, {"D": 2}, {"T": 0}, {"count": 1}, {"biases": False}, {"P": 3}, *ROWS])
+    changes = data.draw(sizes, "changes")
     cell = "lstm" if "P" in changes else cell
     call = stack_arguments(cell, **changes) | {"train": True}
     weights = {f"weight {i}": w for i, w in enumerate(call.pop("weights"))}
@@ -281,9 +282,10 @@ def test_damaged_calls_of_all_layers(operator: Callable[..., Any], data: st.Data
     if operator is all_layers:
         check(operator, damaged(data, call | weights))
         return
-    sizes = {name: call[name] for name in ("cell", "layers", "directions", "has_biases", "projected")}
+    names = ("cell", "layers", "directions", "has_biases", "projected", "resets", "lengths")
+    kept = {name: call[name] for name in names}
     needs = tuple(data.draw(st.lists(st.booleans(), min_size=3 + len(weights), max_size=3 + len(weights)), "needs"))
-    given = dict(dy=y, dh_n=h_n, dc_n=c_n, x=call["x"], between=between, reserve=reserve) | sizes | {"needs": needs}
+    given = dict(dy=y, dh_n=h_n, dc_n=c_n, x=call["x"], between=between, reserve=reserve) | kept | {"needs": needs}
     assert len(operator(**given, **weights)) == len(needs)
     check(operator, damaged(data, given | weights))
 

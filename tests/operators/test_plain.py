@@ -22,6 +22,8 @@ import fused_rnn
 from fused_rnn import _C, operators, policy
 
 CELLS = {"RNN": {}, "ReLU": {"nonlinearity": "relu"}, "LSTM": {}, "GRU": {}}
+RESETS, LENGTHS = torch.tensor([[True, False], [False, True]]), torch.tensor([1, 2])
+KEYWORDS: tuple[dict[str, Tensor], ...] = ({"resets": RESETS}, {"lengths": LENGTHS}, dict(resets=RESETS, lengths=LENGTHS))
 SIZES: tuple[dict[str, Any], ...] = (
     {},
     {"num_layers": 2, "bidirectional": True},
@@ -41,7 +43,7 @@ def states_of(module: torch.nn.Module, dtype: torch.dtype, *shape: int) -> Any:
 
 
 def calls_of(module: torch.nn.Module, options: dict[str, Any], dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Its forward, and its step if it has one, with states and without."""
+    """Its forward, and its step if it has one, with states and without, and with our keywords."""
     if "Cell" in type(module).__name__:
         x, state = torch.randn(2, 3, dtype=dtype), states_of(module, dtype, 2, 4)
         yield from (lambda: module(x), lambda: module(x, state))
@@ -49,11 +51,12 @@ def calls_of(module: torch.nn.Module, options: dict[str, Any], dtype: torch.dtyp
     layers = options.get("num_layers", 1)
     x, state = torch.randn(2, 2, 3, dtype=dtype), states_of(module, dtype, layers, 2, 4)
     if options.get("bidirectional"):
-        both = states_of(module, dtype, 2 * layers, 2, 4)
-        yield from (lambda: module(x), lambda: module(x, both))
-        return
+        state = states_of(module, dtype, 2 * layers, 2, 4)
     yield from (lambda: module(x), lambda: module(x, state))
-    yield from (lambda: module.step(x[0]), lambda: module.step(x[0], state))
+    yield from (lambda keywords=keywords: module(x, state, **keywords) for keywords in KEYWORDS)
+    if not options.get("bidirectional"):
+        yield from (lambda: module.step(x[0]), lambda: module.step(x[0], state))
+        yield lambda: module.step(x[0], state, resets=RESETS[0])
 
 
 def tensors(results: Any) -> list[Tensor]:
@@ -331,7 +334,7 @@ def test_names_that_change_as_they_are_looked_up() -> None:
     names = list(map(Name, module._flat_weights_names))
     kept, module._flat_weights_names, armed = list(names), names, True
     arguments = [module._parameters, names, module._flat_weights]
-    assert _C.plain(torch.randn(2, 2, 3), None, 3, 3, 3, 1, True, False, False, *arguments) is None
+    assert _C.plain(torch.randn(2, 2, 3), None, 3, 3, 3, 1, True, False, False, *arguments, None, None) is None
     assert len(kept) == 12 and not names
 
 
@@ -369,7 +372,7 @@ def test_wrong_arguments_are_none() -> None:
     module, x = made("LSTM", {"num_layers": 2}), torch.randn(2, 2, 3)
     hx = list(states_of(module, torch.float32, 2, 2, 4))
     weights, names = module._flat_weights, module._flat_weights_names
-    good = [x, hx, 3, 2, 2, 1, True, False, False, module._parameters, names, weights]
+    good = [x, hx, 3, 2, 2, 1, True, False, False, module._parameters, names, weights, RESETS, LENGTHS]
     wrong = [
         None, 1, -1, 2**62, 2**70, 0.5, "x", [], (), {}, [None], [x], [x, x, x], (None, None), {"a": 1}, x, x[0],
         x.to_sparse(), x.to_mkldnn(), x.double(), x.half(), x.int(), x.to("meta"), torch.empty(0), torch.empty(2, 0, 3),
@@ -386,7 +389,7 @@ def test_wrong_arguments_are_none() -> None:
             assert results is None or all(isinstance(t, Tensor) for t in tensors(results))
         for place in (2, 3, 4, 5):
             lists = [list(hx), list(names), list(weights)]
-            changed = [x, lists[0], *good[2:10], lists[1], lists[2]]
+            changed = [x, lists[0], *good[2:10], lists[1], lists[2], *good[12:]]
             changed[place] = Changes(*lists)
             _C.plain(*changed)
         assert all(map(torch.equal, tensors(_C.plain(*good)), expected))
