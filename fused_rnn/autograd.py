@@ -130,24 +130,16 @@ class Refused(RuntimeError):
 
 class _Stack(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        cell: int,
-        layers: int,
-        directions: int,
-        has_biases: bool,
-        projected: bool,
-        resets: Tensor | None,
-        lengths: Tensor | None,
-        *tensors: Any,
-    ) -> Any:
-        """`tensors` are x, h0, c0 and all weights, torch.nn's ``_flat_weights``; `cell` is the cell's number.
+    def forward(ctx: Any, call: tuple[int, int, int, bool, bool, Tensor | None, Tensor | None], *tensors: Any) -> Any:
+        """`tensors` are x, h0, c0 and all weights, torch.nn's ``_flat_weights``.
 
-        A cell has 0 layers and no h_n (csrc/bindings/cpu_operators.h).
+        `call` is the cell's number, layers, directions, has_biases, projected, resets and lengths, one argument because
+        each takes its time. A cell has 0 layers and no h_n (csrc/bindings/cpu_operators.h).
         """
+        cell, layers, directions, has_biases, projected, resets, lengths = call
         x, h0, c0, *weights = tensors
-        options = projected, resets, lengths, False, True
-        results: Any = operators.stack(x, h0, c0, cell, layers, directions, weights, has_biases, *options)
+        rest = has_biases, projected, resets, lengths, False, True
+        results: Any = operators.stack(x, h0, c0, cell, layers, directions, weights, *rest)
         if results is None:
             options = _of_rows(resets, lengths, x)
             try:
@@ -155,19 +147,20 @@ class _Stack(torch.autograd.Function):
             except (RuntimeError, IndexError) as error:
                 raise Refused(str(error)) from error
         y, h_n, c_n, between, reserve = results
-        ctx.call = cell, layers, directions, has_biases, projected
-        ctx.has_options = resets is not None or lengths is not None
+        of_rows = () if resets is None and lengths is None else (resets, lengths)
+        ctx.call = cell, layers, directions, has_biases, projected, len(of_rows)
         read = _READ_WEIGHTS[has_biases, projected]
-        _save(ctx, (between, reserve), (resets, lengths), tensors, read, directions, (layers or 1) * directions)
+        _save(ctx, (between, reserve), of_rows, tensors, read, directions, (layers or 1) * directions)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        needs = ctx.needs_input_grad[7:]
-        cell, layers, directions, has_biases, projected = ctx.call
+        needs = ctx.needs_input_grad[1:]
+        cell, layers, directions, has_biases, projected, constants = ctx.call
         # Of a cell, batched gradients take less time through the specification than row by row.
-        again = torch.is_grad_enabled() or _any_transformed(grads, layers == 0 or ctx.has_options)
-        (between, reserve), (resets, lengths), (x, h0, c0, *weights) = _saved(ctx, 2, len(needs), again)
+        again = torch.is_grad_enabled() or _any_transformed(grads, layers == 0 or constants > 0)
+        (between, reserve), of_rows, (x, h0, c0, *weights) = _saved(ctx, constants, len(needs), again)
+        resets, lengths = of_rows or (None, None)
         if again:
             options = _of_rows(resets, lengths, x)
 
@@ -191,7 +184,7 @@ class _Stack(torch.autograd.Function):
                 gradients = _backward_in_turn(
                     NAMES[cell], layers, directions, has_biases, grads, *kept, weights, options, needs
                 )
-        return None, None, None, None, None, None, None, *gradients
+        return None, *gradients
 
 
 def _of_rows(resets: Tensor | None, lengths: Tensor | None, x: Tensor) -> LayerOptions:

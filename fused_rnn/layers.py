@@ -94,7 +94,8 @@ def step(
         options = LayerOptions(deterministic=True) if deterministic() else NO_OPTIONS
         if options is NO_OPTIONS and x.dtype in policy.KERNEL_DTYPES:
             given = [w for w in weights if w is not None]
-            h, _, c = autograd.stack(NUMBER[cell], 0, 1, len(given) > 2, False, None, None, x, h0, c0, *given)
+            call = NUMBER[cell], 0, 1, len(given) > 2, False, None, None
+            h, _, c = autograd.stack(call, x, h0, c0, *given)
             return h, c
         tensors = () if options is NO_OPTIONS else differentiable_of(options)
         h, _, c = autograd.layer(cell, len(weights), options, x, h0, c0, *weights, *tensors)

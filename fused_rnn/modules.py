@@ -99,13 +99,11 @@ class FusedRNNBase(TorchConvertible, Variants):
 
             Without the keywords, and without options that torch.nn does not have, type and message are torch.nn's.
         """
-        if not self._varied and reset_state is None and return_state_sequence is False:
-            if (results := self._plain(input, hx, 3, resets, lengths)) is not None:
-                return results
-            if resets is None and lengths is None:
-                if self.backend == "torch" or ("parametrizations" in self._modules and not policy.fusible(_data(input))):
-                    return self._torchs(input, hx)  # which reads the weights itself: a parametrised one may be random
-                return call.run(self._spec(), self._torchs, input, hx)
+        may_be_plain = reset_state is None and return_state_sequence is False and not self._varied
+        if may_be_plain and (results := self._plain(input, hx, 3, resets, lengths)) is not None:
+            return results
+        if may_be_plain and resets is None and lengths is None and self._leaves_weights_to_torch(input):
+            return self._torchs(input, hx)
         keywords = (resets, reset_state, lengths, return_state_sequence)
         return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
 
@@ -147,10 +145,10 @@ class FusedRNNBase(TorchConvertible, Variants):
         """
         if self.bidirectional or not isinstance(input, Tensor) or input.dim() not in (1, 2):
             steps.refuse(f"{type(self).__name__}.step", self.bidirectional, input)
-        is_plain = reset_state is None and active is None and out is None
-        if is_plain and not self._varied and (results := self._plain(input, hx, 2, resets, None)) is not None:
+        may_be_plain = reset_state is None and active is None and out is None
+        if may_be_plain and not self._varied and (results := self._plain(input, hx, 2, resets, None)) is not None:
             return results
-        if not (is_plain and resets is None):
+        if not (may_be_plain and resets is None):
             return steps.run(self._spec(), input, hx, resets, reset_state, active, out)
         steps.check_hx(f"{type(self).__name__}.step", self.mode == "LSTM", input, hx)
         time_dim = 1 if self.batch_first and input.dim() == 2 else 0
@@ -187,6 +185,10 @@ class FusedRNNBase(TorchConvertible, Variants):
             lengths,
         )
         return results
+
+    def _leaves_weights_to_torch(self, input: Any) -> bool:
+        """Whether torch.nn's forward computes the call and reads the weights: a parametrised one may be random."""
+        return self.backend == "torch" or ("parametrizations" in self._modules and not policy.fusible(_data(input)))
 
     @policy.runs_eagerly
     def _spec(self) -> Spec:

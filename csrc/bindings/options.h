@@ -33,8 +33,8 @@ struct Options {
 
  private:
   std::array<OptionalTensor*, 11> fields() {
-    return {&batch_sizes, &resets, &lengths, &drop_h, &zone_h, &zone_c,
-            &reset_h, &reset_c, &norm_hh, &norm_c, &norm_c_bias};
+    return {&batch_sizes, &resets,  &lengths, &drop_h, &zone_h,     &zone_c,
+            &reset_h,     &reset_c, &norm_hh, &norm_c, &norm_c_bias};
   }
 };
 

@@ -159,15 +159,18 @@ struct Layers {
     if (has_steps && attribute(x, interned().dtype).ptr() == torch.float32 && wants_other_products()) return {};
     const py::object deterministic = called(torch.deterministic);
     if (!records) {
-      PyObject* const arguments[] = {
-          x,          h0,        c0,     cell,    layers,              directions, weights,
-          has_biases, projected, resets, lengths, deterministic.ptr(), Py_False};
+      PyObject* const arguments[] = {x,       h0,         c0,        cell,   layers,  directions,
+                                     weights, has_biases, projected, resets, lengths, deterministic.ptr(),
+                                     Py_False};
       return run(&stack, arguments, std::size(arguments), 0, 0);
     }
     // Determinism is an option, and only the node of one layer has options.
     const bool on_cpu = attribute(x, interned().is_cpu).ptr() == Py_True;
     if (!on_cpu || deterministic.ptr() == Py_True || !share_a_node()) return {};
-    std::vector<PyObject*> arguments{cell, layers, directions, has_biases, projected, resets, lengths, x, h0, c0};
+    const auto object = [](PyObject* each) { return py::handle(each); };
+    const py::tuple call = py::make_tuple(object(cell), object(layers), object(directions), object(has_biases),
+                                          object(projected), object(resets), object(lengths));
+    std::vector<PyObject*> arguments{call.ptr(), x, h0, c0};
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(weights); ++i) {
       arguments.push_back(PySequence_Fast_GET_ITEM(weights, i));
     }
@@ -238,8 +241,7 @@ PyObject* plain(PyObject*, PyObject* const* a, Py_ssize_t count) {
   return guarded([&] {
     py::object results;
     if (count == kCount<ModuleCall>) {
-      const ModuleCall call{a[0], a[1], a[2], a[3],  a[4],  a[5],  a[6],
-                            a[7], a[8], a[9], a[10], a[11], a[12], a[13]};
+      const ModuleCall call{a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]};
       try {
         results = call.results();
       } catch (const py::cast_error&) {  // of what should be a number

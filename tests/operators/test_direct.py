@@ -433,7 +433,8 @@ def test_layers_of_different_widths_are_refused() -> None:
     assert 6 * H0 + P0 == 6 * H1 + P1 == 68
     given = torch.randn(1, B, P1), None, None, torch.randn(1, B, 1), torch.randn(1, B, P0), torch.randn(2, B, 68)
     sizes = CELLS.index("lstm"), 2, 1
-    assert _C.stack_backward(*given, *sizes, weights(H0, 1, P0) + weights(H1, P0, P1), False, True, None, None, (True,) * 9) is None
+    of_layers = weights(H0, 1, P0) + weights(H1, P0, P1)
+    assert _C.stack_backward(*given, *sizes, of_layers, False, True, None, None, (True,) * 9) is None
 
 
 def test_other_numbers_of_arguments_are_refused() -> None:
