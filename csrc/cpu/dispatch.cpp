@@ -194,12 +194,17 @@ int64_t most_units(int64_t units, int64_t block, int64_t workers) {
   return only_the_last ? std::max((most - 1) * block, units - (blocks - most) * block) : most * block;
 }
 
+// Whether so many columns of a direction's weights outgrow a core's cache, by a factor.
+bool outgrow_cache(const LayerShape& shape, int64_t columns, double factor) {
+  const double rows = double(cell_info(shape.cell).gates) * double(shape.H);
+  return rows * double(columns) * (shape.dtype == Dtype::kFloat32 ? 4 : 8) > factor * double(second_level_cache());
+}
+
 // Whether the weights that a direction reads at every step outgrow a core's cache by far, so that each worker should
 // read a share of them for all rows. The rows must be few beside the weights, and the shares of the units even.
 bool shares_weights(const LayerShape& shape, int64_t gates, int64_t block, int64_t workers) {
   const int64_t columns = shape.P + (shape.B < 8 ? 0 : shape.I);  // with fewer rows, x is multiplied beforehand
-  const int64_t bytes = gates * shape.H * columns * (shape.dtype == Dtype::kFloat32 ? 4 : 8);
-  return !shape.whole_rows() && 4 * bytes > 5 * second_level_cache() && 4 * shape.B < gates * shape.H &&
+  return !shape.whole_rows() && outgrow_cache(shape, columns, 1.25) && 4 * shape.B < gates * shape.H &&
          most_units(shape.H, block, workers) * workers * 15 <= shape.H * 16;
 }
 
@@ -325,7 +330,9 @@ Plan plan(const Kernels& k, const LayerShape& shape, bool backward, int64_t thre
   constexpr double kArrival = 2e3;   // at which each worker takes a cache line from another core
   constexpr double kStep = 3e4;      // a worker's least part of a step with a barrier
   constexpr double kForeign = 1.5;   // of the time of a single step, if other cores have packed most of its weights
-  constexpr int64_t kRows = 8;       // a worker's fewest rows, so that packed weights are read for more than one row
+  constexpr double kNear = 4;        // reading the weights of a step, in rows, from a core's own cache,
+  constexpr double kFar = 8;         // and from one that it shares
+  constexpr int64_t kRows = 8;       // beside which reading the weights counts for little, wherever they lie
   // The multiply-adds of a step in one direction. An activation counts as some tens of them.
   const int64_t gates = cell_info(shape.cell).gates;
   const double step = double(gates) * shape.H * double(shape.B) * (shape.P + shape.I + 32);
@@ -342,14 +349,21 @@ Plan plan(const Kernels& k, const LayerShape& shape, bool backward, int64_t thre
   const bool packs_its_own = shape.T == 1 && shape.H >= most * block;  // if units are split
   if (shape.B >= most * kRows && !packs_its_own) return {teams, most, false};
   if (shape.whole_rows()) return {teams, std::min(most, std::max<int64_t>(shape.B, 1)), false};
-  // By rows no worker waits for another, but there may be work for a few of them only.
-  Plan best{teams, packs_its_own ? 1 : std::max<int64_t>(shape.B / kRows, 1), false};
-  double least = step * double(most_of(shape.B, best.workers)) / double(shape.B);
-  if (shape.T == 1 && best.workers > 1) least *= kForeign;
-  for (int64_t n = 2; n <= std::min(most, blocks); ++n) {
-    const double part = step * double(most_units(shape.H, block, n)) / double(shape.H);
-    const double time = part + kWait + kArrival * double(n);
-    if (part >= kStep && time < least) best = {teams, n, true}, least = time;
+  // By rows no worker waits for another, but each reads all weights.
+  const double row = step / double(shape.B);
+  const bool is_far = outgrow_cache(shape, backward ? shape.P : shape.P + shape.I, 1);
+  const double weights = shape.T == 1 ? 0 : row * (is_far ? kFar : kNear);
+  const int64_t by_rows = packs_its_own ? 1 : shape.T == 1 ? shape.B / kRows : shape.B;
+  Plan best{teams, 1, false};
+  double least = step + weights;
+  const auto consider = [&](const Plan& plan, double time) {
+    if (time < least) best = plan, least = time;
+  };
+  for (int64_t n = 2; n <= most; ++n) {
+    const double rows = row * double(most_of(shape.B, n)) + weights;
+    if (n <= by_rows) consider({teams, n, false}, shape.T == 1 ? kForeign * rows : rows);
+    const double part = (step + weights) * double(most_units(shape.H, block, n)) / double(shape.H);
+    if (n <= blocks && part >= kStep) consider({teams, n, true}, part + kWait + kArrival * double(n));
   }
   return best;
 }

@@ -182,6 +182,15 @@ def test_more_threads_never_leave_more_to_the_busiest(backward: bool) -> None:
             least = min(share, least)
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("cell", list(NUMBER))
+def test_small_layers_are_shared_by_rows(cell: str, backward: bool) -> None:
+    """Their units fill no second block, and their weights are read from each core's own cache."""
+    for threads in (2, 4, 8):
+        plan = _C.cpu_plan(NUMBER[cell], 200, 8, 32, 32, 32, 1, threads, False, 0, False, backward=backward)
+        assert (plan["splits_units"], plan["workers"]) == (False, threads)
+
+
 def test_auto_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = dict(T=512, B=64, I=1024, H=1024, properties=DEVICES["h100"])
     monkeypatch.setattr(cuda, "MEASURED", frozenset())
