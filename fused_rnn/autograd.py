@@ -141,36 +141,37 @@ class _Stack(torch.autograd.Function):
         rest = has_biases, projected, resets, lengths, False, True
         results: Any = operators.stack(x, h0, c0, cell, layers, directions, weights, *rest)
         if results is None:
-            options = _of_rows(resets, lengths, x)
             try:
+                options = _options(resets, lengths, x)
                 results = _forward_in_turn(NAMES[cell], layers, directions, has_biases, x, h0, c0, weights, options)
             except (RuntimeError, IndexError) as error:
                 raise Refused(str(error)) from error
         y, h_n, c_n, between, reserve = results
-        of_rows = () if resets is None and lengths is None else (resets, lengths)
-        ctx.call = cell, layers, directions, has_biases, projected, len(of_rows)
+        constants = () if resets is None and lengths is None else (resets, lengths)
+        ctx.of_module, ctx.constants = call[:5], len(constants)
         read = _READ_WEIGHTS[has_biases, projected]
-        _save(ctx, (between, reserve), of_rows, tensors, read, directions, (layers or 1) * directions)
+        _save(ctx, (between, reserve), constants, tensors, read, directions, (layers or 1) * directions)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         needs = ctx.needs_input_grad[1:]
-        cell, layers, directions, has_biases, projected, constants = ctx.call
-        # Of a cell, batched gradients take less time through the specification than row by row.
-        again = torch.is_grad_enabled() or _any_transformed(grads, layers == 0 or constants > 0)
-        (between, reserve), of_rows, (x, h0, c0, *weights) = _saved(ctx, constants, len(needs), again)
-        resets, lengths = of_rows or (None, None)
+        cell, layers, directions, has_biases, projected = ctx.of_module
+        # Of a cell, batched gradients take less time through the specification than row by row; options are a list.
+        again = torch.is_grad_enabled() or _any_transformed(grads, layers == 0 or ctx.constants > 0)
+        (between, reserve), constants, (x, h0, c0, *weights) = _saved(ctx, ctx.constants, len(needs), again)
+        resets, lengths = constants or (None, None)
         if again:
-            options = _of_rows(resets, lengths, x)
+            options = _options(resets, lengths, x)
 
             def outputs(x: Tensor, h0: Any, c0: Any, *weights: Any) -> Sequence[Tensor | None]:
                 name = NAMES[cell]
                 if layers == 0:
                     return reference.layer(name, x, h0, c0, reference.layer_weights(weights, 0, 1, 1, has_biases))
                 sequence = x if x.dim() == 3 else x.unsqueeze(0)
-                call = weights, has_biases, layers, directions
-                y, *states = reference.stack(name, sequence, h0, c0, *call, options=options)
+                y, *states = reference.stack(
+                    name, sequence, h0, c0, weights, has_biases, layers, directions, options=options
+                )
                 return y if x.dim() == 3 else y.squeeze(0), *states
 
             gradients: Any = _differentiable_backward(outputs, (x, h0, c0, *weights), needs, grads)
@@ -180,14 +181,14 @@ class _Stack(torch.autograd.Function):
                 *grads, *kept, cell, layers, directions, weights, has_biases, projected, resets, lengths, needs
             )
             if gradients is None:
-                options = _of_rows(resets, lengths, x)
+                options = _options(resets, lengths, x)
                 gradients = _backward_in_turn(
                     NAMES[cell], layers, directions, has_biases, grads, *kept, weights, options, needs
                 )
         return None, *gradients
 
 
-def _of_rows(resets: Tensor | None, lengths: Tensor | None, x: Tensor) -> LayerOptions:
+def _options(resets: Tensor | None, lengths: Tensor | None, x: Tensor) -> LayerOptions:
     """The options of every layer of a sequence; x may be a single step."""
     if resets is None and lengths is None:
         return NO_OPTIONS

@@ -99,11 +99,12 @@ class FusedRNNBase(TorchConvertible, Variants):
 
             Without the keywords, and without options that torch.nn does not have, type and message are torch.nn's.
         """
-        may_be_plain = reset_state is None and return_state_sequence is False and not self._varied
-        if may_be_plain and (results := self._plain(input, hx, 3, resets, lengths)) is not None:
-            return results
-        if may_be_plain and resets is None and lengths is None and self._leaves_weights_to_torch(input):
-            return self._torchs(input, hx)
+        may_be_plain = reset_state is None and return_state_sequence is False
+        if may_be_plain and not self._varied:
+            if (results := self._plain(input, hx, 3, resets, lengths)) is not None:
+                return results
+            if resets is None and lengths is None and self._leaves_weights_to_torch(input):
+                return self._torchs(input, hx)
         keywords = (resets, reset_state, lengths, return_state_sequence)
         return call.run(self._spec(), None if self._varied else self._torchs, input, hx, *keywords)
 
@@ -162,7 +163,7 @@ class FusedRNNBase(TorchConvertible, Variants):
             torch.compiler.is_compiling()
             or (self.training and self.dropout and self.num_layers > 1)
             or self.num_layers == 0  # a cell's
-            or self.hidden_size in tuned.table.hidden_sizes
+            or (self.hidden_size in tuned.table.hidden_sizes and resets is None and lengths is None)
             or self.backend == "torch"
             or not self._checks_are_torchs
             or type(self.bidirectional) is not bool

@@ -2,7 +2,7 @@
 
 In inference on the CPU one operator runs each layer, from the caller's tensors into the caller's tensors, and
 allocates nothing. Everything else is `fused_rnn.call.run` on a sequence of one step, in which a row that waits has
-length zero. A plain step does without this file (`fused_rnn.modules`).
+length zero. A plain step, also one with nothing but `resets`, does without this file (`fused_rnn.modules`).
 """
 
 from __future__ import annotations

@@ -57,6 +57,11 @@ class CpuLayer : public Layer {
     ragged.of_lengths(*lengths, T, B);
     ragged.describe(shape);
   }
+  // The same, of a layer above: the caller's lengths may have changed since.
+  void end_as(const RaggedRows& below) {
+    ragged = below;
+    ragged.describe(shape);
+  }
   // The kernels normalise both products or none, and c with them.
   void regularise(Options& o) {
     Layer::regularise(o);

@@ -117,6 +117,9 @@ struct Layers {
     for (PyObject* const optional : {h0, c0, resets, lengths}) {
       if (optional != Py_None && !is_tensor(optional)) return false;
     }
+    for (PyObject* const option : {resets, lengths}) {  // which the operator, asked in turn, would take for positive
+      if (option != Py_None && called(torch_objects().is_neg, option).ptr() != Py_False) return false;
+    }
     return PySequence_Fast_GET_SIZE(weights) > 1 && is_tensor(x);
   }
 
@@ -164,7 +167,7 @@ struct Layers {
                                      Py_False};
       return run(&stack, arguments, std::size(arguments), 0, 0);
     }
-    // Determinism is an option, and only the node of one layer has options.
+    // Determinism is an option, of which this node has resets and lengths alone.
     const bool on_cpu = attribute(x, interned().is_cpu).ptr() == Py_True;
     if (!on_cpu || deterministic.ptr() == Py_True || !share_a_node()) return {};
     const auto object = [](PyObject* each) { return py::handle(each); };
@@ -207,11 +210,11 @@ struct ModuleCall {
         (transposes && dispatcher_is_watched())) {
       return {};
     }
-    const auto time_first = [&](PyObject* tensor) {
-      return transposes && is_tensor(tensor) ? transposed(tensor, interned().transpose)
-                                             : py::reinterpret_borrow<py::object>(tensor);
+    const auto time_first = [&](PyObject* tensor, bool is_batch_first) {
+      return is_batch_first ? transposed(tensor, interned().transpose) : py::reinterpret_borrow<py::object>(tensor);
     };
-    const py::object x = time_first(input), begins = time_first(resets);
+    const py::object x = time_first(input, transposes);
+    const py::object begins = time_first(resets, transposes && is_tensor(resets) && sizes_of(resets).size() == 2);
     const Layers all{x.ptr(),     h0.ptr(),   c0.ptr(),  cell,         layers, directions,
                      given.ptr(), has_biases, projected, begins.ptr(), lengths};
     if (!all.are_tensors()) return {};

@@ -82,10 +82,16 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
 
   int64_t H = 0, P = 0;
   OptionalTensor h_n, c_n, between, reserve;
+  RaggedRows ragged;
   for (int64_t index = 0; index < layers; ++index) {
     const Tensor* const given = &weights[index * D * each];
     CpuLayer layer(cell, x.sizes(), type, given[1].sizes(), projected, D == 2, std::nullopt);
-    layer.end_at(lengths);
+    if (index == 0) {
+      layer.end_at(lengths);
+      ragged = layer.ragged;
+    } else {
+      layer.end_as(ragged);
+    }
     layer.shape.train = train;
     layer.shape.deterministic = deterministic;
     layer.replace_at(resets);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,7 +21,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_rnn
-from fused_rnn import _C, operators, policy
+from fused_rnn import _C, operators, policy, tuned
 
 CELLS = {"RNN": {}, "ReLU": {"nonlinearity": "relu"}, "LSTM": {}, "GRU": {}}
 RESETS, LENGTHS = torch.tensor([[True, False], [False, True]]), torch.tensor([1, 2])
@@ -189,6 +190,60 @@ def test_others_see_the_call(name: str, suffix: str, train: bool, monkeypatch: p
     with counted(monkeypatch) as found, CONTEXTS.get(name, nullcontext)(), torch.set_grad_enabled(train):
         WATCHED.get(name, lambda call, x: call(x))(call, x)
     assert not any(found) or (train and name in ("profiler", "negated"))  # there the node asks the dispatcher
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_resets_and_lengths_that_do_not_fit_are_refused_as_by_other_calls(batch_first: bool, train: bool) -> None:
+    module, x = made("LSTM", {"batch_first": batch_first}), torch.randn(2, 2, 3)
+    with torch.set_grad_enabled(train), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of nested and of sparse tensors
+        for resets in (RESETS[0, 0], RESETS[0], RESETS[:, :1], RESETS[:0], RESETS[None]):
+            with pytest.raises(RuntimeError, match=r"LSTM: Expected resets of shape \[2, 2\], got"):
+                module(x, resets=resets)
+        for resets in (torch.nested.nested_tensor(list(RESETS)), RESETS.float(), RESETS.float().to_mkldnn(), True):
+            with pytest.raises((RuntimeError, ValueError), match=r"resets|NestedTensorImpl"):
+                module(x, resets=resets)
+        for resets in (RESETS[0, 0], RESETS, RESETS.to_sparse_csr(), RESETS[0].float().to_mkldnn()):
+            with pytest.raises((RuntimeError, ValueError), match=r"LSTM\.step: [Ee]xpected resets"):
+                module.step(x[0], resets=resets)
+        for lengths in (LENGTHS + 1, LENGTHS - 2, torch._neg_view(LENGTHS)):
+            with pytest.raises(ValueError, match="LSTM: expected lengths between 0 and 2, got"):
+                module(x, lengths=lengths)
+
+
+def test_lengths_are_read_once() -> None:
+    """Another thread may write to them between the layers, which would then differ in their rows."""
+    module, x, lengths = fused_rnn.LSTM(64, 64, 3), torch.randn(64, 64, 64), torch.full((64,), 64)
+    states, done = (torch.full((3, 64, 64), 7.0), torch.full((3, 64, 64), 7.0)), threading.Event()
+
+    def write() -> None:
+        while not done.wait(1e-6):
+            lengths[::2] = 0
+            lengths.fill_(64)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for call in range(200):
+            with torch.set_grad_enabled(call % 2 == 1):
+                torch.full((3, 64, 64), 12345.0)  # what is freed here is the next call's memory
+                h_n = module(x, states, lengths=lengths)[1][0].detach()
+            without_steps = h_n == 7
+            assert (without_steps | (h_n.abs() < 1)).all() and torch.equal(without_steps[0], without_steps[2])
+    finally:
+        done.set()
+        writer.join()
+
+
+def test_what_tune_measured_is_nothing_to_resets_and_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = made("GRU", {}), torch.randn(2, 2, 3)
+    monkeypatch.setattr(tuned.table, "hidden_sizes", {4})
+    with counted(monkeypatch) as found, torch.no_grad():
+        module(x)
+        for keywords in KEYWORDS:
+            module(x, **keywords)
+    assert found == [True] * len(KEYWORDS)
 
 
 @pytest.mark.parametrize("suffix", ["", "Cell"])
