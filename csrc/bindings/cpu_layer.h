@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstring>
+#include <utility>
 
 #include "../cpu/dispatch.h"
 #include "../cpu/memory.h"
@@ -54,12 +55,12 @@ class CpuLayer : public Layer {
   void end_at(const OptionalTensor& lengths) {
     if (!lengths) return;
     FUSED_RNN_CHECK(!step && !packed, "lengths need x to be [T, B, I]");
-    ragged.of_lengths(*lengths, T, B);
-    ragged.describe(shape);
+    RaggedRows rows;
+    rows.of_lengths(*lengths, T, B);
+    end_at(std::move(rows));
   }
-  // The same, of a layer above: the caller's lengths may have changed since.
-  void end_as(const RaggedRows& below) {
-    ragged = below;
+  void end_at(RaggedRows rows) {
+    ragged = std::move(rows);
     ragged.describe(shape);
   }
   // The kernels normalise both products or none, and c with them.

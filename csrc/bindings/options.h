@@ -5,6 +5,7 @@
 
 #include <array>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "tensors.h"
@@ -25,7 +26,7 @@ struct Options {
     for (size_t i = 0; i < all.size(); ++i) *all[i] = (*given)[i];
   }
   // As the operators take them.
-  GivenOptions given() {
+  GivenOptions as_list() {
     GivenOptions list{std::in_place};
     for (const OptionalTensor* field : fields()) list->push_back(*field);
     return list;

@@ -1,6 +1,7 @@
-// A module's or cell's plain call, from the caller's arguments to the results: what Python takes to find out that
-// nothing stands in the way of the kernels is more than small layers compute. The answer is None to all other calls, at
-// which fused_rnn/modules.py and cells.py then look more closely; nothing is refused here.
+// A module's or cell's plain call, also with resets and lengths, from the caller's arguments to the results: what
+// Python takes to find out that nothing stands in the way of the kernels is more than small layers compute. The answer
+// is None to all other calls, at which fused_rnn/modules.py and cells.py then look more closely; nothing is refused
+// here.
 //
 // What the module is, they know: they do not ask while a compiler looks, for a module with options of ours, with
 // dropout, with another backend, with weights that are missing or with checks of a subclass, nor where the user's table
@@ -117,10 +118,15 @@ struct Layers {
     for (PyObject* const optional : {h0, c0, resets, lengths}) {
       if (optional != Py_None && !is_tensor(optional)) return false;
     }
-    for (PyObject* const option : {resets, lengths}) {  // which the operator, asked in turn, would take for positive
-      if (option != Py_None && called(torch_objects().is_neg, option).ptr() != Py_False) return false;
-    }
     return PySequence_Fast_GET_SIZE(weights) > 1 && is_tensor(x);
+  }
+
+  // An operator reads what lies in an option's memory, and the node may have to ask the operators.
+  bool has_negated_options() const {
+    const auto negated = [](PyObject* option) {
+      return option != Py_None && called(torch_objects().is_neg, option).ptr() != Py_False;
+    };
+    return negated(resets) || negated(lengths);
   }
 
   bool is_of_the_kernels() const {
@@ -157,7 +163,7 @@ struct Layers {
   // y, h_n, c_n and more, from one call; null if the layers have to be called in turn. `records` is records().
   py::object in_one_call(bool records) const {
     const Torch& torch = torch_objects();
-    if (!is_of_the_kernels()) return {};
+    if (!is_of_the_kernels() || has_negated_options()) return {};
     const bool has_steps = number(attribute(x, interned().ndim)) == 3 && length(x) > 1;
     if (has_steps && attribute(x, interned().dtype).ptr() == torch.float32 && wants_other_products()) return {};
     const py::object deterministic = called(torch.deterministic);
@@ -210,13 +216,16 @@ struct ModuleCall {
         (transposes && dispatcher_is_watched())) {
       return {};
     }
-    const auto time_first = [&](PyObject* tensor, bool is_batch_first) {
-      return is_batch_first ? transposed(tensor, interned().transpose) : py::reinterpret_borrow<py::object>(tensor);
-    };
-    const py::object x = time_first(input, transposes);
-    const py::object begins = time_first(resets, transposes && is_tensor(resets) && sizes_of(resets).size() == 2);
-    const Layers all{x.ptr(),     h0.ptr(),   c0.ptr(),  cell,         layers, directions,
-                     given.ptr(), has_biases, projected, begins.ptr(), lengths};
+    auto x = py::reinterpret_borrow<py::object>(input), resets_of_steps = py::reinterpret_borrow<py::object>(resets);
+    if (transposes) {
+      x = transposed(input, interned().transpose);
+      if (is_tensor(resets) && sizes_of(resets).size() == 2) {  // another is to be refused, not by torch's transpose
+        resets_of_steps = transposed(resets, interned().transpose);
+      }
+    }
+    const Layers all{x.ptr(),    h0.ptr(),    c0.ptr(),   cell,      layers,
+                     directions, given.ptr(), has_biases, projected, resets_of_steps.ptr(),
+                     lengths};
     if (!all.are_tensors()) return {};
     const bool records = all.records();
     if (records) {

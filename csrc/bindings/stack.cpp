@@ -82,16 +82,15 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
 
   int64_t H = 0, P = 0;
   OptionalTensor h_n, c_n, between, reserve;
-  RaggedRows ragged;
+  RaggedRows rows;  // of all layers: another thread may write to the caller's lengths meanwhile
+  if (lengths) {
+    FUSED_RNN_CHECK(x.dim() == 3, "lengths need x to be [T, B, I], got ", shape_text(x.sizes()));
+    rows.of_lengths(*lengths, x.size(0), x.size(1));
+  }
   for (int64_t index = 0; index < layers; ++index) {
     const Tensor* const given = &weights[index * D * each];
     CpuLayer layer(cell, x.sizes(), type, given[1].sizes(), projected, D == 2, std::nullopt);
-    if (index == 0) {
-      layer.end_at(lengths);
-      ragged = layer.ragged;
-    } else {
-      layer.end_as(ragged);
-    }
+    layer.end_at(rows);
     layer.shape.train = train;
     layer.shape.deterministic = deterministic;
     layer.replace_at(resets);
@@ -177,7 +176,7 @@ std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalTensor dh_n, Optio
   }
   Options options;
   options.resets = resets, options.lengths = lengths;
-  const GivenOptions given_options = resets || lengths ? options.given() : std::nullopt;
+  const GivenOptions given_options = resets || lengths ? options.as_list() : std::nullopt;
   FUSED_RNN_CHECK(!is_cell || (is_step && !dh_n), "a cell has x of [B, I] and no dh_n");
   FUSED_RNN_CHECK(x.dim() == 3, "x must be [T, B, I] or [B, I], got ", shape_text(x.sizes()));
   FUSED_RNN_CHECK(between || layers == 1, "between is missing");

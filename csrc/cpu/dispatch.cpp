@@ -349,7 +349,7 @@ Plan plan(const Kernels& k, const LayerShape& shape, bool backward, int64_t thre
   const bool packs_its_own = shape.T == 1 && shape.H >= most * block;  // if units are split
   if (shape.B >= most * kRows && !packs_its_own) return {teams, most, false};
   if (shape.whole_rows()) return {teams, std::min(most, std::max<int64_t>(shape.B, 1)), false};
-  // By rows no worker waits for another, but each reads all weights.
+  // By rows no worker waits for another, but each reads all weights: of a single step most of them from other cores.
   const double row = step / double(shape.B);
   const bool is_far = outgrow_cache(shape, backward ? shape.P : shape.P + shape.I, 1);
   const double weights = shape.T == 1 ? 0 : row * (is_far ? kFar : kNear);

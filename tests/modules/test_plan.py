@@ -185,7 +185,7 @@ def test_more_threads_never_leave_more_to_the_busiest(backward: bool) -> None:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("cell", list(NUMBER))
 def test_small_layers_are_shared_by_rows(cell: str, backward: bool) -> None:
-    """Their units fill no second block, and their weights are read from each core's own cache."""
+    """Their steps are too short to wait for one another, and every core's cache holds their weights."""
     for threads in (2, 4, 8):
         plan = _C.cpu_plan(NUMBER[cell], 200, 8, 32, 32, 32, 1, threads, False, 0, False, backward=backward)
         assert (plan["splits_units"], plan["workers"]) == (False, threads)

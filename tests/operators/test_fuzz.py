@@ -25,8 +25,8 @@ import fused_rnn
 from fused_rnn import _C, reference
 from fused_rnn.options import LayerOptions, operator_tensors_of
 from operator_calls import WAYS, dispatched
-from test_direct import ROWS, stack, stack_arguments
 from test_ops import KINDS, backward_arguments, forward_arguments
+from test_stack import ROWS, stack, stack_arguments
 
 CELLS = list(reference.CELLS)
 REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AssertionError)
