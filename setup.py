@@ -24,7 +24,14 @@ from setup_cuda import EXHAUSTIVE_SWITCHES, build_cuda, nvcc
 ROOT = Path(__file__).resolve().parent
 CUDA_ONLY = ("bindings/cuda_*.cpp", "cuda/recurrence.cpp")
 # The objects of the Python module; the rest is _cpu.so's.
-MODULE = ("bindings/module.o", "bindings/direct.o", "bindings/plain.o", "bindings/stream.o", "cuda/plan.o")
+MODULE = (
+    "bindings/module.o",
+    "bindings/direct.o",
+    "bindings/node.o",
+    "bindings/plain.o",
+    "bindings/stream.o",
+    "cuda/plan.o",
+)
 FAILED = (
     "fused_rnn did not compile (the first 'error:' above says why): it needs a C++17 compiler with OpenMP, such as a "
     "recent g++ (Debian, Ubuntu: apt install g++; CXX names another), and FUSED_RNN_CUDA=0 leaves out what needs nvcc."

@@ -8,17 +8,16 @@ module share one node, which does as little as it can in Python: one for each wo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fused_rnn import input_gates, operators, reference
+from fused_rnn import _C, input_gates, operators, reference
 from fused_rnn.cell_info import NAMES
+from fused_rnn.operators import BATCH_FIRST, STEP, TIME_FIRST, UNBATCHED
 from fused_rnn.options import NO_OPTIONS, LayerOptions, constants_of, flags_of
-from fused_rnn.policy import COMPILERS_TYPES, FAKE_TYPES
+from fused_rnn.policy import FAKE_TYPES
 
 
 class Inputs(NamedTuple):
@@ -94,9 +93,8 @@ class _Layer(torch.autograd.Function):
         inputs = Inputs(x, h0, c0, tensors[3 : 3 + count])
         y, h_n, c_n, more, kept = run_forward(cell, inputs, options, not recompute)
         constants: tuple[Any, ...] = () if options is NO_OPTIONS else constants_of(options)
-        ctx.cell, ctx.count, ctx.constants, ctx.flags = cell, count, len(constants), flags_of(options)
-        directions, read = count // 5, _READ_WEIGHTS[True, True]  # all five have a place, absent ones, too
-        _save(ctx, () if recompute else kept, constants, tensors, read, directions, directions, recompute)
+        ctx.cell, ctx.count, ctx.has_options, ctx.flags = cell, count, bool(constants), flags_of(options)
+        _C.node_save(ctx, () if recompute else kept, constants, tensors, count // 5, recompute)
         if cell != "lstm":
             ctx.mark_non_differentiable(c_n)
         return y, h_n, c_n, *more
@@ -104,8 +102,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         needs, count = ctx.needs_input_grad[3:], ctx.count
-        again = torch.is_grad_enabled() or _any_transformed(grads, ctx.constants > 0)
-        kept, constants, tensors = _saved(ctx, ctx.constants, len(needs), again)
+        again = _C.node_is_again(grads, ctx.has_options)
+        kept, constants, tensors = _C.node_saved(ctx, again)
         x, h0, c0 = tensors[:3]
         options = LayerOptions(*constants, *tensors[3 + count :], *ctx.flags) if constants else NO_OPTIONS
         if again:
@@ -129,70 +127,13 @@ class Refused(RuntimeError):
 
 
 class _Stack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, call: tuple[int, int, int, bool, bool, Tensor | None, Tensor | None], *tensors: Any) -> Any:
-        """`tensors` are x, h0, c0 and all weights, torch.nn's ``_flat_weights``.
+    """All layers of a plain module, or a cell: csrc/bindings/node.cpp, which says what `call` is.
 
-        `call` is the cell's number, layers, directions, has_biases, projected, resets and lengths, one argument because
-        each takes its time. A cell has 0 layers and no h_n (csrc/bindings/cpu_operators.h).
-        """
-        cell, layers, directions, has_biases, projected, resets, lengths = call
-        x, h0, c0, *weights = tensors
-        rest = has_biases, projected, resets, lengths, False, True
-        results: Any = operators.stack(x, h0, c0, cell, layers, directions, weights, *rest)
-        if results is None:
-            try:
-                options = _options(resets, lengths, x)
-                results = _forward_in_turn(NAMES[cell], layers, directions, has_biases, x, h0, c0, weights, options)
-            except (RuntimeError, IndexError) as error:
-                raise Refused(str(error)) from error
-        y, h_n, c_n, between, reserve = results
-        constants = () if resets is None and lengths is None else (resets, lengths)
-        ctx.of_module, ctx.constants = call[:5], len(constants)
-        read = _READ_WEIGHTS[has_biases, projected]
-        _save(ctx, (between, reserve), constants, tensors, read, directions, (layers or 1) * directions)
-        return y, h_n, c_n
+    The tensors are x, h0, c0 and all weights, torch.nn's ``_flat_weights``.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        needs = ctx.needs_input_grad[1:]
-        cell, layers, directions, has_biases, projected = ctx.of_module
-        # Of a cell, batched gradients take less time through the specification than row by row; options are a list.
-        again = torch.is_grad_enabled() or _any_transformed(grads, layers == 0 or ctx.constants > 0)
-        (between, reserve), constants, (x, h0, c0, *weights) = _saved(ctx, ctx.constants, len(needs), again)
-        resets, lengths = constants or (None, None)
-        if again:
-            options = _options(resets, lengths, x)
-
-            def outputs(x: Tensor, h0: Any, c0: Any, *weights: Any) -> Sequence[Tensor | None]:
-                name = NAMES[cell]
-                if layers == 0:
-                    return reference.layer(name, x, h0, c0, reference.layer_weights(weights, 0, 1, 1, has_biases))
-                sequence = x if x.dim() == 3 else x.unsqueeze(0)
-                y, *states = reference.stack(
-                    name, sequence, h0, c0, weights, has_biases, layers, directions, options=options
-                )
-                return y if x.dim() == 3 else y.squeeze(0), *states
-
-            gradients: Any = _differentiable_backward(outputs, (x, h0, c0, *weights), needs, grads)
-        else:
-            kept = x, between, reserve
-            gradients = operators.stack_backward(
-                *grads, *kept, cell, layers, directions, weights, has_biases, projected, resets, lengths, needs
-            )
-            if gradients is None:
-                options = _options(resets, lengths, x)
-                gradients = _backward_in_turn(
-                    NAMES[cell], layers, directions, has_biases, grads, *kept, weights, options, needs
-                )
-        return None, *gradients
-
-
-def _options(resets: Tensor | None, lengths: Tensor | None, x: Tensor) -> LayerOptions:
-    """The options of every layer of a sequence; x may be a single step."""
-    if resets is None and lengths is None:
-        return NO_OPTIONS
-    return LayerOptions(resets=resets if resets is None or x.dim() == 3 else resets.unsqueeze(0), lengths=lengths)
+    forward = staticmethod(_C.node_forward)
+    backward = staticmethod(_C.node_backward)
 
 
 # Function.apply without its handling of functorch transforms, in which the policy does not choose the operators.
@@ -200,63 +141,103 @@ layer: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Layer
 stack: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Stack).apply
 
 
-# Where the functions of all layers return None, because a profiler or a mode would see the operators, or because a
-# tensor is one that only torch can read: the same by the operator of one layer, which keeps the same.
+# The node of all layers where a derivative is itself to be differentiated; and where a profiler or a mode would see the
+# operators, or a tensor is one that only torch can read: the same by the operator of one layer, which keeps the same.
 
 
-def _forward_in_turn(
-    cell: str,
-    num_layers: int,
-    directions: int,
-    has_biases: bool,
+def backward_again(
+    call: tuple[int, int, int, bool, bool, int],
+    resets: Tensor | None,
+    lengths: Tensor | None,
+    tensors: Sequence[Any],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of `tensors` that are needed, as a differentiable function of them and of the outputs' gradients.
+
+    Args:
+        call: the cell's number, layers, directions, has_biases, projected and layout.
+    """
+    cell, num_layers, directions, has_biases, _, layout = call
+    name, options, of_states = NAMES[cell], _options(resets, lengths, layout), _layout_of_states(num_layers, layout)
+
+    def outputs(x: Tensor, h0: Any, c0: Any, *weights: Any) -> Sequence[Tensor | None]:
+        if num_layers == 0:
+            return reference.layer(name, x, h0, c0, reference.layer_weights(weights, 0, 1, 1, has_biases))
+        x, h0, c0 = _time_first(x, layout), _time_first(h0, of_states), _time_first(c0, of_states)
+        y, *states = reference.stack(name, x, h0, c0, weights, has_biases, num_layers, directions, options=options)
+        return _laid_out(y, layout), *[_laid_out(state, of_states) for state in states]
+
+    return _differentiable_backward(outputs, tensors, needs, grads)
+
+
+def forward_in_turn(
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
-    weights: Sequence[Tensor],
-    options: LayerOptions,
-) -> tuple[Tensor | None, ...]:
-    """`operators.stack` in training."""
-    if num_layers == 0:
-        of_layer = reference.layer_weights(weights, 0, 1, 1, has_biases)
-        y, _, c_n, reserve, _ = operators.forward(cell, x, h0, c0, of_layer, options, True)
-        return y, None, c_n if cell == "lstm" else None, None, reserve
-    y = x if x.dim() == 3 else x.unsqueeze(0)
-    h_layers, c_layers = reference.by_layer(h0, None, 0, num_layers), reference.by_layer(c0, None, 1, num_layers)
-    of_layers = []
-    for index in range(num_layers):
-        of_layer = reference.layer_weights(weights, index, num_layers, directions, has_biases)
-        y, *others = operators.forward(cell, y, h_layers[index], c_layers[index], of_layer, options, True)
-        of_layers.append((y, *others[:3]))
-    ys, *kinds = zip(*of_layers, strict=True)
-    h_n, c_n, reserve = map(torch.cat, kinds)
-    between = torch.cat(ys[:-1]) if num_layers > 1 else None
-    return y if x.dim() == 3 else y.squeeze(0), h_n, c_n if cell == "lstm" else None, between, reserve
-
-
-def _backward_in_turn(
-    cell: str,
+    cell: int,
     num_layers: int,
     directions: int,
+    weights: Sequence[Tensor],
     has_biases: bool,
-    grads: Sequence[Tensor | None],
+    projected: bool,
+    layout: int,
+    resets: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """`stack` of csrc/bindings/cpu_operators.h, in training.
+
+    Raises:
+        Refused: a tensor does not fit the others.
+    """
+    name = NAMES[cell]
+    try:
+        if num_layers == 0:
+            of_layer = reference.layer_weights(weights, 0, 1, 1, has_biases)
+            y, _, c_n, reserve, _ = operators.forward(name, x, h0, c0, of_layer, NO_OPTIONS, True)
+            return y, None, c_n if name == "lstm" else None, None, reserve
+        of_states, options = _layout_of_states(num_layers, layout), _options(resets, lengths, layout)
+        h0, c0 = _time_first(h0, of_states), _time_first(c0, of_states)
+        h_layers, c_layers = reference.by_layer(h0, None, 0, num_layers), reference.by_layer(c0, None, 1, num_layers)
+        y, of_layers = _time_first(x, layout), []
+        for index in range(num_layers):
+            of_layer = reference.layer_weights(weights, index, num_layers, directions, has_biases)
+            y, *others = operators.forward(name, y, h_layers[index], c_layers[index], of_layer, options, True)
+            of_layers.append((y, *others[:3]))
+        ys, *kinds = zip(*of_layers, strict=True)
+        h_n, c_n, reserve = map(torch.cat, kinds)
+        states = _laid_out(h_n, of_states), _laid_out(c_n, of_states) if name == "lstm" else None
+        return _laid_out(y, layout), *states, torch.cat(ys[:-1]) if num_layers > 1 else None, reserve
+    except (RuntimeError, IndexError) as error:
+        raise Refused(str(error)) from error
+
+
+def backward_in_turn(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
     x: Tensor,
     between: Tensor | None,
     reserve: Tensor,
+    cell: int,
+    num_layers: int,
+    directions: int,
     weights: Sequence[Tensor],
-    options: LayerOptions,
+    has_biases: bool,
+    projected: bool,
+    layout: int,
+    resets: Tensor | None,
+    lengths: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """`operators.stack_backward`."""
-    is_step, is_cell = x.dim() == 2, num_layers == 0
+    """`stack_backward` of csrc/bindings/cpu_operators.h."""
+    of_states, options = _layout_of_states(num_layers, layout), _options(resets, lengths, layout)
     num_layers = num_layers or 1
-    dy, *dstates = grads
-    if is_step:
-        x, dy = x.unsqueeze(0), None if dy is None else dy.unsqueeze(0)
-    if is_cell:
-        dstates = [None if d is None else d.unsqueeze(0) for d in dstates]
+    x, dy = _time_first(x, layout), _time_first(dy, layout)
+    dstates = [_time_first(d, of_states) for d in (dh_n, dc_n)]
     layer_inputs = (x, *(between.split(x.size(0)) if between is not None else ()))
     found: list[Tensor | None] = [None] * len(needs)
-    of_states: list[list[Tensor]] = [[], []]
+    found_states: list[list[Tensor]] = [[], []]
     for index in reversed(range(num_layers)):
         rows = slice(index * directions, (index + 1) * directions)
         of_layer, places = (
@@ -266,7 +247,7 @@ def _backward_in_turn(
         needs_of_layer = [place is not None and needs[place] for place in places]
         need_dx = any(needs[: places[0]]) if index > 0 else needs[0]  # of the layers below, or x itself
         dy, *others = operators.backward(
-            cell,
+            NAMES[cell],
             (dy, *[None if d is None else d[rows] for d in dstates]),
             layer_inputs[index],
             reserve[rows],
@@ -275,7 +256,7 @@ def _backward_in_turn(
             (need_dx, *needs[1:3], *needs_of_layer),
             0,
         )
-        for kind, d in zip(of_states, others, strict=False):
+        for kind, d in zip(found_states, others, strict=False):
             if d is not None:
                 kind.insert(0, d)
         for place, need, d in zip(places, needs_of_layer, others[2:], strict=False):
@@ -283,103 +264,40 @@ def _backward_in_turn(
                 found[place] = d
         if not need_dx:
             break
-    found[:3] = [dy, *[torch.cat(kind) if kind else None for kind in of_states]]
-    without = 3 if is_cell else 1 if is_step else 0  # their first dimension
-    found[:without] = [None if d is None else d.squeeze(0) for d in found[:without]]
+    found[:3] = (
+        _laid_out(dy, layout),
+        *[_laid_out(torch.cat(kind), of_states) if kind else None for kind in found_states],
+    )
     return [d if need else None for d, need in zip(found, needs, strict=True)]
 
 
-def _save(
-    ctx: Any,
-    kept: Sequence[Tensor | None],
-    constants: Sequence[Tensor | None],
-    tensors: Sequence[Any],
-    read_weights: tuple[bool, ...],
-    directions: int,
-    all_directions: int,
-    recompute: bool = False,
-) -> None:
-    """Keep for backward what forward kept, constants, and `tensors`, the arguments that may need a gradient.
-
-    A tensor that the first derivative reads is saved for it, which guards it against writing in place. One that only a
-    second derivative reads is kept aside with its version, so that writing to it stays allowed until then. The last
-    four arguments are those of `_that_derivatives_read`.
-    """
-    ctx.set_materialize_grads(False)
-    ctx.kept = len(kept)
-    needs = ctx.needs_input_grad[-len(tensors) :]
-    ctx.read, aside = _that_derivatives_read(needs, read_weights, directions, all_directions, recompute)
-    ctx.save_for_backward(*kept, *constants, *[tensors[i] for i in ctx.read])
-    ctx.aside = [(i, t, None if t.is_inference() else t._version) for i in aside if (t := tensors[i]) is not None]
+# Views of a caller's tensors as the operators' [T, B, ...], and back, as in csrc/bindings/layout.h.
 
 
-def _saved(ctx: Any, constants: int, count: int, again: bool) -> tuple[Any, Any, list[Any]]:
-    """What forward kept, the constants, and the `count` tensors; `again`: for a second derivative."""
-    saved, first = ctx.saved_tensors, ctx.kept + constants
-    tensors: list[Any] = [None] * count
-    for index, tensor in zip(ctx.read, saved[first:], strict=True):
-        tensors[index] = tensor
-    for index, tensor, version in ctx.aside:
-        tensors[index] = _unchanged(tensor, version) if again else tensor
-    return saved[: ctx.kept], saved[ctx.kept : first], tensors
+def _layout_of_states(num_layers: int, layout: int) -> int:
+    """That of h and c, whose [L*D, B, ...] takes the place of [T, B, ...]."""
+    return STEP if num_layers == 0 else UNBATCHED if layout == UNBATCHED else TIME_FIRST
 
 
-# Which weights of a direction the first derivative reads, by which there are: w_ih and w_hh, no biases, w_hr.
-_READ_WEIGHTS = {
-    (has_biases, projected): (True, True) + (False, False) * has_biases + (True,) * projected
-    for has_biases in (True, False)
-    for projected in (True, False)
-}
+def _time_first(tensor: Any, layout: int) -> Any:
+    if tensor is None or layout == TIME_FIRST:
+        return tensor
+    return tensor.transpose(0, 1) if layout == BATCH_FIRST else tensor.unsqueeze(_MISSING[layout])
 
 
-@lru_cache(maxsize=4096)
-def _that_derivatives_read(
-    needs: tuple[bool, ...], read_weights: tuple[bool, ...], directions: int, all_directions: int, recompute: bool
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The places of the tensors that the first derivative reads, and of those only the second.
-
-    Args:
-        needs: which of the tensors need a gradient. Weights begin with the fourth.
-        read_weights: one of `_READ_WEIGHTS`.
-        directions, all_directions: of one layer, and of all layers together.
-    """
-    everything = range(len(needs))
-    if recompute:
-        return tuple(everything), ()
-    # x and the first w_ih meet in one product: each is read for the other's gradient. The initial states and those of
-    # resets are guarded as torch.nn guards its own.
-    each = len(read_weights)
-    of_w_ih = slice(3, 3 + each * directions, each)
-    reads = [any(needs[of_w_ih]), True, True, *read_weights * all_directions]
-    reads[of_w_ih] = [needs[0]] * directions
-    if len(needs) > len(reads):
-        reads += [True] * (len(needs) - len(reads))
-        if needs[-1]:  # norm_ih
-            reads[0] = True
-            reads[of_w_ih] = [True] * directions
-    return tuple(i for i in everything if reads[i]), tuple(i for i in everything if not reads[i])
+def _laid_out(sequence: Any, layout: int) -> Any:
+    if sequence is None or layout == TIME_FIRST:
+        return sequence
+    return sequence.transpose(0, 1) if layout == BATCH_FIRST else sequence.squeeze(_MISSING[layout])
 
 
-def _unchanged(tensor: Tensor, version: int | None) -> Tensor:
-    if version is not None and tensor._version != version:
-        raise RuntimeError(
-            "one of the variables needed for the second derivative has been modified by an inplace operation: "
-            f"it is at version {tensor._version}; expected version {version} instead"
-        )
-    return tensor
+_MISSING = {UNBATCHED: 1, STEP: 0}  # dimension
 
 
-def _any_transformed(grads: Sequence[Tensor | None], or_batched: bool) -> bool:
-    # A gradient under vmap or with a tangent: torch's own operations know how to take it. is_grads_batched=True is a
-    # vmap of its own, which runs an operator row by row unless the operator has a list of tensors among its arguments:
-    # then, with `or_batched`, it counts, too.
-    functorch = torch._C._functorch
-    if forward_ad._current_level >= 0 or functorch.get_dynamic_layer_stack_depth() > 0:
-        return True
-    for g in grads:
-        if g is not None and (type(g) not in COMPILERS_TYPES or (or_batched and functorch.is_legacy_batchedtensor(g))):
-            return True
-    return False
+def _options(resets: Tensor | None, lengths: Tensor | None, layout: int) -> LayerOptions:
+    if resets is None and lengths is None:
+        return NO_OPTIONS
+    return LayerOptions(resets=_time_first(resets, layout), lengths=lengths)
 
 
 def _differentiable_backward(

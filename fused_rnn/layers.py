@@ -94,7 +94,7 @@ def step(
         options = LayerOptions(deterministic=True) if deterministic() else NO_OPTIONS
         if options is NO_OPTIONS and x.dtype in policy.KERNEL_DTYPES:
             given = [w for w in weights if w is not None]
-            call = NUMBER[cell], 0, 1, len(given) > 2, False, None, None
+            call = NUMBER[cell], 0, 1, len(given) > 2, False, operators.STEP, None, None
             h, _, c = autograd.stack(call, x, h0, c0, *given)
             return h, c
         tensors = () if options is NO_OPTIONS else differentiable_of(options)

@@ -21,23 +21,18 @@ from fused_rnn.cell_info import NUMBER
 from fused_rnn.options import NO_OPTIONS, LayerOptions, operator_tensors_of
 
 NO_WEIGHTS = (None,) * 5
+TIME_FIRST, BATCH_FIRST, UNBATCHED, STEP = range(4)
+"""Layouts of x, y and resets, as in csrc/bindings/layout.h."""
 
 forward_operator: Callable[..., tuple[Tensor, ...]] = _C.forward
 """Arguments: x, h0, c0, the cell's number, whether backward follows, weights. With `forward`, also options."""
 backward_operator: Callable[..., tuple[Any, ...]] = _C.backward
 step: Callable[..., tuple[Tensor, Tensor]] = _C.step
 """One step of one layer: x, h0, c0, the cell's number, five weights, deterministic -> h, c."""
-stack: Callable[..., tuple[Tensor, ...] | None] = _C.stack
-"""All layers of a module: x, h0, c0, the cell's number, layers, directions, weights, has_biases, projected, resets,
-lengths, deterministic, whether backward follows -> y, h_n, c_n and, for backward, y of the layers below the last and
-the reserves; None if the layers have to be computed in turn."""
-stack_backward: Callable[..., tuple[Tensor | None, ...] | None] = _C.stack_backward
-"""Gradients of y, h_n, c_n, then x, what forward kept, the cell's number, layers, directions, weights, of which the
-biases may be None, has_biases, projected, resets, lengths, which gradients are needed -> gradients of x, h0, c0,
-weights; None if the layers have to be computed in turn."""
 in_one_call: Callable[..., tuple[Any, ...] | None] = _C.in_one_call
-"""y, h_n, c_n and more of `stack`, in training through the node of `fused_rnn.autograd`: x, h0, c0, the cell's number,
-layers, directions, weights, has_biases, projected, resets, lengths; None if the layers have to be computed in turn."""
+"""y, h_n, c_n and more of all layers, in training through the node of `fused_rnn.autograd`: x, h0, c0, the cell's
+number, layers, directions, weights, has_biases, projected, resets, lengths; None if they have to be computed in
+turn."""
 plain: Callable[..., Any] = _C.plain
 """A plain call of a module or cell: input, hx, the input's dimensions, the cell's number, num_layers (0: a cell),
 directions, bias, whether it is projected, batch_first, the parameters, a dict, the lists of the weights' names and of

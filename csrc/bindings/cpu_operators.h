@@ -35,12 +35,13 @@ FUSED_RNN_EXPORT std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, Op
 // them of one layer.
 using StackResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// All layers of a module, float32 or float64. x: [T, B, I], or [B, I] for one step, y [B, P]. layers: 0 for a cell, one
-// step of one layer with states of [B, ...]. weights: of each layer and direction w_ih, w_hh, then biases if there are,
-// then w_hr if projected. resets: bool [T, B], or [B] for one step; lengths: as in RaggedRows. A cell has neither.
+// All layers of a module, float32 or float64. layers: 0 for a cell, one step of one layer with states of [B, ...].
+// weights: of each layer and direction w_ih, w_hh, then biases if there are, then w_hr if projected. layout: a Layout.
+// resets: bool [T, B], laid out as x; lengths: as in RaggedRows. A cell has neither.
 FUSED_RNN_EXPORT StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, int64_t layers,
                                     int64_t directions, std::vector<Tensor> weights, bool has_biases, bool projected,
-                                    OptionalTensor resets, OptionalTensor lengths, bool deterministic, bool train);
+                                    int64_t layout, OptionalTensor resets, OptionalTensor lengths, bool deterministic,
+                                    bool train);
 
 // Gradients of x, h0, c0 and all weights, in this order, undefined where `needs` says no. dy, dh_n and dc_n are shaped
 // as y, h_n and c_n of `stack`, between and reserve are its own; weights, whose biases may be absent, and the rest are
@@ -49,8 +50,8 @@ FUSED_RNN_EXPORT std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalT
                                                     Tensor x, OptionalTensor between, Tensor reserve, int64_t cell,
                                                     int64_t layers, int64_t directions,
                                                     std::vector<OptionalTensor> weights, bool has_biases,
-                                                    bool projected, OptionalTensor resets, OptionalTensor lengths,
-                                                    std::vector<bool> needs);
+                                                    bool projected, int64_t layout, OptionalTensor resets,
+                                                    OptionalTensor lengths, std::vector<bool> needs);
 
 }  // namespace bindings
 }  // namespace fused_rnn

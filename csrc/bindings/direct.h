@@ -80,11 +80,24 @@ inline py::object called(PyObject* function, PyObject* argument) { return called
 
 inline py::object called(PyObject* function) { return called(function, nullptr, 0); }
 
+inline py::object attribute(PyObject* object, PyObject* name) {
+  PyObject* const value = PyObject_GetAttr(object, name);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
 // Whether a mode or a tracer sees calls of the dispatcher, or this thread's profiler.
 inline bool dispatcher_is_watched() {
   const Torch& torch = torch_objects();
   return called(torch.profiles).ptr() == Py_True || called(torch.modes).cast<int64_t>() > 0 ||
          !called(torch.tracer).is_none();
+}
+
+// Whether a functorch transform or a forward-mode derivative rewrites torch's operations.
+inline bool are_transformed() {
+  static PyObject* const level = PyUnicode_InternFromString("_current_level");
+  const Torch& torch = torch_objects();
+  return called(torch.transforms).cast<int64_t>() > 0 || attribute(torch.forward_mode, level).cast<int64_t>() >= 0;
 }
 
 // The tensors among a call's arguments, and in lists among them, in order.

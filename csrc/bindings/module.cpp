@@ -17,6 +17,7 @@ namespace py = pybind11;
 
 namespace fused_rnn::bindings {
 void bind_direct(py::module_& m);  // direct.cpp
+void bind_node(py::module_& m);    // node.cpp
 void bind_plain(py::module_& m);   // plain.cpp
 void bind_stream(py::module_& m);  // stream.cpp
 }  // namespace fused_rnn::bindings
@@ -51,6 +52,7 @@ char function_letter(const std::string& function) {
 
 PYBIND11_MODULE(_C, m) {
   fused_rnn::bindings::bind_direct(m);
+  fused_rnn::bindings::bind_node(m);
   fused_rnn::bindings::bind_plain(m);
   fused_rnn::bindings::bind_stream(m);
   m.def("cpu_isa", [] { return std::string(fused_rnn::cpu::kernels().name); }, "The instruction set in use.");

@@ -7,6 +7,7 @@
 // dropout, with another backend, with weights that are missing or with checks of a subclass, nor where the user's table
 // has a say. Where gradients are recorded, the call is a node of fused_rnn/autograd.py.
 #include "direct.h"
+#include "layout.h"
 
 namespace fused_rnn {
 namespace bindings {
@@ -17,11 +18,8 @@ namespace {
 struct Names {
   PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* ndim = PyUnicode_InternFromString("ndim");
-  PyObject* transpose = PyUnicode_InternFromString("transpose");
-  PyObject* transpose_in_place = PyUnicode_InternFromString("transpose_");
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
   PyObject* shape = PyUnicode_InternFromString("shape");
-  PyObject* current_level = PyUnicode_InternFromString("_current_level");
   PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
   PyObject* cpu = PyUnicode_InternFromString("cpu");
   PyObject* mkldnn = PyUnicode_InternFromString("mkldnn");
@@ -46,18 +44,7 @@ const Ours& ours() {
   return storage.call_once_and_store_result([] { return Ours(); }).get_stored();
 }
 
-py::object attribute(PyObject* object, PyObject* name) {
-  PyObject* const value = PyObject_GetAttr(object, name);
-  if (!value) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
-}
 int64_t number(py::handle object) { return object.cast<int64_t>(); }
-
-// Whether a functorch transform or a forward-mode derivative rewrites torch's operations.
-bool are_transformed() {
-  const Torch& torch = torch_objects();
-  return number(called(torch.transforms)) > 0 || number(attribute(torch.forward_mode, interned().current_level)) >= 0;
-}
 
 // As `precision` in fused_rnn/policy.py, of a sequence of float32 with more than one step.
 bool wants_other_products() {
@@ -98,18 +85,10 @@ int64_t length(PyObject* tensor) {
   return sizes.empty() ? 0 : sizes[0].cast<int64_t>();
 }
 
-py::object transposed(PyObject* tensor, PyObject* method) {
-  static PyObject* const dimensions[] = {PyLong_FromLong(0), PyLong_FromLong(1)};
-  PyObject* const arguments[] = {tensor, dimensions[0], dimensions[1]};
-  PyObject* const result = PyObject_VectorcallMethod(method, arguments, 3, nullptr);
-  if (!result) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
 // The arguments of `in_one_call`: all layers of a module, or a cell, which has 0 layers. `weights` is a list or tuple;
 // whether its elements, x and the states are tensors is to be asked first.
 struct Layers {
-  PyObject *x, *h0, *c0, *cell, *layers, *directions, *weights, *has_biases, *projected, *resets, *lengths;
+  PyObject *x, *h0, *c0, *cell, *layers, *directions, *weights, *has_biases, *projected, *layout, *resets, *lengths;
 
   bool are_tensors() const {
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(weights); ++i) {
@@ -147,6 +126,13 @@ struct Layers {
   }
   bool records() const { return records(PySequence_Fast_GET_SIZE(weights)); }
 
+  bool has_steps() const {
+    const auto of = static_cast<Layout>(number(layout));
+    const py::tuple sizes = of == Layout::kStep ? py::tuple() : sizes_of(x);
+    const size_t time = of == Layout::kBatchFirst ? 1 : 0;
+    return sizes.size() > time && sizes[time].cast<int64_t>() > 1;
+  }
+
   // Layers that share a node keep what backward reads until it has passed all of them. Large ones, to which a node's
   // time is nothing, therefore have nodes of their own. So have layers on top of frozen ones, which then keep nothing.
   bool share_a_node() const {
@@ -164,13 +150,11 @@ struct Layers {
   py::object in_one_call(bool records) const {
     const Torch& torch = torch_objects();
     if (!is_of_the_kernels() || has_negated_options()) return {};
-    const bool has_steps = number(attribute(x, interned().ndim)) == 3 && length(x) > 1;
-    if (has_steps && attribute(x, interned().dtype).ptr() == torch.float32 && wants_other_products()) return {};
+    if (has_steps() && attribute(x, interned().dtype).ptr() == torch.float32 && wants_other_products()) return {};
     const py::object deterministic = called(torch.deterministic);
     if (!records) {
-      PyObject* const arguments[] = {x,       h0,         c0,        cell,   layers,  directions,
-                                     weights, has_biases, projected, resets, lengths, deterministic.ptr(),
-                                     Py_False};
+      PyObject* const arguments[] = {x,          h0,        c0,     cell,   layers,  directions,          weights,
+                                     has_biases, projected, layout, resets, lengths, deterministic.ptr(), Py_False};
       return run(&stack, arguments, std::size(arguments), 0, 0);
     }
     // Determinism is an option, of which this node has resets and lengths alone.
@@ -178,7 +162,7 @@ struct Layers {
     if (!on_cpu || deterministic.ptr() == Py_True || !share_a_node()) return {};
     const auto object = [](PyObject* each) { return py::handle(each); };
     const py::tuple call = py::make_tuple(object(cell), object(layers), object(directions), object(has_biases),
-                                          object(projected), object(resets), object(lengths));
+                                          object(projected), object(layout), object(resets), object(lengths));
     std::vector<PyObject*> arguments{call.ptr(), x, h0, c0};
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(weights); ++i) {
       arguments.push_back(PySequence_Fast_GET_ITEM(weights, i));
@@ -187,10 +171,20 @@ struct Layers {
   }
 };
 
-// The arguments of `plain`: input and states as the caller gave them, the input's dimensions, and the module.
+// The arguments of `plain`: input and states as the caller gave them, the dimensions of a batch's input, and the
+// module.
 struct ModuleCall {
   PyObject *input, *hx, *dim, *cell, *layers, *directions, *has_biases, *projected, *batch_first;
   PyObject *parameters, *weight_names, *weights, *resets, *lengths;
+
+  // None if it has other dimensions than the call takes. Lengths are those of a batch.
+  std::optional<Layout> layout_of_input() const {
+    const int64_t expected = number(dim), dimensions = number(attribute(input, interned().ndim));
+    if (expected == 2) return dimensions == 2 ? std::optional(Layout::kStep) : std::nullopt;
+    if (dimensions == 2 && lengths == Py_None) return Layout::kUnbatched;
+    if (dimensions != 3) return std::nullopt;
+    return batch_first == Py_True ? Layout::kBatchFirst : Layout::kTimeFirst;
+  }
 
   // Null if it is no plain call. What may change while Python's functions run is held here.
   py::object results() const {
@@ -201,8 +195,8 @@ struct ModuleCall {
     }
     const auto given = py::reinterpret_steal<py::object>(PyList_AsTuple(weights));
     if (!are_in_place(parameters, weight_names, given.ptr())) return {};
-    const int64_t dimensions = number(attribute(input, interned().ndim));
-    if (dimensions != number(dim)) return {};
+    const std::optional<Layout> layout = layout_of_input();
+    if (!layout) return {};
     const bool is_lstm = static_cast<CellKind>(number(cell)) == CellKind::kLstm, is_cell = number(layers) == 0;
     py::object h0 = py::reinterpret_borrow<py::object>(hx), c0 = py::none();
     if (is_lstm && hx != Py_None) {
@@ -211,27 +205,18 @@ struct ModuleCall {
       c0 = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(hx, 1));
       if (h0.is_none() || c0.is_none()) return {};
     }
-    const bool transposes = dimensions == 3 && batch_first == Py_True;  // which a watcher would see again from Python
-    if (are_transformed() || called(torch.autocast, interned().cpu).ptr() != Py_False ||
-        (transposes && dispatcher_is_watched())) {
-      return {};
-    }
-    auto x = py::reinterpret_borrow<py::object>(input), resets_of_steps = py::reinterpret_borrow<py::object>(resets);
-    if (transposes) {
-      x = transposed(input, interned().transpose);
-      if (is_tensor(resets) && sizes_of(resets).size() == 2) {  // another is to be refused, not by torch's transpose
-        resets_of_steps = transposed(resets, interned().transpose);
-      }
-    }
-    const Layers all{x.ptr(),    h0.ptr(),    c0.ptr(),   cell,      layers,
-                     directions, given.ptr(), has_biases, projected, resets_of_steps.ptr(),
-                     lengths};
+    if (are_transformed() || called(torch.autocast, interned().cpu).ptr() != Py_False) return {};
+    const py::int_ layout_number(static_cast<int64_t>(*layout));
+    const Layers all{input,      h0.ptr(),    c0.ptr(),   cell,      layers,
+                     directions, given.ptr(), has_biases, projected, layout_number.ptr(),
+                     resets,     lengths};
     if (!all.are_tensors()) return {};
     const bool records = all.records();
     if (records) {
       if (number(called(torch.modes)) > 0 || !called(torch.tracer).is_none()) return {};
+      const int64_t dimensions = is_cell || *layout == Layout::kUnbatched ? 2 : 3;
       for (const py::object& state : {h0, c0}) {
-        if (!state.is_none() && number(attribute(state.ptr(), interned().ndim)) != (is_cell ? 2 : 3)) return {};
+        if (!state.is_none() && number(attribute(state.ptr(), interned().ndim)) != dimensions) return {};
       }
     }
     const py::object found = all.in_one_call(records);
@@ -240,7 +225,6 @@ struct ModuleCall {
     const py::handle y = result(0);
     if (is_cell && !is_lstm) return py::reinterpret_borrow<py::object>(y);
     if (is_cell) return py::make_tuple(y, result(2));
-    if (transposes) transposed(y.ptr(), interned().transpose_in_place);  // in place, as torch.nn's own on a CPU
     if (!is_lstm) return py::make_tuple(y, result(1));
     return py::make_tuple(y, py::make_tuple(result(1), result(2)));
   }
@@ -268,10 +252,12 @@ PyObject* plain(PyObject*, PyObject* const* a, Py_ssize_t count) {
 PyObject* in_one_call(PyObject*, PyObject* const* a, Py_ssize_t count) {
   return guarded([&] {
     py::object results;
-    if (count == kCount<Layers> && torch_objects().from_handles && (PyTuple_Check(a[6]) || PyList_Check(a[6]))) {
+    if (count == kCount<Layers> - 1 && torch_objects().from_handles && (PyTuple_Check(a[6]) || PyList_Check(a[6]))) {
       const auto weights = py::reinterpret_steal<py::object>(PySequence_Tuple(a[6]));
-      const Layers layers{a[0], a[1], a[2], a[3], a[4], a[5], weights.ptr(), a[7], a[8], a[9], a[10]};
       try {
+        const bool is_step = is_tensor(a[0]) && number(attribute(a[0], interned().ndim)) == 2;
+        const py::int_ layout(static_cast<int64_t>(is_step ? Layout::kStep : Layout::kTimeFirst));
+        const Layers layers{a[0], a[1], a[2], a[3], a[4], a[5], weights.ptr(), a[7], a[8], layout.ptr(), a[9], a[10]};
         if (layers.are_tensors()) results = layers.in_one_call(layers.records());
       } catch (const py::cast_error&) {
       }

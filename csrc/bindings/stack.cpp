@@ -5,6 +5,7 @@
 
 #include "cpu_layer.h"
 #include "cpu_operators.h"
+#include "layout.h"
 #include "scratch.h"
 
 namespace fused_rnn {
@@ -40,19 +41,6 @@ OptionalTensor part(const OptionalTensor& tensor, const char* name, int64_t all,
   return part(*tensor, name, all, first, count);
 }
 
-// A single step's [B, ...] as [1, B, ...], and back.
-Tensor as_sequence(const Tensor& step, const char* name) {
-  FUSED_RNN_CHECK(step.dim() == 2, name, " must have 2 dimensions, got ", step.dim());
-  return viewed(step, {1, step.size(0), step.size(1)}, {0, step.stride(0), step.stride(1)}, 0);
-}
-Tensor as_sequence(const Tensor& resets) {
-  FUSED_RNN_CHECK(resets.dim() == 1, "resets of a single step must have 1 dimension, got ", resets.dim());
-  return viewed(resets, {1, resets.size(0)}, {0, resets.stride(0)}, 0);
-}
-Tensor as_step(const Tensor& sequence) {
-  return viewed(sequence, {sequence.size(1), sequence.size(2)}, {sequence.stride(1), sequence.stride(2)}, 0);
-}
-
 // [L*D, B, width] from [D, B, width] of every layer.
 Tensor one_after_the_other(const std::vector<Tensor>& of_layers) {
   const Tensor& first = of_layers[0];
@@ -68,23 +56,27 @@ Tensor one_after_the_other(const std::vector<Tensor>& of_layers) {
 }  // namespace
 
 StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, int64_t layers, int64_t directions,
-                   std::vector<Tensor> weights, bool has_biases, bool projected, OptionalTensor resets,
-                   OptionalTensor lengths, bool deterministic, bool train) {
+                   std::vector<Tensor> weights, bool has_biases, bool projected, int64_t layout_number,
+                   OptionalTensor resets, OptionalTensor lengths, bool deterministic, bool train) {
   const ScalarType type = x.scalar_type();
   FUSED_RNN_CHECK(type == ScalarType::Float || type == ScalarType::Double, "x must be float32 or float64");
-  const bool is_cell = layers == 0;
-  FUSED_RNN_CHECK(!is_cell || x.dim() == 2, "x of a cell must be [B, I], got ", shape_text(x.sizes()));
+  const Layout layout = layout_by_number(layout_number);
+  const bool is_cell = layers == 0, is_unbatched = layout == Layout::kUnbatched;
+  FUSED_RNN_CHECK(!is_cell || layout == Layout::kStep, "a cell takes a single step");
   FUSED_RNN_CHECK(!is_cell || !(resets || lengths), "a cell has no resets and no lengths");
   if (is_cell) layers = 1;
-  const bool is_step_with_resets = x.dim() == 2 && resets;  // one without them has no need of a dimension of time
-  if (is_step_with_resets) x = as_sequence(x, "x"), resets = as_sequence(*resets);
+  const bool keeps_layout = layout == Layout::kStep && !resets;  // which has no need of a dimension of time
+  FUSED_RNN_CHECK(!keeps_layout || x.dim() == 2, "x of a single step must have 2 dimensions, got ", x.dim());
+  if (!keeps_layout) x = time_first(x, "x", layout, 3);
+  resets = time_first(resets, "resets", layout, 2);
+  if (is_unbatched) h0 = time_first(h0, "h0", layout, 3), c0 = time_first(c0, "c0", layout, 3);
   const int64_t D = directions, each = weights_of_each(layers, D, weights.size(), has_biases, projected);
 
   int64_t H = 0, P = 0;
   OptionalTensor h_n, c_n, between, reserve;
   RaggedRows rows;  // of all layers: another thread may write to the caller's lengths meanwhile
   if (lengths) {
-    FUSED_RNN_CHECK(x.dim() == 3, "lengths need x to be [T, B, I], got ", shape_text(x.sizes()));
+    FUSED_RNN_CHECK(layout != Layout::kStep, "a single step has no lengths");
     rows.of_lengths(*lengths, x.size(0), x.size(1));
   }
   for (int64_t index = 0; index < layers; ++index) {
@@ -120,7 +112,7 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
     Tensor y;
     if (train && !is_last) {
       y = part(*between, "between", steps_between(layers, layer.T), index * layer.T, layer.T);
-      if (layer.step) y = as_step(y);
+      if (layer.step) y = laid_out(y, Layout::kStep);
     } else {
       y = layer.new_sequence(D * P);
     }
@@ -154,31 +146,29 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
     x = y;
   }
   const auto out = [](const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); };
-  return {is_step_with_resets ? as_step(x) : x, out(h_n), out(c_n), out(between), out(reserve)};
+  const auto state = [&](const OptionalTensor& all) { return is_unbatched && all ? laid_out(*all, layout) : out(all); };
+  return {keeps_layout ? x : laid_out(x, layout), state(h_n), state(c_n), out(between), out(reserve)};
 }
 
 std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x,
                                    OptionalTensor between, Tensor reserve, int64_t cell, int64_t layers,
                                    int64_t directions, std::vector<OptionalTensor> weights, bool has_biases,
-                                   bool projected, OptionalTensor resets, OptionalTensor lengths,
+                                   bool projected, int64_t layout_number, OptionalTensor resets, OptionalTensor lengths,
                                    std::vector<bool> needs) {
+  const Layout layout = layout_by_number(layout_number);
   const bool is_cell = layers == 0;
   if (is_cell) layers = 1;
   const int64_t D = directions, each = weights_of_each(layers, D, weights.size(), has_biases, projected);
   FUSED_RNN_CHECK(needs.size() == 3 + weights.size(), "needs must have ", 3 + weights.size(), " entries, got ",
                   needs.size());
-  const bool is_step = x.dim() == 2, need_dstate = needs[1] || needs[2];
-  if (is_step) {
-    x = as_sequence(x, "x");
-    if (dy) dy = as_sequence(*dy, "dy");
-    if (dc_n && is_cell) dc_n = as_sequence(*dc_n, "dc_n");
-    if (resets) resets = as_sequence(*resets);
-  }
+  const bool need_dstate = needs[1] || needs[2], are_states_laid_out = is_cell || layout == Layout::kUnbatched;
+  FUSED_RNN_CHECK(!is_cell || (layout == Layout::kStep && !dh_n), "a cell takes a single step and has no dh_n");
+  x = time_first(x, "x", layout, 3), dy = time_first(dy, "dy", layout, 3);
+  resets = time_first(resets, "resets", layout, 2);
+  if (are_states_laid_out) dh_n = time_first(dh_n, "dh_n", layout, 3), dc_n = time_first(dc_n, "dc_n", layout, 3);
   Options options;
   options.resets = resets, options.lengths = lengths;
   const GivenOptions given_options = resets || lengths ? options.as_list() : std::nullopt;
-  FUSED_RNN_CHECK(!is_cell || (is_step && !dh_n), "a cell has x of [B, I] and no dh_n");
-  FUSED_RNN_CHECK(x.dim() == 3, "x must be [T, B, I] or [B, I], got ", shape_text(x.sizes()));
   FUSED_RNN_CHECK(between || layers == 1, "between is missing");
   const int64_t T = x.size(0), all_between = steps_between(layers, T);
 
@@ -217,9 +207,10 @@ std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalTensor dh_n, Optio
     if (!need_dx) break;  // nor what is below
     dy = all[0];
   }
-  if (needs[0]) found[0] = is_step ? as_step(*dy) : *dy;
+  if (needs[0]) found[0] = laid_out(*dy, layout);
   const auto joined = [&](const std::vector<Tensor>& states) {
-    return is_cell ? as_step(states[0]) : one_after_the_other(states);
+    const Tensor all = one_after_the_other(states);
+    return are_states_laid_out ? laid_out(all, layout) : all;
   };
   if (needs[1]) found[1] = joined(dh0);
   if (needs[2] && dc0[0].defined()) found[2] = joined(dc0);

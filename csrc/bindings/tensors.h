@@ -161,11 +161,11 @@ inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType d
 
 // Another view of a tensor's memory, `skipped` elements further on. torch::stable's operations go through the
 // dispatcher.
-inline Tensor viewed(const Tensor& tensor, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
-                     int64_t skipped) {
+inline Tensor viewed(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                     torch::headeronly::IntHeaderOnlyArrayRef strides, int64_t skipped) {
   AtenTensorHandle handle;
   const AOTITorchError error = aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()),
-                                                              sizes.begin(), strides.begin(), skipped, &handle);
+                                                              sizes.data(), strides.data(), skipped, &handle);
   FUSED_RNN_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for a view");
   return Tensor(handle);
 }

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
 from contract import fused_calls
-from fused_rnn import operators, policy
+from fused_rnn import autograd, operators, policy
 from tuned_calls import set_outrun_mkl as set_outrun_mkl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,8 +40,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         y = results[0] if isinstance(results, tuple) else None
         return isinstance(y, torch.Tensor) and type(y.grad_fn).__name__ in ("TanhBackward0", "ReluBackward0")
 
-    for name in ("plain", "in_one_call", "forward_operator", "step", "stack", "_step_into"):
+    for name in ("plain", "in_one_call", "forward_operator", "step", "_step_into"):
         monkeypatch.setattr(operators, name, counted(name, getattr(operators, name)))
+    monkeypatch.setattr(autograd, "stack", counted("stack", autograd.stack))
     yield names
 
 

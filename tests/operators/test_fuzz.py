@@ -23,6 +23,7 @@ from torch._subclasses import fake_tensor
 
 import fused_rnn
 from fused_rnn import _C, reference
+from fused_rnn.operators import BATCH_FIRST, UNBATCHED
 from fused_rnn.options import LayerOptions, operator_tensors_of
 from operator_calls import WAYS, dispatched
 from test_ops import KINDS, backward_arguments, forward_arguments
@@ -273,7 +274,8 @@ def all_layers_backward(**arguments: Any) -> Any:
 @given(data=st.data())
 def test_damaged_calls_of_all_layers(operator: Callable[..., Any], data: st.DataObject) -> None:
     cell = data.draw(st.sampled_from(CELLS), "cell")
-    sizes = st.sampled_from([{}, {"D": 2}, {"T": 0}, {"count": 1}, {"biases": False}, {"P": 3}, *ROWS])
+    layouts = [{"layout": layout} | more for layout in (BATCH_FIRST, UNBATCHED) for more in ({}, {"resets": True})]
+    sizes = st.sampled_from([{}, {"D": 2}, {"T": 0}, {"count": 1}, {"biases": False}, {"P": 3}, *ROWS, *layouts])
     changes = data.draw(sizes, "changes")
     cell = "lstm" if "P" in changes else cell
     call = stack_arguments(cell, **changes) | {"train": True}
@@ -282,7 +284,7 @@ def test_damaged_calls_of_all_layers(operator: Callable[..., Any], data: st.Data
     if operator is all_layers:
         check(operator, damaged(data, call | weights))
         return
-    names = ("cell", "layers", "directions", "has_biases", "projected", "resets", "lengths")
+    names = ("cell", "layers", "directions", "has_biases", "projected", "layout", "resets", "lengths")
     kept = {name: call[name] for name in names}
     needs = tuple(data.draw(st.lists(st.booleans(), min_size=3 + len(weights), max_size=3 + len(weights)), "needs"))
     given = dict(dy=y, dh_n=h_n, dc_n=c_n, x=call["x"], between=between, reserve=reserve) | kept | {"needs": needs}

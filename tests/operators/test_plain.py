@@ -55,6 +55,8 @@ def calls_of(module: torch.nn.Module, options: dict[str, Any], dtype: torch.dtyp
     if options.get("bidirectional"):
         state = states_of(module, dtype, 2 * layers, 2, 4)
     yield from (lambda: module(x), lambda: module(x, state))
+    alone = tuple(s[:, 0] for s in state) if isinstance(state, tuple) else state[:, 0]
+    yield from (lambda: module(x[0]), lambda: module(x[0], alone), lambda: module(x[0], resets=RESETS[0]))
     yield from (lambda keywords=keywords: module(x, state, **keywords) for keywords in KEYWORDS)
     if not options.get("bidirectional"):
         yield from (lambda: module.step(x[0]), lambda: module.step(x[0], state))

@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
 from fused_rnn import _C, autograd, layers, operators, policy, reference
+from fused_rnn.operators import BATCH_FIRST, STEP, TIME_FIRST, UNBATCHED
 from fused_rnn.options import LayerOptions
 
 CELLS = list(reference.CELLS)
 NAMES = (
-    "x", "h0", "c0", "cell", "layers", "directions", "weights", "has_biases", "projected", "resets", "lengths",
-    "deterministic", "train",
+    "x", "h0", "c0", "cell", "layers", "directions", "weights", "has_biases", "projected", "layout", "resets",
+    "lengths", "deterministic", "train",
 )  # fmt: skip
 ROWS: tuple[dict[str, Any], ...] = (
     {"resets": True}, {"lengths": True}, {"resets": True, "lengths": True, "D": 2}, {"T": 0, "resets": True},
@@ -41,11 +42,13 @@ def stack_arguments(
     biases: bool = True,
     P: int = 0,
     T: int = 3,
+    layout: int = TIME_FIRST,
     resets: bool = False,
     lengths: bool = False,
     dtype: Any = torch.float32,
 ) -> dict[str, Any]:
     """Arguments of a valid call; T = 0 is a single step."""
+    layout = layout if T else STEP
     torch.manual_seed(0)
     B, H, G, lstm = 3, 5, reference.GATES[cell], cell == "lstm"
     weights = []
@@ -57,14 +60,18 @@ def stack_arguments(
     begins = torch.tensor([[True, False, True], [False, True, False], [False, False, True]]) if resets else None
     begins = begins if T or begins is None else begins[0]
     ends = torch.tensor([2, 0, 3], dtype=torch.int32) if lengths else None
-    of_rows = begins, ends, False, False
+    if layout == BATCH_FIRST:
+        x, begins = x.transpose(0, 1).contiguous(), None if begins is None else begins.t()
+    elif layout == UNBATCHED:
+        x, h0, c0, begins = x[:, 0], h0[:, 0], c0[:, 0], None if begins is None else begins[:, 0]
+    of_rows = layout, begins, ends, False, False
     values = (x, h0, c0 if lstm else None, CELLS.index(cell), count, D, weights, biases, P > 0, *of_rows)
     return dict(zip(NAMES, values, strict=True))
 
 
 def options_of(arguments: dict[str, Any]) -> LayerOptions:
     """Of every layer, over a sequence."""
-    return autograd._options(arguments["resets"], arguments["lengths"], arguments["x"])
+    return autograd._options(arguments["resets"], arguments["lengths"], arguments["layout"])
 
 
 def in_one_call(
@@ -178,17 +185,17 @@ def cell_tensors(cell: str, biases: bool, dtype: torch.dtype = torch.float32) ->
 def test_a_cell_in_one_call_is_a_layer(cell: str, biases: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = cell_tensors(cell, biases)
 
-    def everything(watched: bool = False) -> tuple[str, list[Tensor]]:
-        outputs = cell_call(cell, *tensors)
+    def everything(watched: tuple[bool, bool] = (False, False)) -> tuple[str, list[Tensor]]:
+        with profile() if watched[0] else nullcontext():
+            outputs = cell_call(cell, *tensors)
         loss = sum(o.square().sum() for o in outputs)
-        with profile() if watched else nullcontext():
+        with profile() if watched[1] else nullcontext():
             gradients = torch.autograd.grad(loss, tensors)
         return type(outputs[0].grad_fn).__name__, [*outputs, *gradients]
 
     node, found = everything()
-    _, backward_in_turn = everything(watched=True)
-    monkeypatch.setattr(operators, "stack", lambda *arguments: None)
-    _, in_turn = everything(watched=True)
+    _, backward_in_turn = everything(watched=(False, True))
+    _, in_turn = everything(watched=(True, True))
     monkeypatch.setattr(policy, "KERNEL_DTYPES", ())
     other_node, expected = everything()
     assert (node, other_node) == ("_StackBackward", "_LayerBackward")
@@ -221,6 +228,48 @@ def test_second_derivatives_of_all_layers_in_one_node(changes: dict[str, Any]) -
         t.mul_(0.3).requires_grad_()
     assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+
+
+@with_cells(
+    *[dict(layout=layout, D=2, resets=resets) for layout in (BATCH_FIRST, UNBATCHED) for resets in (True, False)]
+)
+def test_layouts_are_views(cell: str, changes: dict[str, Any]) -> None:
+    """The node of a sequence that is laid out in another way, however backward is computed."""
+    a = stack_arguments(cell, **changes)
+    inputs = [a[name] for name in ("x", "h0", "c0") if a[name] is not None] + a["weights"]
+    for t in inputs:
+        t.mul_(0.3).requires_grad_()
+    names = ("cell", "layers", "directions", "has_biases", "projected", "layout", "resets", "lengths")
+    turn = {BATCH_FIRST: lambda t: t.transpose(0, 1), UNBATCHED: lambda t: t.unsqueeze(1)}[a["layout"]]
+    of_states = turn if a["layout"] == UNBATCHED else lambda t: t
+
+    def outputs(time_first: bool) -> list[Tensor]:
+        if not time_first:
+            results = autograd.stack(tuple(a[name] for name in names), a["x"], a["h0"], a["c0"], *a["weights"])
+            return [t for t in results if t is not None]
+        h0, c0 = (None if a[name] is None else of_states(a[name]) for name in ("h0", "c0"))
+        sizes = a["has_biases"], a["layers"], a["directions"]
+        resets = None if a["resets"] is None else turn(a["resets"])
+        y, *states = in_one_call(cell, turn(a["x"]), h0, c0, a["weights"], *sizes, resets)
+        if a["layout"] == UNBATCHED:
+            return [t.squeeze(1) for t in (y, *states)]
+        return [y.transpose(0, 1), *states]
+
+    def gradients(results: list[Tensor], **again: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(sum(t.square().sum() for t in results), inputs, **again)
+
+    expected = outputs(time_first=True)
+    of_expected = gradients(expected, create_graph=True)
+    for watched in ((False, False), (True, False), (False, True)):
+        with profile() if watched[0] else nullcontext():
+            found = outputs(time_first=False)
+        with profile() if watched[1] else nullcontext():
+            of_found = gradients(found)
+        assert all(map(torch.equal, found, expected))
+        torch.testing.assert_close(of_found, of_expected)
+    of_found = gradients(outputs(time_first=False), create_graph=True)
+    again = [torch.autograd.grad(sum(g.square().sum() for g in first), inputs) for first in (of_found, of_expected)]
+    torch.testing.assert_close(*again)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -315,7 +364,18 @@ def test_layers_below_the_first_gradient_are_left_out(name: str) -> None:
         dict(x=torch.randn(3, 3, 4).half()),
         dict(x=torch.randn(3, 3, 6)),
         dict(x=torch.randn(3, 5), train=True),
-        dict(x=torch.randn(3, 4), layers=0),
+        dict(x=torch.randn(3, 4)),
+        dict(layout=4),
+        dict(layout=-1),
+        dict(layout=2**40),
+        dict(layout=None),
+        dict(layout=STEP),
+        dict(layout=UNBATCHED),
+        dict(layout=UNBATCHED, x=torch.randn(3, 4)),
+        dict(layout=BATCH_FIRST, x=torch.randn(2, 3, 4)),
+        dict(layout=BATCH_FIRST, x=torch.randn(3, 4)),
+        dict(layout=BATCH_FIRST, resets=torch.zeros(3, dtype=torch.bool)),
+        dict(x=torch.randn(3, 4), layout=STEP, layers=0),
         dict(layers=0, weights=[torch.randn(s) for s in ((20, 4), (20, 5), 20, 20)]),
         dict(train=None),
         dict(x=torch.randn(3, 3, 4).as_subclass(type("Mine", (Tensor,), {}))),
@@ -329,15 +389,15 @@ def test_layers_below_the_first_gradient_are_left_out(name: str) -> None:
         dict(resets=torch.zeros(3, 2, dtype=torch.bool)),
         dict(resets=torch.zeros(3, dtype=torch.bool)),
         dict(resets=[True]),
-        dict(resets=torch.zeros(3, 3, dtype=torch.bool), x=torch.randn(3, 4)),
+        dict(resets=torch.zeros(3, 3, dtype=torch.bool), x=torch.randn(3, 4), layout=STEP),
         dict(lengths=torch.tensor([1, 2, 4])),
         dict(lengths=torch.tensor([1, 2, -1])),
         dict(lengths=torch.tensor([1, 2])),
         dict(lengths=torch.tensor([1.0, 2.0, 3.0])),
-        dict(lengths=torch.tensor([1, 1, 1]), x=torch.randn(3, 4)),
+        dict(lengths=torch.tensor([1, 1, 1]), x=torch.randn(3, 4), layout=STEP),
         dict(lengths=torch.tensor([1, 2, 3]).to("meta")),
     ],
-    ids=range(43),
+    ids=range(54),
 )
 def test_what_does_not_fit_is_left_to_the_layers(change: dict[str, Any]) -> None:
     a = stack_arguments("lstm")
@@ -371,7 +431,12 @@ def test_what_does_not_fit_is_left_to_the_layers(change: dict[str, Any]) -> None
         dict(x=torch.randn(4, 3, 4)),
         dict(x=torch.randn(1, 1, 1).expand(2**62, 0, 4)),
         dict(x=None),
-        dict(x=torch.randn(3, 4), dy=torch.randn(3, 5), dh_n=None, dc_n=torch.randn(3, 5), layers=0),
+        dict(x=torch.randn(3, 4), dy=torch.randn(3, 5), dh_n=None, dc_n=torch.randn(3, 5), layers=0, layout=STEP),
+        dict(layout=4),
+        dict(layout=None),
+        dict(layout=STEP),
+        dict(layout=UNBATCHED),
+        dict(layout=UNBATCHED, x=torch.randn(3, 4), dy=torch.randn(3, 5)),
         dict(dy=torch.randn(3, 3, 4)),
         dict(dy=torch.randn(3, 5)),
         dict(dh_n=torch.randn(1, 3, 5)),
@@ -392,14 +457,15 @@ def test_what_does_not_fit_is_left_to_the_layers(change: dict[str, Any]) -> None
         dict(lengths=torch.tensor([1, 2, 4])),
         dict(lengths=torch.tensor([3.0, 3.0, 3.0])),
     ],
-    ids=range(42),
+    ids=range(47),
 )
 def test_what_does_not_fit_backward_is_left_to_the_layers(change: dict[str, Any]) -> None:
     a = stack_arguments("lstm") | dict(train=True)
     y, h_n, c_n, between, reserve = stack(**a)
     backward = dict(
         dy=y, dh_n=h_n, dc_n=c_n, x=a["x"], between=between, reserve=reserve, cell=a["cell"], layers=2, directions=1,
-        weights=a["weights"], has_biases=True, projected=False, resets=None, lengths=None, needs=(True,) * 11,
+        weights=a["weights"], has_biases=True, projected=False, layout=TIME_FIRST, resets=None, lengths=None,
+        needs=(True,) * 11,
     )  # fmt: skip
     assert len(_C.stack_backward(*backward.values())) == 11
     assert _C.stack_backward(*(backward | change).values()) is None
@@ -428,7 +494,7 @@ def test_layers_of_different_widths_are_refused() -> None:
     given = torch.randn(1, B, P1), None, None, torch.randn(1, B, 1), torch.randn(1, B, P0), torch.randn(2, B, 68)
     sizes = CELLS.index("lstm"), 2, 1
     of_layers = weights(H0, 1, P0) + weights(H1, P0, P1)
-    assert _C.stack_backward(*given, *sizes, of_layers, False, True, None, None, (True,) * 9) is None
+    assert _C.stack_backward(*given, *sizes, of_layers, False, True, TIME_FIRST, None, None, (True,) * 9) is None
 
 
 def test_other_numbers_of_arguments_are_refused() -> None:
