@@ -2,7 +2,7 @@
 
 An ``autograd.Function`` around plain operators costs a third of the time per call that
 ``torch.library.register_autograd`` does, and a call that needs no gradient does without it. All small layers of a
-module share one node, which does as little as it can in Python: one for each would take longer than what it computes.
+module share one node, whose passes are C++: one for each, in Python, would take longer than what it computes.
 """
 
 from __future__ import annotations
