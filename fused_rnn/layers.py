@@ -42,8 +42,9 @@ def stack(
     plain = not compiling and options is NO_OPTIONS and options_of is None and widths is None and not sequences
     if plain and (dropout == 0 or num_layers == 1):
         projected = len(weights) > num_layers * directions * (4 if has_biases else 2)
-        given = x, h0, c0, NUMBER[cell], num_layers, directions, weights, has_biases, projected, None, None
-        if (results := operators.in_one_call(*given)) is not None:
+        layout = operators.STEP if x.dim() == 2 else operators.TIME_FIRST
+        call = NUMBER[cell], num_layers, directions, has_biases, projected, layout, None, None
+        if (results := operators.in_one_call(x, h0, c0, weights, *call)) is not None:
             return list(results[: 3 if cell == "lstm" else 2])
     return reference.stack(
         cell, x, h0, c0, weights, has_biases, num_layers, directions, dropout, options, options_of, sequences, widths,

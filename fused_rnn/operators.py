@@ -30,8 +30,8 @@ backward_operator: Callable[..., tuple[Any, ...]] = _C.backward
 step: Callable[..., tuple[Tensor, Tensor]] = _C.step
 """One step of one layer: x, h0, c0, the cell's number, five weights, deterministic -> h, c."""
 in_one_call: Callable[..., tuple[Any, ...] | None] = _C.in_one_call
-"""y, h_n, c_n and more of all layers, in training through the node of `fused_rnn.autograd`: x, h0, c0, the cell's
-number, layers, directions, weights, has_biases, projected, resets, lengths; None if they have to be computed in
+"""y, h_n, c_n and more of all layers, in training through the node of `fused_rnn.autograd`: x, h0, c0, weights, the
+cell's number, layers, directions, has_biases, projected, layout, resets, lengths; None if they have to be computed in
 turn."""
 plain: Callable[..., Any] = _C.plain
 """A plain call of a module or cell: input, hx, the input's dimensions, the cell's number, num_layers (0: a cell),

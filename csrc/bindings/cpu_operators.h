@@ -38,8 +38,8 @@ using StackResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // All layers of a module, float32 or float64. layers: 0 for a cell, one step of one layer with states of [B, ...].
 // weights: of each layer and direction w_ih, w_hh, then biases if there are, then w_hr if projected. layout: a Layout.
 // resets: bool [T, B], laid out as x; lengths: as in RaggedRows. A cell has neither.
-FUSED_RNN_EXPORT StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, int64_t layers,
-                                    int64_t directions, std::vector<Tensor> weights, bool has_biases, bool projected,
+FUSED_RNN_EXPORT StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> weights,
+                                    int64_t cell, int64_t layers, int64_t directions, bool has_biases, bool projected,
                                     int64_t layout, OptionalTensor resets, OptionalTensor lengths, bool deterministic,
                                     bool train);
 
@@ -47,11 +47,11 @@ FUSED_RNN_EXPORT StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor 
 // as y, h_n and c_n of `stack`, between and reserve are its own; weights, whose biases may be absent, and the rest are
 // its arguments.
 FUSED_RNN_EXPORT std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
-                                                    Tensor x, OptionalTensor between, Tensor reserve, int64_t cell,
-                                                    int64_t layers, int64_t directions,
-                                                    std::vector<OptionalTensor> weights, bool has_biases,
-                                                    bool projected, int64_t layout, OptionalTensor resets,
-                                                    OptionalTensor lengths, std::vector<bool> needs);
+                                                    Tensor x, OptionalTensor between, Tensor reserve,
+                                                    std::vector<OptionalTensor> weights, int64_t cell, int64_t layers,
+                                                    int64_t directions, bool has_biases, bool projected, int64_t layout,
+                                                    OptionalTensor resets, OptionalTensor lengths,
+                                                    std::vector<bool> needs);
 
 }  // namespace bindings
 }  // namespace fused_rnn

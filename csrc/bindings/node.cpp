@@ -69,6 +69,10 @@ py::tuple from(PyObject* const* objects, Py_ssize_t count) {
   return all;
 }
 
+void append(std::vector<PyObject*>& objects, const py::tuple& more) {
+  for (py::handle object : more) objects.push_back(object.ptr());
+}
+
 // None: of None, and of a tensor made in inference mode, which has no version.
 py::object version_of(PyObject* tensor) {
   if (tensor == Py_None) return py::none();
@@ -201,25 +205,15 @@ py::object forward_of_all(PyObject* ctx, PyObject* given, PyObject* const* tenso
                   "expected a node's arguments");
   const auto call = py::reinterpret_borrow<py::tuple>(given);
   const py::tuple weights = from(tensors + 3, count - 3);
-  PyObject *const resets = at(call, kResets), *const lengths = at(call, kLengths);
-  PyObject* const arguments[] = {tensors[0],
-                                 tensors[1],
-                                 tensors[2],
-                                 at(call, kCell),
-                                 at(call, kLayers),
-                                 at(call, kDirections),
-                                 weights.ptr(),
-                                 at(call, kHasBiases),
-                                 at(call, kProjected),
-                                 at(call, kLayout),
-                                 resets,
-                                 lengths,
-                                 Py_False,
-                                 Py_True};
-  py::object results = run(&stack, arguments, std::size(arguments), 0, 0);
-  if (!results) results = called(ours().forward_in_turn, arguments, std::size(arguments) - 2);
+  std::vector<PyObject*> arguments{tensors[0], tensors[1], tensors[2], weights.ptr()};
+  append(arguments, call);
+  const size_t in_turn = arguments.size();
+  arguments.insert(arguments.end(), {Py_False, Py_True});  // deterministic, train
+  py::object results = run(&stack, arguments.data(), arguments.size(), 0, 0);
+  if (!results) results = called(ours().forward_in_turn, arguments.data(), in_turn);
   const py::tuple found = results;  // y, h_n, c_n, between, reserve
   FUSED_RNN_CHECK(found.size() == 5, "forward must have 5 results, got ", found.size());
+  PyObject *const resets = at(call, kResets), *const lengths = at(call, kLengths);
   const bool has_constants = resets != Py_None || lengths != Py_None;
   PyObject* const first_saved[] = {at(found, 3), at(found, 4), resets, lengths};
   const auto number = [&](Call which) { return py::handle(at(call, which)).cast<int64_t>(); };
@@ -251,24 +245,13 @@ py::object backward_of_all(PyObject* ctx, PyObject* const* grads) {
     found = called(ours().backward_again, arguments, std::size(arguments));
   } else {
     const auto weights = py::reinterpret_steal<py::object>(PyList_GetSlice(saved.tensors.ptr(), 3, PY_SSIZE_T_MAX));
-    PyObject* const arguments[] = {grads[0],
-                                   grads[1],
-                                   grads[2],
-                                   PyList_GET_ITEM(saved.tensors.ptr(), 0),
-                                   at(saved.kept, 0),
-                                   at(saved.kept, 1),
-                                   at(call, kCell),
-                                   at(call, kLayers),
-                                   at(call, kDirections),
-                                   weights.ptr(),
-                                   at(call, kHasBiases),
-                                   at(call, kProjected),
-                                   at(call, kLayout),
-                                   resets,
-                                   lengths,
-                                   needs.ptr()};
-    found = run(&stack_backward, arguments, std::size(arguments), 3, 0);
-    if (!found) found = called(ours().backward_in_turn, arguments, std::size(arguments));
+    std::vector<PyObject*> arguments(grads, grads + 3);
+    PyObject* const x = PyList_GET_ITEM(saved.tensors.ptr(), 0);
+    arguments.insert(arguments.end(), {x, at(saved.kept, 0), at(saved.kept, 1), weights.ptr()});
+    append(arguments, call);
+    arguments.insert(arguments.end(), {resets, lengths, needs.ptr()});
+    found = run(&stack_backward, arguments.data(), arguments.size(), 3, 0);
+    if (!found) found = called(ours().backward_in_turn, arguments.data(), arguments.size());
   }
   const auto gradients = py::reinterpret_steal<py::object>(PySequence_Tuple(found.ptr()));
   if (!gradients) throw py::error_already_set();

@@ -88,7 +88,7 @@ int64_t length(PyObject* tensor) {
 // The arguments of `in_one_call`: all layers of a module, or a cell, which has 0 layers. `weights` is a list or tuple;
 // whether its elements, x and the states are tensors is to be asked first.
 struct Layers {
-  PyObject *x, *h0, *c0, *cell, *layers, *directions, *weights, *has_biases, *projected, *layout, *resets, *lengths;
+  PyObject *x, *h0, *c0, *weights, *cell, *layers, *directions, *has_biases, *projected, *layout, *resets, *lengths;
 
   bool are_tensors() const {
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(weights); ++i) {
@@ -153,8 +153,20 @@ struct Layers {
     if (has_steps() && attribute(x, interned().dtype).ptr() == torch.float32 && wants_other_products()) return {};
     const py::object deterministic = called(torch.deterministic);
     if (!records) {
-      PyObject* const arguments[] = {x,          h0,        c0,     cell,   layers,  directions,          weights,
-                                     has_biases, projected, layout, resets, lengths, deterministic.ptr(), Py_False};
+      PyObject* const arguments[] = {x,
+                                     h0,
+                                     c0,
+                                     weights,
+                                     cell,
+                                     layers,
+                                     directions,
+                                     has_biases,
+                                     projected,
+                                     layout,
+                                     resets,
+                                     lengths,
+                                     deterministic.ptr(),
+                                     Py_False};
       return run(&stack, arguments, std::size(arguments), 0, 0);
     }
     // Determinism is an option, of which this node has resets and lengths alone.
@@ -207,9 +219,8 @@ struct ModuleCall {
     }
     if (are_transformed() || called(torch.autocast, interned().cpu).ptr() != Py_False) return {};
     const py::int_ layout_number(static_cast<int64_t>(*layout));
-    const Layers all{input,      h0.ptr(),    c0.ptr(),   cell,      layers,
-                     directions, given.ptr(), has_biases, projected, layout_number.ptr(),
-                     resets,     lengths};
+    const Layers all{input,      h0.ptr(),   c0.ptr(),  given.ptr(),         cell,   layers,
+                     directions, has_biases, projected, layout_number.ptr(), resets, lengths};
     if (!all.are_tensors()) return {};
     const bool records = all.records();
     if (records) {
@@ -252,12 +263,10 @@ PyObject* plain(PyObject*, PyObject* const* a, Py_ssize_t count) {
 PyObject* in_one_call(PyObject*, PyObject* const* a, Py_ssize_t count) {
   return guarded([&] {
     py::object results;
-    if (count == kCount<Layers> - 1 && torch_objects().from_handles && (PyTuple_Check(a[6]) || PyList_Check(a[6]))) {
-      const auto weights = py::reinterpret_steal<py::object>(PySequence_Tuple(a[6]));
+    if (count == kCount<Layers> && torch_objects().from_handles && (PyTuple_Check(a[3]) || PyList_Check(a[3]))) {
+      const auto weights = py::reinterpret_steal<py::object>(PySequence_Tuple(a[3]));
+      const Layers layers{a[0], a[1], a[2], weights.ptr(), a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]};
       try {
-        const bool is_step = is_tensor(a[0]) && number(attribute(a[0], interned().ndim)) == 2;
-        const py::int_ layout(static_cast<int64_t>(is_step ? Layout::kStep : Layout::kTimeFirst));
-        const Layers layers{a[0], a[1], a[2], a[3], a[4], a[5], weights.ptr(), a[7], a[8], layout.ptr(), a[9], a[10]};
         if (layers.are_tensors()) results = layers.in_one_call(layers.records());
       } catch (const py::cast_error&) {
       }
@@ -280,9 +289,9 @@ PyMethodDef methods[] = {
            "num_layers (0: a cell), directions, bias, whether it is projected, batch_first, the parameters (a dict), "
            "the lists of the weights' names and of the weights, resets and lengths."),
     method("in_one_call", in_one_call,
-           "y, h_n, c_n and more of all layers; None if they have to be called in turn. Arguments: x, h0, c0, the "
-           "cell's number, layers (0: a cell), directions, weights, whether there are biases and projections, resets "
-           "and lengths."),
+           "y, h_n, c_n and more of all layers; None if they have to be called in turn. Arguments: x, h0, c0, weights, "
+           "the cell's number, layers (0: a cell), directions, whether there are biases and projections, layout, "
+           "resets and lengths."),
     method("watched", watched,
            "Whether a tracer, a mode of the dispatcher, a functorch transform or a forward-mode derivative looks at "
            "torch's operations."),

@@ -55,8 +55,8 @@ Tensor one_after_the_other(const std::vector<Tensor>& of_layers) {
 
 }  // namespace
 
-StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell, int64_t layers, int64_t directions,
-                   std::vector<Tensor> weights, bool has_biases, bool projected, int64_t layout_number,
+StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> weights, int64_t cell,
+                   int64_t layers, int64_t directions, bool has_biases, bool projected, int64_t layout_number,
                    OptionalTensor resets, OptionalTensor lengths, bool deterministic, bool train) {
   const ScalarType type = x.scalar_type();
   FUSED_RNN_CHECK(type == ScalarType::Float || type == ScalarType::Double, "x must be float32 or float64");
@@ -151,9 +151,9 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, int64_t cell,
 }
 
 std::vector<Tensor> stack_backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x,
-                                   OptionalTensor between, Tensor reserve, int64_t cell, int64_t layers,
-                                   int64_t directions, std::vector<OptionalTensor> weights, bool has_biases,
-                                   bool projected, int64_t layout_number, OptionalTensor resets, OptionalTensor lengths,
+                                   OptionalTensor between, Tensor reserve, std::vector<OptionalTensor> weights,
+                                   int64_t cell, int64_t layers, int64_t directions, bool has_biases, bool projected,
+                                   int64_t layout_number, OptionalTensor resets, OptionalTensor lengths,
                                    std::vector<bool> needs) {
   const Layout layout = layout_by_number(layout_number);
   const bool is_cell = layers == 0;

@@ -265,7 +265,7 @@ def all_layers(**arguments: Any) -> Any:
 def all_layers_backward(**arguments: Any) -> Any:
     """As `all_layers`; the gradients that nobody needs are None."""
     weights = [arguments.pop(name) for name in list(arguments) if name.startswith("weight")]
-    first, last = [*arguments.values()][:9], [*arguments.values()][9:]
+    first, last = [*arguments.values()][:6], [*arguments.values()][6:]
     return _C.stack_backward(*first, weights, *last)
 
 

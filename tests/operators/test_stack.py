@@ -21,7 +21,7 @@ from fused_rnn.options import LayerOptions
 
 CELLS = list(reference.CELLS)
 NAMES = (
-    "x", "h0", "c0", "cell", "layers", "directions", "weights", "has_biases", "projected", "layout", "resets",
+    "x", "h0", "c0", "weights", "cell", "layers", "directions", "has_biases", "projected", "layout", "resets",
     "lengths", "deterministic", "train",
 )  # fmt: skip
 ROWS: tuple[dict[str, Any], ...] = (
@@ -65,7 +65,7 @@ def stack_arguments(
     elif layout == UNBATCHED:
         x, h0, c0, begins = x[:, 0], h0[:, 0], c0[:, 0], None if begins is None else begins[:, 0]
     of_rows = layout, begins, ends, False, False
-    values = (x, h0, c0 if lstm else None, CELLS.index(cell), count, D, weights, biases, P > 0, *of_rows)
+    values = (x, h0, c0 if lstm else None, weights, CELLS.index(cell), count, D, biases, P > 0, *of_rows)
     return dict(zip(NAMES, values, strict=True))
 
 
@@ -87,8 +87,9 @@ def in_one_call(
     lengths: Any = None,
 ) -> list[Tensor] | None:
     projected = len(weights) > count * D * (4 if has_biases else 2)
-    given = x, h0, c0, CELLS.index(cell), count, D, weights, has_biases, projected, resets, lengths
-    results = operators.in_one_call(*given)
+    layout = STEP if x.dim() == 2 else TIME_FIRST
+    call = CELLS.index(cell), count, D, has_biases, projected, layout, resets, lengths
+    results = operators.in_one_call(x, h0, c0, weights, *call)
     return None if results is None else list(results[: 3 if cell == "lstm" else 2])
 
 
@@ -463,8 +464,8 @@ def test_what_does_not_fit_backward_is_left_to_the_layers(change: dict[str, Any]
     a = stack_arguments("lstm") | dict(train=True)
     y, h_n, c_n, between, reserve = stack(**a)
     backward = dict(
-        dy=y, dh_n=h_n, dc_n=c_n, x=a["x"], between=between, reserve=reserve, cell=a["cell"], layers=2, directions=1,
-        weights=a["weights"], has_biases=True, projected=False, layout=TIME_FIRST, resets=None, lengths=None,
+        dy=y, dh_n=h_n, dc_n=c_n, x=a["x"], between=between, reserve=reserve, weights=a["weights"], cell=a["cell"],
+        layers=2, directions=1, has_biases=True, projected=False, layout=TIME_FIRST, resets=None, lengths=None,
         needs=(True,) * 11,
     )  # fmt: skip
     assert len(_C.stack_backward(*backward.values())) == 11
@@ -494,7 +495,7 @@ def test_layers_of_different_widths_are_refused() -> None:
     given = torch.randn(1, B, P1), None, None, torch.randn(1, B, 1), torch.randn(1, B, P0), torch.randn(2, B, 68)
     sizes = CELLS.index("lstm"), 2, 1
     of_layers = weights(H0, 1, P0) + weights(H1, P0, P1)
-    assert _C.stack_backward(*given, *sizes, of_layers, False, True, TIME_FIRST, None, None, (True,) * 9) is None
+    assert _C.stack_backward(*given, of_layers, *sizes, False, True, TIME_FIRST, None, None, (True,) * 9) is None
 
 
 def test_other_numbers_of_arguments_are_refused() -> None:
