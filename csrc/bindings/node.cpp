@@ -162,7 +162,8 @@ Saved saved_of(PyObject* ctx, bool again) {
   py::list tensors(read + others);
   const auto put = [&](PyObject* place, PyObject* tensor) {
     const auto i = py::handle(place).cast<size_t>();
-    FUSED_RNN_CHECK(i < tensors.size(), "the context of a node is not its own");
+    const bool is_free = i < tensors.size() && !PyList_GET_ITEM(tensors.ptr(), i);  // so that none is left out
+    FUSED_RNN_CHECK(is_free, "the context of a node is not its own");
     tensors[i] = py::handle(tensor);
   };
   for (Py_ssize_t i = 0; i < read; ++i) put(at(places, i), at(all, first + i));

@@ -96,6 +96,16 @@ def test_a_context_that_is_not_the_nodes_own_is_refused(name: str) -> None:
         _C.node_backward(ctx, *grads)
 
 
+@pytest.mark.parametrize("name", ["places", "aside"])
+def test_a_place_that_is_taken_twice_is_refused(name: str) -> None:
+    ctx, _, grads = context()
+    values = list(getattr(ctx, name))
+    values[-1 if name == "places" else -3] = values[0]
+    setattr(ctx, name, tuple(values))
+    with pytest.raises(RuntimeError, match="not its own"):
+        _C.node_backward(ctx, *grads)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
