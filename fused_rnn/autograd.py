@@ -93,7 +93,7 @@ class _Layer(torch.autograd.Function):
         inputs = Inputs(x, h0, c0, tensors[3 : 3 + count])
         y, h_n, c_n, more, kept = run_forward(cell, inputs, options, not recompute)
         constants: tuple[Any, ...] = () if options is NO_OPTIONS else constants_of(options)
-        ctx.cell, ctx.count, ctx.has_options, ctx.flags = cell, count, bool(constants), flags_of(options)
+        ctx.cell, ctx.count, ctx.flags = cell, count, flags_of(options)
         _C.node_save(ctx, () if recompute else kept, constants, tensors, count // 5, recompute)
         if cell != "lstm":
             ctx.mark_non_differentiable(c_n)
@@ -102,7 +102,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         needs, count = ctx.needs_input_grad[3:], ctx.count
-        again = _C.node_is_again(grads, ctx.has_options)
+        again = _C.node_is_again(grads, ctx.constants > 0)
         kept, constants, tensors = _C.node_saved(ctx, again)
         x, h0, c0 = tensors[:3]
         options = LayerOptions(*constants, *tensors[3 + count :], *ctx.flags) if constants else NO_OPTIONS
@@ -127,13 +127,17 @@ class Refused(RuntimeError):
 
 
 class _Stack(torch.autograd.Function):
-    """All layers of a plain module, or a cell: csrc/bindings/node.cpp, which says what `call` is.
+    """All layers of a plain module, or a cell: csrc/bindings/node.cpp.
 
-    The tensors are x, h0, c0 and all weights, torch.nn's ``_flat_weights``.
+    The arguments are the call, whose parts csrc/bindings/module_call.h names, x, h0, c0 and all weights, torch.nn's
+    ``_flat_weights``.
     """
 
     forward = staticmethod(_C.node_forward)
-    backward = staticmethod(_C.node_backward)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _C.node_backward(ctx, *grads)  # not a method itself: compiled autograd traces none of C++
 
 
 # Function.apply without its handling of functorch transforms, in which the policy does not choose the operators.
@@ -206,8 +210,10 @@ def forward_in_turn(
             of_layers.append((y, *others[:3]))
         ys, *kinds = zip(*of_layers, strict=True)
         h_n, c_n, reserve = map(torch.cat, kinds)
-        states = _laid_out(h_n, of_states), _laid_out(c_n, of_states) if name == "lstm" else None
-        return _laid_out(y, layout), *states, torch.cat(ys[:-1]) if num_layers > 1 else None, reserve
+        # In place: what a node returns may be written to, unless it is a view.
+        of_layouts = (y, layout), (h_n, of_states), (c_n if name == "lstm" else None, of_states)
+        between = torch.cat(ys[:-1]) if num_layers > 1 else None
+        return *[_laid_out_in_place(tensor, of_tensor) for tensor, of_tensor in of_layouts], between, reserve
     except (RuntimeError, IndexError) as error:
         raise Refused(str(error)) from error
 
@@ -271,7 +277,7 @@ def backward_in_turn(
     return [d if need else None for d, need in zip(found, needs, strict=True)]
 
 
-# Views of a caller's tensors as the operators' [T, B, ...], and back, as in csrc/bindings/layout.h.
+# Views of a caller's tensors as the operators' [T, B, ...], and back, as in csrc/bindings/module_call.h.
 
 
 def _layout_of_states(num_layers: int, layout: int) -> int:
@@ -289,6 +295,12 @@ def _laid_out(sequence: Any, layout: int) -> Any:
     if sequence is None or layout == TIME_FIRST:
         return sequence
     return sequence.transpose(0, 1) if layout == BATCH_FIRST else sequence.squeeze(_MISSING[layout])
+
+
+def _laid_out_in_place(sequence: Any, layout: int) -> Any:
+    if sequence is None or layout == TIME_FIRST:
+        return sequence
+    return sequence.transpose_(0, 1) if layout == BATCH_FIRST else sequence.squeeze_(_MISSING[layout])
 
 
 _MISSING = {UNBATCHED: 1, STEP: 0}  # dimension

@@ -22,7 +22,7 @@ from fused_rnn.options import NO_OPTIONS, LayerOptions, operator_tensors_of
 
 NO_WEIGHTS = (None,) * 5
 TIME_FIRST, BATCH_FIRST, UNBATCHED, STEP = range(4)
-"""Layouts of x, y and resets, as in csrc/bindings/layout.h."""
+"""Layouts of x, y and resets, as in csrc/bindings/module_call.h."""
 
 forward_operator: Callable[..., tuple[Tensor, ...]] = _C.forward
 """Arguments: x, h0, c0, the cell's number, whether backward follows, weights. With `forward`, also options."""

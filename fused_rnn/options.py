@@ -17,9 +17,10 @@ class LayerOptions(NamedTuple):
     """What one layer computes beyond torch.nn's; the meaning of the fields is in `fused_rnn.reference.layer`.
 
     The tensors come first: those without a gradient, then those that may need one. The operators take all of them but
-    norm_ih (csrc/bindings/options.h), in whose place they receive the normalised product of the input. `deterministic`
-    makes a row's results independent of its batch; `tf32` multiplies float32 in TF32 on CUDA; `precision` is that of
-    float32's products on a CPU (`fused_rnn.policy`); `recompute` is the autograd's; `instance` names the kernels.
+    norm_ih, the last (csrc/bindings/options.h), in whose place they receive the normalised product of the input; what
+    its gradient reads, csrc/bindings/node.cpp knows. `deterministic` makes a row's results independent of its batch;
+    `tf32` multiplies float32 in TF32 on CUDA; `precision` is that of float32's products on a CPU (`fused_rnn.policy`);
+    `recompute` is the autograd's; `instance` names the kernels.
     """
 
     batch_sizes: Tensor | None = None

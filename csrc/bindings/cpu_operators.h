@@ -1,6 +1,6 @@
 // The CPU's operators as C++ functions, which check all that a kernel relies on. ops.cpp registers them with torch, but
-// for `stack` and `stack_backward` (stack.cpp), which are no operators; direct.cpp calls them from Python without
-// torch's dispatcher.
+// for `stack` and `stack_backward` (stack.cpp), which are no operators; direct.cpp, plain.cpp and node.cpp call them
+// from Python without torch's dispatcher.
 #pragma once
 
 #include "../cpu/dispatch.h"
@@ -37,7 +37,7 @@ using StackResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // All layers of a module, float32 or float64. layers: 0 for a cell, one step of one layer with states of [B, ...].
 // weights: of each layer and direction w_ih, w_hh, then biases if there are, then w_hr if projected. layout: a Layout.
-// resets: bool [T, B], laid out as x; lengths: as in RaggedRows. A cell has neither.
+// resets: bool, laid out as x without its last dimension; lengths: as in RaggedRows. A cell has neither.
 FUSED_RNN_EXPORT StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> weights,
                                     int64_t cell, int64_t layers, int64_t directions, bool has_biases, bool projected,
                                     int64_t layout, OptionalTensor resets, OptionalTensor lengths, bool deterministic,

@@ -39,6 +39,7 @@ PyMethodDef methods[] = {
     method(kForward, direct<&forward, kForward, 0, kPlanned>, "The operator forward, of positional arguments."),
     method(kBackward, direct<&backward, kBackward, 3, kPlanned>, "The operator backward, of positional arguments."),
     method(kStep, direct<&step, kStep, 0, 0>, "The operator step, of positional arguments."),
+    // For tests, which give them what no module would; modules come through plain.cpp and node.cpp.
     method("stack", direct_or_none<&stack, 0>,
            "All layers forward: the arguments of csrc/bindings/cpu_operators.h; None if they have to be computed in "
            "turn."),

@@ -7,7 +7,7 @@
 // dropout, with another backend, with weights that are missing or with checks of a subclass, nor where the user's table
 // has a say. Where gradients are recorded, the call is a node of fused_rnn/autograd.py.
 #include "direct.h"
-#include "layout.h"
+#include "module_call.h"
 
 namespace fused_rnn {
 namespace bindings {

@@ -5,7 +5,7 @@
 
 #include "cpu_layer.h"
 #include "cpu_operators.h"
-#include "layout.h"
+#include "module_call.h"
 #include "scratch.h"
 
 namespace fused_rnn {

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
 from torch._functorch.aot_autograd import make_boxed_func
@@ -419,3 +420,23 @@ def test_inductor() -> None:
     for T, B in SIZES[1:]:
         input, hx, options = drawn(model.rnn, T, B)
         same(compiled, model, input, hx, resets=options["resets"])
+
+
+@pytest.mark.parametrize("way", ["plain", "step", "cell", "recompute"])
+def test_compiled_autograd(way: str) -> None:
+    """A graph of eager calls whose backward is compiled: the nodes stay as they are."""
+    options = {"recompute": "full"} if way == "recompute" else {}
+    module = fused_rnn.LSTMCell(4, 5) if way == "cell" else fused_rnn.LSTM(4, 5, **options)
+    x = torch.randn(3, 2, 4)
+    call = {"step": lambda: module.step(x[0])[0], "cell": lambda: module(x[0])[0]}.get(way, lambda: module(x)[0])
+
+    def gradients() -> list[Tensor]:
+        module.zero_grad()
+        call().square().sum().backward()
+        return [weight.grad for weight in module.parameters()]
+
+    expected = gradients()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        found = gradients()
+    torch._dynamo.reset()
+    assert all(map(torch.equal, found, expected))
