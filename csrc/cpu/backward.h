@@ -25,7 +25,8 @@ struct BackwardProducts {
   bool packed;  // whether they are packed into panels
 
   explicit BackwardProducts(const LayerShape& s)
-      : splits(s.on_tiles()), packed(splits || (s.N >= kRowsWorthCopying && s.B > 1)) {}
+      : splits(s.on_tiles()),
+        packed(splits || (s.B > 1 && s.N >= rows_worth_copying(s.P * (s.dtype == Dtype::kFloat32 ? 4 : 8)))) {}
 };
 
 // Offsets of the parts of a direction's workspace, in elements.

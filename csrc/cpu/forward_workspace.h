@@ -26,11 +26,12 @@ struct ForwardProducts {
   static bool always(const LayerShape& s) {
     return s.frozen() || s.deterministic || s.bf16_weights || cpu::digits_of(s.operands);
   }
-  // Below so many rows, x of several steps fills tiles that x of one step leaves half empty. A large W_ih that comes
-  // packed in float32 is then also read less often, which pays for up to five rows (AVX2: 1.03 to 1.3 times as fast).
+  // Below so many rows, x of several steps fills tiles that x of one step leaves half empty. A large W_ih is then also
+  // read less often, which pays for up to five rows (AVX2: 1.03 to 1.3 times as fast), the sooner where it comes
+  // packed.
   static int64_t few_rows(const LayerShape& s) {
-    constexpr int64_t kLarge = 1 << 14;
-    return s.weights == WeightFormat::kFloat32 && s.H * s.I >= kLarge ? 6 : kTileRows<4>;
+    const int64_t large = s.weights == WeightFormat::kFloat32 ? 1 << 14 : s.frozen() ? INT64_MAX : 1 << 16;
+    return s.H * s.I >= large ? 6 : kTileRows<4>;
   }
   static int64_t rows_worth_transposing(const LayerShape& s, int64_t K) {
     return s.dtype == Dtype::kFloat32 ? FUSED_RNN_ISA::rows_worth_transposing<float>(K)

@@ -82,7 +82,7 @@ class Products {
       add(out, part, from, panel, K, N, accumulate);
     };
     int64_t block = share.block;
-    if (M < kRowsWorthCopying) {
+    if (M < rows_worth_copying(N * int64_t(sizeof(T)))) {
       // b is read unpacked, except for a partial last block, whose vectors would end beyond the row.
       const int64_t whole = least(N / kBlock, share.block_end);
       cover<U>(share.row, share.row_end, block, whole, false, false,

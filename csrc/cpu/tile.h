@@ -48,8 +48,13 @@ FUSED_RNN_INLINE void fetch_for_writing(const T* to, int64_t count) {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The rows, over all steps, from which weights are worth copying into panels.
-constexpr int64_t kRowsWorthCopying = 32;
+// The rows, over all steps, from which weights with rows of so many bytes are worth copying into panels. Where a block
+// takes one cache line of every row, and each lies in another page or half page, a second tile of rows would take
+// longer to read them as they lie.
+constexpr int64_t rows_worth_copying(int64_t row_bytes) {
+  const bool is_scattered = kUnitVectors<1> * FUSED_RNN_VEC_BYTES <= kLine && row_bytes >= 2048;
+  return is_scattered ? kTileRows<kUnitVectors<1>> + 1 : 32;
+}
 // The rows, over all steps, from which panels that transpose rows of K weights are worth packing. The product without
 // them sums the lanes of every result, which costs less per weight the larger K is; measured for 8 and for 16 lanes.
 template <class T>
@@ -236,6 +241,20 @@ void multiply_block(const Output<T>& sums, Start<T> start, const Part& part, con
   }
 }
 
+// The same, the first half of the columns before the second.
+template <class T, int C>
+void multiply_halves(const Output<T>& sums, const Start<T>& start, const Part& part, const T* const* rows,
+                     const Panel<T>& panel, int64_t K) {
+  constexpr int kHalf = C / 2;
+  for (int64_t at = 0; at < C * kLanes<T>; at += kHalf * kLanes<T>) {
+    Panel<T> half = panel;
+    half.data += at;
+    if (panel.next) half.next += at * K;
+    multiply_block<T, kHalf, kHalf>({sums.data + at, sums.stride},
+                                    {start.data ? start.data + at : nullptr, start.distance}, part, rows, half, K);
+  }
+}
+
 // sums[slot][c] = start + rows x panel for all slots of a part. If the part has several blocks, it has one row,
 // rows[0].
 template <class T, int C>
@@ -247,6 +266,10 @@ void multiply(const Output<T>& sums, const Start<T>& start, const Part& part, co
     if (panel.vectors == 2) return multiply_block<T, C, least(C, 2)>(sums, start, part, rows, panel, K);
     if (panel.vectors == 3) return multiply_block<T, C, least(C, 3)>(sums, start, part, rows, panel, K);
   }
+  // Of tiles of three rows, those that have to do with two take as long: the panel comes from the second-level cache.
+  // Where that would be two of them, tiles of half the columns have up to six rows.
+  constexpr bool kHalves = C == 4 && kTileRows<C> == 3;
+  if (kHalves && part.rows > 1 && part.rows % 3 == 1) return multiply_halves<T, C>(sums, start, part, rows, panel, K);
   multiply_block<T, C, C>(sums, start, part, rows, panel, K);
 }
 
@@ -381,16 +404,27 @@ void pack_rows(T* panel, const T* W, int64_t H, int64_t K, int64_t unit) {
   const int vectors = block_vectors<T, G>(H, unit), U = vectors / G;
   for (int c = 0; c < vectors; ++c) {
     const int64_t first = unit + c % U * n, units = least(H - first, n);
-    const T* row = W + (c / U * H + first) * K;
-    for (int64_t k = 0; k < K; k += n) {
-      const int64_t width = least(K - k, n);
+    const T* const row = W + (c / U * H + first) * K;
+    T* const column = panel + c * n;
+    int64_t k = 0;
+    for (; units == n && k + n <= K; k += n) {
       Vec<T> square[n];
+#pragma GCC unroll 16
       for (int j = 0; j < n; ++j) {
+        __builtin_prefetch(row + j * K + k + 2 * kLine / int64_t(sizeof(T)));
         __builtin_prefetch(row + (n + j) * K + k, 0, 2);  // what the next vector of this gate's units reads
-        square[j] = j < units ? load(row + j * K + k, width) : Vec<T>{};
+        square[j] = load(row + j * K + k);
       }
       transpose<T>(square);
-      for (int64_t i = 0; i < width; ++i) store(panel + ((k + i) * vectors + c) * n, square[i]);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) store(column + (k + i) * vectors * n, square[i]);
+    }
+    for (; k < K; k += n) {
+      const int64_t width = least(K - k, n);
+      Vec<T> square[n];
+      for (int j = 0; j < n; ++j) square[j] = j < units ? load(row + j * K + k, width) : Vec<T>{};
+      transpose<T>(square);
+      for (int64_t i = 0; i < width; ++i) store(column + (k + i) * vectors * n, square[i]);
     }
   }
 }
@@ -419,12 +453,23 @@ struct Rows {
 // Packs one block of W [K, N], whose columns are units, into a panel: panel[k][u] is a copy of a part of row k.
 template <class T>
 void pack_columns(T* panel, const Rows<const T>& W, int64_t K, int64_t N, int64_t unit) {
-  constexpr int n = kLanes<T>;
+  constexpr int n = kLanes<T>, U = kUnitVectors<1>;
+  constexpr int64_t kAhead = 16;  // rows: they are too far apart for the hardware to fetch them
   const int vectors = block_vectors<T, 1>(N, unit);
+  const bool is_whole = N - unit >= U * n;
   for (int64_t k = 0; k < K; ++k) {
-    const T* row = W[k] + unit;
-    for (int u = 0; u < vectors; ++u)
-      store(panel + (k * vectors + u) * n, load(row + u * n, least(N - unit - u * n, n)));
+    const T* const row = W[k] + unit;
+    for (int64_t i = 0; k + kAhead < K && i < U * n; i += kLine / int64_t(sizeof(T))) {
+      __builtin_prefetch(W[k + kAhead] + unit + i);
+    }
+    if (is_whole) {
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) store(panel + (k * U + u) * n, load(row + u * n));
+    } else {
+      for (int u = 0; u < vectors; ++u) {
+        store(panel + (k * vectors + u) * n, load(row + u * n, least(N - unit - u * n, n)));
+      }
+    }
   }
 }
 

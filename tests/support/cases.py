@@ -104,6 +104,8 @@ _SIZES = [
     dict(T=1, B=64, I=64, H=128),
     dict(T=20, B=1, I=64, H=256),
     dict(T=2, B=26, I=9, H=360),
+    dict(T=2, B=10, I=530, H=130),
+    dict(T=3, B=4, I=300, H=220),
     dict(T=7, B=5, I=3, H=33, lengths=(7, 5, 5, 2, 1)),
     dict(T=6, B=4, I=20, H=48, L=2, bidirectional=True, lengths=(1, 6, 3, 3)),
     dict(T=5, B=3, I=7, H=9, bidirectional=True, batch_first=True, bias=False, lengths=(2, 5, 4), given_states=False),
