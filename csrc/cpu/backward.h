@@ -22,7 +22,7 @@ namespace FUSED_RNN_ISA {
 // How backward multiplies by the weights.
 struct BackwardProducts {
   bool splits;  // whether they are packed into tiles: always, if products are on tiles
-  bool packed;  // whether they are packed into panels
+  bool packed;  // whether they are packed into panels; W_hr as W_hh is
 
   explicit BackwardProducts(const LayerShape& s)
       : splits(s.on_tiles()),

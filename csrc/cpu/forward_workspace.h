@@ -26,9 +26,9 @@ struct ForwardProducts {
   static bool always(const LayerShape& s) {
     return s.frozen() || s.deterministic || s.bf16_weights || cpu::digits_of(s.operands);
   }
-  // Below so many rows, x of several steps fills tiles that x of one step leaves half empty. A large W_ih is then also
-  // read less often, which pays for up to five rows (AVX2: 1.03 to 1.3 times as fast), the sooner where it comes
-  // packed.
+  // Below so many rows, x of several steps fills tiles that x of one step leaves half empty. A large W_ih of float32 is
+  // then also read less often, which pays for up to five rows (AVX2: 1.03 to 1.3 times as fast; with 32 registers they
+  // are few anyway), and from a smaller size on where it comes packed.
   static int64_t few_rows(const LayerShape& s) {
     const int64_t large = s.weights == WeightFormat::kFloat32 ? 1 << 14 : s.frozen() ? INT64_MAX : 1 << 16;
     return s.H * s.I >= large ? 6 : kTileRows<4>;

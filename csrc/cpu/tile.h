@@ -49,8 +49,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The rows, over all steps, from which weights with rows of so many bytes are worth copying into panels. Where a block
-// takes one cache line of every row, and each lies in another page or half page, a second tile of rows would take
-// longer to read them as they lie.
+// has no more than a cache line of each row, and the rows are half a page apart, whatever multiplies by it again, a
+// tile or a step, takes longer to read them as they lie.
 constexpr int64_t rows_worth_copying(int64_t row_bytes) {
   const bool is_scattered = kUnitVectors<1> * FUSED_RNN_VEC_BYTES <= kLine && row_bytes >= 2048;
   return is_scattered ? kTileRows<kUnitVectors<1>> + 1 : 32;
@@ -245,6 +245,7 @@ void multiply_block(const Output<T>& sums, Start<T> start, const Part& part, con
 template <class T, int C>
 void multiply_halves(const Output<T>& sums, const Start<T>& start, const Part& part, const T* const* rows,
                      const Panel<T>& panel, int64_t K) {
+  static_assert(C % 2 == 0);
   constexpr int kHalf = C / 2;
   for (int64_t at = 0; at < C * kLanes<T>; at += kHalf * kLanes<T>) {
     Panel<T> half = panel;
@@ -266,10 +267,11 @@ void multiply(const Output<T>& sums, const Start<T>& start, const Part& part, co
     if (panel.vectors == 2) return multiply_block<T, C, least(C, 2)>(sums, start, part, rows, panel, K);
     if (panel.vectors == 3) return multiply_block<T, C, least(C, 3)>(sums, start, part, rows, panel, K);
   }
-  // Of tiles of three rows, those that have to do with two take as long: the panel comes from the second-level cache.
-  // Where that would be two of them, tiles of half the columns have up to six rows.
-  constexpr bool kHalves = C == 4 && kTileRows<C> == 3;
-  if (kHalves && part.rows > 1 && part.rows % 3 == 1) return multiply_halves<T, C>(sums, start, part, rows, panel, K);
+  // A tile of two rows takes as long as one of three, for its panel comes from the second-level cache. Where two tiles
+  // would have two rows, tiles of half the columns and up to six rows are faster.
+  if constexpr (C == 4 && kTileRows<C> == 3) {
+    if (part.rows > 1 && part.rows % 3 == 1) return multiply_halves<T, C>(sums, start, part, rows, panel, K);
+  }
   multiply_block<T, C, C>(sums, start, part, rows, panel, K);
 }
 
