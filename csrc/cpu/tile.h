@@ -35,11 +35,15 @@ constexpr int64_t kDepth = 1024;
 constexpr int kMostRows = 32;
 constexpr int64_t kLine = 64;  // bytes of a cache line, on most processors
 
-// Fetches what will be written: blocks of rows, which are too far apart for the hardware to do so.
+// Fetches a block's part of a row: rows are too far apart for the hardware to do so.
+template <bool for_writing = false, class T>
+FUSED_RNN_INLINE void fetch(const T* part, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLine / int64_t(sizeof(T))) __builtin_prefetch(part + i, for_writing);
+  __builtin_prefetch(part + count - 1, for_writing);  // a row may begin within a line
+}
 template <class T>
-FUSED_RNN_INLINE void fetch_for_writing(const T* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLine / int64_t(sizeof(T))) __builtin_prefetch(to + i, 1);
-  __builtin_prefetch(to + count - 1, 1);  // a row may begin within a line
+FUSED_RNN_INLINE void fetch_for_writing(const T* part, int64_t count) {
+  fetch<true>(part, count);
 }
 
 // Inlines a lambda, so that the values it captures stay in registers from one vector to the next.
@@ -409,7 +413,7 @@ void pack_rows(T* panel, const T* W, int64_t H, int64_t K, int64_t unit) {
     const T* const row = W + (c / U * H + first) * K;
     T* const column = panel + c * n;
     int64_t k = 0;
-    for (; units == n && k + n <= K; k += n) {
+    for (; units == n && k + n <= K; k += n) {  // without a test in between, a square stays in registers
       Vec<T> square[n];
 #pragma GCC unroll 16
       for (int j = 0; j < n; ++j) {
@@ -456,14 +460,12 @@ struct Rows {
 template <class T>
 void pack_columns(T* panel, const Rows<const T>& W, int64_t K, int64_t N, int64_t unit) {
   constexpr int n = kLanes<T>, U = kUnitVectors<1>;
-  constexpr int64_t kAhead = 16;  // rows: they are too far apart for the hardware to fetch them
+  constexpr int64_t kAhead = 16;  // rows
   const int vectors = block_vectors<T, 1>(N, unit);
   const bool is_whole = N - unit >= U * n;
   for (int64_t k = 0; k < K; ++k) {
     const T* const row = W[k] + unit;
-    for (int64_t i = 0; k + kAhead < K && i < U * n; i += kLine / int64_t(sizeof(T))) {
-      __builtin_prefetch(W[k + kAhead] + unit + i);
-    }
+    if (k + kAhead < K) fetch(W[k + kAhead] + unit, U * n);
     if (is_whole) {
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u) store(panel + (k * U + u) * n, load(row + u * n));
