@@ -6,6 +6,7 @@ imported.
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from default_set import default_set
+from sources import SHARED
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["FUSED_RNN_TUNE"] = "0"  # tests, and the processes that they start, leave the user's table alone
@@ -24,6 +26,13 @@ if not any((ROOT / "fused_rnn").glob("_C.*.so")):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="every case of every test, and the slow tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shared = tempfile.TemporaryDirectory(prefix="fused_rnn_tests_")
+        os.environ[SHARED] = shared.name
+        config.add_cleanup(shared.cleanup)
 
 
 def files_are_named(config: pytest.Config) -> bool:

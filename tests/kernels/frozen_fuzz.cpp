@@ -1,4 +1,4 @@
-// Damaged model files, for test_frozen_file.py, which builds this under the address and undefined-behaviour sanitizers.
+// Damaged model files, for test_frozen_file.py, which links this with the package's kernels.
 //
 //     frozen_fuzz ROUNDS FILE...
 //

@@ -1,11 +1,10 @@
-"""Files of frozen models: they come back bit for bit, and damaged ones are errors, also under the sanitizers."""
+"""Files of frozen models: they come back bit for bit, and damaged ones are errors."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,9 @@ from torch import nn
 import contract
 import fused_rnn
 from fused_rnn import _C
-from sources import COMPILER, CSRC, build, compiled, needs_sources, run
+from sources import COMPILER, build, needs_sources, package, run
 
 HERE = Path(__file__).resolve().parent
-FLAGS = ["-std=c++17", "-O1", "-fopenmp", "-w", "-fsanitize=address"]
-UNDEFINED = ["-fsanitize=undefined", "-fno-sanitize=null,alignment,object-size,vptr", "-fno-sanitize-recover=undefined"]
 MODULES = {
     "lstm": lambda: nn.LSTM(3, 20, 2, proj_size=5),
     "gru": lambda: nn.GRU(3, 5, bidirectional=True),
@@ -27,18 +24,12 @@ MODULES = {
 }
 
 
-@pytest.mark.slow("compiles all kernels anew under the sanitizers")
 @needs_sources
 def test_damaged_files(tmp_path: Path) -> None:
+    """On the kernels of the package, which .ci/run also builds under the sanitizers."""
     if shutil.which(COMPILER[0]) is None:
         pytest.skip("no C++ compiler (g++)")
-    # The kernels, which a damaged file may make read too far, take twice as long to compile with UNDEFINED.
-    kernels = sorted(CSRC.glob("cpu/isa_*.cpp"))
-    others = [HERE / "frozen_fuzz.cpp", *sorted(set(CSRC.glob("cpu/*.cpp")) - set(kernels))]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda path: compiled(path, tmp_path / f"{path.name}.o", *FLAGS), kernels))
-
-    program = build(tmp_path / "frozen_fuzz", others, *FLAGS, *UNDEFINED, also=objects)
+    program = build(tmp_path / "frozen_fuzz", [HERE / "frozen_fuzz.cpp"], "-std=c++17", "-O1", also=package())
     files = []
     for name, make in MODULES.items():
         for weights in ("float32", "bfloat16", "int8"):

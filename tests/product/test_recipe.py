@@ -155,6 +155,8 @@ def test_a_new_cell(tmp_path: Path) -> None:
     folder = copied(tmp_path)
     for path in [*NEW, *CHANGES]:
         change(folder, path)
+    setup = folder / "setup.py"
+    setup.write_text(setup.read_text().replace('"-O3"', '"-O1"'))  # compiles in half the time
 
     succeeded(python("setup.py", "-q", "build_ext", "--inplace", cwd=folder, FUSED_RNN_CUDA="0", MAX_JOBS="2"))
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import shutil
-import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,10 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from fused_rnn import cuda, fakes, operators, policy
-from sources import CSRC, ROOT
+from sources import COMPILER, CSRC, ROOT, build, once
 
+EMULATOR = ROOT / "tests/cuda/cuda_emulator"
+LIBRARY = "libfused_rnn_emulator.so"
 H200 = (132, 232448, 90)  # the device that the emulator reports; see cuda.device_properties
 
 
@@ -28,7 +27,7 @@ def missing() -> str | None:
     """The reason why the emulator cannot be built, or None."""
     if not CSRC.is_dir():
         return "the C++ sources are not beside the tests"
-    return None if shutil.which("g++") else "no C++ compiler (g++)"
+    return None if shutil.which(COMPILER[0]) else f"no C++ compiler ({COMPILER[0]})"
 
 
 marks = [
@@ -37,38 +36,28 @@ marks = [
 ]
 
 
-def build(folder: Path, *options: str) -> Path:
-    """Compile the library; `options` are passed to every call of the compiler."""
-    flags = ["-std=c++17", "-O1", "-fPIC", "-DFUSED_RNN_EMULATOR", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
-    flags += [f"-I{path}" for path in (ROOT / "csrc/cuda", ROOT / "tests/cuda/cuda_emulator", *include_paths())]
-    sources = [*(ROOT / "csrc/cuda").glob("*.c*"), *(ROOT / "csrc/bindings").glob("cuda_*.cpp")]
+def build_all(folder: Path) -> None:
+    """The emulator, the kernels and their bindings."""
+    flags = ["-std=c++17", "-O2", "-fPIC", "-DFUSED_RNN_EMULATOR", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
+    flags += [f"-I{path}" for path in (CSRC / "cuda", EMULATOR, *include_paths())]
+    sources = [*(CSRC / "cuda").glob("*.c*"), *(CSRC / "bindings").glob("cuda_*.cpp")]
     sources = [path for path in sources if path.suffix in (".cpp", ".cu") and path.name != "launch.cu"]
-    sources += [ROOT / f"tests/cuda/cuda_emulator/{name}.cpp" for name in ("emulator", "last_launch")]
-    objects = [folder / f"{path.name}.o" for path in sources]
+    sources += [EMULATOR / "emulator.cpp", EMULATOR / "last_launch.cpp"]
+    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
+    build(folder / LIBRARY, sources, *flags, "-shared", "-x", "c++", also=libraries)
 
-    def compile_one(source: Path, result: Path) -> None:
-        command = ["g++", *flags, *options, "-c", "-x", "c++", source, "-o", result]
-        subprocess.run(command, check=True, capture_output=True, text=True)
 
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(compile_one, sources, objects))
-    library = folder / "libfused_rnn_emulator.so"
-    where = [f"-L{path}" for path in library_paths()]
-    subprocess.run(["g++", "-shared", *options, *objects, "-o", library, *where, "-ltorch_cpu"], check=True)
-    return library
+def built() -> Path:
+    """The library, whose object files lie beside it; built once in a run of the tests."""
+    return once("emulated", build_all) / LIBRARY
 
 
 @functools.cache
 def load_once() -> ctypes.CDLL:
-    """Build and load the library, once for all tests of this process."""
-    with tempfile.TemporaryDirectory() as folder:
-        return load(build(Path(folder)))
-
-
-def load(library: Path) -> ctypes.CDLL:
-    torch.ops.load_library(library)
+    """Load the library, once for all tests of this process."""
+    torch.ops.load_library(built())
     fakes.register("fused_rnn_emulator")
-    return ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(built()))
 
 
 def operator(name: str, **options: Any) -> Any:

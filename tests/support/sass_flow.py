@@ -71,13 +71,10 @@ class Flow:
             return set()
         return _reached([multiply], self.after) & _reached([multiply], self.before)
 
-    @cached_property
-    def _graph(self) -> networkx.DiGraph:
-        return networkx.DiGraph((at, place) for at, places in enumerate(self.after) for place in places)
-
     def loops(self, within: Nodes) -> Iterator[Nodes]:
         """The loops that are within, outer ones first. Loops inside of another one are found without its head."""
-        for loop in networkx.strongly_connected_components(self._graph.subgraph(within)):
+        graph = networkx.DiGraph((at, place) for at in within for place in self.after[at] if place in within)
+        for loop in networkx.strongly_connected_components(graph):
             if len(loop) == 1 and not loop & set(self.after[min(loop)]):
                 continue
             yield loop

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
+SHARED = "FUSED_RNN_TESTS_FOLDER"
+"""The environment variable that names a folder of all processes of a run; conftest.py sets it."""
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 
 needs_sources = pytest.mark.skipif(not CSRC.is_dir(), reason=f"the C++ sources are not beside the tests, in {CSRC}")
@@ -44,10 +48,10 @@ def build(
     sources: Iterable[Path],
     *flags: str,
     compiler: Sequence[str] = COMPILER,
-    also: Iterable[Path] = (),
+    also: Iterable[Path | str] = (),
     processes: int | None = None,
 ) -> Path:
-    """Compile `sources` in parallel and link them with the object files `also`."""
+    """Compile `sources` in parallel and link them with the object files and libraries `also`."""
     folder = program.with_suffix(".objects")
     folder.mkdir()
     with ThreadPoolExecutor(processes or os.cpu_count()) as pool:
@@ -55,6 +59,25 @@ def build(
         done = run(*compiler, *flags, "-x", "none", *objects, *also, "-o", program)  # objects, in spite of -x in flags
     assert done.returncode == 0, done.stderr[-4000:]
     return program
+
+
+def package() -> list[str]:
+    """For `build`: the package's kernels, as they are installed; to compile them anew would take minutes."""
+    import fused_rnn  # not above, for conftest.py
+
+    return [fused_rnn.STREAM_LIBRARY, f"-Wl,-rpath,{Path(fused_rnn.STREAM_LIBRARY).parent}"]
+
+
+def once(name: str, fill: Callable[[Path], None]) -> Path:
+    """A folder that the first process of this run of the tests to ask for it fills, while others wait."""
+    folder = Path(os.environ[SHARED]) / name
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+            fill(unfinished)
+            unfinished.rename(folder)
+    return folder
 
 
 def assert_passes(done: subprocess.CompletedProcess[str]) -> None:

@@ -142,11 +142,11 @@ class Inbox {
   std::string check(int offset, int bytes, int thread, bool writes) {
     for (int i = offset / 4; i <= (offset + bytes - 1) / 4; ++i) {
       Word& word = words_[i];
-      const std::string at = "word at " + std::to_string(4 * i);
-      if (word.state == State::kCounter) return at + " is a barrier's";
-      if (word.in_flight) return at + " while one pushed there is on its way";
+      const auto at = [i] { return "word at " + std::to_string(4 * i); };
+      if (word.state == State::kCounter) return at() + " is a barrier's";
+      if (word.in_flight) return at() + " while one pushed there is on its way";
       if (word.state == State::kPushed && counters_[word.counter].seen[thread] <= word.phase) {
-        return at + " was pushed, and the thread does not know that the phase is over";
+        return at() + " was pushed, and the thread does not know that the phase is over";
       }
       if (writes) word.state = State::kOwn;
     }
