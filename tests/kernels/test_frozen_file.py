@@ -24,6 +24,7 @@ MODULES = {
 }
 
 
+@pytest.mark.slow("compiles C++")
 @needs_sources
 def test_damaged_files(tmp_path: Path) -> None:
     """On the kernels of the package, which .ci/run also builds under the sanitizers."""
