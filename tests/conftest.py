@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder for what is built once in a run (sources.once); pytest-xdist's workers inherit its name."""
     if not hasattr(config, "workerinput"):
         shared = tempfile.TemporaryDirectory(prefix="fused_rnn_tests_")
         os.environ[SHARED] = shared.name

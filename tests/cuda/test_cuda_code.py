@@ -47,7 +47,7 @@ def instances() -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    """The kernels of each architecture. Disassembling them takes half a minute."""
+    """The kernels of each architecture. Disassembling them takes a minute."""
     missing = [name for name in ("cuobjdump", "nvdisasm") if sass.find_tool(name) is None]
     if missing:
         pytest.skip(f"{' and '.join(missing)} not found: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")

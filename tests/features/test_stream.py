@@ -16,7 +16,7 @@ from torch import nn
 
 import fused_rnn
 from processes import python, succeeded
-from sources import run
+from sources import installed_kernels, run
 
 FORMATS = ("float32", "bfloat16", "int8")
 I, H, T = 3, 20, 60  # noqa: E741 - the fields' letters; more steps than a stream takes at once
@@ -248,9 +248,8 @@ def compiled(source: Path, program: Path, *options: str) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler (cc)")
-    library = Path(fused_rnn.STREAM_LIBRARY)
-    command = [compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", source, f"-I{fused_rnn.INCLUDE}", library]
-    succeeded(run(*command, f"-Wl,-rpath,{library.parent}", "-o", program, *options))
+    command = [compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", source, f"-I{fused_rnn.INCLUDE}"]
+    succeeded(run(*command, *installed_kernels(), "-o", program, *options))
     return program
 
 

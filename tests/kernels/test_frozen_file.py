@@ -14,7 +14,7 @@ from torch import nn
 import contract
 import fused_rnn
 from fused_rnn import _C
-from sources import COMPILER, build, needs_sources, package, run
+from sources import COMPILER, build, installed_kernels, needs_sources, run
 
 HERE = Path(__file__).resolve().parent
 MODULES = {
@@ -30,7 +30,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     """On the kernels of the package, which .ci/run also builds under the sanitizers."""
     if shutil.which(COMPILER[0]) is None:
         pytest.skip("no C++ compiler (g++)")
-    program = build(tmp_path / "frozen_fuzz", [HERE / "frozen_fuzz.cpp"], "-std=c++17", "-O1", also=package())
+    program = build(tmp_path / "frozen_fuzz", [HERE / "frozen_fuzz.cpp"], "-std=c++17", "-O1", also=installed_kernels())
     files = []
     for name, make in MODULES.items():
         for weights in ("float32", "bfloat16", "int8"):

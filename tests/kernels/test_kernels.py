@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from sources import COMPILER, CSRC, assert_passes, build, needs_sources, package, run
+from sources import COMPILER, CSRC, assert_passes, build, installed_kernels, needs_sources, run
 
 HERE = Path(__file__).resolve().parent
-SOURCES = [HERE / "kernel_check.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]
+CHECK = HERE / "kernel_check.cpp"
+SOURCES = [CHECK, *sorted(CSRC.glob("cpu/*.cpp"))]
 FLAGS = [  # as in setup.py, with -O1 because it compiles faster, and without warnings
     *("-std=c++17", "-O1", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w"),
 ]
@@ -28,7 +29,7 @@ ARM = ["aarch64-linux-gnu-g++", "-static"]
 
 pytestmark = [
     needs_sources,
-    pytest.mark.slow("compiles all kernels anew, also for the thread sanitizer and for emulated Arm"),
+    pytest.mark.slow("compiles all kernels anew, for the thread sanitizer and for emulated Arm"),
 ]
 
 
@@ -40,7 +41,7 @@ def require(tool: str, package: str) -> None:
 @pytest.fixture(scope="session")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     require(COMPILER[0], "g++")
-    return build(tmp_path_factory.mktemp("native") / "kernel_check", SOURCES[:1], *FLAGS, also=package())
+    return build(tmp_path_factory.mktemp("native") / "kernel_check", [CHECK], *FLAGS, also=installed_kernels())
 
 
 @pytest.fixture(scope="session")

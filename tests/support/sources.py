@@ -61,9 +61,9 @@ def build(
     return program
 
 
-def package() -> list[str]:
-    """For `build`: the package's kernels, as they are installed; to compile them anew would take minutes."""
-    import fused_rnn  # not above, for conftest.py
+def installed_kernels() -> list[str]:
+    """What the linker needs for the package's own kernels, which would take minutes to compile anew."""
+    import fused_rnn  # not above: conftest.py imports this file before it has set the path
 
     return [fused_rnn.STREAM_LIBRARY, f"-Wl,-rpath,{Path(fused_rnn.STREAM_LIBRARY).parent}"]
 
