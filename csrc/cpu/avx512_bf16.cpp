@@ -8,6 +8,7 @@
 #pragma GCC target("avx512f,avx512bf16")
 #endif
 
+#include "registers.h"
 #include "tiles.h"
 
 namespace fused_rnn {
@@ -30,7 +31,10 @@ void multiply_rows(const Bf16Product& p, float* sums, const Bf16* a) {
     for (int pair = 0; pair < depth; pair += 2) {
       __m512bh column[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) column[n] = (__m512bh)_mm512_load_si512(b + n * kBf16Tile + pair * kTileWidth);
+      for (int n = 0; n < N; ++n) {
+        column[n] = (__m512bh)_mm512_load_si512(b + n * kBf16Tile + pair * kTileWidth);
+        if constexpr (R > 1) keep_in_register(column[n]);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         int32_t both;

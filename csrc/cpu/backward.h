@@ -22,11 +22,15 @@ namespace FUSED_RNN_ISA {
 // How backward multiplies by the weights.
 struct BackwardProducts {
   bool splits;  // whether they are packed into tiles: always, if products are on tiles
-  bool packed;  // whether they are packed into panels; W_hr as W_hh is
+  bool packed;  // whether W_hh is packed into panels; W_hr follows it
 
   explicit BackwardProducts(const LayerShape& s)
       : splits(s.on_tiles()),
-        packed(splits || (s.B > 1 && s.N >= rows_worth_copying(s.P * (s.dtype == Dtype::kFloat32 ? 4 : 8)))) {}
+        packed(splits || (s.B > 1 && rows(s) >= rows_worth_copying(s.P * (s.dtype == Dtype::kFloat32 ? 4 : 8)))) {}
+
+ private:
+  // Rows that W_hh multiplies over all steps: the first step's only if h0 has a gradient, too.
+  static int64_t rows(const LayerShape& s) { return s.T > 1 ? s.N - s.B : s.B; }
 };
 
 // Offsets of the parts of a direction's workspace, in elements.

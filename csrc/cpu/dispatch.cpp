@@ -203,7 +203,8 @@ bool outgrow_cache(const LayerShape& shape, int64_t columns, double factor) {
 // Whether the weights that a direction reads at every step outgrow a core's cache by far, so that each worker should
 // read a share of them for all rows. The rows must be few beside the weights, and the shares of the units even.
 bool shares_weights(const LayerShape& shape, int64_t gates, int64_t block, int64_t workers) {
-  const int64_t columns = shape.P + (shape.B < 8 ? 0 : shape.I);  // with few rows, x is multiplied beforehand
+  const bool x_beforehand = shape.T > 1 && shape.B < 8;  // about
+  const int64_t columns = shape.P + (x_beforehand ? 0 : shape.I);
   return !shape.whole_rows() && outgrow_cache(shape, columns, 1.25) && 4 * shape.B < gates * shape.H &&
          most_units(shape.H, block, workers) * workers * 15 <= shape.H * 16;
 }

@@ -403,8 +403,8 @@ class Forward {
     for (int slot = 0; slot < part.slots(); ++slot) {
       const int64_t unit = part.block_of(slot) * kBlock, count = least(s_.H - unit, kBlock);
       const int64_t at_unit = (s_.row(t_) + part.row_of(slot)) * d_.reserve.stride + unit;
-      for (int i = 0; i < Cell::kSaved; ++i) fetch_for_writing(at(d_.reserve.gates) + at_unit + i * s_.H, count);
-      if constexpr (Cell::kHasC) fetch_for_writing(at(d_.reserve.c_prev) + at_unit, count);
+      for (int i = 0; i < Cell::kSaved; ++i) fetch<true>(at(d_.reserve.gates) + at_unit + i * s_.H, count);
+      if constexpr (Cell::kHasC) fetch<true>(at(d_.reserve.c_prev) + at_unit, count);
     }
   }
 

@@ -26,12 +26,14 @@ struct ForwardProducts {
   static bool always(const LayerShape& s) {
     return s.frozen() || s.deterministic || s.bf16_weights || cpu::digits_of(s.operands);
   }
-  // Below so many rows, x of several steps fills tiles that x of one step leaves half empty. A large W_ih of float32 is
-  // then also read less often, which pays for up to five rows (AVX2: 1.03 to 1.3 times as fast; with 32 registers they
-  // are few anyway), and from a smaller size on where it comes packed.
+  // Below so many rows, x of several steps fills tiles that x of one step leaves half empty. A large W_ih is then also
+  // read less often: with 16 registers, whose tiles have three rows, that pays for up to seven rows, of frozen float32
+  // for up to five, and not for bfloat16 and int8.
   static int64_t few_rows(const LayerShape& s) {
-    const int64_t large = s.weights == WeightFormat::kFloat32 ? 1 << 14 : s.frozen() ? INT64_MAX : 1 << 16;
-    return s.H * s.I >= large ? 6 : kTileRows<4>;
+    constexpr int64_t kTile = kTileRows<4>;
+    if (kTile > 3) return kTile;
+    if (s.frozen()) return s.weights == WeightFormat::kFloat32 && s.H * s.I >= 1 << 14 ? 6 : kTile;
+    return s.H * s.I >= 1 << 16 ? 8 : kTile;
   }
   static int64_t rows_worth_transposing(const LayerShape& s, int64_t K) {
     return s.dtype == Dtype::kFloat32 ? FUSED_RNN_ISA::rows_worth_transposing<float>(K)

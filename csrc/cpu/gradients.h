@@ -244,7 +244,7 @@ class Products {
   static void add(const Rows<T>& out, const Part& part, const T* const* rows, const Panel<T>& panel, int64_t K,
                   int64_t N, bool accumulate) {
     for (int slot = 0; slot < part.slots(); ++slot) {
-      fetch_for_writing(out[part.row_of(slot)] + part.block_of(slot) * kBlock, kBlock);
+      fetch<true>(out[part.row_of(slot)] + part.block_of(slot) * kBlock, kBlock);
     }
     // A whole block goes from the registers to its place. What is added to a result is summed apart, for accuracy.
     const bool whole = part.blocks == 1 && N - part.block * kBlock >= kBlock;

@@ -41,10 +41,6 @@ FUSED_RNN_INLINE void fetch(const T* part, int64_t count) {
   for (int64_t i = 0; i < count; i += kLine / int64_t(sizeof(T))) __builtin_prefetch(part + i, for_writing);
   __builtin_prefetch(part + count - 1, for_writing);  // a row may begin within a line
 }
-template <class T>
-FUSED_RNN_INLINE void fetch_for_writing(const T* part, int64_t count) {
-  fetch<true>(part, count);
-}
 
 // Inlines a lambda, so that the values it captures stay in registers from one vector to the next.
 #define FUSED_RNN_INLINED __attribute__((always_inline))
@@ -152,16 +148,15 @@ __attribute__((noinline)) void multiply_tile(Output<T> sums, Start<T> start, con
     const int64_t end = least(begin + kRun, K);
     Vec<T> acc[NB][R][kColumns] = {};  // in registers: unrolled, every index is a constant
     const T* w = panel.data + begin * panel.stride;
-    const char* next = reinterpret_cast<const char*>(panel.next) + begin * kLine;
-    for (int64_t k = begin; k < end; ++k, w += panel.stride, next += kLine) {
-      if constexpr (kFetch) __builtin_prefetch(next, 0, 2);
+    for (int64_t k = begin; k < end; ++k, w += panel.stride) {
+      if constexpr (kFetch) __builtin_prefetch(reinterpret_cast<const char*>(panel.next) + k * kLine, 0, 2);
 #pragma GCC unroll 8
       for (int nb = 0; nb < NB; ++nb) {
         const T* const columns = w + nb * panel.distance;
         if constexpr (R > kColumns) {
           Vec<T> v[kColumns];
 #pragma GCC unroll 4
-          for (int c = 0; c < kColumns; ++c) v[c] = load(columns + c * kLanes<T>);
+          for (int c = 0; c < kColumns; ++c) keep_in_register(v[c] = load(columns + c * kLanes<T>));
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -170,7 +165,8 @@ __attribute__((noinline)) void multiply_tile(Output<T> sums, Start<T> start, con
         } else {
 #pragma GCC unroll 4
           for (int c = 0; c < kColumns; ++c) {
-            const Vec<T> v = load(columns + c * kLanes<T>);
+            Vec<T> v = load(columns + c * kLanes<T>);
+            if constexpr (R > 1) keep_in_register(v);  // a single row's load is its operand
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) acc[nb][r][c] += rows[r][k] * v;
           }
@@ -271,8 +267,8 @@ void multiply(const Output<T>& sums, const Start<T>& start, const Part& part, co
     if (panel.vectors == 2) return multiply_block<T, C, least(C, 2)>(sums, start, part, rows, panel, K);
     if (panel.vectors == 3) return multiply_block<T, C, least(C, 3)>(sums, start, part, rows, panel, K);
   }
-  // A tile of two rows takes as long as one of three, for its panel comes from the second-level cache. Where two tiles
-  // would have two rows, tiles of half the columns and up to six rows are faster.
+  // Where tiles of three would leave two tiles of two rows, tiles of half the columns and up to six rows read the panel
+  // less often.
   if constexpr (C == 4 && kTileRows<C> == 3) {
     if (part.rows > 1 && part.rows % 3 == 1) return multiply_halves<T, C>(sums, start, part, rows, panel, K);
   }
@@ -312,7 +308,8 @@ __attribute__((noinline)) void multiply_lanes(Vec<T> (*sums)[C], int c, const T*
       for (int r = 0; r < R; ++r) x[r] = load(rows[r] + k, count...);
 #pragma GCC unroll 8
       for (int j = 0; j < kAtOnce; ++j) {
-        const Vec<T> v = load(w[j] + k, count...);
+        Vec<T> v = load(w[j] + k, count...);
+        if constexpr (R > 1) keep_in_register(v);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) acc[r][j] += x[r] * v;
       }

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "../cells/math.h"
+#include "registers.h"
 
 #if FUSED_RNN_VEC_BYTES >= 32
 #include <immintrin.h>

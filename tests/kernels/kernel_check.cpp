@@ -52,10 +52,11 @@ const Case kCases[] = {
     // Few rows: x times W_ih is computed before the first step.
     {"trlg", 4, 2, 10, 65, 0, "2bsp"},
     {"trlg", 5, 5, 18, 77, 0, "2bspq"},
-    {"trlg", 6, 7, 64, 64, 0, ""},
     {"trlg", 3, 3, 0, 5, 0, "2bs"},
+    {"lg", 3, 4, 300, 220, 0, "b"},
     {"l", 5, 3, 7, 20, 9, "2bspq"},
     // More rows, up to several chunks of 24.
+    {"trlg", 6, 7, 64, 64, 0, ""},
     {"trlg", 6, 8, 12, 96, 0, "bfsq"},
     {"trlg", 3, 13, 9, 50, 0, "2bspq"},
     {"trlg", 1, 16, 16, 32, 0, "2bs"},

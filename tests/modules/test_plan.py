@@ -158,30 +158,42 @@ def test_plan_on_the_cpu() -> None:
     assert fused_rnn.plan("lstm", T=64, B=32, I=256, H=256, device="cpu", backend="torch").backend == "torch"
 
 
-def largest_share(cell: str, B: int, I: int, H: int, directions: int, threads: int, backward: bool) -> float:  # noqa: E741
-    """The part of a long layer that the busiest thread computes on a CPU, of one direction's work."""
+def largest_share(
+    cell: str,
+    B: int,
+    I: int,
+    H: int,
+    directions: int,
+    threads: int,
+    backward: bool,  # noqa: E741
+) -> tuple[float, bool]:
+    """The part of a long layer that the busiest thread computes on a CPU, of one direction's work, and whether units
+    are shared."""
     plan = _C.cpu_plan(NUMBER[cell], 1000, B, I, H, H, directions, threads, False, 0, False, backward=backward)
     # Units are shared in blocks, of which the last may be narrow.
     items, block = (H, plan["block"]) if plan["splits_units"] else (B, 1)
     blocks, workers = -(-items // block), plan["workers"]
     edges = [min(items, blocks * i // workers * block) for i in range(workers + 1)]
-    return max(end - begin for begin, end in itertools.pairwise(edges)) / items * directions / plan["teams"]
+    largest = max(end - begin for begin, end in itertools.pairwise(edges)) / items
+    return largest * directions / plan["teams"], plan["splits_units"]
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_more_threads_never_leave_more_to_the_busiest(backward: bool) -> None:
+def test_more_threads_never_leave_far_more_to_the_busiest(backward: bool) -> None:
     """No number of cores between 2 and 128 at which a long layer falls to far fewer threads than it had before."""
-    # Of weights beyond a core's cache, a larger share of the units may be read sooner than all of them for fewer rows.
-    bound = 1.4
     draw = random.Random(0)
     for _ in range(500):
         cell, directions = draw.choice(list(NUMBER)), draw.choice([1, 2])
         B, width, H = map(draw.choice, ([16, 20, 50, 64, 128, 512], [28, 128, 512], [64, 100, 256, 512]))
-        least = float(directions)
+        least, before = float(directions), False
         for threads in (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
-            share = largest_share(cell, B, width, H, directions, threads, backward)
+            share, splits_units = largest_share(cell, B, width, H, directions, threads, backward)
+            # Where the weights outgrow a core's cache, a larger share of the units may be faster than all weights for
+            # fewer rows.
+            bound = 1.4 if splits_units or before else 1.2
             assert share <= bound * least, (cell, B, width, H, directions, threads)
-            least = min(share, least)
+            if share <= least:
+                least, before = share, splits_units
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
