@@ -161,11 +161,11 @@ def test_plan_on_the_cpu() -> None:
 def largest_share(
     cell: str,
     B: int,
-    I: int,
+    I: int,  # noqa: E741
     H: int,
     directions: int,
     threads: int,
-    backward: bool,  # noqa: E741
+    backward: bool,
 ) -> tuple[float, bool]:
     """The part of a long layer that the busiest thread computes on a CPU, of one direction's work, and whether units
     are shared."""
