@@ -200,13 +200,15 @@ bool outgrow_cache(const LayerShape& shape, int64_t columns, double factor) {
   return rows * double(columns) * (shape.dtype == Dtype::kFloat32 ? 4 : 8) > factor * double(second_level_cache());
 }
 
+// Columns of the weights that every step reads. W_ih x of few rows comes beforehand: of how many about, as the
+// instruction sets differ (forward_workspace.h).
+int64_t columns_of_a_step(const LayerShape& s) { return s.P + (s.T > 1 && s.B < 8 ? 0 : s.I); }
+
 // Whether the weights that a direction reads at every step outgrow a core's cache by far, so that each worker should
 // read a share of them for all rows. The rows must be few beside the weights, and the shares of the units even.
 bool shares_weights(const LayerShape& shape, int64_t gates, int64_t block, int64_t workers) {
-  const bool x_beforehand = shape.T > 1 && shape.B < 8;  // about
-  const int64_t columns = shape.P + (x_beforehand ? 0 : shape.I);
-  return !shape.whole_rows() && outgrow_cache(shape, columns, 1.25) && 4 * shape.B < gates * shape.H &&
-         most_units(shape.H, block, workers) * workers * 15 <= shape.H * 16;
+  return !shape.whole_rows() && outgrow_cache(shape, columns_of_a_step(shape), 1.25) &&
+         4 * shape.B < gates * shape.H && most_units(shape.H, block, workers) * workers * 15 <= shape.H * 16;
 }
 
 // Of a plain sequence, which alone can be cut anywhere: in one direction, with every row there until the end.
@@ -299,9 +301,8 @@ Plan frozen_plan(const Kernels& k, const LayerShape& s, int64_t threads) {
   const bool rounds = s.weights == WeightFormat::kInt8;
   const int64_t units = cell_info(s.cell).gates * s.H;
   const int64_t size = rounds ? 1 : s.weights == WeightFormat::kBfloat16 ? 2 : 4;
-  const int64_t read = s.P + (s.T > 1 && s.B < 8 ? 0 : s.I);  // with few rows, about, x comes beforehand
   const double row = units * ((s.P + s.I) * (rounds ? 0.5 : 1) + kActivation) / (kProducts * k.vector_bytes);
-  const double weights = units * read * size / (kBytes * k.vector_bytes);
+  const double weights = units * columns_of_a_step(s) * size / (kBytes * k.vector_bytes);
   const double waits = kWait * (1 + rounds) * (1 + s.projected);
   const int64_t blocks = most_of(s.H, least_units(k, s, false));
   Plan best{1, 1, false};

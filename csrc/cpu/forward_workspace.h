@@ -26,14 +26,13 @@ struct ForwardProducts {
   static bool always(const LayerShape& s) {
     return s.frozen() || s.deterministic || s.bf16_weights || cpu::digits_of(s.operands);
   }
-  // Below so many rows, x of several steps fills tiles that x of one step leaves half empty. A large W_ih is then also
-  // read less often: with 16 registers, whose tiles have three rows, that pays for up to seven rows, of frozen float32
-  // for up to five, and not for bfloat16 and int8.
+  // Below so many rows, x of several steps fills tiles that x of one step leaves half empty. With 16 registers, whose
+  // tiles have three rows, more rows pay where W_ih is large, which is then read less often.
   static int64_t few_rows(const LayerShape& s) {
     constexpr int64_t kTile = kTileRows<4>;
     if (kTile > 3) return kTile;
-    if (s.frozen()) return s.weights == WeightFormat::kFloat32 && s.H * s.I >= 1 << 14 ? 6 : kTile;
-    return s.H * s.I >= 1 << 16 ? 8 : kTile;
+    if (!s.frozen()) return s.H * s.I >= 1 << 16 ? 8 : kTile;
+    return s.weights == WeightFormat::kFloat32 && s.H * s.I >= 1 << 14 ? 6 : kTile;
   }
   static int64_t rows_worth_transposing(const LayerShape& s, int64_t K) {
     return s.dtype == Dtype::kFloat32 ? FUSED_RNN_ISA::rows_worth_transposing<float>(K)

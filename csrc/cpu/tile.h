@@ -267,8 +267,8 @@ void multiply(const Output<T>& sums, const Start<T>& start, const Part& part, co
     if (panel.vectors == 2) return multiply_block<T, C, least(C, 2)>(sums, start, part, rows, panel, K);
     if (panel.vectors == 3) return multiply_block<T, C, least(C, 3)>(sums, start, part, rows, panel, K);
   }
-  // Where tiles of three would leave two tiles of two rows, tiles of half the columns and up to six rows read the panel
-  // less often.
+  // Where tiles of three rows would leave two of two, tiles of half the columns and up to six rows read the panel less
+  // often, which comes from the second-level cache.
   if constexpr (C == 4 && kTileRows<C> == 3) {
     if (part.rows > 1 && part.rows % 3 == 1) return multiply_halves<T, C>(sums, start, part, rows, panel, K);
   }

@@ -185,15 +185,15 @@ def test_more_threads_never_leave_far_more_to_the_busiest(backward: bool) -> Non
     for _ in range(500):
         cell, directions = draw.choice(list(NUMBER)), draw.choice([1, 2])
         B, width, H = map(draw.choice, ([16, 20, 50, 64, 128, 512], [28, 128, 512], [64, 100, 256, 512]))
-        least, before = float(directions), False
+        least, least_splits_units = float(directions), False
         for threads in (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
             share, splits_units = largest_share(cell, B, width, H, directions, threads, backward)
             # Where the weights outgrow a core's cache, a larger share of the units may be faster than all weights for
             # fewer rows.
-            bound = 1.4 if splits_units or before else 1.2
+            bound = 1.4 if splits_units or least_splits_units else 1.2
             assert share <= bound * least, (cell, B, width, H, directions, threads)
             if share <= least:
-                least, before = share, splits_units
+                least, least_splits_units = share, splits_units
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
