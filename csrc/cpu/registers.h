@@ -1,4 +1,4 @@
-// Has the compiler keep a loaded vector in a register for all its uses.
+// Has the compiler keep a value in a scalar or vector register of its own.
 #pragma once
 
 #include "../cells/math.h"
@@ -14,6 +14,12 @@ FUSED_RNN_INLINE void keep_in_register(V& v) {
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
 #endif
+}
+// GCC copies an array of pointers by vectors. If the pointers have just been stored one by one, such a load waits until
+// they are in the cache.
+template <class T>
+FUSED_RNN_INLINE void keep_in_register(T*& p) {
+  asm("" : "+r"(p));
 }
 
 }  // namespace fused_rnn

@@ -131,25 +131,33 @@ struct Output {
   Output from(int64_t slot) const { return {(*this)[slot], stride}; }
 };
 
-// sums[slot][c] = start + sum over k of row[k] * panel[k][c], for NB blocks or R rows.
+// Values of k: [begin, end).
+struct Depth {
+  int64_t begin, end;
+};
+
+// sums[slot][c] = start + sum over some k of row[k] * panel[k][c], for NB blocks or R rows.
 // Runs of kRun values of k are summed in registers and then added to sums, so that rounding errors grow with the number
-// of runs plus the length of one, as in a blocked BLAS, and not with K. kFetch: fetches a cache line of panel.next with
-// every k.
+// of runs plus the length of one, as in a blocked BLAS, and not with K. kFetch: fetches line k of panel.next with every
+// k, and of a panel with two columns, which may be every other line, the line of the k that is kAhead further on.
 template <class T, int NB, int R, int kColumns, bool kFetch = false>
 __attribute__((noinline)) void multiply_tile(Output<T> sums, Start<T> start, const T* const* row, const Panel<T>& panel,
-                                             int64_t K) {
+                                             Depth depth) {
   static_assert(kColumns <= kMostColumns);
-  constexpr int64_t kRun = 128;
+  constexpr int64_t kRun = 128, kAhead = 16;
   const Start<T> own{sums.data, sums.stride};
   if (!start.data) start = own;
   const T* rows[R];
-  for (int r = 0; r < R; ++r) rows[r] = row[r];
-  for (int64_t begin = 0; begin == 0 || begin < K; begin += kRun) {  // once for K = 0, too
-    const int64_t end = least(begin + kRun, K);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) keep_in_register(rows[r] = row[r]);
+  for (int64_t begin = depth.begin; begin == depth.begin || begin < depth.end; begin += kRun) {  // once for none, too
+    const int64_t end = least(begin + kRun, depth.end);
     Vec<T> acc[NB][R][kColumns] = {};  // in registers: unrolled, every index is a constant
     const T* w = panel.data + begin * panel.stride;
+#pragma GCC unroll 4
     for (int64_t k = begin; k < end; ++k, w += panel.stride) {
       if constexpr (kFetch) __builtin_prefetch(reinterpret_cast<const char*>(panel.next) + k * kLine, 0, 2);
+      if constexpr (kFetch && kColumns == 2) __builtin_prefetch(w + kAhead * panel.stride);
 #pragma GCC unroll 8
       for (int nb = 0; nb < NB; ++nb) {
         const T* const columns = w + nb * panel.distance;
@@ -191,18 +199,18 @@ __attribute__((noinline)) void multiply_tile(Output<T> sums, Start<T> start, con
 
 template <class T, int kColumns, bool kFetch>
 void multiply_rows(const Output<T>& sums, const Start<T>& start, const T* const* rows, int n, const Panel<T>& panel,
-                   int64_t K) {
+                   Depth depth) {
   constexpr int kRows = kTileRows<kColumns>;
   // clang-format off
   switch (n) {
-    case 1: return multiply_tile<T, 1, 1, kColumns, kFetch>(sums, start, rows, panel, K);
-    case 2: return multiply_tile<T, 1, 2, kColumns, kFetch>(sums, start, rows, panel, K);
-    case 3: return multiply_tile<T, 1, 3, kColumns, kFetch>(sums, start, rows, panel, K);
-    case 4: return multiply_tile<T, 1, least(kRows, 4), kColumns, kFetch>(sums, start, rows, panel, K);
-    case 5: return multiply_tile<T, 1, least(kRows, 5), kColumns, kFetch>(sums, start, rows, panel, K);
-    case 6: return multiply_tile<T, 1, least(kRows, 6), kColumns, kFetch>(sums, start, rows, panel, K);
-    case 7: return multiply_tile<T, 1, least(kRows, 7), kColumns, kFetch>(sums, start, rows, panel, K);
-    case 8: return multiply_tile<T, 1, least(kRows, 8), kColumns, kFetch>(sums, start, rows, panel, K);
+    case 1: return multiply_tile<T, 1, 1, kColumns, kFetch>(sums, start, rows, panel, depth);
+    case 2: return multiply_tile<T, 1, 2, kColumns, kFetch>(sums, start, rows, panel, depth);
+    case 3: return multiply_tile<T, 1, 3, kColumns, kFetch>(sums, start, rows, panel, depth);
+    case 4: return multiply_tile<T, 1, least(kRows, 4), kColumns, kFetch>(sums, start, rows, panel, depth);
+    case 5: return multiply_tile<T, 1, least(kRows, 5), kColumns, kFetch>(sums, start, rows, panel, depth);
+    case 6: return multiply_tile<T, 1, least(kRows, 6), kColumns, kFetch>(sums, start, rows, panel, depth);
+    case 7: return multiply_tile<T, 1, least(kRows, 7), kColumns, kFetch>(sums, start, rows, panel, depth);
+    case 8: return multiply_tile<T, 1, least(kRows, 8), kColumns, kFetch>(sums, start, rows, panel, depth);
   }
   // clang-format on
 }
@@ -214,7 +222,7 @@ void multiply_blocks(const Output<T>& sums, const Start<T>& start, const T* cons
   if constexpr (N > 1) {
     if (n < N) return multiply_blocks<T, C, N - 1>(sums, start, rows, n, panel, K);
   }
-  multiply_tile<T, N, 1, C>(sums, start, rows, panel, K);
+  multiply_tile<T, N, 1, C>(sums, start, rows, panel, {0, K});
 }
 
 // sums[slot][c] = start + rows x panel for all slots of a part of one block, whose panel has kColumns vectors, of C
@@ -225,17 +233,16 @@ void multiply_block(const Output<T>& sums, Start<T> start, const Part& part, con
   constexpr int64_t kWidth = C * sizeof(Vec<T>);
   const int tiles = static_cast<int>(ceil_div(part.rows, kTileRows<kColumns>));
   for (int64_t k = 0; k == 0 || k < K; k += kDepth, start = {}) {
-    const int64_t depth = least(kDepth, K - k);
-    Panel<T> deep{panel.data + k * panel.stride, panel.stride, panel.distance, panel.vectors};
+    const Depth depth{k, least(k + kDepth, K)};
     for (int tile = 0; tile < tiles; ++tile) {  // of similar height: a single row has too few sums to hide latency
       const int begin = part.rows * tile / tiles, n = part.rows * (tile + 1) / tiles - begin;
-      const T* from_k[8];
-      for (int r = 0; r < n; ++r) from_k[r] = rows[begin + r] + k;
       if (C == kColumns && panel.next && tile * kLine < kWidth) {
-        deep.next = panel.next + (k * kWidth + tile * depth * kLine) / int64_t(sizeof(T));
-        multiply_rows<T, kColumns, C == kColumns>(sums.from(begin), start.from(begin), from_k, n, deep, depth);
+        Panel<T> fetching = panel;
+        fetching.next += tile * K * kLine / int64_t(sizeof(T));
+        multiply_rows<T, kColumns, C == kColumns>(sums.from(begin), start.from(begin), rows + begin, n, fetching,
+                                                  depth);
       } else {
-        multiply_rows<T, kColumns, false>(sums.from(begin), start.from(begin), from_k, n, deep, depth);
+        multiply_rows<T, kColumns, false>(sums.from(begin), start.from(begin), rows + begin, n, panel, depth);
       }
     }
   }
@@ -267,10 +274,10 @@ void multiply(const Output<T>& sums, const Start<T>& start, const Part& part, co
     if (panel.vectors == 2) return multiply_block<T, C, least(C, 2)>(sums, start, part, rows, panel, K);
     if (panel.vectors == 3) return multiply_block<T, C, least(C, 3)>(sums, start, part, rows, panel, K);
   }
-  // Where tiles of three rows would leave two of two, tiles of half the columns and up to six rows read the panel less
-  // often, which comes from the second-level cache.
+  // Where tiles of half the columns and six rows would be full, or nearly so, they read the panel less often than tiles
+  // of three rows, some of which would have two.
   if constexpr (C == 4 && kTileRows<C> == 3) {
-    if (part.rows > 1 && part.rows % 3 == 1) return multiply_halves<T, C>(sums, start, part, rows, panel, K);
+    if (part.rows % 6 >= 4) return multiply_halves<T, C>(sums, start, part, rows, panel, K);
   }
   multiply_block<T, C, C>(sums, start, part, rows, panel, K);
 }
