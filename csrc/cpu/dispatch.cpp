@@ -200,15 +200,15 @@ bool outgrow_cache(const LayerShape& shape, int64_t columns, double factor) {
   return rows * double(columns) * (shape.dtype == Dtype::kFloat32 ? 4 : 8) > factor * double(second_level_cache());
 }
 
-// Columns of the weights that every step reads. W_ih x of few rows comes beforehand: of how many about, as the
-// instruction sets differ (forward_workspace.h).
+// Columns of the weights that every step reads. W_ih x of few rows comes beforehand; how few depends on the instruction
+// set (forward_workspace.h), and 8 is about right for all.
 int64_t columns_of_a_step(const LayerShape& s) { return s.P + (s.T > 1 && s.B < 8 ? 0 : s.I); }
 
 // Whether the weights that a direction reads at every step outgrow a core's cache by far, so that each worker should
 // read a share of them for all rows. The rows must be few beside the weights, and the shares of the units even.
 bool shares_weights(const LayerShape& shape, int64_t gates, int64_t block, int64_t workers) {
-  return !shape.whole_rows() && outgrow_cache(shape, columns_of_a_step(shape), 1.25) &&
-         4 * shape.B < gates * shape.H && most_units(shape.H, block, workers) * workers * 15 <= shape.H * 16;
+  return !shape.whole_rows() && outgrow_cache(shape, columns_of_a_step(shape), 1.25) && 4 * shape.B < gates * shape.H &&
+         most_units(shape.H, block, workers) * workers * 15 <= shape.H * 16;
 }
 
 // Of a plain sequence, which alone can be cut anywhere: in one direction, with every row there until the end.

@@ -27,7 +27,7 @@ struct ForwardProducts {
     return s.frozen() || s.deterministic || s.bf16_weights || cpu::digits_of(s.operands);
   }
   // Below so many rows, x of several steps fills tiles that x of one step leaves half empty. With 16 registers, whose
-  // tiles have three rows, more rows pay where W_ih is large, which is then read less often.
+  // tiles have three rows, more rows pay where W_ih is large, because it is then read less often.
   static int64_t few_rows(const LayerShape& s) {
     constexpr int64_t kTile = kTileRows<4>;
     if (kTile > 3) return kTile;

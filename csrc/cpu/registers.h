@@ -15,8 +15,9 @@ FUSED_RNN_INLINE void keep_in_register(V& v) {
   asm("" : "+w"(v));
 #endif
 }
-// GCC copies an array of pointers by vectors. If the pointers have just been stored one by one, such a load waits until
-// they are in the cache.
+
+// Loads a pointer by itself. GCC copies an array of pointers by vectors; if they have just been stored one by one, such
+// a load waits until they are in the cache.
 template <class T>
 FUSED_RNN_INLINE void keep_in_register(T*& p) {
   asm("" : "+r"(p));

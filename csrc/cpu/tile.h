@@ -138,26 +138,27 @@ struct Depth {
 
 // sums[slot][c] = start + sum over some k of row[k] * panel[k][c], for NB blocks or R rows.
 // Runs of kRun values of k are summed in registers and then added to sums, so that rounding errors grow with the number
-// of runs plus the length of one, as in a blocked BLAS, and not with K. kFetch: fetches line k of panel.next with every
-// k, and of a panel with two columns, which may be every other line, the line of the k that is kAhead further on.
-template <class T, int NB, int R, int kColumns, bool kFetch = false>
+// of runs plus the length of one, as in a blocked BLAS, and not with K. kNext: fetches line k of panel.next into the
+// second-level cache with every k. kAhead: fetches into the first-level cache what is read 16 k later.
+template <class T, int NB, int R, int kColumns, bool kNext = false, bool kAhead = false>
 __attribute__((noinline)) void multiply_tile(Output<T> sums, Start<T> start, const T* const* row, const Panel<T>& panel,
                                              Depth depth) {
   static_assert(kColumns <= kMostColumns);
-  constexpr int64_t kRun = 128, kAhead = 16;
+  constexpr int64_t kRun = 128;
   const Start<T> own{sums.data, sums.stride};
   if (!start.data) start = own;
   const T* rows[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) keep_in_register(rows[r] = row[r]);
-  for (int64_t begin = depth.begin; begin == depth.begin || begin < depth.end; begin += kRun) {  // once for none, too
+  // Once even if there is no k.
+  for (int64_t begin = depth.begin; begin == depth.begin || begin < depth.end; begin += kRun) {
     const int64_t end = least(begin + kRun, depth.end);
     Vec<T> acc[NB][R][kColumns] = {};  // in registers: unrolled, every index is a constant
     const T* w = panel.data + begin * panel.stride;
 #pragma GCC unroll 4
     for (int64_t k = begin; k < end; ++k, w += panel.stride) {
-      if constexpr (kFetch) __builtin_prefetch(reinterpret_cast<const char*>(panel.next) + k * kLine, 0, 2);
-      if constexpr (kFetch && kColumns == 2) __builtin_prefetch(w + kAhead * panel.stride);
+      if constexpr (kNext) __builtin_prefetch(reinterpret_cast<const char*>(panel.next) + k * kLine, 0, 2);
+      if constexpr (kAhead) __builtin_prefetch(w + 16 * panel.stride);
 #pragma GCC unroll 8
       for (int nb = 0; nb < NB; ++nb) {
         const T* const columns = w + nb * panel.distance;
@@ -197,20 +198,20 @@ __attribute__((noinline)) void multiply_tile(Output<T> sums, Start<T> start, con
   }
 }
 
-template <class T, int kColumns, bool kFetch>
+template <class T, int kColumns, bool kNext, bool kAhead>
 void multiply_rows(const Output<T>& sums, const Start<T>& start, const T* const* rows, int n, const Panel<T>& panel,
                    Depth depth) {
   constexpr int kRows = kTileRows<kColumns>;
   // clang-format off
   switch (n) {
-    case 1: return multiply_tile<T, 1, 1, kColumns, kFetch>(sums, start, rows, panel, depth);
-    case 2: return multiply_tile<T, 1, 2, kColumns, kFetch>(sums, start, rows, panel, depth);
-    case 3: return multiply_tile<T, 1, 3, kColumns, kFetch>(sums, start, rows, panel, depth);
-    case 4: return multiply_tile<T, 1, least(kRows, 4), kColumns, kFetch>(sums, start, rows, panel, depth);
-    case 5: return multiply_tile<T, 1, least(kRows, 5), kColumns, kFetch>(sums, start, rows, panel, depth);
-    case 6: return multiply_tile<T, 1, least(kRows, 6), kColumns, kFetch>(sums, start, rows, panel, depth);
-    case 7: return multiply_tile<T, 1, least(kRows, 7), kColumns, kFetch>(sums, start, rows, panel, depth);
-    case 8: return multiply_tile<T, 1, least(kRows, 8), kColumns, kFetch>(sums, start, rows, panel, depth);
+    case 1: return multiply_tile<T, 1, 1, kColumns, kNext, kAhead>(sums, start, rows, panel, depth);
+    case 2: return multiply_tile<T, 1, 2, kColumns, kNext, kAhead>(sums, start, rows, panel, depth);
+    case 3: return multiply_tile<T, 1, 3, kColumns, kNext, kAhead>(sums, start, rows, panel, depth);
+    case 4: return multiply_tile<T, 1, least(kRows, 4), kColumns, kNext, kAhead>(sums, start, rows, panel, depth);
+    case 5: return multiply_tile<T, 1, least(kRows, 5), kColumns, kNext, kAhead>(sums, start, rows, panel, depth);
+    case 6: return multiply_tile<T, 1, least(kRows, 6), kColumns, kNext, kAhead>(sums, start, rows, panel, depth);
+    case 7: return multiply_tile<T, 1, least(kRows, 7), kColumns, kNext, kAhead>(sums, start, rows, panel, depth);
+    case 8: return multiply_tile<T, 1, least(kRows, 8), kColumns, kNext, kAhead>(sums, start, rows, panel, depth);
   }
   // clang-format on
 }
@@ -226,23 +227,29 @@ void multiply_blocks(const Output<T>& sums, const Start<T>& start, const T* cons
 }
 
 // sums[slot][c] = start + rows x panel for all slots of a part of one block, whose panel has kColumns vectors, of C
-// that a block has. The tiles share the lines of panel.next, which is taken to be as long as this panel.
-template <class T, int C, int kColumns>
+// that a block has. The tiles share the lines of panel.next, which is taken to be as long as this panel. kHalf: the
+// panel is half of one, so its lines are not one after the other, and the first tile, which brings them into the
+// first-level cache, fetches ahead.
+template <class T, int C, int kColumns, bool kHalf = false>
 void multiply_block(const Output<T>& sums, Start<T> start, const Part& part, const T* const* rows,
                     const Panel<T>& panel, int64_t K) {
   constexpr int64_t kWidth = C * sizeof(Vec<T>);
+  constexpr bool kWhole = C == kColumns;
   const int tiles = static_cast<int>(ceil_div(part.rows, kTileRows<kColumns>));
   for (int64_t k = 0; k == 0 || k < K; k += kDepth, start = {}) {
     const Depth depth{k, least(k + kDepth, K)};
     for (int tile = 0; tile < tiles; ++tile) {  // of similar height: a single row has too few sums to hide latency
       const int begin = part.rows * tile / tiles, n = part.rows * (tile + 1) / tiles - begin;
-      if (C == kColumns && panel.next && tile * kLine < kWidth) {
+      const auto to = sums.from(begin);
+      const auto from = start.from(begin);
+      if (kWhole && panel.next && tile * kLine < kWidth) {
         Panel<T> fetching = panel;
         fetching.next += tile * K * kLine / int64_t(sizeof(T));
-        multiply_rows<T, kColumns, C == kColumns>(sums.from(begin), start.from(begin), rows + begin, n, fetching,
-                                                  depth);
+        multiply_rows<T, kColumns, kWhole, kHalf>(to, from, rows + begin, n, fetching, depth);
+      } else if (kHalf && tile == 0) {
+        multiply_rows<T, kColumns, false, kHalf>(to, from, rows + begin, n, panel, depth);
       } else {
-        multiply_rows<T, kColumns, false>(sums.from(begin), start.from(begin), rows + begin, n, panel, depth);
+        multiply_rows<T, kColumns, false, false>(to, from, rows + begin, n, panel, depth);
       }
     }
   }
@@ -258,8 +265,8 @@ void multiply_halves(const Output<T>& sums, const Start<T>& start, const Part& p
     Panel<T> half = panel;
     half.data += at;
     if (panel.next) half.next += at * K;
-    multiply_block<T, kHalf, kHalf>({sums.data + at, sums.stride},
-                                    {start.data ? start.data + at : nullptr, start.distance}, part, rows, half, K);
+    multiply_block<T, kHalf, kHalf, true>(
+        {sums.data + at, sums.stride}, {start.data ? start.data + at : nullptr, start.distance}, part, rows, half, K);
   }
 }
 
@@ -274,8 +281,8 @@ void multiply(const Output<T>& sums, const Start<T>& start, const Part& part, co
     if (panel.vectors == 2) return multiply_block<T, C, least(C, 2)>(sums, start, part, rows, panel, K);
     if (panel.vectors == 3) return multiply_block<T, C, least(C, 3)>(sums, start, part, rows, panel, K);
   }
-  // Where tiles of half the columns and six rows would be full, or nearly so, they read the panel less often than tiles
-  // of three rows, some of which would have two.
+  // With 16 registers: tiles of six rows and half the columns read the panel half as often as tiles of three rows. That
+  // is faster where they lack one or two rows in all; where they lack none, tiles of three are as fast.
   if constexpr (C == 4 && kTileRows<C> == 3) {
     if (part.rows % 6 >= 4) return multiply_halves<T, C>(sums, start, part, rows, panel, K);
   }
