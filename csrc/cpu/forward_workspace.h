@@ -35,8 +35,8 @@ struct ForwardProducts {
     return s.weights == WeightFormat::kFloat32 && s.H * s.I >= 1 << 14 ? 6 : kTile;
   }
   static int64_t rows_worth_transposing(const LayerShape& s, int64_t K) {
-    return s.dtype == Dtype::kFloat32 ? FUSED_RNN_ISA::rows_worth_transposing<float>(K)
-                                      : FUSED_RNN_ISA::rows_worth_transposing<double>(K);
+    return s.dtype == Dtype::kFloat32 ? FUSED_RNN_ISA::rows_worth_transposing<float>(K, s.B)
+                                      : FUSED_RNN_ISA::rows_worth_transposing<double>(K, s.B);
   }
 };
 
