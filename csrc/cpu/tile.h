@@ -57,8 +57,8 @@ constexpr int64_t rows_worth_copying(int64_t row_bytes) {
 }
 // The rows, over all steps of B rows, from which panels that transpose rows of K weights are worth packing. The product
 // without them sums the lanes of every result, which costs less per weight the larger K is; measured for 8 and for 16
-// lanes. With more than two tiles to a step it reads the weights so often that from `most` on packing pays for any K;
-// measured for 8 lanes, and taken to be twice as many for 16.
+// lanes. With more than two tiles to a step it reads the weights so often that from `most` rows on packing pays for any
+// K; measured for 8 lanes, and taken to be twice as many rows for 16.
 template <class T>
 constexpr int64_t rows_worth_transposing(int64_t K, int64_t B) {
   const int64_t rows = 2 * K / kLanes<T>, most = kLanes<T> > 8 ? 160 : 80;
