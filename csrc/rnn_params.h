@@ -18,6 +18,7 @@ struct TileUnit;
 }
 
 enum class Dtype : int32_t { kFloat32, kFloat64 };
+using Bf16 = uint16_t;  // a bfloat16 is the upper half of a float32
 // How the weights of a layer are given: as torch has them; or, for inference in float32, as Kernels::freeze packed
 // them.
 enum class WeightFormat : int32_t { kPlain, kFloat32, kBfloat16, kInt8 };
@@ -47,7 +48,7 @@ struct LayerShape {
   bool normalised;             // layer normalisation of W_hh h and, in the LSTM, of c; requires gates_given
   bool deterministic;          // a row's result must not depend on the batch around it: weights are always packed
   Operands operands;           // of packed products
-  bool bf16_weights;           // w_ih, w_hh and w_hr are bfloat16, whatever `dtype` is; requires that of the operands
+  bool bf16_weights;           // w_ih, w_hh and w_hr, which forward reads, are bfloat16; `dtype` is float32 then
   const cpu::TileUnit* unit;   // the instructions that multiply the operands; null iff they are plain
   WeightFormat weights;        // unless plain, w_ih, w_hh, w_hr and b_ih (which has b_hh, too) are as freeze sets them;
                                // the operands are plain then

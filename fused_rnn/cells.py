@@ -174,11 +174,11 @@ class RNNCell(FusedCellBase, torch.nn.RNNCell):
             or torch.compiler.is_compiling()
             or torch._C._get_tracing_state() is not None  # sizes may be symbols
             or policy.transformed()
-            or not tuned.torch_trains_as_fast(input.size(0), self.hidden_size)
+            or not tuned.torch_trains_as_fast(input.dtype, input.size(0), self.hidden_size)
             or self.hidden_size in tuned.table.cell_hidden_sizes
             or torch.is_autocast_enabled("cpu")
             or policy.deterministic()
-            or input.dtype not in policy.KERNEL_DTYPES
+            or input.dtype not in policy.DTYPES
         ):
             return None
         if hx is None:

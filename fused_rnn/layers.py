@@ -93,7 +93,7 @@ def step(
     """
     if torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
         options = LayerOptions(deterministic=True) if deterministic() else NO_OPTIONS
-        if options is NO_OPTIONS and x.dtype in policy.KERNEL_DTYPES:
+        if options is NO_OPTIONS:
             given = [w for w in weights if w is not None]
             call = NUMBER[cell], 0, 1, len(given) > 2, False, operators.STEP, None, None
             h, _, c = autograd.stack(call, x, h0, c0, *given)

@@ -73,13 +73,16 @@ class Call(NamedTuple):
 
 def torch_trains(cell: str, dtype: torch.dtype, B: int, H: int) -> bool:
     """Whether torch's function for a cell is as fast in training on a CPU."""
-    return cell.startswith("rnn") and dtype in (torch.float32, torch.float64) and torch_trains_as_fast(B, H)
+    return cell.startswith("rnn") and torch_trains_as_fast(dtype, B, H)
 
 
 @lru_cache(maxsize=4096)  # of small calls that ask it, 1 µs is a percent
-def torch_trains_as_fast(B: int, H: int) -> bool:
+def torch_trains_as_fast(dtype: torch.dtype, B: int, H: int) -> bool:
     """`torch_trains` of an RNN: its autograd nodes cost less."""
-    return not _outrun_mkl() or _rounded(B) * H**2 < 2**17  # B as in a bucket
+    products = _rounded(B) * H**2  # B as in a bucket
+    if dtype not in (torch.float32, torch.float64):
+        return products < 2**15  # torch multiplies numbers of 16 bits slowly
+    return not _outrun_mkl() or products < 2**17
 
 
 @cache

@@ -37,15 +37,15 @@ class CpuLayer : public Layer {
               projected, two_directions, batch_sizes),
         kernels(cpu::kernels(instance)) {}
 
-  // `precision` of float32's products, a cpu::Precision; that of bfloat16 tensors is bfloat16's. `forward`: whether it
-  // reads bfloat16 weights as they are.
+  // `precision` of float32's products, a cpu::Precision; that of bfloat16 tensors is bfloat16's. `forward`, unlike
+  // backward, reads bfloat16 weights as they are.
   void choose_products(int64_t precision, bool forward) {
     FUSED_RNN_CHECK(precision >= 0 && precision < cpu::kPrecisions, "precision must be between 0 and ",
                     cpu::kPrecisions - 1, ", got ", precision);
     const bool is_bf16 = stored == ScalarType::BFloat16;
     const auto of_float32 = is_bf16 ? cpu::Precision::kMedium : static_cast<cpu::Precision>(precision);
     cpu::choose_products(kernels, shape, of_float32, torch::stable::get_num_threads());
-    shape.bf16_weights = forward && is_bf16 && shape.operands == Operands::kBfloat16;
+    shape.bf16_weights = forward && is_bf16;
   }
   Weights checked_weights(const OptionalTensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
                           const OptionalTensor& b_hh, const OptionalTensor& w_hr) const {

@@ -35,9 +35,9 @@ FUSED_RNN_EXPORT std::tuple<Tensor, Tensor> step(Tensor x, OptionalTensor h0, Op
 // them of one layer.
 using StackResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// All layers of a module, float32 or float64. layers: 0 for a cell, one step of one layer with states of [B, ...].
-// weights: of each layer and direction w_ih, w_hh, then biases if there are, then w_hr if projected. layout: a Layout.
-// resets: bool, laid out as x without its last dimension; lengths: as in RaggedRows. A cell has neither.
+// All layers of a module. layers: 0 for a cell, one step of one layer with states of [B, ...]. weights: of each layer
+// and direction w_ih, w_hh, then biases if there are, then w_hr if projected. layout: a Layout. resets: bool, laid out
+// as x without its last dimension; lengths: as in RaggedRows. A cell has neither.
 FUSED_RNN_EXPORT StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> weights,
                                     int64_t cell, int64_t layers, int64_t directions, bool has_biases, bool projected,
                                     int64_t layout, OptionalTensor resets, OptionalTensor lengths, bool deterministic,

@@ -29,7 +29,7 @@ inline PyObject* kept(py::object object) { return object.release().ptr(); }
 // What is needed of torch: the process's own.
 struct Torch {
   PyTypeObject *tensor, *parameter;
-  PyObject *float32, *float64;
+  PyObject *float32, *float64, *bfloat16, *float16;
   PyObject *deterministic, *precision, *autocast, *grad_enabled;
   PyObject *modes, *function_modes, *tracer, *transforms, *forward_mode;
   // Another torch may lack these; from_handles is null then.
@@ -41,6 +41,8 @@ struct Torch {
     parameter = reinterpret_cast<PyTypeObject*>(kept(py::module_::import("torch.nn").attr("Parameter")));
     float32 = kept(torch.attr("float32"));
     float64 = kept(torch.attr("float64"));
+    bfloat16 = kept(torch.attr("bfloat16"));
+    float16 = kept(torch.attr("float16"));
     deterministic = kept(c.attr("_get_deterministic_algorithms"));
     precision = kept(c.attr("_get_fp32_precision_getter"));
     autocast = kept(torch.attr("is_autocast_enabled"));

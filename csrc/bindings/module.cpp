@@ -190,12 +190,13 @@ PYBIND11_MODULE(_C, m) {
           throw std::invalid_argument("sums must be float32 [1 to 16, 16], a 16-bit [rows of sums, 32], b [16, 32]");
         }
         alignas(kTileBytes) float to[kTileHeight * kTileWidth];
-        alignas(kTileBytes) Bf16 tile[kBf16Tile];
+        alignas(kTileBytes) fused_rnn::Bf16 tile[kBf16Tile];
         std::memcpy(to, of_sums.ptr, bytes(of_sums));
         std::memcpy(tile, of_b.ptr, sizeof(tile));
         Bf16Product product{};
         product.sums = to, product.stride = product.columns = kTileWidth;
-        product.tiles = 1, product.rows = rows, product.a = static_cast<const Bf16*>(of_a.ptr), product.b = tile;
+        product.tiles = 1, product.rows = rows, product.a = static_cast<const fused_rnn::Bf16*>(of_a.ptr),
+        product.b = tile;
         product.K = kBf16Depth;
         TileState state;
         unit.multiply(product, state);

@@ -58,8 +58,7 @@ Tensor one_after_the_other(const std::vector<Tensor>& of_layers) {
 StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> weights, int64_t cell,
                    int64_t layers, int64_t directions, bool has_biases, bool projected, int64_t layout_number,
                    OptionalTensor resets, OptionalTensor lengths, bool deterministic, bool train) {
-  const ScalarType type = x.scalar_type();
-  FUSED_RNN_CHECK(type == ScalarType::Float || type == ScalarType::Double, "x must be float32 or float64");
+  const ScalarType type = x.scalar_type();  // of what comes in and goes out, also between layers
   const Layout layout = layout_by_number(layout_number);
   const bool is_cell = layers == 0, is_unbatched = layout == Layout::kUnbatched;
   FUSED_RNN_CHECK(!is_cell || layout == Layout::kStep, "a cell takes a single step");
@@ -102,20 +101,19 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, std::vector<T
       if (!is_cell) layer.pass_on(h0, *(h_n = new_state(P)));
       if (layer.cell.has_c) c_n = layer.copy_or_zeros(state(c0, "c0", H), new_state(H));
       if (train) {
-        if (layers > 1) between = layer.new_tensor({steps_between(layers, layer.T), layer.B, D * P});
+        if (layers > 1) between = empty({steps_between(layers, layer.T), layer.B, D * P}, type);
         reserve = layer.new_reserve(layers * D);
       }
     }
     FUSED_RNN_CHECK(s.H == H && s.P == P, "all layers must be as wide as the first");
     x = layer.checked_sequence(x, "x", s.I);
     const bool is_last = index == layers - 1;
-    Tensor y;
+    OptionalTensor kept;  // y, for backward
     if (train && !is_last) {
-      y = part(*between, "between", steps_between(layers, layer.T), index * layer.T, layer.T);
-      if (layer.step) y = laid_out(y, Layout::kStep);
-    } else {
-      y = layer.new_sequence(D * P);
+      kept = part(*between, "between", steps_between(layers, layer.T), index * layer.T, layer.T);
+      if (layer.step) kept = laid_out(*kept, Layout::kStep);
     }
+    const Tensor y = kept && type == layer.dtype ? *kept : layer.new_sequence(D * P);
     layer.clear_absent(y, D * P);
     std::optional<Weights> checked[2];  // as long as the kernels read them
     for (int64_t d = 0; d < D; ++d) {
@@ -143,9 +141,12 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, std::vector<T
       p.workspace = scratch.data() + d * workspace * layer.element();
     }
     if (s.N > 0 && P > 0) cpu::forward(layer.kernels, params, torch::stable::get_num_threads());
-    x = y;
+    if (kept && type != layer.dtype) torch::stable::copy_(*kept, y);
+    x = kept ? *kept : converted(y, type);
   }
   const auto out = [](const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); };
+  if (h_n) h_n = converted(*h_n, type);
+  if (c_n) c_n = converted(*c_n, type);
   const auto state = [&](const OptionalTensor& all) { return is_unbatched && all ? laid_out(*all, layout) : out(all); };
   return {keeps_layout ? x : laid_out(x, layout), state(h_n), state(c_n), out(between), out(reserve)};
 }

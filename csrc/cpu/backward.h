@@ -12,6 +12,7 @@
 
 #include "../cells/cells.h"
 #include "layer_norm.h"
+#include "pack.h"
 #include "tile.h"
 #include "tile_operands.h"
 #include "worker.h"

@@ -19,6 +19,7 @@
 #include "forward_workspace.h"
 #include "frozen.h"
 #include "layer_norm.h"
+#include "pack.h"
 #include "worker.h"
 
 namespace fused_rnn {
@@ -92,6 +93,15 @@ class Forward {
   static const T* at(const void* p) { return static_cast<const T*>(p); }
   static T* packed(const void* p) { return static_cast<T*>(const_cast<void*>(p)); }  // nothing packs there again
 
+  // Calls f with weights as what they are.
+  template <class F>
+  void with_type(const void* weights, const F& f) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (s_.bf16_weights) return f(static_cast<const Bf16*>(weights));
+    }
+    f(at(weights));
+  }
+
   bool narrow_end() const { return U > 1 && s_.H % kBlock != 0; }
 
   // Whether a block is multiplied by one step alone, right after this worker has packed it: then all panels take the
@@ -131,7 +141,7 @@ class Forward {
           continue;
         }
       }
-      pack_rows<T, Gates>(to, at(W), H, K, block * kUnits);
+      with_type(W, [&](auto* weights) { pack_rows<T, Gates>(to, weights, H, K, block * kUnits); });
     }
   }
 
@@ -195,7 +205,8 @@ class Forward {
     } else {
       for (int i = 0; i < part.blocks; ++i) {
         const int64_t unit = part.block_of(i) * kVectors * kLanes<T>;
-        multiply_unpacked<T, Gates>(sums + i, rows, part.rows, at(W), H, K, unit);
+        with_type(W,
+                  [&](auto* weights) { multiply_unpacked<T, Gates>(sums + i, rows, part.rows, weights, H, K, unit); });
       }
     }
   }

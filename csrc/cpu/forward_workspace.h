@@ -1,6 +1,7 @@
 // What forward decides about a layer before its first step, and its workspace.
 #pragma once
 
+#include "pack.h"
 #include "rounded_rows.h"
 #include "tile_operands.h"
 #include "worker.h"
@@ -24,7 +25,7 @@ struct ForwardProducts {
   static constexpr bool kWide = kLanes<float> >= 16;
 
   static bool always(const LayerShape& s) {
-    return s.frozen() || s.deterministic || s.bf16_weights || cpu::digits_of(s.operands);
+    return s.frozen() || s.deterministic || (s.bf16_weights && s.on_tiles()) || cpu::digits_of(s.operands);
   }
   // Below so many rows, x of several steps fills tiles that x of one step leaves half empty. With 16 registers, whose
   // tiles have three rows, more rows pay where W_ih is large, because it is then read less often.

@@ -19,6 +19,7 @@
 
 #include "kernels.h"
 #include "layer_norm.h"
+#include "pack.h"
 #include "rounded_rows.h"
 #include "tile.h"
 #include "tile_operands.h"

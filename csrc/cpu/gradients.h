@@ -8,6 +8,7 @@
 
 #include "../cells/cells.h"
 #include "column_sums.h"
+#include "pack.h"
 #include "tile.h"
 #include "tile_operands.h"
 #include "worker.h"

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "digits.h"
+#include "pack.h"
 #include "tile.h"
 #include "tiles.h"
 #include "worker.h"
@@ -14,7 +15,6 @@
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
-using cpu::Bf16;
 using cpu::kBf16Depth;
 using cpu::kBf16Tile;
 using cpu::kDigitDepth;

@@ -24,8 +24,6 @@
 namespace fused_rnn {
 namespace cpu {
 
-using Bf16 = uint16_t;
-
 constexpr int kTileHeight = 16, kTileWidth = 16, kTileBytes = 64;     // rows, 32-bit columns, bytes of a row
 constexpr int kBf16Depth = kTileBytes / 2, kDigitDepth = kTileBytes;  // values of k in a tile
 constexpr int kBf16Tile = kTileHeight * kBf16Depth, kDigitTile = kTileHeight * kDigitDepth;  // numbers in it

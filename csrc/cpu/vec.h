@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "../cells/math.h"
+#include "../rnn_params.h"
 #include "registers.h"
 
 #if FUSED_RNN_VEC_BYTES >= 32
@@ -45,6 +46,22 @@ FUSED_RNN_INLINE Vec<T> load(const T* p) {
 template <class T>
 FUSED_RNN_INLINE void store(T* p, const Vec<T>& v) {
   __builtin_memcpy(p, &v, sizeof(v));
+}
+
+// Numbers of bfloat16, as float32.
+FUSED_RNN_INLINE Vec<float> load(const Bf16* p) {
+  typedef Bf16 Halves __attribute__((vector_size(FUSED_RNN_VEC_BYTES / 2)));
+  typedef uint32_t Bits __attribute__((vector_size(FUSED_RNN_VEC_BYTES)));
+  Halves halves;
+  __builtin_memcpy(&halves, p, sizeof(halves));
+#if FUSED_RNN_VEC_BYTES == 64
+  const Bits bits = (Bits)_mm512_cvtepu16_epi32((__m256i)halves);  // GCC would convert each half
+#elif FUSED_RNN_VEC_BYTES == 32
+  const Bits bits = (Bits)_mm256_cvtepu16_epi32((__m128i)halves);
+#else
+  const Bits bits = __builtin_convertvector(halves, Bits);
+#endif
+  return (Vec<float>)(bits << 16);
 }
 
 #if FUSED_RNN_VEC_BYTES == 64
@@ -96,6 +113,11 @@ FUSED_RNN_INLINE void store_first(T* p, const Vec<T>& v, int64_t n) {
 template <class T>
 FUSED_RNN_INLINE Vec<T> load(const T* p, int64_t n) {
   return n == kLanes<T> ? load(p) : load_first(p, n);
+}
+FUSED_RNN_INLINE Vec<float> load(const Bf16* p, int64_t n) {
+  Bf16 first[kLanes<float>] = {};
+  for (int64_t i = 0; i < n; ++i) first[i] = p[i];
+  return load(first);
 }
 template <class T>
 FUSED_RNN_INLINE void store(T* p, const Vec<T>& v, int64_t n) {
