@@ -24,8 +24,10 @@ struct ForwardProducts {
   // the sum over the lanes of each result.
   static constexpr bool kWide = kLanes<float> >= 16;
 
+  // Operands of bfloat16 that are bfloat16 already take little to pack, but for one row more than to read.
   static bool always(const LayerShape& s) {
-    return s.frozen() || s.deterministic || (s.bf16_weights && s.on_tiles()) || cpu::digits_of(s.operands);
+    const bool are_operands = s.bf16_weights && s.on_tiles() && s.N > 1;
+    return s.frozen() || s.deterministic || are_operands || cpu::digits_of(s.operands);
   }
   // Below so many rows, x of several steps fills tiles that x of one step leaves half empty. With 16 registers, whose
   // tiles have three rows, more rows pay where W_ih is large, because it is then read less often.

@@ -246,7 +246,7 @@ def test_fsdp2(results, key):
     dtype = torch.bfloat16 if policy else torch.float32
     wanted, _ = one_backward(expected.to(dtype), dtype=dtype)
     for grads, calls in found(results, key):
-        if name != "RNNCell" or policy:  # an RNNCell trains on torch.nn's operations in float32
+        if name != "RNNCell":  # which trains on torch.nn's operations
             assert {"fused_rnn::forward", "fused_rnn::backward"} <= set(calls)
         assert all(g.dtype is torch.float32 for g in grads)
         close([g.to(dtype) for g in grads], wanted, grad=True)

@@ -22,13 +22,15 @@ import fused_rnn
 from cases import CASES as ALL_LENGTHS
 from cases import Case
 from default_set import case_of
-from fused_rnn import _C, reference, tuned
+from fused_rnn import _C, operators, reference, tuned
+from fused_rnn.options import LayerOptions
 from processes import survives
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ISAS = _C.supported_cpu_isas()
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
+CELLS = list(reference.CELLS)
 
 
 def results(case: Case, dtype: torch.dtype) -> list[Tensor]:
@@ -155,6 +157,26 @@ def test_frozen_weights(by_isa: dict[str, dict[str, Any]]) -> None:
         for name, found in by_isa[isa]["frozen"].items():
             # Exact sums: what differs is an input now and then, rounded to the neighbour of 32767 levels.
             assert (found - expected[name]).abs().max() < 1e-4, (isa, name)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa in ("avx512", "avx2", "portable")])
+@pytest.mark.parametrize("cell", CELLS)
+def test_bfloat16_weights_are_widened_as_they_are_read(cell: str, isa: str) -> None:
+    """Bit for bit, by both products; the last vectors of a row and of the units are not full."""
+    torch.manual_seed(0)
+    T, I, H, P = 3, 21, 19, 18 if cell == "lstm" else 0  # noqa: E741 - the field's letter
+    shapes = (reference.GATES[cell] * H, I), (reference.GATES[cell] * H, P or H), (P, H)
+    w_ih, w_hh, w_hr = (torch.randn(shape).bfloat16() if shape[0] else None for shape in shapes)
+    b_ih, b_hh = torch.randn(2, reference.GATES[cell] * H).bfloat16()
+    for B in (1, 2, 60):
+        given = torch.randn(T, B, I), torch.randn(1, B, P or H), torch.randn(1, B, H) if cell == "lstm" else None
+        given = [None if t is None else t.bfloat16() for t in (*given, w_ih, w_hh, b_ih, b_hh, w_hr)]
+        options = LayerOptions(instance=ISAS.index(isa))
+        found, expected = (
+            operators.forward(cell, x, h0, c0, weights, options, False)[:3]
+            for x, h0, c0, *weights in (given, [None if t is None else t.float() for t in given])
+        )
+        assert all(torch.equal(a, b.bfloat16()) for a, b in zip(found, expected, strict=True))
 
 
 def test_an_unknown_instruction_set() -> None:
