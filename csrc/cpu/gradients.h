@@ -48,9 +48,9 @@ class Products {
   }
   static int64_t transposed_workspace(int64_t N, int64_t K, Operands operands) {
     const int64_t depth = least(K, kRowsAtOnce), blocks = least(ceil_div(N, kBlock), kBlocksAtOnce);
-    const int64_t plain = depth * (blocks * kBlock + kColumnsAtOnce);
+    const int64_t plain = depth * blocks * kBlock + kColumnsAtOnce * column_size(depth);
     if (operands == Operands::kPlain) return plain;
-    const int64_t split = kMostRows * depth + blocks * SplitPanel::size(depth, kBlock, operands) +
+    const int64_t split = kMostRows * column_size(depth) + blocks * SplitPanel::size(depth, kBlock, operands) +
                           SplitRows::size(kMostRows, depth, operands);
     return plain > split ? plain : split;
   }
@@ -107,11 +107,11 @@ class Products {
     const bool on_tiles = splits() && fits_digits(b, share, N, K);
     const int chunk = on_tiles ? kMostRows : kChunk, at_once = on_tiles ? kMostRows : kColumnsAtOnce;
     T* const columns = workspace_;
-    T* const panels = columns + at_once * least(K, kRowsAtOnce);
+    T* const panels = columns + at_once * column_size(least(K, kRowsAtOnce));
     for (int64_t begin = share.block; begin < share.block_end; begin += kBlocksAtOnce) {
       const int64_t end = least(begin + kBlocksAtOnce, share.block_end);
       for (int64_t k = 0; k < K; k += kRowsAtOnce) {
-        const int64_t count = least(kRowsAtOnce, K - k), panel = count * kBlock;
+        const int64_t count = least(kRowsAtOnce, K - k), panel = count * kBlock, column = column_size(count);
         for (int64_t block = begin; block < end; ++block) {
           if constexpr (kSplits) {
             if (on_tiles) {
@@ -123,11 +123,11 @@ class Products {
         }
         for (int64_t row = share.row; row < share.row_end; row += at_once) {
           const int64_t height = least(at_once, share.row_end - row);
-          pack_transposed(columns, count, a + k * a_stride + row, a_stride, height, count);
+          pack_transposed(columns, column, a + k * a_stride + row, a_stride, height, count);
           for (int64_t first = 0; first < height; first += chunk) {
             const int rows = int(least(chunk, height - first));
             const T* from[kMostRows];
-            for (int r = 0; r < rows; ++r) from[r] = columns + (first + r) * count;
+            for (int r = 0; r < rows; ++r) from[r] = columns + (first + r) * column;
             if constexpr (kSplits) {
               if (on_tiles) {
                 T* const split = panels + (end - begin) * SplitPanel::size(count, kBlock, operands_);
@@ -154,6 +154,9 @@ class Products {
   static constexpr int64_t kRowsWorthPacking = 8, kRowsAtOnce = 512, kBlocksAtOnce = 8;
   // Columns of a that it transposes at once: two chunks of rows of the result, three cache lines of float32.
   static constexpr int kColumnsAtOnce = 2 * kChunk;
+  // Elements from one of them to the next: a line more than it has, as columns a power of two apart would share few
+  // sets of the cache.
+  static constexpr int64_t column_size(int64_t rows) { return rows + kLine / int64_t(sizeof(T)); }
   static constexpr bool kSplits = sizeof(T) == sizeof(float);  // for tiles, if LayerShape::operands says so
 
   // a^T b for a K too small for packing: each element of the result is a sum of a few products, written once.

@@ -104,14 +104,15 @@ void pack_columns(T* panel, const Rows<const T>& W, int64_t K, int64_t N, int64_
   }
 }
 
-// out[m][k] = in[k][m] for m < M and k < K.
+// out[m][k] = in[k][m] for m < M and k < K. Rows of `in` are read once, and fetched ahead.
 template <class T>
 void pack_transposed(T* out, int64_t out_stride, const T* in, int64_t in_stride, int64_t M, int64_t K) {
   constexpr int n = kLanes<T>;
-  for (int64_t m = 0; m < M; m += n) {
-    const int64_t width = least(M - m, n);
-    for (int64_t k = 0; k < K; k += n) {
-      const int64_t depth = least(K - k, n);
+  for (int64_t k = 0; k < K; k += n) {
+    const int64_t depth = least(K - k, n);
+    for (int64_t ahead = k + n; ahead < least(k + 2 * n, K); ++ahead) fetch(in + ahead * in_stride, M);
+    for (int64_t m = 0; m < M; m += n) {
+      const int64_t width = least(M - m, n);
       Vec<T> square[n];
       for (int j = 0; j < n; ++j) square[j] = j < depth ? load(in + (k + j) * in_stride + m, width) : Vec<T>{};
       transpose<T>(square);
