@@ -98,8 +98,7 @@ def step(
             call = NUMBER[cell], 0, 1, len(given) > 2, False, operators.STEP, None, None
             h, _, c = autograd.stack(call, x, h0, c0, *given)
             return h, c
-        tensors = () if options is NO_OPTIONS else differentiable_of(options)
-        h, _, c = autograd.layer(cell, len(weights), options, x, h0, c0, *weights, *tensors)
+        h, _, c = autograd.layer(cell, len(weights), options, x, h0, c0, *weights, *differentiable_of(options))
         return h, c
     return operators.step(x, h0, c0, NUMBER[cell], *weights, deterministic())
 

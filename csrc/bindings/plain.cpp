@@ -6,7 +6,9 @@
 // What the module is, they know: they do not ask while a compiler looks, for a module with options of ours, with
 // dropout, with another backend, with weights that are missing or with checks of a subclass, nor where the user's table
 // has a say. Where gradients are recorded, the call is a node of fused_rnn/autograd.py.
-#include "cell_number.h"
+#include <algorithm>
+
+#include "../cells/cell_info.h"
 #include "direct.h"
 #include "module_call.h"
 
@@ -114,25 +116,32 @@ struct Layers {
   // Whether x has the kernels' own dtype, or one of 16 bits, which is converted.
   bool is_of_the_kernels() const {
     const py::object dtype = attribute(x, interned().dtype);
-    return dtype.ptr() == torch_objects().float32 || dtype.ptr() == torch_objects().float64;
+    const Torch& torch = torch_objects();
+    for (PyObject* const known : {torch.float32, torch.float64, torch.bfloat16, torch.float16}) {
+      if (dtype.ptr() == known) return true;
+    }
+    return false;
   }
-  bool is_of_16_bits() const {
-    const py::object dtype = attribute(x, interned().dtype);
-    return dtype.ptr() == torch_objects().bfloat16 || dtype.ptr() == torch_objects().float16;
-  }
+  bool is_bfloat16() const { return attribute(x, interned().dtype).ptr() == torch_objects().bfloat16; }
 
-  // Whether fused_rnn/policy.py gives the kernels a call that torch.nn knows, too: not every one of 16 bits.
+  // Whether fused_rnn/policy.py gives the kernels a call of bfloat16 that torch.nn knows, too.
   bool are_chosen(bool records) const {
     const auto of = static_cast<Layout>(number(layout));
     const bool is_step = of == Layout::kStep, has_batch = of != Layout::kUnbatched;
     const py::tuple sizes = sizes_of(x), recurrent = sizes_of(PySequence_Fast_GET_ITEM(weights, 1));
-    if (sizes.size() != (is_step || !has_batch ? 2 : 3) || recurrent.size() != 2) return false;
-    const CellInfo& info = cell_by_number(number(cell));
+    const int64_t kind = number(cell), count = number(layers);
+    if (sizes.size() != (is_step || !has_batch ? 2 : 3) || recurrent.size() != 2 || kind < 0 || kind >= kCellCount ||
+        attribute(x, interned().is_cpu).ptr() != Py_True || !called(torch_objects().tracer).is_none()) {
+      return false;
+    }
     const size_t time = of == Layout::kBatchFirst ? 1 : 0, batch = is_step || time ? 0 : 1;
+    const py::int_ one(1);
     const py::object choice = py::handle(ours().choose)(
-        info.name, attribute(x, interned().dtype), is_step ? py::int_(1) : py::object(sizes[time]),
-        has_batch ? py::object(sizes[batch]) : py::int_(1), sizes[sizes.size() - 1],
-        recurrent[0].cast<int64_t>() / info.gates, py::arg("kind") = number(layers) == 0 ? "cell" : "sequence",
+        kCells[kind].name, attribute(x, interned().dtype), is_step ? py::object(one) : py::object(sizes[time]),
+        has_batch ? py::object(sizes[batch]) : py::object(one), sizes[sizes.size() - 1],
+        recurrent[0].cast<int64_t>() / kCells[kind].gates, py::arg("kind") = count == 0 ? "cell" : "sequence",
+        py::arg("num_layers") = std::max<int64_t>(count, 1), py::arg("directions") = py::handle(directions),
+        py::arg("proj_size") = projected == Py_True ? py::object(recurrent[1]) : py::object(py::int_(0)),
         py::arg("differentiable") = records);
     return attribute(choice.ptr(), interned().fused).ptr() == Py_True;
   }
@@ -173,7 +182,7 @@ struct Layers {
   // y, h_n, c_n and more, from one call; null if the layers have to be called in turn. `records` is records().
   py::object in_one_call(bool records) const {
     const Torch& torch = torch_objects();
-    if (!(is_of_the_kernels() || is_of_16_bits()) || has_negated_options()) return {};
+    if (!is_of_the_kernels() || has_negated_options()) return {};
     if (has_steps() && attribute(x, interned().dtype).ptr() == torch.float32 && wants_other_products()) return {};
     const py::object deterministic = called(torch.deterministic);
     if (!records) {
@@ -254,7 +263,7 @@ struct ModuleCall {
         if (!state.is_none() && number(attribute(state.ptr(), interned().ndim)) != dimensions) return {};
       }
     }
-    if (resets == Py_None && lengths == Py_None && all.is_of_16_bits() && !all.are_chosen(records)) return {};
+    if (resets == Py_None && lengths == Py_None && all.is_bfloat16() && !all.are_chosen(records)) return {};
     const py::object found = all.in_one_call(records);
     if (!found) return {};
     const auto result = [&](Py_ssize_t i) { return py::handle(PyTuple_GET_ITEM(found.ptr(), i)); };

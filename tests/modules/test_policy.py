@@ -123,6 +123,8 @@ def test_rules_for_cells_in_training(cell: str, set_outrun_mkl: Callable[[bool],
             for kind, expected in (("cell", by_torch), ("step", False)):  # with torch's, a step would have two views
                 plan = fused_rnn.plan(cell, torch.float32, 1, B, 8, 64, kind=kind, device="cpu")
                 assert plan.backend == ("torch" if expected else "fused")
+            of_16_bits = fused_rnn.plan(cell, torch.bfloat16, 1, B, 8, 64, kind="cell", device="cpu")
+            assert of_16_bits.backend == ("torch" if is_rnn and B == 1 else "fused")  # torch multiplies those slowly
             if is_rnn:
                 for cells in (fused_rnn, torch.nn):
                     with fused_calls() as calls, fused_rnn.patched():

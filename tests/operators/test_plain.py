@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_rnn
 from fused_rnn import _C, operators, policy, tuned
+from tuned_calls import table as table
 
 CELLS = {"RNN": {}, "ReLU": {"nonlinearity": "relu"}, "LSTM": {}, "GRU": {}}
 RESETS, LENGTHS = torch.tensor([[True, False], [False, True]]), torch.tensor([1, 2])
@@ -177,9 +178,14 @@ CONTEXTS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("suffix", ["", "Cell"])
 @pytest.mark.parametrize("name", [*CONTEXTS, *WATCHED, "subclass", "negated", "parametrised"])
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-def test_others_see_the_call(name: str, suffix: str, train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_others_see_the_call(
+    name: str, suffix: str, train: bool, dtype: torch.dtype, table: tuned.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    module, x = made("LSTM", {}, suffix=suffix), torch.randn(2, 3)
+    other = tuned.Call("lstm", torch.float32, None, 4, 4, 8, 128, 0, 1, 1, "sequence", False, 0)
+    table.put({(tuned.machine(policy.CPU), other): tuned.Result("fused", speedup=2.0)})
+    module, x = made("LSTM", {}, dtype, suffix), torch.randn(2, 3, dtype=dtype)
     if name == "trace":
         module.requires_grad_(False)
     if name == "parametrised":
@@ -434,6 +440,9 @@ def test_wrong_arguments_are_none() -> None:
     hx = list(states_of(module, torch.float32, 2, 2, 4))
     weights, names = module._flat_weights, module._flat_weights_names
     good = [x, hx, 3, 2, 2, 1, True, False, False, module._parameters, names, weights, RESETS, LENGTHS]
+    half = made("LSTM", {}, torch.bfloat16)
+    of_half = [x.bfloat16(), None, 3, 2, 1, 1, True, False, False, half._parameters, half._flat_weights_names]
+    of_half += [half._flat_weights, None, None]
     wrong = [
         None, 1, -1, 2**62, 2**70, 0.5, "x", [], (), {}, [None], [x], [x, x, x], (None, None), {"a": 1}, x, x[0],
         x.to_sparse(), x.to_mkldnn(), x.double(), x.half(), x.int(), x.to("meta"), torch.empty(0), torch.empty(2, 0, 3),
@@ -446,8 +455,9 @@ def test_wrong_arguments_are_none() -> None:
         for trial in range(4000):
             places = [trial % len(good)] if trial < 1000 else draw.sample(range(len(good)), 2)
             arguments = [draw.choice(wrong) if i in places else value for i, value in enumerate(good)]
-            results = _C.plain(*arguments)
-            assert results is None or all(isinstance(t, Tensor) for t in tensors(results))
+            for given in (arguments, [*of_half[:3], *arguments[3:6], *of_half[6:]]):  # what policy.choose is asked
+                results = _C.plain(*given)
+                assert results is None or all(isinstance(t, Tensor) for t in tensors(results))
         for place in (2, 3, 4, 5):
             lists = [list(hx), list(names), list(weights)]
             changed = [x, lists[0], *good[2:10], lists[1], lists[2], *good[12:]]
@@ -465,3 +475,20 @@ def test_who_watches(watching: Callable[[], Any], expected: bool) -> None:
     with forward_ad.dual_level():
         seen.append(_C.watched())
     assert seen == [True, True]
+
+
+@pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}, {"proj_size": 8}], ids=str)
+def test_the_choice_is_that_of_the_whole_module(
+    options: dict[str, Any], table: tuned.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the user's table says of one layer of bfloat16 says nothing of two."""
+    monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", True)
+    monkeypatch.setattr(policy, "bf16_unit", lambda: "")
+    one = tuned.Call("lstm", torch.bfloat16, None, 4, 4, 64, 64, 0, 1, 1, "sequence", False, 0)
+    table.put({(tuned.machine(policy.CPU), one): tuned.Result("fused", speedup=2.0)})
+    x = torch.randn(4, 4, 64, dtype=torch.bfloat16)
+    for of_module, expected in (({}, True), (options, False)):
+        module = fused_rnn.LSTM(64, 64, **of_module, dtype=torch.bfloat16)
+        with torch.no_grad(), counted(monkeypatch) as found:
+            module(x)
+        assert found == [expected]
