@@ -92,13 +92,13 @@ def step(
         RuntimeError: a tensor does not fit the others in shape, dtype or device.
     """
     if torch.is_grad_enabled() and any_requires_grad((x, h0, c0, *weights)):
-        options = LayerOptions(deterministic=True) if deterministic() else NO_OPTIONS
-        if options is NO_OPTIONS:
-            given = [w for w in weights if w is not None]
-            call = NUMBER[cell], 0, 1, len(given) > 2, False, operators.STEP, None, None
-            h, _, c = autograd.stack(call, x, h0, c0, *given)
+        if deterministic():
+            options = LayerOptions(deterministic=True)
+            h, _, c = autograd.layer(cell, len(weights), options, x, h0, c0, *weights, *differentiable_of(options))
             return h, c
-        h, _, c = autograd.layer(cell, len(weights), options, x, h0, c0, *weights, *differentiable_of(options))
+        given = [w for w in weights if w is not None]
+        call = NUMBER[cell], 0, 1, len(given) > 2, False, operators.STEP, None, None
+        h, _, c = autograd.stack(call, x, h0, c0, *given)
         return h, c
     return operators.step(x, h0, c0, NUMBER[cell], *weights, deterministic())
 

@@ -1,7 +1,7 @@
 // A layer for the CPU's kernels: where in memory each of its tensors has what a kernel reads and writes.
 //
-// The kernels compute in float32 and float64; 16-bit tensors are widened before and narrowed after them, but
-// for bfloat16 weights, which forward reads as they are.
+// The kernels compute in float32 and float64; 16-bit tensors are widened before and narrowed after them, but for
+// bfloat16 weights, which forward reads as they are.
 #pragma once
 
 #include <cstring>

@@ -182,6 +182,7 @@ PYBIND11_MODULE(_C, m) {
       "tile_product",
       [](const std::string& isa, const py::buffer& sums, const py::buffer& a, const py::buffer& b) {
         using namespace fused_rnn::cpu;
+        using fused_rnn::Bf16;
         const TileUnit& unit = tile_unit(isa);
         const py::buffer_info of_sums = sums.request(), of_a = a.request(), of_b = b.request();
         const int rows = static_cast<int>(bytes(of_sums) / kTileBytes);
@@ -190,13 +191,12 @@ PYBIND11_MODULE(_C, m) {
           throw std::invalid_argument("sums must be float32 [1 to 16, 16], a 16-bit [rows of sums, 32], b [16, 32]");
         }
         alignas(kTileBytes) float to[kTileHeight * kTileWidth];
-        alignas(kTileBytes) fused_rnn::Bf16 tile[kBf16Tile];
+        alignas(kTileBytes) Bf16 tile[kBf16Tile];
         std::memcpy(to, of_sums.ptr, bytes(of_sums));
         std::memcpy(tile, of_b.ptr, sizeof(tile));
         Bf16Product product{};
         product.sums = to, product.stride = product.columns = kTileWidth;
-        product.tiles = 1, product.rows = rows, product.a = static_cast<const fused_rnn::Bf16*>(of_a.ptr),
-        product.b = tile;
+        product.tiles = 1, product.rows = rows, product.a = static_cast<const Bf16*>(of_a.ptr), product.b = tile;
         product.K = kBf16Depth;
         TileState state;
         unit.multiply(product, state);

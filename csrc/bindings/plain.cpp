@@ -5,8 +5,10 @@
 //
 // What the module is, they know: they do not ask while a compiler looks, for a module with options of ours, with
 // dropout, with another backend, with weights that are missing or with checks of a subclass, nor where the user's table
-// has a say. Where gradients are recorded, the call is a node of fused_rnn/autograd.py.
+// has a say. Of bfloat16, fused_rnn/policy.py is asked. Where gradients are recorded, the call is a node of
+// fused_rnn/autograd.py.
 #include <algorithm>
+#include <utility>
 
 #include "../cells/cell_info.h"
 #include "direct.h"
@@ -124,25 +126,34 @@ struct Layers {
   }
   bool is_bfloat16() const { return attribute(x, interned().dtype).ptr() == torch_objects().bfloat16; }
 
-  // Whether fused_rnn/policy.py gives the kernels a call of bfloat16 that torch.nn knows, too.
-  bool are_chosen(bool records) const {
+  // T and B of x; zeros if it has other dimensions than its layout.
+  std::pair<int64_t, int64_t> steps_and_rows() const {
     const auto of = static_cast<Layout>(number(layout));
-    const bool is_step = of == Layout::kStep, has_batch = of != Layout::kUnbatched;
-    const py::tuple sizes = sizes_of(x), recurrent = sizes_of(PySequence_Fast_GET_ITEM(weights, 1));
+    const bool has_both = of == Layout::kTimeFirst || of == Layout::kBatchFirst;
+    const py::tuple sizes = sizes_of(x);
+    if (sizes.size() != (has_both ? 3 : 2)) return {0, 0};
+    const auto first = sizes[0].cast<int64_t>(), second = sizes[1].cast<int64_t>();
+    if (of == Layout::kStep) return {1, first};
+    if (of == Layout::kUnbatched) return {first, 1};
+    return of == Layout::kBatchFirst ? std::pair(second, first) : std::pair(first, second);
+  }
+
+  // Whether fused_rnn/policy.py gives the kernels a call of bfloat16 that torch.nn knows, too. It cannot be asked for
+  // the sizes that a tracer follows.
+  bool are_chosen(bool records) const {
     const int64_t kind = number(cell), count = number(layers);
-    if (sizes.size() != (is_step || !has_batch ? 2 : 3) || recurrent.size() != 2 || kind < 0 || kind >= kCellCount ||
-        attribute(x, interned().is_cpu).ptr() != Py_True || !called(torch_objects().tracer).is_none()) {
-      return false;
-    }
-    const size_t time = of == Layout::kBatchFirst ? 1 : 0, batch = is_step || time ? 0 : 1;
-    const py::int_ one(1);
+    const bool on_cpu = attribute(x, interned().is_cpu).ptr() == Py_True;
+    if (kind < 0 || kind >= kCellCount || !on_cpu || !called(torch_objects().tracer).is_none()) return false;
+    const auto [T, B] = steps_and_rows();
+    const py::tuple w_ih = sizes_of(PySequence_Fast_GET_ITEM(weights, 0));
+    const py::tuple w_hh = sizes_of(PySequence_Fast_GET_ITEM(weights, 1));
+    if (T == 0 || w_ih.size() != 2 || w_hh.size() != 2) return false;
+    const CellInfo& info = kCells[kind];
+    const int64_t I = w_ih[1].cast<int64_t>(), H = w_hh[0].cast<int64_t>() / info.gates, P = w_hh[1].cast<int64_t>();
     const py::object choice = py::handle(ours().choose)(
-        kCells[kind].name, attribute(x, interned().dtype), is_step ? py::object(one) : py::object(sizes[time]),
-        has_batch ? py::object(sizes[batch]) : py::object(one), sizes[sizes.size() - 1],
-        recurrent[0].cast<int64_t>() / kCells[kind].gates, py::arg("kind") = count == 0 ? "cell" : "sequence",
+        info.name, attribute(x, interned().dtype), T, B, I, H, py::arg("kind") = count == 0 ? "cell" : "sequence",
         py::arg("num_layers") = std::max<int64_t>(count, 1), py::arg("directions") = py::handle(directions),
-        py::arg("proj_size") = projected == Py_True ? py::object(recurrent[1]) : py::object(py::int_(0)),
-        py::arg("differentiable") = records);
+        py::arg("proj_size") = projected == Py_True ? P : 0, py::arg("differentiable") = records);
     return attribute(choice.ptr(), interned().fused).ptr() == Py_True;
   }
 
@@ -158,13 +169,6 @@ struct Layers {
     return recorded(x) || recorded(h0) || recorded(c0);
   }
   bool records() const { return records(PySequence_Fast_GET_SIZE(weights)); }
-
-  bool has_steps() const {
-    const auto of = static_cast<Layout>(number(layout));
-    const py::tuple sizes = of == Layout::kStep ? py::tuple() : sizes_of(x);
-    const size_t time = of == Layout::kBatchFirst ? 1 : 0;
-    return sizes.size() > time && sizes[time].cast<int64_t>() > 1;
-  }
 
   // Layers that share a node keep what backward reads until it has passed all of them. Large ones, to which a node's
   // time is nothing, therefore have nodes of their own. So have layers on top of frozen ones, which then keep nothing.
@@ -183,7 +187,8 @@ struct Layers {
   py::object in_one_call(bool records) const {
     const Torch& torch = torch_objects();
     if (!is_of_the_kernels() || has_negated_options()) return {};
-    if (has_steps() && attribute(x, interned().dtype).ptr() == torch.float32 && wants_other_products()) return {};
+    if (steps_and_rows().first > 1 && attribute(x, interned().dtype).ptr() == torch.float32 && wants_other_products())
+      return {};
     const py::object deterministic = called(torch.deterministic);
     if (!records) {
       PyObject* const arguments[] = {x,

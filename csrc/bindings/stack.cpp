@@ -141,7 +141,7 @@ StackResults stack(Tensor x, OptionalTensor h0, OptionalTensor c0, std::vector<T
       p.workspace = scratch.data() + d * workspace * layer.element();
     }
     if (s.N > 0 && P > 0) cpu::forward(layer.kernels, params, torch::stable::get_num_threads());
-    if (kept && type != layer.dtype && !convert_few(*kept, y)) torch::stable::copy_(*kept, y);
+    if (kept && type != layer.dtype) convert(*kept, y);
     x = kept ? *kept : converted(y, type);
   }
   const auto out = [](const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); };

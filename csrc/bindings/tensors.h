@@ -172,31 +172,36 @@ inline Tensor viewed(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArray
   return Tensor(handle);
 }
 
+template <class To, class From>
+bool convert_elements(const Tensor& to, const Tensor& from) {
+  const From* const in = static_cast<const From*>(from.data_ptr());
+  To* const out = static_cast<To*>(to.data_ptr());
+  const int64_t count = from.numel();
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(in[i]);
+  return true;
+}
 // Whether it has converted a tensor to another of the same shape: few numbers, for which torch's dispatcher takes
 // longer than they do.
 inline bool convert_few(const Tensor& to, const Tensor& from) {
-  constexpr int64_t kFew = 2048;
-  const int64_t count = from.numel();
-  if (count > kFew || !from.is_cpu() || !from.is_contiguous() || !to.is_contiguous()) return false;
-  const auto between = [&](auto* out, const auto* in) {
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(in[i]);
-    return true;
-  };
   using torch::headeronly::BFloat16;
   using torch::headeronly::Half;
-  const auto at = [](const Tensor& tensor, auto number) { return static_cast<decltype(number)*>(tensor.data_ptr()); };
-  const ScalarType out = to.scalar_type(), in = from.scalar_type();
-  if (out == ScalarType::Float && in == ScalarType::BFloat16) return between(at(to, 0.f), at(from, BFloat16()));
-  if (out == ScalarType::Float && in == ScalarType::Half) return between(at(to, 0.f), at(from, Half()));
-  if (out == ScalarType::BFloat16 && in == ScalarType::Float) return between(at(to, BFloat16()), at(from, 0.f));
-  if (out == ScalarType::Half && in == ScalarType::Float) return between(at(to, Half()), at(from, 0.f));
+  constexpr int64_t kFew = 2048;
+  if (from.numel() > kFew || !from.is_cpu() || !from.is_contiguous() || !to.is_contiguous()) return false;
+  const ScalarType in = from.scalar_type(), out = to.scalar_type();
+  if (out == ScalarType::Float && in == ScalarType::BFloat16) return convert_elements<float, BFloat16>(to, from);
+  if (out == ScalarType::Float && in == ScalarType::Half) return convert_elements<float, Half>(to, from);
+  if (out == ScalarType::BFloat16 && in == ScalarType::Float) return convert_elements<BFloat16, float>(to, from);
+  if (out == ScalarType::Half && in == ScalarType::Float) return convert_elements<Half, float>(to, from);
   return false;
+}
+inline void convert(Tensor& to, const Tensor& from) {
+  if (!convert_few(to, from)) torch::stable::copy_(to, from);
 }
 
 inline Tensor converted(const Tensor& tensor, ScalarType dtype) {
   if (tensor.scalar_type() == dtype) return tensor;
   Tensor out = empty(tensor.sizes(), dtype, Place(tensor));
-  if (!convert_few(out, tensor)) torch::stable::copy_(out, tensor);
+  convert(out, tensor);
   return out;
 }
 

@@ -9,7 +9,8 @@
 // layers, whose rows must not depend on the batch around them, always pack. A worker packs a block that no other one
 // needs just before it first multiplies by it, in a single step always to the same place, and the others before the
 // first step. Packed products of float32 may be computed on tiles (LayerShape::operands): the rows that a step
-// multiplies are then split before its products, as they are rounded for int8 weights.
+// multiplies are then split before its products, as they are rounded for int8 weights. Weights of bfloat16 are widened
+// as they are read, or packed.
 //
 // With a projection, the cell's output is stored in `hidden` and a second product gives h. With layer normalisation,
 // the products of a step are stored first, because a row's mean needs all of its units; the cell then runs row by row.

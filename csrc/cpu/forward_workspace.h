@@ -24,7 +24,7 @@ struct ForwardProducts {
   // the sum over the lanes of each result.
   static constexpr bool kWide = kLanes<float> >= 16;
 
-  // Operands of bfloat16 that are bfloat16 already take little to pack, but for one row more than to read.
+  // bfloat16 weights are the tiles' operands already and cheap to pack; but reading them for a single row is cheaper.
   static bool always(const LayerShape& s) {
     const bool are_operands = s.bf16_weights && s.on_tiles() && s.N > 1;
     return s.frozen() || s.deterministic || are_operands || cpu::digits_of(s.operands);

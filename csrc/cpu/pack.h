@@ -1,5 +1,5 @@
-// Packing: copies of weights in the layout that the product of tile.h reads, and from how many rows on they are worth
-// making.
+// Packing: copies of weights, and of what gradients multiply, in the layout that the product of tile.h reads, and from
+// how many rows on they are worth making. A thread packs what it multiplies, or its share of what all do.
 //
 // A panel holds one block of columns, [K][C] vectors. Weights whose rows are units (forward) are transposed by squares
 // of one vector in both directions, which stay in registers; weights whose columns are units (backward, gradients) are

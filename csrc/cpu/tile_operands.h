@@ -23,9 +23,6 @@ using cpu::kTileBytes;
 using cpu::kTileHeight;
 using cpu::kTileWidth;
 
-typedef uint32_t Bits __attribute__((vector_size(FUSED_RNN_VEC_BYTES)));
-typedef uint16_t Halves __attribute__((vector_size(FUSED_RNN_VEC_BYTES / 2)));
-
 // The bits of v as the nearest bfloat16, ties to even. A NaN stays one.
 FUSED_RNN_INLINE Bits rounded(const Vec<float>& v) {
   const Bits u = (Bits)v, up = u + 0x7fff + (u >> 16 & 1);

@@ -6,7 +6,8 @@ from torch import Tensor
 
 import fused_rnn
 from cases import CASES, Case
-from fused_rnn import _C, layers, operators, policy, reference
+from contract import plain_calls
+from fused_rnn import layers, policy, reference
 from fused_rnn.options import LayerOptions
 from tolerances import assert_as_accurate
 
@@ -135,18 +136,10 @@ def test_bfloat16_where_torch_is_faster(
     monkeypatch.setattr(policy, "HAS_BF16_PRODUCTS", not kernels)
     if not kernels:
         monkeypatch.setattr(policy, "bf16_unit", lambda: "")  # as if the kernels did not use them
-    by_kernels = []
-
-    def plain(*arguments: object) -> object:
-        results = _C.plain(*arguments)
-        by_kernels.append(results is not None)
-        return results
-
-    monkeypatch.setattr(operators, "plain", plain)
     case = Case(cell, T=3, B=B, I=5, H=H)
     theirs, ours, exact = case.modules(torch.bfloat16)
     data = case.data(torch.bfloat16)
-    with torch.no_grad():
+    with torch.no_grad(), plain_calls() as by_kernels:
         results = (case.run(module, data) for module in (theirs, ours))
         for expected, actual, value in zip(*results, case.run(exact, [t.double() for t in data]), strict=True):
             assert_as_accurate(actual, expected, value, "result")

@@ -8,7 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_rnn
+from contract import plain_calls
 from fused_rnn import _C, operators, policy, tuned
 from tuned_calls import table as table
 
@@ -68,21 +69,6 @@ def tensors(results: Any) -> list[Tensor]:
     return [results] if isinstance(results, Tensor) else [t for result in results for t in tensors(result)]
 
 
-@contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Whether each call was made so."""
-    found: list[bool] = []
-
-    def plain(*arguments: Any) -> Any:
-        results = _C.plain(*arguments)
-        found.append(results is not None)
-        return results
-
-    with monkeypatch.context() as patch:
-        patch.setattr(operators, "plain", plain)
-        yield found
-
-
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("suffix", ["", "Cell"])
 @pytest.mark.parametrize("cell", CELLS)
@@ -102,7 +88,7 @@ def test_they_are_what_python_computes(
             calls = list(calls_of(module, options, dtype))
         for call in calls:
             with torch.set_grad_enabled(train):
-                with counted(monkeypatch) as found:
+                with plain_calls() as found:
                     ours = call()
                 assert found == [True] or (train and cell in ("RNN", "ReLU") and suffix)  # torch's own function
                 with monkeypatch.context() as patch:
@@ -179,9 +165,7 @@ CONTEXTS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", [*CONTEXTS, *WATCHED, "subclass", "negated", "parametrised"])
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_others_see_the_call(
-    name: str, suffix: str, train: bool, dtype: torch.dtype, table: tuned.Table, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_others_see_the_call(name: str, suffix: str, train: bool, dtype: torch.dtype, table: tuned.Table) -> None:
     torch.manual_seed(0)
     other = tuned.Call("lstm", torch.float32, None, 4, 4, 8, 128, 0, 1, 1, "sequence", False, 0)
     table.put({(tuned.machine(policy.CPU), other): tuned.Result("fused", speedup=2.0)})
@@ -195,7 +179,7 @@ def test_others_see_the_call(
     def call(x: Tensor) -> Any:
         return module(x) if suffix else module(x.unsqueeze(0))
 
-    with counted(monkeypatch) as found, CONTEXTS.get(name, nullcontext)(), torch.set_grad_enabled(train):
+    with plain_calls() as found, CONTEXTS.get(name, nullcontext)(), torch.set_grad_enabled(train):
         WATCHED.get(name, lambda call, x: call(x))(call, x)
     assert not any(found) or (train and name in ("profiler", "negated"))  # there the node asks the dispatcher
 
@@ -248,7 +232,7 @@ def test_lengths_are_read_once() -> None:
 def test_what_tune_measured_is_nothing_to_resets_and_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = made("GRU", {}), torch.randn(2, 2, 3)
     monkeypatch.setattr(tuned.table, "hidden_sizes", {4})
-    with counted(monkeypatch) as found, torch.no_grad():
+    with plain_calls() as found, torch.no_grad():
         module(x)
         for keywords in KEYWORDS:
             module(x, **keywords)
@@ -256,9 +240,9 @@ def test_what_tune_measured_is_nothing_to_resets_and_lengths(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("suffix", ["", "Cell"])
-def test_gradients_of_inputs_alone(suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_inputs_alone(suffix: str) -> None:
     module, x = made("LSTM", {}, suffix=suffix).requires_grad_(False), torch.randn(2, 3).requires_grad_()
-    with counted(monkeypatch) as found:
+    with plain_calls() as found:
         results = tensors(module(x) if suffix else module(x.unsqueeze(0)))
     assert found == [True] and all(t.grad_fn is not None for t in results)
     (gradient,) = torch.autograd.grad(results[0].sum(), x)
@@ -267,9 +251,9 @@ def test_gradients_of_inputs_alone(suffix: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.skipif(not policy.bf16_unit(), reason="this processor multiplies nothing narrower than float32")
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_other_products_are_chosen_by_layers(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_products_are_chosen_by_layers(precision: str) -> None:
     module, x = made("GRU", {}), torch.randn(2, 2, 3)
-    with counted(monkeypatch) as found, torch.no_grad():
+    with plain_calls() as found, torch.no_grad():
         try:
             torch.set_float32_matmul_precision(precision)
             module(x)
@@ -411,11 +395,11 @@ def test_a_torch_that_lacks_something_raises(monkeypatch: pytest.MonkeyPatch) ->
         _C.watched()
 
 
-def test_deterministic_results(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_results() -> None:
     module, x = made("LSTM", {}), torch.randn(4, 3, 3)
     torch.use_deterministic_algorithms(True)
     try:
-        with counted(monkeypatch) as found, torch.no_grad():
+        with plain_calls() as found, torch.no_grad():
             rows = [module(x[:, b : b + 1])[0] for b in range(3)]
             assert torch.equal(module(x)[0], torch.cat(rows, 1))
     finally:
@@ -489,6 +473,6 @@ def test_the_choice_is_that_of_the_whole_module(
     x = torch.randn(4, 4, 64, dtype=torch.bfloat16)
     for of_module, expected in (({}, True), (options, False)):
         module = fused_rnn.LSTM(64, 64, **of_module, dtype=torch.bfloat16)
-        with torch.no_grad(), counted(monkeypatch) as found:
+        with torch.no_grad(), plain_calls() as found:
             module(x)
         assert found == [expected]

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
+from fused_rnn import _C, operators
 
 SEQUENCES = ("RNN", "LSTM", "GRU")
 CELLS = ("RNNCell", "LSTMCell", "GRUCell")
@@ -261,3 +262,18 @@ def fused_calls():
         yield calls
     names = (event.name for event in profiler.function_events)
     calls += [name for name in names if name.startswith("fused_rnn::")]
+
+
+@contextmanager
+def plain_calls():
+    """Whether each call of ours in the block was computed by the one C++ function of csrc/bindings/plain.cpp."""
+    found = []
+
+    def plain(*arguments):
+        results = _C.plain(*arguments)
+        found.append(results is not None)
+        return results
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "plain", plain)
+        yield found
